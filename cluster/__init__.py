@@ -1,0 +1,1 @@
+"""The Ray Serve application: settings, ingress, prefill gangs, decode replicas, metrics."""

@@ -1,0 +1,1 @@
+"""One model on one mesh: weights, attention, KV pages, prefill, decode. No Ray, no HTTP."""

@@ -1,0 +1,115 @@
+"""What travels between the ingress, the decode replica and the prefill gang.
+
+Everything here is frozen and small, and pickles; prompts are int32 arrays so that Ray can
+hand a million tokens over without touching them one by one.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How to choose tokens, with OpenAI's meanings. Ranges are checked at the edge.
+
+    `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. `max_tokens` counts each choice.
+    `top_logprobs` None means no log-probabilities; 0 means only the chosen token's.
+    Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    choices: int = 1
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One request, tokenized and validated. `arrived` is time.time() at the ingress."""
+
+    request_id: str
+    prompt: Tokens
+    sampling: SamplingParameters
+    arrived: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Prefill has finished `done` of `total` prompt tokens."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probability of one token, from the model's distribution before temperature."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ChosenToken:
+    """One generated token, with the alternatives asked for, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of one choice.
+
+    `text` may be empty while bytes of a character, or a possible stop string, are held back.
+    `tokens` are those sampled since the last delta of this choice. `finish_reason` is "stop" or
+    "length" on the choice's last delta and None before.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[ChosenToken, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time to the first token went, in seconds.
+
+    queued: until prefill began. prefill: until the last chunk was computed. hand_off: from there
+    until every page lay in the decode replica. first_token: from there until it was sampled.
+    """
+
+    queued: float
+    prefill: float
+    hand_off: float
+    first_token: float
+    prefill_stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request that ended well."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    timings: Timings
+
+
+Event = Progress | Delta | Finished

@@ -1,0 +1,142 @@
+"""KV pages: the memory, and who owns which page.
+
+A page holds 128 tokens of one layer, head-major:
+
+    pool.memory  [layers, pages, kv_heads, 2 (K, V), 128, head_dim]
+
+Keys lie rotated at their own position within their dual chunk; see `kernels.dual_chunk`.
+Page p of a sequence holds its tokens [128 p, 128 (p + 1)) in every layer, so one block table
+serves all layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import OutOfPagesError
+
+PAGE_TOKENS = 128
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """The shape of one rank's pages: `num_kv_heads` counts the heads held on this rank."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page in all layers."""
+        elements = self.num_layers * self.num_kv_heads * 2 * PAGE_TOKENS * self.head_dim
+        return elements * self.dtype.itemsize
+
+
+class PagePool:
+    """Page memory of one process, and a reference count for each page.
+
+    A page is free when nobody holds it. Shared pages (several choices of one prompt) are held
+    once by each sequence. Not thread-safe: one thread allocates and releases; other threads may
+    write pages that are held.
+    """
+
+    def __init__(self, geometry: PageGeometry, num_pages: int, device: torch.device) -> None:
+        self.geometry = geometry
+        self.num_pages = num_pages
+        self.memory = torch.empty(
+            geometry.num_layers, num_pages, geometry.num_kv_heads, 2, PAGE_TOKENS,
+            geometry.head_dim, dtype=geometry.dtype, device=device,
+        )  # fmt: skip
+        self._holders = [0] * num_pages
+        self._free = num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return self._free
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free pages, each held once, in the longest consecutive runs to be had.
+
+        Consecutive pages can be read as one view instead of being gathered.
+
+        Raises:
+            OutOfPagesError: fewer than `count` pages are free; none was taken.
+        """
+        if count > self._free:
+            raise OutOfPagesError(count, self._free, self.num_pages)
+        pages: list[int] = []
+        for start, end in sorted(self._free_runs(), key=_fitting_first(count)):
+            taken = range(start, min(end, start + count - len(pages)))
+            pages.extend(taken)
+            if len(pages) == count:
+                break
+        for page in pages:
+            self._holders[page] = 1
+        self._free -= count
+        return pages
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Hold pages that are already held, once more each."""
+        for page in pages:
+            if self._holders[page] == 0:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self._holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Let go of pages, once each; a page nobody holds any more is free."""
+        for page in pages:
+            if self._holders[page] == 0:
+                raise ValueError(f"page {page} was released more often than it was held")
+            self._holders[page] -= 1
+            self._free += self._holders[page] == 0
+
+    def is_shared(self, page: int) -> bool:
+        """Whether writing to this page would be seen by another holder."""
+        return self._holders[page] > 1
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in every layer."""
+        self.memory[:, target].copy_(self.memory[:, source])
+
+    def _free_runs(self) -> list[tuple[int, int]]:
+        """Maximal half-open ranges [start, end) of free pages."""
+        runs: list[tuple[int, int]] = []
+        start = None
+        for page, holders in enumerate([*self._holders, 1]):
+            if holders == 0 and start is None:
+                start = page
+            elif holders and start is not None:
+                runs.append((start, page))
+                start = None
+        return runs
+
+
+def _fitting_first(count: int):
+    """Sort key: the shortest run that fits everything first, else the longest runs first."""
+
+    def key(run: tuple[int, int]) -> tuple[bool, int]:
+        length = run[1] - run[0]
+        return (length < count, length if length >= count else -length)
+
+    return key
+
+
+def consecutive_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Split a block table into runs that can be sliced: (index in table, first page, length)."""
+    runs: list[tuple[int, int, int]] = []
+    for index, page in enumerate(pages):
+        if runs and page == runs[-1][1] + runs[-1][2]:
+            first_index, first_page, length = runs[-1]
+            runs[-1] = (first_index, first_page, length + 1)
+        else:
+            runs.append((index, page, 1))
+    return runs

@@ -1,0 +1,1 @@
+"""Clients that speak to the endpoint as any user would."""
