@@ -1,0 +1,60 @@
+# `make` alone lists what there is. Everything runs from a virtual environment that is made once.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/laptop.yaml
+TOKENS ?= 1048576
+EXIT ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CHECKED := cluster engine kernels loadtest tests
+
+.PHONY: help run test lint format install clean
+
+help:
+	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
+	@echo '                                stays up until Ctrl-C'
+	@echo 'make run TOKENS=65536 EXIT=1    a short one that ends by itself; fails if the answer is wrong'
+	@echo 'make test                       the test suite (ARGS="-k name" to choose)'
+	@echo 'make lint                       ruff and basedpyright'
+	@echo 'make format                     put every file into the shared format'
+	@echo 'make install                    only set up $(VENV)'
+	@echo 'make clean                      remove $(VENV) and caches'
+	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
+
+run: $(INSTALLED)
+	@$(BIN)/longreach demo $(CONFIG) --tokens $(TOKENS) $(if $(EXIT),--exit)
+
+test: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED_DEV)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED_DEV)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+install: $(INSTALLED_DEV)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Longreach needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo '$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'installing into $(VENV); this is done once'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo 'adding what tests and linters need'
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
