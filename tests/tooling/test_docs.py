@@ -1,0 +1,28 @@
+"""The reference pages say what the code says."""
+
+from pathlib import Path
+
+from longreach.cluster import metrics as m
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def metrics_table() -> str:
+    rows = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    for metric in m.VOCABULARY:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        kind = type(metric).__name__.lower()
+        rows.append(f"| `{metric.name}` | {kind} | {labels} | {metric.help} |")
+    return "\n".join(rows)
+
+
+def test_every_metric_is_documented_as_it_is() -> None:
+    assert metrics_table() in (DOCS / "metrics.md").read_text(), metrics_table()
+
+
+def test_the_vocabulary_has_every_metric_once() -> None:
+    declared = [v for v in vars(m).values() if isinstance(v, m.Counter | m.Gauge | m.Histogram)]
+    assert len(m.VOCABULARY) == len({metric.name for metric in m.VOCABULARY})
+    assert {metric.name for metric in declared} == {metric.name for metric in m.VOCABULARY}
+    assert all(metric.name.startswith("longreach_") for metric in declared)
+    assert all(metric.name.endswith("_total") for metric in declared if type(metric) is m.Counter)
