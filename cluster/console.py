@@ -1,8 +1,9 @@
 """What the commands show: prefill progress as it happens, and where the time went."""
 
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -20,48 +21,18 @@ from ..engine.messages import Progress as PrefillProgress
 _LINE_EVERY_SECONDS = 5.0
 
 
-class Watch(Protocol):
-    """A context that is told how far a prefill is."""
+class Watch(ABC):
+    """Shows how far a prefill is, until it is closed."""
 
-    def update(self, progress: PrefillProgress) -> None: ...
-    def __enter__(self) -> "Watch": ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-def watch_prefill(console: Console, tokens: int) -> Watch:
-    """A live bar on a terminal, now and then a line elsewhere."""
-    return _Bar(console, tokens) if console.is_terminal else _Lines(console)
-
-
-class _Bar:
-    def __init__(self, console: Console, tokens: int) -> None:
-        self._bar = Progress(
-            TextColumn("prefill"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("prefill", total=tokens, rate="")
-        self._started = time.monotonic()
-
+    @abstractmethod
     def update(self, progress: PrefillProgress) -> None:
-        rate = progress.done / max(time.monotonic() - self._started, 1e-3)
-        self._bar.update(
-            self._task, total=progress.total, completed=progress.done, rate=f"{rate:,.0f} tokens/s"
-        )
+        """Show this progress, or leave it out where the last one is fresh enough."""
 
-    def __enter__(self) -> "_Bar":
-        self._bar.start()
+    @abstractmethod
+    def close(self) -> None:
+        """Stop showing; what is printed next starts on a line of its own. May come again."""
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -70,10 +41,39 @@ class _Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+
+def watch_prefill(console: Console) -> Watch:
+    """A live bar on a terminal, now and then a line elsewhere."""
+    return _Bar(console) if console.is_terminal else _Lines(console)
+
+
+class _Bar(Watch):
+    def __init__(self, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("prefill"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[tokens]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("prefill", total=None, tokens="waiting")
+        self._started = time.monotonic()
+        self._bar.start()
+
+    def update(self, progress: PrefillProgress) -> None:
+        tokens = _describe(progress, time.monotonic() - self._started)
+        self._bar.update(self._task, total=progress.total, completed=progress.done, tokens=tokens)
+
+    def close(self) -> None:
         self._bar.stop()
 
 
-class _Lines:
+class _Lines(Watch):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._started = time.monotonic()
@@ -84,22 +84,16 @@ class _Lines:
         if elapsed < self._next and progress.done < progress.total:
             return
         self._next = elapsed + _LINE_EVERY_SECONDS
-        self._console.print(
-            f"prefill {100 * progress.done // max(progress.total, 1):3d} %  "
-            f"{progress.done:,} of {progress.total:,} tokens, "
-            f"{progress.done / max(elapsed, 1e-3):,.0f} tokens/s, {elapsed:.0f} s"
-        )
+        percent = 100 * progress.done // max(progress.total, 1)
+        self._console.print(f"prefill {percent} %  {_describe(progress, elapsed)}, {elapsed:.0f} s")
 
-    def __enter__(self) -> "_Lines":
-        return self
+    def close(self) -> None:
+        """Lines end by themselves."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
+
+def _describe(progress: PrefillProgress, seconds: float) -> str:
+    rate = progress.done / max(seconds, 1e-3)
+    return f"{progress.done:,} of {progress.total:,} tokens, {rate:,.0f} tokens/s"
 
 
 def seconds_table(title: str, rows: list[tuple[str, float]], total: float) -> Table:

@@ -4,7 +4,6 @@ It speaks to the cluster through the public endpoint only, as any user would.
 """
 
 import json
-import random
 import re
 from dataclasses import asdict, dataclass, field
 
@@ -20,10 +19,10 @@ _ANSWER_TOKENS = 48
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """`seed` None hides another key at every run; `depth` None puts it anywhere."""
+    """The same seed makes the same document; `depth` None puts the key anywhere."""
 
     tokens: int
-    seed: int | None = None
+    seed: int
     depth: float | None = None
 
 
@@ -70,23 +69,22 @@ def ask_for_hidden_key(
         EndpointError: the endpoint could not answer.
         InvalidRequestError: no such document can be made.
     """
-    seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
     endpoint = Endpoint(url, api_key)
     model = endpoint.first_model()
     hidden = hide_key(
         options.tokens,
         lambda messages: endpoint.count_tokens(model, messages),
-        seed,
+        options.seed,
         options.depth,
     )
     console.print(
         f"asking about a prompt of {hidden.tokens:,} tokens, its key "
-        f"{hidden.depth:.1%} of the way in (--seed {seed})"
+        f"{hidden.depth:.1%} of the way in (--seed {options.seed})"
     )
     before = endpoint.scrape()
-    with watch_prefill(console, hidden.tokens) as watch:
+    with watch_prefill(console) as watch:
         answer = endpoint.ask(model, hidden.messages, _ANSWER_TOKENS, watch.update)
-    return _report(endpoint, model, seed, hidden, answer, before, ready)
+    return _report(endpoint, model, options.seed, hidden, answer, before, ready)
 
 
 def show(report: DemoReport, console: Console) -> None:

@@ -126,8 +126,8 @@ def test_the_whole_demonstration(server: ScriptedServer) -> None:
 
 def test_only_the_growth_of_metrics_counts(server: ScriptedServer) -> None:
     console, _ = plain_console()
-    ask_for_hidden_key(server.url, DemoOptions(1000), 1.0, console)
-    report = ask_for_hidden_key(server.url, DemoOptions(1000), 1.0, console)
+    ask_for_hidden_key(server.url, DemoOptions(1000, seed=1), 1.0, console)
+    report = ask_for_hidden_key(server.url, DemoOptions(1000, seed=1), 1.0, console)
     assert report.prefill == 2.0
     assert report.stages == {"attention": 1.5}
 
@@ -135,7 +135,7 @@ def test_only_the_growth_of_metrics_counts(server: ScriptedServer) -> None:
 def test_a_wrong_answer_is_said_to_be_wrong(server: ScriptedServer) -> None:
     server.answer = "00000"
     console, output = plain_console()
-    report = ask_for_hidden_key(server.url, DemoOptions(1000), 1.0, console)
+    report = ask_for_hidden_key(server.url, DemoOptions(1000, seed=1), 1.0, console)
     show(report, console)
     assert not report.correct
     assert ": wrong" in output.getvalue()
@@ -145,7 +145,7 @@ def test_what_the_endpoint_refuses_is_told_in_its_words(server: ScriptedServer) 
     server.failure = {"message": "too long by 7", "type": "invalid_request_error"}
     console, _ = plain_console()
     with pytest.raises(EndpointError, match=r"refused with 400: .*too long by 7"):
-        ask_for_hidden_key(server.url, DemoOptions(1000), 1.0, console)
+        ask_for_hidden_key(server.url, DemoOptions(1000, seed=1), 1.0, console)
 
 
 def test_nobody_there() -> None:
@@ -160,7 +160,7 @@ def test_nobody_there() -> None:
 def test_a_terminal_gets_a_bar(server: ScriptedServer) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
-    ask_for_hidden_key(server.url, DemoOptions(1000), 1.0, console)
+    ask_for_hidden_key(server.url, DemoOptions(1000, seed=1), 1.0, console)
     assert "1,000 of 1,000 tokens" in output.getvalue()
 
 
