@@ -1,0 +1,43 @@
+"""What `make` would run."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def would_run(*arguments: str) -> str:
+    command = ["make", "--dry-run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_run_passes_its_settings_on(tmp_path: Path) -> None:
+    commands = would_run("run", "TOKENS=65536", "EXIT=1", f"VENV={tmp_path}/elsewhere")
+    assert f"{tmp_path}/elsewhere/bin/longreach demo configs/laptop.yaml --tokens 65536 --exit" in (
+        commands
+    )
+    assert "--constraint constraints.txt" in commands
+
+
+def test_run_stays_up_unless_told_otherwise() -> None:
+    assert "--tokens 1048576" in would_run("run")
+    assert "--exit" not in would_run("run")
+
+
+def test_what_is_installed_is_not_installed_again(tmp_path: Path) -> None:
+    for stamp in (".installed", ".installed-dev"):
+        (tmp_path / stamp).touch()
+    assert "pip install" not in would_run("run", f"VENV={tmp_path}")
+    assert "pip install" not in would_run("test", f"VENV={tmp_path}")
+
+
+def test_every_dependency_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all("==" in line for line in lines)
+    assert "torch==2.13.0" in lines
