@@ -33,6 +33,21 @@ class OutOfPagesError(LongreachError):
         self.free = free
         self.total = total
 
+    def __reduce__(self) -> tuple[type["OutOfPagesError"], tuple[int, int, int]]:
+        return type(self), (self.needed, self.free, self.total)
+
 
 class TransferError(LongreachError):
     """Pages could not be handed to the decode replica."""
+
+
+class QueueFullError(LongreachError):
+    """Too many requests wait already; try again in `retry_after` seconds."""
+
+    def __init__(self, waiting: int, retry_after: int = 5) -> None:
+        super().__init__(f"{waiting} requests wait already; try again in {retry_after} s")
+        self.waiting = waiting
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[int, int]]:
+        return type(self), (self.waiting, self.retry_after)

@@ -1,0 +1,7 @@
+"""The OpenAI-compatible HTTP endpoint, over any backend that generates."""
+
+from .api import build_api
+from .generation import Backend
+from .limits import IngressLimits
+
+__all__ = ["Backend", "IngressLimits", "build_api"]

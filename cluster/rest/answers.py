@@ -1,0 +1,277 @@
+"""OpenAI's answers: chats and completions, whole or in chunks, built with their own types."""
+
+import codecs
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
+)
+from openai.types.chat.chat_completion import Choice as ChatChoice
+from openai.types.chat.chat_completion import ChoiceLogprobs
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from openai.types.completion_choice import Logprobs
+from openai.types.completion_usage import PromptTokensDetails
+from pydantic import BaseModel
+
+from ...engine.detokenizer import TokenBytes
+from ...engine.messages import ChosenToken, Delta, Finished
+from ...engine.tokenizer import Tokenizer
+from .plan import Plan
+
+FinishReason = Literal["stop", "length"]
+
+
+class TokenTexts:
+    """What a single token looks like in log-probabilities."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._raw = tokenizer.raw
+        self._bytes = TokenBytes(tokenizer.raw)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes a token adds to the text; a control token adds none."""
+        return self._bytes[token_id]
+
+    def name(self, token_id: int) -> str:
+        """The token as text; unlike `exact_name`, broken characters show as U+FFFD."""
+        return self._bytes[token_id].decode(errors="replace") or self._control_name(token_id)
+
+    def exact_name(self, token_id: int) -> str:
+        """As `name`, but part of a character is `bytes:\\xe2\\x82`, so that names differ."""
+        data = self._bytes[token_id]
+        try:
+            return data.decode() or self._control_name(token_id)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _control_name(self, token_id: int) -> str:
+        return self._raw.id_to_token(token_id) or f"<|unused_{token_id}|>"
+
+
+@dataclass
+class _Collected:
+    """One choice of an answer that is sent whole."""
+
+    text: list[str] = field(default_factory=list)
+    tokens: list[ChosenToken] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
+
+
+class AnswerFormat(ABC):
+    """Formats the answer to one HTTP request; chunks or whole, not both."""
+
+    def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
+        self._plan = plan
+        self._texts = texts
+        self._with_logprobs = plan.requests[0].sampling.top_logprobs is not None
+        self._common: dict[str, Any] = {
+            "id": plan.answer_id,
+            "created": int(time.time()),
+            "model": model_name,
+        }
+        self._collected: defaultdict[int, _Collected] = defaultdict(_Collected)
+
+    def collect(self, choice: int, delta: Delta) -> None:
+        """Keep a part of an answer that will be sent whole."""
+        collected = self._collected[choice]
+        collected.text.append(delta.text)
+        if self._with_logprobs:
+            collected.tokens.extend(delta.tokens)
+        if delta.finish_reason is not None:
+            collected.finish_reason = _finish_reason(delta)
+
+    def chunk(self, choice: int, delta: Delta) -> BaseModel | None:
+        """One event of a stream, or None when the delta says nothing to a client."""
+        says_something = delta.text or delta.finish_reason
+        if not says_something and not (self._with_logprobs and delta.tokens):
+            return None
+        return self._chunk(choice, delta, self._chunk_common())
+
+    def usage_chunk(self, finished: Sequence[Finished]) -> BaseModel:
+        """The last event of a stream whose client asked for usage."""
+        return self._empty_chunk({**self._common, **self._closing(finished)})
+
+    def answer(self, finished: Sequence[Finished]) -> BaseModel:
+        """The whole answer, from what was collected."""
+        common = {**self._common, **self._closing(finished)}
+        choices = [(index, self._collected[index]) for index in range(self._plan.total_choices)]
+        return self._answer(choices, common)
+
+    @abstractmethod
+    def _chunk(self, choice: int, delta: Delta, common: dict[str, Any]) -> BaseModel: ...
+
+    @abstractmethod
+    def _empty_chunk(self, common: dict[str, Any]) -> BaseModel: ...
+
+    @abstractmethod
+    def _answer(
+        self, choices: Iterable[tuple[int, _Collected]], common: dict[str, Any]
+    ) -> BaseModel: ...
+
+    def _chunk_common(self) -> dict[str, Any]:
+        return {**self._common, "usage": None} if self._plan.include_usage else self._common
+
+    def _closing(self, finished: Sequence[Finished]) -> dict[str, Any]:
+        """Usage, and where the time of each prompt went (an extension of OpenAI's shape)."""
+        completion_tokens = sum(one.completion_tokens for one in finished)
+        prompt_tokens = self._plan.prompt_tokens
+        return {
+            "usage": CompletionUsage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                total_tokens=prompt_tokens + completion_tokens,
+                prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+            ),
+            "longreach": {"timings": [dataclasses.asdict(one.timings) for one in finished]},
+        }
+
+
+class ChatFormat(AnswerFormat):
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
+        super().__init__(plan, model_name, texts)
+        self._begun: set[int] = set()
+
+    def _chunk(self, choice: int, delta: Delta, common: dict[str, Any]) -> BaseModel:
+        words: dict[str, Any] = {"content": delta.text}
+        if choice not in self._begun:
+            self._begun.add(choice)
+            words = {"role": "assistant", **words}
+        content: dict[str, Any] = {
+            "index": choice,
+            "delta": ChoiceDelta(**words),
+            "finish_reason": _finish_reason(delta) if delta.finish_reason else None,
+        }
+        if self._with_logprobs:
+            content["logprobs"] = ChunkLogprobs(content=self._logprobs(delta.tokens))
+        return ChatCompletionChunk(
+            object="chat.completion.chunk", choices=[ChunkChoice(**content)], **common
+        )
+
+    def _empty_chunk(self, common: dict[str, Any]) -> BaseModel:
+        return ChatCompletionChunk(object="chat.completion.chunk", choices=[], **common)
+
+    def _answer(
+        self, choices: Iterable[tuple[int, _Collected]], common: dict[str, Any]
+    ) -> BaseModel:
+        return ChatCompletion(
+            object="chat.completion",
+            choices=[self._choice(index, collected) for index, collected in choices],
+            **common,
+        )
+
+    def _choice(self, index: int, collected: _Collected) -> ChatChoice:
+        logprobs = None
+        if self._with_logprobs:
+            logprobs = ChoiceLogprobs(content=self._logprobs(collected.tokens))
+        return ChatChoice(
+            index=index,
+            message=ChatCompletionMessage(role="assistant", content="".join(collected.text)),
+            finish_reason=collected.finish_reason,
+            logprobs=logprobs,
+        )
+
+    def _logprobs(self, tokens: Iterable[ChosenToken]) -> list[ChatCompletionTokenLogprob]:
+        return [
+            ChatCompletionTokenLogprob(
+                **self._token(chosen.token_id, chosen.logprob),
+                top_logprobs=[
+                    TopLogprob(**self._token(top.token_id, top.logprob)) for top in chosen.top
+                ],
+            )
+            for chosen in tokens
+        ]
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = list(self._texts.bytes_of(token_id))
+        return {"token": self._texts.name(token_id), "bytes": data, "logprob": logprob}
+
+
+class CompletionFormat(AnswerFormat):
+    """`text_completion`, whose chunks look like its answers."""
+
+    def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
+        super().__init__(plan, model_name, texts)
+        self._offsets: defaultdict[int, _TextOffset] = defaultdict(_TextOffset)
+
+    def _chunk(self, choice: int, delta: Delta, common: dict[str, Any]) -> BaseModel:
+        # The type does not know that chunks before the last have no reason to finish.
+        reason = cast(FinishReason, _finish_reason(delta) if delta.finish_reason else None)
+        content = CompletionChoice.model_construct(
+            index=choice,
+            text=delta.text,
+            logprobs=self._logprobs(choice, delta.tokens),
+            finish_reason=reason,
+        )
+        return Completion.model_construct(object="text_completion", choices=[content], **common)
+
+    def _empty_chunk(self, common: dict[str, Any]) -> BaseModel:
+        return Completion(object="text_completion", choices=[], **common)
+
+    def _answer(
+        self, choices: Iterable[tuple[int, _Collected]], common: dict[str, Any]
+    ) -> BaseModel:
+        return Completion(
+            object="text_completion",
+            choices=[
+                CompletionChoice(
+                    index=index,
+                    text="".join(collected.text),
+                    logprobs=self._logprobs(index, collected.tokens),
+                    finish_reason=collected.finish_reason,
+                )
+                for index, collected in choices
+            ],
+            **common,
+        )
+
+    def _logprobs(self, choice: int, tokens: Iterable[ChosenToken]) -> Logprobs | None:
+        if not self._with_logprobs:
+            return None
+        answer = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+        assert answer.text_offset is not None
+        assert answer.token_logprobs is not None
+        assert answer.tokens is not None
+        assert answer.top_logprobs is not None
+        for chosen in tokens:
+            name = self._texts.exact_name(chosen.token_id)
+            answer.tokens.append(name)
+            answer.token_logprobs.append(chosen.logprob)
+            answer.text_offset.append(
+                self._offsets[choice].pass_by(self._texts.bytes_of(chosen.token_id))
+            )
+            best = {self._texts.exact_name(top.token_id): top.logprob for top in chosen.top}
+            answer.top_logprobs.append({**best, name: chosen.logprob})
+        return answer
+
+
+class _TextOffset:
+    """Characters of a choice so far; a token that begins inside one counts from its start."""
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def pass_by(self, data: bytes) -> int:
+        """Where a token with these bytes begins."""
+        begins = self._characters
+        self._characters += len(self._decoder.decode(data))
+        return begins
+
+
+def _finish_reason(delta: Delta) -> FinishReason:
+    return "length" if delta.finish_reason == "length" else "stop"

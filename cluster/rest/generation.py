@@ -1,0 +1,96 @@
+"""The events of all prompts of one HTTP request, in one stream."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from types import TracebackType
+from typing import Protocol
+
+from ...engine.messages import Event, GenerationRequest
+from .plan import Plan
+
+_EVENTS_AHEAD = 256
+
+
+class Backend(Protocol):
+    """What generates. The endpoint needs nothing else of a cluster."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Generate one request: an async generator that ends after Finished.
+
+        Closing it, or cancelling whoever awaits it, must stop the work. It raises the errors of
+        `engine.errors`: QueueFullError, OutOfPagesError, PromptTooLongError and so on.
+        """
+        ...
+
+    async def ready(self) -> bool:
+        """Whether requests would be served now."""
+        ...
+
+
+class Generation:
+    """Runs the requests of a plan at once; leaving the context stops whatever still runs.
+
+    async with Generation(backend, plan) as generation:
+        while not generation.done:
+            item = await generation.next(timeout)
+    """
+
+    def __init__(self, backend: Backend, plan: Plan) -> None:
+        self._backend = backend
+        self._plan = plan
+        self._events: asyncio.Queue[tuple[int, Event | BaseException | None]]
+        self._events = asyncio.Queue(_EVENTS_AHEAD)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._running = len(plan.requests)
+
+    @property
+    def done(self) -> bool:
+        """Whether every request has ended."""
+        return self._running == 0
+
+    async def next(self, timeout: float | None = None) -> tuple[int, Event] | None:
+        """The next event and the index of its prompt; None when time is up or all have ended.
+
+        Raises:
+            Exception: whatever the backend raised for one of the requests.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.done:
+                    index, event = await self._events.get()
+                    if isinstance(event, BaseException):
+                        raise event
+                    if event is not None:
+                        return index, event
+                    self._running -= 1
+        except TimeoutError:
+            return None
+        return None
+
+    async def __aenter__(self) -> "Generation":
+        self._tasks = [
+            asyncio.create_task(self._pump(index, request), name=request.request_id)
+            for index, request in enumerate(self._plan.requests)
+        ]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, index: int, request: GenerationRequest) -> None:
+        try:
+            async with aclosing(self._backend.generate(request)) as events:
+                async for event in events:
+                    await self._events.put((index, event))
+        except Exception as error:
+            await self._events.put((index, error))
+        else:
+            await self._events.put((index, None))

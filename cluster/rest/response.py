@@ -1,0 +1,171 @@
+"""Sends an answer while it is generated, and stops generating when nobody listens any more."""
+
+import asyncio
+import json
+from contextlib import suppress
+
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from ...engine.messages import Delta, Event, Finished, Progress
+from .answers import AnswerFormat
+from .errors import RestError, as_rest_error
+from .generation import Backend, Generation
+from .meter import Meter
+from .plan import Plan
+
+_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Asks proxies of nginx's kind not to hold events back.
+    (b"x-accel-buffering", b"no"),
+)
+_END_OF_STREAM = b"data: [DONE]\n\n"
+_JSON = "application/json"
+
+
+class AnswerResponse(Response):
+    """Runs a plan. The status is not sent before the backend's first word or `quiet_seconds`.
+
+    So whatever a backend refuses at once is refused with a proper status, streaming or not. From
+    then on a stream is never silent for longer than `quiet_seconds`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        plan: Plan,
+        answer: AnswerFormat,
+        meter: Meter,
+        quiet_seconds: float,
+    ) -> None:
+        super().__init__()
+        self._backend = backend
+        self._plan = plan
+        self._answer = answer
+        self._meter = meter
+        self._quiet_seconds = quiet_seconds
+        self._finished: dict[int, Finished] = {}
+        self._prefilled = [0] * len(plan.requests)
+        self._begun: set[int] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer; the client's going away, or a cancellation, stops the work."""
+        self._meter.began()
+        work = asyncio.create_task(self._run(scope, receive, send))
+        gone = asyncio.create_task(_client_gone(receive))
+        outcome = "cancelled"
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                # A connection that broke while we wrote is a client that went away.
+                with suppress(OSError):
+                    outcome = work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+            self._meter.ended(outcome)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> str:
+        """The outcome, once everything is sent."""
+        async with Generation(self._backend, self._plan) as generation:
+            try:
+                if self._plan.stream:
+                    first = await generation.next(self._quiet_seconds)
+                else:
+                    first = None
+                    await self._collect(generation)
+            except Exception as error:
+                refusal = as_rest_error(error)
+                await refusal.response()(scope, receive, send)
+                return refusal.outcome
+            if self._plan.stream:
+                return await self._stream(generation, first, send)
+        response = Response(_json(self._answer.answer(self._closing())), 200, media_type=_JSON)
+        await response(scope, receive, send)
+        return "success"
+
+    async def _collect(self, generation: Generation) -> None:
+        while (item := await generation.next()) is not None:
+            index, event = item
+            self._note(index, event)
+            if isinstance(event, Delta):
+                self._answer.collect(self._choice(index, event), event)
+
+    async def _stream(
+        self, generation: Generation, item: tuple[int, Event] | None, send: Send
+    ) -> str:
+        headers = list(_STREAM_HEADERS)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        failure: RestError | None = None
+        while not generation.done and failure is None:
+            await self._send(send, self._said(item))
+            try:
+                item = await generation.next(self._quiet_seconds)
+            except Exception as error:
+                failure = as_rest_error(error)
+        if failure is not None:
+            await self._send(send, b"data: " + json.dumps(failure.body).encode() + b"\n\n")
+        elif self._plan.include_usage:
+            await self._send(send, _event(self._answer.usage_chunk(self._closing())))
+        await self._send(send, _END_OF_STREAM)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return "success" if failure is None else failure.outcome
+
+    def _said(self, item: tuple[int, Event] | None) -> bytes:
+        """What a stream says about an event, or about none having come for a while."""
+        if item is None:
+            return self._comment()
+        index, event = item
+        self._note(index, event)
+        match event:
+            case Progress():
+                return self._comment()
+            case Delta():
+                chunk = self._answer.chunk(self._choice(index, event), event)
+                return b"" if chunk is None else _event(chunk)
+            case Finished():
+                return b""
+
+    def _note(self, index: int, event: Event) -> None:
+        self._meter.saw(index, event)
+        match event:
+            case Progress(done=done):
+                self._prefilled[index] = done
+            case Delta():
+                self._prefilled[index] = len(self._plan.requests[index].prompt)
+                self._begun.add(index)
+            case Finished():
+                self._finished[index] = event
+
+    def _comment(self) -> bytes:
+        """A line that OpenAI clients skip."""
+        if len(self._begun) == len(self._plan.requests):
+            return b": still generating\n\n"
+        done, total = sum(self._prefilled), self._plan.prompt_tokens
+        return f": prefill {100 * done // total}% {done}/{total}\n\n".encode()
+
+    def _choice(self, index: int, delta: Delta) -> int:
+        return index * self._plan.choices + delta.choice
+
+    def _closing(self) -> list[Finished]:
+        return [self._finished[index] for index in range(len(self._plan.requests))]
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        if data:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _client_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(model: BaseModel) -> bytes:
+    return model.model_dump_json(exclude_unset=True).encode()
+
+
+def _event(model: BaseModel) -> bytes:
+    return b"data: " + _json(model) + b"\n\n"

@@ -1,0 +1,297 @@
+"""What requests may say, field by field.
+
+Types are strict, and a field nobody knows is refused. Fields of OpenAI's that this server does
+not support are refused by name, unless they ask for nothing. Fields that only describe the
+caller (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`) are accepted and unused.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import pydantic_core
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .errors import RestError, invalid
+
+# OpenAI's fields that change the answer in ways not supported, with the values that ask for
+# nothing. Null always asks for nothing.
+_UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (),
+    "prediction": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_UNSUPPORTED_COMPLETION: Mapping[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": (),
+}
+_UNSUPPORTED_MESSAGE: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name in cls.unsupported.keys() & body.keys():
+            value = body[name]
+            neutral = cls.unsupported[name]
+            if value is not None and not any(
+                type(value) is type(known) and value == known for known in neutral
+            ):
+                raise PydanticCustomError(
+                    "unsupported_field",
+                    "'{name}' is not supported by this server; leave it out",
+                    {"name": name},
+                )
+        return {name: value for name, value in body.items() if name not in cls.unsupported}
+
+
+class TextPart(_Strict):
+    """A part of a message. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _as_content(value: Any) -> str:
+    """The text of a message; text parts are joined by line breaks, as vLLM does."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError(
+            "content_type", "content must be a string or a list of text parts"
+        )
+    for part in value:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise PydanticCustomError(
+                "content_part", "only content parts of type 'text' are supported"
+            )
+    return "\n".join(TextPart.model_validate(part).text for part in value)
+
+
+class Message(_Strict):
+    """One message. `developer` is what newer OpenAI models call `system`."""
+
+    unsupported = _UNSUPPORTED_MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_as_content)]
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """As chat templates know messages."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content}
+
+
+class StreamOptions(_Strict):
+    """`include_obfuscation` pads OpenAI's chunks against eavesdroppers; false asks for nothing."""
+
+    unsupported = {"include_obfuscation": (False,)}
+
+    include_usage: bool | None = None
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+def _as_stop(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class GenerationBody(_Strict):
+    """What both generating endpoints understand. Null means the default everywhere."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: Annotated[
+        Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_as_stop)
+    ] = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Extensions, named as vLLM names them.
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
+    ignore_eos: bool | None = None
+
+    # Describe the caller; nothing here depends on them.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", 'stream_options needs "stream": true')
+        return self
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    unsupported = _UNSUPPORTED_CHAT
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", 'top_logprobs needs "logprobs": true')
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError(
+                "max_tokens", "max_tokens and max_completion_tokens differ; send one of them"
+            )
+        return self
+
+
+Prompt = str | list[int]
+
+
+def _as_prompts(value: Any) -> list[Prompt]:
+    """One prompt or several, each text or token ids.
+
+    Done by hand because a million ids must not be tried against every member of a union.
+    """
+    if isinstance(value, str) or _is_token_ids(value):
+        return [value]
+    if isinstance(value, list) and value and all(_is_prompt(prompt) for prompt in value):
+        return value
+    raise PydanticCustomError(
+        "prompt_type",
+        "prompt must be a string, a list of token ids, or a list of one kind of these, not empty",
+    )
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or _is_token_ids(value)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and set(map(type, value)) == {int}
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    unsupported = _UNSUPPORTED_COMPLETION
+
+    prompt: Annotated[Any, BeforeValidator(_as_prompts)]
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, in the order of the answer's choices."""
+        return self.prompt
+
+
+class TokenizeBody(_Strict):
+    """`POST /tokenize`: of a prompt, or of messages as the chat template writes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("tokenize", "send either prompt or messages")
+        if self.prompt is not None and self.add_generation_prompt is not None:
+            raise PydanticCustomError("tokenize", "add_generation_prompt is for messages only")
+        return self
+
+
+class DetokenizeBody(_Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """Read a request body.
+
+    Raises:
+        RestError: with the first thing that is wrong, and the field it is wrong in.
+    """
+    try:
+        value = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid(f"the body is not valid JSON in UTF-8: {error}") from error
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _first_problem(error) from error
+
+
+def _first_problem(error: ValidationError) -> RestError:
+    problem = error.errors(include_url=False, include_context=True, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "unsupported_field":
+            where = ".".join(filter(None, (where, str(context["name"]))))
+            return invalid(problem["msg"], where, "unsupported_parameter")
+        case "extra_forbidden":
+            return invalid(f"unknown field '{where}'; leave it out", where, "unknown_parameter")
+        case "missing":
+            return invalid(f"'{where}' is required", where, "missing_required_parameter")
+    message = problem["msg"]
+    return invalid(f"{where}: {message}" if where else message, where or None, "invalid_value")
