@@ -1,0 +1,144 @@
+"""Dual chunk positions: which rotation of a query meets which keys.
+
+With stride C = S - w, a query at i (chunk a = i // C, r = i mod C) and a key at j (chunk b,
+s = j mod C) see each other at the relative position
+
+    r - s               a = b        intra
+    min(r + C, S) - s   a = b + 1    successive
+    S - s               a >= b + 2   inter
+
+A key's rotation depends on s alone, so keys are rotated once, before they are cached, and a
+query is rotated three times. Source: Dual Chunk Attention (arXiv 2402.17463) as published with
+Qwen2.5-1M (arXiv 2501.15383).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines, float32 [n, head_dim / 2], of one position a row."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Rotate [n, heads, head_dim] by each row's position; computed in float32."""
+        first, second = vectors.float().chunk(2, dim=-1)
+        cosine, sine = self.cosine[:, None, :], self.sine[:, None, :]
+        rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+        return rotated.to(vectors.dtype)
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+    """The rotary embedding's angles (arXiv 2104.09864) at `positions`, int64 [n]."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (exponents / head_dim)
+    angles = positions.float()[:, None] * frequencies[None, :]
+    return Rotation(angles.cos(), angles.sin())
+
+
+@dataclass(frozen=True)
+class SegmentQueries:
+    """One set of queries under its three rotations, each [n, heads, head_dim]."""
+
+    intra: Tensor
+    successive: Tensor
+    inter: Tensor
+
+    def rows(self, rows: slice) -> "SegmentQueries":
+        """The same rows of each."""
+        return SegmentQueries(self.intra[rows], self.successive[rows], self.inter[rows])
+
+    def heads(self, heads: slice) -> "SegmentQueries":
+        """The same heads of each."""
+        return SegmentQueries(
+            self.intra[:, heads], self.successive[:, heads], self.inter[:, heads]
+        )
+
+
+@dataclass(frozen=True)
+class KeyBounds:
+    """Where a query's segments lie: keys [0, inter), [inter, successive), [successive, i]."""
+
+    inter: int
+    successive: int
+
+    @classmethod
+    def of(cls, position: int, stride: int | None) -> "KeyBounds":
+        """The bounds for a query at `position`; without a stride every key is intra."""
+        if stride is None:
+            return cls(0, 0)
+        chunk = position // stride
+        return cls(max(0, (chunk - 1) * stride), chunk * stride)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Query rows [first_row, last_row) at positions [start, start + rows), all in one chunk."""
+
+    first_row: int
+    last_row: int
+    start: int
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.last_row - self.first_row
+
+    @property
+    def end(self) -> int:
+        """The position after the last query."""
+        return self.start + self.rows
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Which positions a tensor of query rows holds: whole blocks of 128, in rising order.
+
+    `blocks` are indices into the sequence (block b is [128 b, 128 (b + 1))), not necessarily
+    neighbours: sequence parallelism deals them out in turn. Only the sequence's last block may
+    be short; `end` is the position after the last row that exists.
+    """
+
+    blocks: Sequence[int]
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all blocks."""
+        return sum(span.rows for span in self.spans())
+
+    def spans(self) -> Iterator[Span]:
+        """One span a block."""
+        row = 0
+        for block in self.blocks:
+            start = block * BLOCK_ROWS
+            rows = min(BLOCK_ROWS, self.end - start)
+            yield Span(row, row + rows, start)
+            row += rows
+
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """int64 [num_rows]."""
+        starts = torch.tensor(self.blocks, dtype=torch.int64, device=device) * BLOCK_ROWS
+        offsets = torch.arange(BLOCK_ROWS, device=device)
+        return (starts[:, None] + offsets[None, :]).flatten()[: self.num_rows]
+
+
+def split_at_chunks(span: Span, stride: int | None) -> Iterator[Span]:
+    """Cut a span where it crosses from one dual chunk to the next."""
+    row, position = span.first_row, span.start
+    while row < span.last_row:
+        border = span.end if stride is None else (position // stride + 1) * stride
+        rows = min(span.end, border) - position
+        yield Span(row, row + rows, position)
+        row, position = row + rows, position + rows
