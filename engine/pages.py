@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.pages import PAGE_TOKENS
 from .errors import OutOfPagesError
-
-PAGE_TOKENS = 128
 
 
 def pages_for(tokens: int) -> int:

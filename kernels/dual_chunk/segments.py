@@ -58,9 +58,7 @@ class SegmentQueries:
 
     def heads(self, heads: slice) -> "SegmentQueries":
         """The same heads of each."""
-        return SegmentQueries(
-            self.intra[:, heads], self.successive[:, heads], self.inter[:, heads]
-        )
+        return SegmentQueries(self.intra[:, heads], self.successive[:, heads], self.inter[:, heads])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""The whole engine in one process: for tests, evaluation and anyone with a script."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .mesh import Mesh
+from .messages import Tokens
+from .pages import PagePool, pages_for
+from .prefill import Prefiller
+from .qwen2 import Qwen2
+from .sparsity import SparsityConfig
+
+
+class LocalPrefill:
+    """A checkpoint on a mesh of one, with pages for prompts of up to `max_tokens`.
+
+    prefill = LocalPrefill(folder, max_tokens=65536)
+    logits = prefill.logits(prompt)
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        sparse: bool = True,
+        mesh: Mesh | None = None,
+    ) -> None:
+        device = device or torch.device("cpu")
+        self.model = Qwen2.load(folder, mesh or Mesh.single(), dtype, device)
+        self.pool = PagePool(self.model.page_geometry, pages_for(max_tokens), device)
+        sparsity = SparsityConfig.from_folder(folder) if sparse else None
+        self.prefiller = Prefiller(self.model, self.pool, sparsity)
+
+    def logits(self, prompt: Tokens, chunk_tokens: int = 32768) -> Tensor:
+        """float32 [vocab] after the prompt's last token."""
+        self.prefiller.admit("local", prompt)
+        try:
+            result = None
+            for start in range(0, len(prompt), chunk_tokens):
+                end = min(start + chunk_tokens, len(prompt))
+                result = self.prefiller.run_chunk("local", start, end)
+            assert result is not None
+            assert result.logits is not None
+            return result.logits
+        finally:
+            self.prefiller.release("local")

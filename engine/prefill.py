@@ -1,0 +1,335 @@
+"""Prefill on one rank: a prompt, chunk by chunk, into KV pages and a first distribution.
+
+Every rank of a mesh has a Prefiller, and every call is made on all of them in the same order.
+The rows of a chunk are dealt to the sequence ranks in blocks of 128; each rank computes K and V of
+its blocks, all ranks gather them, and so each rank's pages hold the whole prompt for its KV heads.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import dual_chunk, sparse
+from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks
+from ..kernels.pages import LayerPages, to_pages
+from ..kernels.sparse import FORCED_VERTICALS, HeadBudget, Selection
+from .errors import InvalidRequestError
+from .mesh import Mesh
+from .messages import Tokens
+from .pages import PAGE_TOKENS, PagePool, pages_for
+from .qwen2 import Layer, Qwen2
+from .sparsity import SparsityConfig
+from .transport import PageSender
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What came out of one chunk.
+
+    `logits` are those after the prompt's last token, float32 [vocab] on every rank, once the chunk
+    reaches the prompt's end, else None. `stages` are seconds by what they were spent on.
+    """
+
+    logits: Tensor | None
+    stages: dict[str, float]
+
+
+@dataclass
+class _Admitted:
+    """A prompt under way; `done` tokens lie in its pages."""
+
+    prompt: Tokens
+    pages: list[int]
+    done: int = 0
+
+
+@dataclass
+class _Stages:
+    """Adds up seconds by stage."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
+
+
+class Prefiller:
+    """Computes prompts on one rank. Not thread-safe.
+
+    Activations grow with the chunk, never with the prompt.
+    """
+
+    def __init__(self, model: Qwen2, pool: PagePool, sparsity: SparsityConfig | None) -> None:
+        self._model = model
+        self._pool = pool
+        self._sparsity = sparsity
+        self._admitted: dict[str, _Admitted] = {}
+
+    def admit(self, request_id: str, prompt: Tokens) -> None:
+        """Reserve pages for a prompt.
+
+        Raises:
+            OutOfPagesError: they are not free now; nothing was reserved.
+            InvalidRequestError: no tokens, or a request of that name is admitted already.
+        """
+        if len(prompt) == 0:
+            raise InvalidRequestError("a prompt needs at least one token")
+        if request_id in self._admitted:
+            raise InvalidRequestError(f"request {request_id} is being prefilled already")
+        self._admitted[request_id] = _Admitted(prompt, self._pool.allocate(pages_for(len(prompt))))
+
+    def release(self, request_id: str) -> None:
+        """Give the pages of a request back, finished or not; unknown requests are no error."""
+        admitted = self._admitted.pop(request_id, None)
+        if admitted is not None:
+            self._pool.release(admitted.pages)
+
+    @torch.inference_mode()
+    def run_chunk(
+        self, request_id: str, start: int, end: int, sender: PageSender | None = None
+    ) -> ChunkResult:
+        """Compute prompt tokens [start, end); collective over the mesh.
+
+        Args:
+            start: where the request's last chunk ended.
+            end: a multiple of 128, or the end of the prompt.
+            sender: takes each layer's finished pages, this rank's share of them.
+
+        Raises:
+            InvalidRequestError: no such request, or not its next chunk.
+        """
+        admitted = self._next_chunk_of(request_id, start, end)
+        chunk = _Chunk(self._model, self._pool, self._sparsity, admitted, start, end, sender)
+        logits = chunk.run()
+        admitted.done = end
+        return ChunkResult(logits, dict(chunk.stages.seconds))
+
+    def _next_chunk_of(self, request_id: str, start: int, end: int) -> _Admitted:
+        admitted = self._admitted.get(request_id)
+        if admitted is None:
+            raise InvalidRequestError(f"request {request_id} was not admitted, or was released")
+        length = len(admitted.prompt)
+        if start != admitted.done or not start < end <= length:
+            raise InvalidRequestError(
+                f"request {request_id}: chunk [{start}, {end}) does not follow on "
+                f"{admitted.done} of {length} tokens"
+            )
+        if end % PAGE_TOKENS and end != length:
+            raise InvalidRequestError(
+                f"request {request_id}: a chunk must end at a multiple of {PAGE_TOKENS} or at "
+                f"the prompt's end, not at {end}"
+            )
+        return admitted
+
+
+class _Chunk:
+    """One chunk of one prompt on this rank."""
+
+    def __init__(
+        self,
+        model: Qwen2,
+        pool: PagePool,
+        sparsity: SparsityConfig | None,
+        admitted: _Admitted,
+        start: int,
+        end: int,
+        sender: PageSender | None,
+    ) -> None:
+        self._model, self._mesh, self._pool = model, model.mesh, pool
+        self._sender = sender
+        self._start, self._end = start, end
+        self._length = len(admitted.prompt)
+        self._prompt = admitted.prompt
+        self._table = admitted.pages
+        self._page_numbers = np.asarray(admitted.pages, dtype=np.int64)
+        self._scale = model.positions.softmax_scale(self._length)
+        use_sparse = sparsity is not None and self._length > sparsity.threshold
+        self._sparsity = sparsity if use_sparse else None
+        every = range(start // BLOCK_ROWS, pages_for(end))
+        self._num_blocks = len(every)
+        self._first_block = every.start
+        own = [b for b in every if b % self._mesh.sequence_parallel == self._mesh.sequence_rank]
+        self._blocks = QueryBlocks(own, end)
+        self._positions = self._blocks.positions(model.device)
+        self.stages = _Stages()
+
+    def run(self) -> Tensor | None:
+        with self.stages.time("linear"):
+            tokens = torch.from_numpy(self._prompt[self._positions.cpu().numpy()])
+            hidden = self._model.embed(tokens.to(self._model.device, torch.int64))
+        for number, layer in enumerate(self._model.layers[:-1]):
+            hidden = self._run_layer(number, layer, hidden)
+        return self._run_last_layer(hidden)
+
+    def _run_layer(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
+        with self.stages.time("linear"):
+            q, k, v = layer.project(hidden)
+        self._store(number, k, v)
+        attended = self._attend(number, q)
+        with self.stages.time("linear"):
+            return layer.finish(hidden, attended)
+
+    def _run_last_layer(self, hidden: Tensor) -> Tensor | None:
+        """Of the last layer only K and V are wanted, and the prompt's last row."""
+        number = len(self._model.layers) - 1
+        layer = self._model.layers[number]
+        with self.stages.time("linear"):
+            k, v = layer.keys_values(layer.input_norm(hidden))
+        self._store(number, k, v)
+        if self._end < self._length:
+            return None
+        logits = torch.zeros(self._model.config.vocab_size, device=self._model.device)
+        if self._owner_of(self._length - 1) == self._mesh.sequence_rank:
+            logits = self._last_logits(number, layer, hidden[-1:])
+        return self._mesh.sum_over_sequence_ranks(logits)
+
+    def _last_logits(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
+        """Logits [vocab] after the prompt's last token, whose hidden state is [1, hidden]."""
+        model = self._model
+        with self.stages.time("attention"):
+            q = layer.queries(layer.input_norm(hidden))
+            attended = dual_chunk.decode_attention(
+                model.positions.queries(q, self._positions[-1:]),
+                self._pool.memory[number],
+                self._table,
+                self._length,
+                model.positions.stride,
+                self._scale,
+            )
+        with self.stages.time("linear"):
+            return model.logits(layer.finish(hidden, attended))[0]
+
+    def _store(self, number: int, k: Tensor, v: Tensor) -> None:
+        """Put the chunk's K and V, all ranks' rows, into pages, and hand this rank's share off."""
+        with self.stages.time("linear"):
+            own = to_pages(self._model.positions.keys(k, self._positions), v)
+        with self.stages.time("communication"):
+            pages = self._gather_pages(own)
+            first, last = self._first_block, self._first_block + self._num_blocks
+            target = torch.from_numpy(self._page_numbers[first:last]).to(pages.device)
+            self._pool.memory[number].index_copy_(0, target, pages)
+        if self._sender is not None and self._model.heads.owns_kv:
+            with self.stages.time("hand-off"):
+                self._hand_off(self._sender, number, pages)
+
+    def _gather_pages(self, own: Tensor) -> Tensor:
+        """Every rank's pages of this chunk in their order, [blocks, kv_heads, 2, 128, d]."""
+        ranks = self._mesh.sequence_parallel
+        if ranks == 1:
+            return own
+        most = -(-self._num_blocks // ranks)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own
+        gathered = self._mesh.gather_over_sequence_ranks(padded)
+        # The chunk's first block need not be rank 0's: begin with the rank whose it is.
+        turned = gathered.roll(-(self._first_block % ranks), dims=0)
+        return turned.transpose(0, 1).flatten(0, 1)[: self._num_blocks]
+
+    def _hand_off(self, sender: PageSender, number: int, pages: Tensor) -> None:
+        """Push the contiguous part of the chunk's pages that falls to this rank."""
+        ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
+        first = self._num_blocks * rank // ranks
+        last = self._num_blocks * (rank + 1) // ranks
+        if first < last:
+            first_kv_head = self._model.heads.first_kv_head
+            sender.push(number, self._first_block + first, first_kv_head, pages[first:last])
+
+    def _attend(self, number: int, q: Tensor) -> Tensor:
+        """Attention of this rank's rows: [n, heads, d] to the same."""
+        positions = self._model.positions
+        pages = LayerPages(self._pool.memory[number], self._page_numbers)
+        selections = None
+        if self._sparsity is not None:
+            with self.stages.time("selection"):
+                selections = self._select(number, q, pages, self._sparsity)
+        with self.stages.time("attention"):
+            queries = positions.queries(q, self._positions)
+            if selections is None:
+                attended, _ = dual_chunk.attention(
+                    queries, self._blocks, pages, positions.stride, self._scale
+                )
+            else:
+                attended, _ = sparse.attention(
+                    queries, self._blocks, pages, positions.stride, self._scale, selections
+                )
+        return attended
+
+    def _select(
+        self, number: int, q: Tensor, pages: LayerPages, sparsity: SparsityConfig
+    ) -> list[Selection]:
+        """What each head attends to; heads are dealt to the sequence ranks, results shared."""
+        heads = self._model.heads
+        rows = min(sparsity.last_queries, self._end - self._start)
+        first_position = self._end - rows
+        last = self._last_rows(q, first_position)
+        where = torch.arange(first_position, self._end, device=q.device)
+        queries = self._model.positions.selection_queries(last, where)
+        budgets = sparsity.heads(number, heads.first_head, heads.last_head)
+        group = heads.num_heads // heads.num_kv_heads
+        ranks = self._mesh.sequence_parallel
+        shared = _SharedSelections(budgets, q.device)
+        for head in range(heads.num_heads):
+            if head * ranks // heads.num_heads != self._mesh.sequence_rank:
+                continue
+            [selection] = sparse.select(
+                queries.heads(slice(head, head + 1)),
+                first_position,
+                pages,
+                head // group,
+                self._model.positions.stride,
+                self._scale,
+                budgets[head : head + 1],
+            )
+            shared.put(head, selection)
+        return shared.exchange(self._mesh)
+
+    def _last_rows(self, q: Tensor, first_position: int) -> Tensor:
+        """The chunk's rows from `first_position` on, from whichever ranks hold them, float32."""
+        last = q.new_zeros(self._end - first_position, *q.shape[1:], dtype=torch.float32)
+        held = self._positions >= first_position
+        last[self._positions[held] - first_position] = q[held].float()
+        return self._mesh.sum_over_sequence_ranks(last)
+
+    def _owner_of(self, position: int) -> int:
+        """The sequence rank that holds this row."""
+        return position // BLOCK_ROWS % self._mesh.sequence_parallel
+
+
+class _SharedSelections:
+    """Selections on their way between sequence ranks: numbers plus one, zero where there is none.
+
+    Each rank fills in the heads that are its own, so a sum over ranks is an exchange.
+    """
+
+    def __init__(self, budgets: Sequence[HeadBudget], device: torch.device) -> None:
+        verticals = max(max(b.verticals, FORCED_VERTICALS) for b in budgets)
+        bands = max(b.bands for b in budgets)
+        self._verticals = torch.zeros(len(budgets), verticals, dtype=torch.int64, device=device)
+        self._bands = torch.zeros(len(budgets), bands, dtype=torch.int64, device=device)
+
+    def put(self, head: int, selection: Selection) -> None:
+        for table, values in (
+            (self._verticals, selection.verticals),
+            (self._bands, selection.bands),
+        ):
+            table[head, : len(values)] = torch.from_numpy(values + 1)
+
+    def exchange(self, mesh: Mesh) -> list[Selection]:
+        """All heads' selections, on every rank."""
+        verticals = mesh.sum_over_sequence_ranks(self._verticals).cpu().numpy()
+        bands = mesh.sum_over_sequence_ranks(self._bands).cpu().numpy()
+        return [
+            Selection(column[column > 0] - 1, band[band > 0] - 1)
+            for column, band in zip(verticals, bands, strict=True)
+        ]

@@ -1,0 +1,102 @@
+"""One layer's KV pages of one sequence, as attention reads and writes them.
+
+A page is 128 tokens, head-major: [kv_heads, 2 (K, V), 128, head_dim]. The layer's memory is
+[pages, kv_heads, 2, 128, head_dim], and a block table says which page holds which tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PAGE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """`table[p]` is the page of tokens [128 p, 128 (p + 1)). Keys lie rotated."""
+
+    memory: Tensor  # [pages, kv_heads, 2, 128, head_dim]
+    table: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, memory: Tensor, block_table: Sequence[int]) -> "LayerPages":
+        """From any sequence of page numbers."""
+        return cls(memory, np.asarray(block_table, dtype=np.int64))
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads in the memory."""
+        return self.memory.shape[1]
+
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V of tokens [start, end): contiguous copies, each [kv_heads, end - start, d]."""
+        first, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
+        pages = self._pages(first, last)
+        offset = start - first * PAGE_TOKENS
+        heads, head_dim = self.num_kv_heads, self.memory.shape[-1]
+        k, v = (
+            pages[:, :, which]  # [pages, kv_heads, 128, d]
+            .transpose(0, 1)
+            .reshape(heads, -1, head_dim)[:, offset : offset + end - start]
+            for which in (0, 1)
+        )
+        return k, v
+
+    def read_keys(self, kv_head: int, start: int, end: int) -> Tensor:
+        """K of one head, [end - start, d]."""
+        first, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
+        keys = self._pages(first, last)[:, kv_head, 0].reshape(-1, self.memory.shape[-1])
+        offset = start - first * PAGE_TOKENS
+        return keys[offset : offset + end - start]
+
+    def gather(self, kv_head: int, tokens: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """K and V of chosen tokens of one head, each [len(tokens), d]."""
+        flat = self.memory.view(-1, self.memory.shape[-1])
+        pages = self.table[tokens >> 7]
+        rows = ((pages * self.num_kv_heads + kv_head) * 2) * PAGE_TOKENS + (tokens & 127)
+        index = torch.from_numpy(rows).to(flat.device)
+        return flat.index_select(0, index), flat.index_select(0, index + PAGE_TOKENS)
+
+    def _pages(self, first: int, last: int) -> Tensor:
+        """Pages [first, last) of the sequence; a view where they are neighbours in memory."""
+        pages = self.table[first:last]
+        if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
+            return self.memory[int(pages[0]) : int(pages[-1]) + 1]
+        return self.memory.index_select(0, torch.from_numpy(pages).to(self.memory.device))
+
+
+def write_pages(
+    memory: Tensor, block_table: Sequence[int], start: int, k: Tensor, v: Tensor
+) -> None:
+    """Write K and V of tokens [start, start + n), each [n, kv_heads, d], into one layer's memory.
+
+    Args:
+        memory: [pages, kv_heads, 2, 128, d].
+        block_table: pages of the sequence from its beginning.
+    """
+    row, count = 0, k.shape[0]
+    while row < count:
+        page, offset = divmod(start + row, PAGE_TOKENS)
+        rows = min(PAGE_TOKENS - offset, count - row)
+        target = memory[block_table[page], :, :, offset : offset + rows]  # [kv_heads, 2, rows, d]
+        target[:, 0] = k[row : row + rows].transpose(0, 1)
+        target[:, 1] = v[row : row + rows].transpose(0, 1)
+        row += rows
+
+
+def to_pages(k: Tensor, v: Tensor) -> Tensor:
+    """K and V of whole blocks as pages: [n, kv_heads, d] twice to [pages, kv_heads, 2, 128, d].
+
+    The last block may be short; its page is filled up with zeros.
+    """
+    rows, heads, head_dim = k.shape
+    num_pages = -(-rows // PAGE_TOKENS)
+    pages = k.new_zeros(num_pages, PAGE_TOKENS, 2, heads, head_dim)
+    flat = pages.view(num_pages * PAGE_TOKENS, 2, heads, head_dim)
+    flat[:rows, 0] = k
+    flat[:rows, 1] = v
+    return pages.permute(0, 3, 2, 1, 4).contiguous()

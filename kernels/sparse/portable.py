@@ -1,0 +1,124 @@
+"""Sparse dual chunk attention in plain PyTorch: gather what was selected, then attend to it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..dual_chunk.segments import (
+    BLOCK_ROWS,
+    KeyBounds,
+    QueryBlocks,
+    SegmentQueries,
+    Span,
+    split_at_chunks,
+)
+from ..pages import LayerPages
+from .selection import Selection
+
+
+def attention(
+    queries: SegmentQueries,
+    blocks: QueryBlocks,
+    pages: LayerPages,
+    stride: int | None,
+    scale: float,
+    selections: Sequence[Selection],
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of query blocks over the tiles and columns selected for each head.
+
+    Args:
+        queries: rotated, each [rows, heads, d]; row r is the r-th row of `blocks`.
+        pages: K and V of tokens [0, blocks.end), the queries' own included.
+        selections: one a head; see `visible_keys` for what they make visible.
+
+    Returns:
+        output [rows, heads, d] in the queries' type, log-sum-exp [rows, heads] float32.
+    """
+    rows, heads, head_dim = queries.intra.shape
+    output = torch.empty(
+        heads, rows, head_dim, dtype=queries.intra.dtype, device=pages.memory.device
+    )
+    lse = torch.empty(heads, rows, device=pages.memory.device)
+    group = heads // pages.num_kv_heads
+    # Head-major and scaled once, so that the inner loop only slices.
+    rotated = [
+        (each.float() * scale).transpose(0, 1).contiguous()
+        for each in (queries.inter, queries.successive, queries.intra)
+    ]
+    for head, selection in enumerate(selections):
+        visible = _VisibleKeys(selection)
+        for span in blocks.spans():
+            tokens = visible.of_block(span)
+            k, v = pages.gather(head // group, tokens)
+            logits = _logits([each[head] for each in rotated], span, tokens, k.float(), stride)
+            block = slice(span.first_row, span.last_row)
+            torch.logsumexp(logits, -1, out=lse[head, block])
+            weights = torch.softmax(logits, -1).to(v.dtype)
+            torch.mm(weights, v, out=output[head, block])
+    return output.transpose(0, 1), lse.T
+
+
+def visible_keys(selection: Selection, block: int, end: int) -> npt.NDArray[np.int64]:
+    """Rising positions of the keys that query block `block` sees; its own are causal besides.
+
+    A block sees the whole tiles that the selected bands touch (band b lies in the tiles b and
+    b + 1 before it), and the selected columns before its own tile.
+    """
+    rows = min(BLOCK_ROWS, end - block * BLOCK_ROWS)
+    return _VisibleKeys(selection).of_block(Span(0, rows, block * BLOCK_ROWS))
+
+
+class _VisibleKeys:
+    """The keys of one head, block by block."""
+
+    def __init__(self, selection: Selection) -> None:
+        offsets = np.union1d(selection.bands, selection.bands + 1)
+        self._offsets = offsets[::-1]  # falling, so that tiles rise
+        self._is_offset = np.zeros(int(offsets[-1]) + 2, dtype=np.bool_)
+        self._is_offset[offsets] = True
+        self._columns = selection.verticals
+        self._column_tiles = selection.verticals // BLOCK_ROWS
+
+    def of_block(self, span: Span) -> npt.NDArray[np.int64]:
+        """See `visible_keys`."""
+        block = span.start // BLOCK_ROWS
+        tiles = block - self._offsets[self._offsets <= block]
+        in_tiles = (tiles[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).ravel()
+        in_tiles = in_tiles[: len(in_tiles) - (BLOCK_ROWS - span.rows)]
+        before = np.searchsorted(self._column_tiles, block)
+        distances = block - self._column_tiles[:before]
+        np.minimum(distances, len(self._is_offset) - 1, out=distances)
+        alone = self._columns[:before][~self._is_offset[distances]]
+        return np.sort(np.concatenate((alone, in_tiles)), kind="stable")
+
+
+def _logits(
+    rotated: Sequence[Tensor],
+    span: Span,
+    tokens: npt.NDArray[np.int64],
+    keys: Tensor,
+    stride: int | None,
+) -> Tensor:
+    """Causal logits [rows, len(tokens)] of one head's block.
+
+    Args:
+        rotated: that head's inter, successive and intra queries, each [rows of all blocks, d].
+        tokens: rising; they end with the block's own.
+        keys: float32 [len(tokens), d].
+    """
+    logits = torch.empty(span.rows, len(tokens), device=keys.device)
+    for part in split_at_chunks(span, stride):
+        bounds = KeyBounds.of(part.start, stride)
+        borders = [0, *np.searchsorted(tokens, (bounds.inter, bounds.successive)), len(tokens)]
+        rows = slice(part.first_row - span.first_row, part.last_row - span.first_row)
+        for queries, first, last in zip(rotated, borders[:-1], borders[1:], strict=True):
+            if first < last:
+                q = queries[part.first_row : part.last_row]
+                torch.mm(q, keys[first:last].T, out=logits[rows, first:last])
+    own = logits[:, len(tokens) - span.rows :]
+    later = torch.ones(span.rows, span.rows, dtype=torch.bool, device=keys.device).triu_(1)
+    own.masked_fill_(later, -torch.inf)
+    return logits

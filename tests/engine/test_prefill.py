@@ -1,0 +1,141 @@
+"""Prefill against transformers, against the definition, and against itself cut differently."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from longreach.engine.errors import InvalidRequestError, OutOfPagesError
+from longreach.engine.local import LocalPrefill
+from longreach.engine.messages import Tokens
+
+from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint, oracle_logits
+
+
+def prompt_of(length: int) -> Tokens:
+    return np.random.default_rng(length).integers(0, VOCAB, length).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def dual_chunk(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("dual"), DUAL_CHUNK)
+
+
+def engine(folder: Path, **options) -> LocalPrefill:
+    local = LocalPrefill(folder, 1280, **options)
+    local.pool.memory.fill_(torch.nan)
+    return local
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("dual", [True, False])
+def test_within_one_dual_chunk_it_is_transformers_qwen2(tmp_path, tie: bool, dual: bool) -> None:
+    folder = make_checkpoint(tmp_path, DUAL_CHUNK if dual else None, tie=tie)
+    prompt = prompt_of(111)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model(torch.from_numpy(prompt).long()[None]).logits[0, -1]
+    torch.testing.assert_close(engine(folder).logits(prompt), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_positions_far_out(tmp_path) -> None:
+    folder = make_checkpoint(tmp_path)
+    prompt = prompt_of(1000)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model(torch.from_numpy(prompt).long()[None]).logits[0, -1]
+    actual = engine(folder).logits(prompt, chunk_tokens=384)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 63, 128, 246, 247, 500, 1000])
+def test_dual_chunks_are_the_definition(dual_chunk: Path, length: int) -> None:
+    prompt = prompt_of(length)
+    expected = oracle_logits(dual_chunk, prompt.tolist())[-1].float()
+    torch.testing.assert_close(engine(dual_chunk).logits(prompt), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("chunk_tokens", [128, 256, 384, 640, 1024])
+def test_every_chunk_size_is_the_same(dual_chunk: Path, chunk_tokens: int) -> None:
+    prompt = prompt_of(1000)
+    expected = oracle_logits(dual_chunk, prompt.tolist())[-1].float()
+    actual = engine(dual_chunk).logits(prompt, chunk_tokens)
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("chunk_tokens", [128, 1024])
+def test_sparse_with_full_budgets_is_dense(tmp_path, chunk_tokens: int) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    folder = make_checkpoint(tmp_path, keys, sparse=(4096, 4096))
+    prompt = prompt_of(1000)
+    dense = engine(folder, sparse=False).logits(prompt)
+    sparse = engine(folder).logits(prompt, chunk_tokens)
+    torch.testing.assert_close(sparse, dense, rtol=2e-4, atol=2e-4)
+
+
+def test_small_budgets_really_leave_something_out(tmp_path) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 999}
+    folder = make_checkpoint(tmp_path, keys, sparse=(40, 128))
+    sparse, dense = engine(folder), engine(folder, sparse=False)
+    assert not torch.allclose(sparse.logits(prompt_of(1000)), dense.logits(prompt_of(1000)))
+    torch.testing.assert_close(sparse.logits(prompt_of(999)), dense.logits(prompt_of(999)))
+
+
+def test_bfloat16_is_near(dual_chunk: Path) -> None:
+    prompt = prompt_of(500)
+    expected = engine(dual_chunk).logits(prompt)
+    actual = engine(dual_chunk, dtype=torch.bfloat16).logits(prompt)
+    assert (actual - expected).norm() / expected.norm() < 0.05
+
+
+def test_pages_that_are_not_neighbours_read_the_same(dual_chunk: Path) -> None:
+    local = engine(dual_chunk)
+    prompt = prompt_of(1000)
+    expected = local.logits(prompt, 256)
+    held = local.pool.allocate(10)
+    local.pool.release(held[::2])
+    local.pool.release([held[1], held[7]])
+    scattered = local.logits(prompt[:700], 256)
+    torch.testing.assert_close(
+        scattered, engine(dual_chunk).logits(prompt[:700]), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(scattered, expected)
+
+
+def test_requests_may_take_turns_and_leave_no_page(dual_chunk: Path) -> None:
+    local = engine(dual_chunk)
+    prompts = {"first": prompt_of(500), "second": prompt_of(600)}
+    alone = {name: engine(dual_chunk).logits(prompt) for name, prompt in prompts.items()}
+    for name, prompt in prompts.items():
+        local.prefiller.admit(name, prompt)
+    for start in (0, 256, 512):
+        for name, prompt in prompts.items():
+            if start < len(prompt):
+                end = min(start + 256, len(prompt))
+                result = local.prefiller.run_chunk(name, start, end)
+                if end == len(prompt):
+                    assert result.logits is not None
+                    torch.testing.assert_close(result.logits, alone[name], rtol=1e-4, atol=1e-4)
+    for name in prompts:
+        local.prefiller.release(name)
+    assert local.pool.num_free == local.pool.num_pages
+
+
+def test_wrong_calls_are_refused_and_cost_nothing(dual_chunk: Path) -> None:
+    local = engine(dual_chunk)
+    prefiller = local.prefiller
+    with pytest.raises(OutOfPagesError):
+        prefiller.admit("huge", prompt_of(1281))
+    with pytest.raises(InvalidRequestError, match="at least one"):
+        prefiller.admit("empty", prompt_of(0))
+    prefiller.admit("one", prompt_of(500))
+    with pytest.raises(InvalidRequestError, match="already"):
+        prefiller.admit("one", prompt_of(5))
+    for start, end in ((128, 256), (0, 100), (0, 501), (0, 0)):
+        with pytest.raises(InvalidRequestError):
+            prefiller.run_chunk("one", start, end)
+    with pytest.raises(InvalidRequestError, match="not admitted"):
+        prefiller.run_chunk("other", 0, 128)
+    prefiller.release("one")
+    prefiller.release("one")
+    assert local.pool.num_free == local.pool.num_pages
