@@ -111,12 +111,12 @@ class Layer:
     def queries(self, normed: Tensor) -> Tensor:
         """[n, hidden] after `input_norm` to [n, heads, d], not rotated."""
         q = functional.linear(normed, self.query_weight, self.query_bias)
-        return q.view(len(normed), -1, self.head_dim)
+        return q.unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """[n, hidden] after `input_norm` to K and V, each [n, kv_heads, d], not rotated."""
         both = functional.linear(normed, self.key_value_weight, self.key_value_bias)
-        k, v = both.view(len(normed), 2, -1, self.head_dim).unbind(1)
+        k, v = both.unflatten(-1, (2, -1, self.head_dim)).unbind(1)
         return k, v
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +131,7 @@ class Layer:
             hidden: what went into the layer, [n, hidden].
             attended: this rank's heads, [n, heads, d].
         """
-        attended = functional.linear(attended.reshape(len(hidden), -1), self.output_weight)
+        attended = functional.linear(attended.flatten(1), self.output_weight)
         hidden = hidden + self.mesh.sum_over_tensor_ranks(attended)
         gate, up = functional.linear(self.mlp_norm(hidden), self.gate_up_weight).chunk(2, dim=-1)
         down = functional.linear(functional.silu(gate) * up, self.down_weight)

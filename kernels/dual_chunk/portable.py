@@ -97,6 +97,8 @@ def _attend_range(
     scale: float,
 ) -> None:
     """Merge attention of `rows` of q [heads, rows, d] over all keys in [start, end)."""
+    if q.shape[1] == 0:
+        return
     for first in range(start, end, _KEYS_AT_ONCE):
         k, v = pages.read(first, min(first + _KEYS_AT_ONCE, end))
         result.merge(rows, *_attend(q[:, rows], k, v, scale, causal=False))
@@ -111,7 +113,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
         k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
     else:
         # Query heads that share keys become rows of one head, so keys are read once.
-        q = q.reshape(kv_heads, -1, head_dim)
+        q = q.reshape(kv_heads, heads // kv_heads * rows, head_dim)
     output, lse = _fused(q, k, v, scale, causal)
     return output.reshape(heads, rows, head_dim), lse.reshape(heads, rows)
 
