@@ -1,0 +1,91 @@
+"""Dense dual chunk attention and its positions against the definition."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longreach.kernels import dual_chunk
+from longreach.kernels.dual_chunk import KeyBounds, QueryBlocks, Span, reference, split_at_chunks
+
+from .problem import CHUNK, LOCAL, SCALE, make_problem
+
+STRIDE = CHUNK - LOCAL
+
+
+@pytest.mark.parametrize("dual", [True, False])
+@pytest.mark.parametrize(
+    ("length", "blocks"),
+    [(1, [0]), (63, [0]), (128, [0]), (247, [0, 1]), (1000, [0, 3, 7]), (1000, [2, 5]), (640, [4])],
+)
+def test_dense_attention(length: int, blocks: list[int], dual: bool) -> None:
+    problem = make_problem(length, dual)
+    rows = QueryBlocks(blocks, length)
+    expected, expected_lse = reference.attention(problem.logits, problem.v)
+    output, lse = dual_chunk.attention(
+        problem.queries(rows), rows, problem.pages, STRIDE if dual else None, SCALE
+    )
+    where = rows.positions()
+    torch.testing.assert_close(output, expected[where].float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dual", [True, False])
+@pytest.mark.parametrize("length", [1, 63, 123, 124, 129, 246, 247, 1000])
+def test_decode_attention(length: int, dual: bool) -> None:
+    problem = make_problem(length, dual)
+    where = torch.tensor([length - 1])
+    queries = problem.positions.queries(problem.q[where], where)
+    output = dual_chunk.decode_attention(
+        queries,
+        problem.pages.memory,
+        problem.pages.table.tolist(),
+        length,
+        STRIDE if dual else None,
+        SCALE,
+    )
+    expected, _ = reference.attention(problem.logits, problem.v)
+    torch.testing.assert_close(output, expected[where].float(), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    start=st.integers(0, 5000), rows=st.integers(1, 400), stride=st.none() | st.integers(1, 1000)
+)
+def test_spans_are_cut_at_every_border_and_nowhere_else(start, rows, stride) -> None:
+    parts = list(split_at_chunks(Span(7, 7 + rows, start), stride))
+    assert [p.first_row for p in parts] == [7, *(p.last_row for p in parts[:-1])]
+    assert parts[-1].last_row == 7 + rows
+    for part in parts:
+        assert part.start - part.first_row == start - 7
+        assert part.rows > 0
+        if stride is not None:
+            assert part.start // stride == (part.end - 1) // stride
+    if stride is not None:
+        assert all(part.start % stride == 0 for part in parts[1:])
+
+
+@given(position=st.integers(0, 5000), size=st.integers(2, 600), data=st.data())
+def test_bounds_tell_the_three_kinds_of_keys_apart(position: int, size: int, data) -> None:
+    local = data.draw(st.integers(1, size - 1))
+    stride = size - local
+    bounds = KeyBounds.of(position, stride)
+    key = data.draw(st.integers(0, position))
+    apart = position // stride - key // stride
+    assert (key < bounds.inter) == (apart >= 2)
+    assert (bounds.inter <= key < bounds.successive) == (apart == 1)
+
+
+@given(
+    blocks=st.lists(st.integers(0, 50), min_size=1, max_size=6, unique=True),
+    short=st.integers(1, 128),
+)
+def test_query_blocks_count_every_row_once(blocks: list[int], short: int) -> None:
+    blocks.sort()
+    rows = QueryBlocks(blocks, blocks[-1] * 128 + short)
+    expected = [
+        block * 128 + offset
+        for block in blocks
+        for offset in range(short if block == blocks[-1] else 128)
+    ]
+    assert rows.positions().tolist() == expected
+    assert rows.num_rows == len(expected)
