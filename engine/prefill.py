@@ -7,7 +7,7 @@ its blocks, all ranks gather them, and so each rank's pages hold the whole promp
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dual_chunk, sparse
-from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks
+from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
 from ..kernels.pages import LayerPages, to_pages
 from ..kernels.sparse import FORCED_VERTICALS, HeadBudget, Selection
 from .errors import InvalidRequestError
@@ -26,6 +26,8 @@ from .pages import PAGE_TOKENS, PagePool, pages_for
 from .qwen2 import Layer, Qwen2
 from .sparsity import SparsityConfig
 from .transport import PageSender
+
+_CPU_ROWS = 16 * BLOCK_ROWS
 
 
 @dataclass(frozen=True)
@@ -174,25 +176,58 @@ class _Chunk:
 
     def _run_layer(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
         with self.stages.time("linear"):
-            q, k, v = layer.project(hidden)
-        self._store(number, k, v)
-        attended = self._attend(number, q)
+            pages, *rotated = self._map_rows(
+                lambda hidden, positions: self._project(layer, hidden, positions), hidden
+            )
+        self._store(number, pages)
+        attended = self._attend(number, layer, hidden, SegmentQueries(*rotated))
         with self.stages.time("linear"):
-            return layer.finish(hidden, attended)
+            [hidden] = self._map_rows(
+                lambda hidden, _, attended: (layer.finish(hidden, attended),), hidden, attended
+            )
+        return hidden
+
+    def _project(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """This rank's pages of whole blocks of rows, and their queries under three rotations."""
+        q, k, v = layer.project(hidden)
+        rotations = self._model.positions
+        pages = to_pages(rotations.keys(k, positions), v)
+        queries = rotations.queries(q, positions)
+        return pages, queries.intra, queries.successive, queries.inter
 
     def _run_last_layer(self, hidden: Tensor) -> Tensor | None:
         """Of the last layer only K and V are wanted, and the prompt's last row."""
         number = len(self._model.layers) - 1
         layer = self._model.layers[number]
         with self.stages.time("linear"):
-            k, v = layer.keys_values(layer.input_norm(hidden))
-        self._store(number, k, v)
+            [pages] = self._map_rows(
+                lambda hidden, positions: self._project_keys(layer, hidden, positions), hidden
+            )
+        self._store(number, pages)
         if self._end < self._length:
             return None
         logits = torch.zeros(self._model.config.vocab_size, device=self._model.device)
         if self._owner_of(self._length - 1) == self._mesh.sequence_rank:
             logits = self._last_logits(number, layer, hidden[-1:])
         return self._mesh.sum_over_sequence_ranks(logits)
+
+    def _project_keys(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor]:
+        k, v = layer.keys_values(layer.input_norm(hidden))
+        return (to_pages(self._model.positions.keys(k, positions), v),)
+
+    def _map_rows(
+        self, function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, *more: Tensor
+    ) -> list[Tensor]:
+        """Call function(hidden, positions, *more) on a few blocks of rows at a time.
+
+        What a whole chunk leaves in between outgrows a CPU's caches; a GPU wants all rows at once.
+        """
+        step = len(hidden) if hidden.is_cuda else _CPU_ROWS
+        parts = [
+            function(*(each[row : row + step] for each in (hidden, self._positions, *more)))
+            for row in range(0, max(len(hidden), 1), max(step, 1))
+        ]
+        return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     def _last_logits(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
         """Logits [vocab] after the prompt's last token, whose hidden state is [1, hidden]."""
@@ -210,10 +245,8 @@ class _Chunk:
         with self.stages.time("linear"):
             return model.logits(layer.finish(hidden, attended))[0]
 
-    def _store(self, number: int, k: Tensor, v: Tensor) -> None:
-        """Put the chunk's K and V, all ranks' rows, into pages, and hand this rank's share off."""
-        with self.stages.time("linear"):
-            own = to_pages(self._model.positions.keys(k, self._positions), v)
+    def _store(self, number: int, own: Tensor) -> None:
+        """Put all ranks' pages of this chunk into the pool, and hand this rank's share off."""
         with self.stages.time("communication"):
             pages = self._gather_pages(own)
             first, last = self._first_block, self._first_block + self._num_blocks
@@ -245,40 +278,43 @@ class _Chunk:
             first_kv_head = self._model.heads.first_kv_head
             sender.push(number, self._first_block + first, first_kv_head, pages[first:last])
 
-    def _attend(self, number: int, q: Tensor) -> Tensor:
-        """Attention of this rank's rows: [n, heads, d] to the same."""
-        positions = self._model.positions
+    def _attend(self, number: int, layer: Layer, hidden: Tensor, queries: SegmentQueries) -> Tensor:
+        """Attention of this rank's rows, [n, heads, d]."""
         pages = LayerPages(self._pool.memory[number], self._page_numbers)
-        selections = None
-        if self._sparsity is not None:
-            with self.stages.time("selection"):
-                selections = self._select(number, q, pages, self._sparsity)
-        with self.stages.time("attention"):
-            queries = positions.queries(q, self._positions)
-            if selections is None:
+        stride = self._model.positions.stride
+        if self._sparsity is None:
+            with self.stages.time("attention"):
                 attended, _ = dual_chunk.attention(
-                    queries, self._blocks, pages, positions.stride, self._scale
+                    queries, self._blocks, pages, stride, self._scale
                 )
-            else:
-                attended, _ = sparse.attention(
-                    queries, self._blocks, pages, positions.stride, self._scale, selections
-                )
-        return attended
+                return attended
+        with self.stages.time("selection"):
+            selections = self._select(number, layer, hidden, pages, self._sparsity)
+        with self.stages.time("attention"):
+            attended, _ = sparse.attention(
+                queries, self._blocks, pages, stride, self._scale, selections
+            )
+            return attended
 
     def _select(
-        self, number: int, q: Tensor, pages: LayerPages, sparsity: SparsityConfig
+        self,
+        number: int,
+        layer: Layer,
+        hidden: Tensor,
+        pages: LayerPages,
+        sparsity: SparsityConfig,
     ) -> list[Selection]:
         """What each head attends to; heads are dealt to the sequence ranks, results shared."""
         heads = self._model.heads
         rows = min(sparsity.last_queries, self._end - self._start)
         first_position = self._end - rows
-        last = self._last_rows(q, first_position)
-        where = torch.arange(first_position, self._end, device=q.device)
+        last = self._last_queries(layer, hidden, first_position)
+        where = torch.arange(first_position, self._end, device=last.device)
         queries = self._model.positions.selection_queries(last, where)
         budgets = sparsity.heads(number, heads.first_head, heads.last_head)
         group = heads.num_heads // heads.num_kv_heads
         ranks = self._mesh.sequence_parallel
-        shared = _SharedSelections(budgets, q.device)
+        shared = _SharedSelections(budgets, last.device)
         for head in range(heads.num_heads):
             if head * ranks // heads.num_heads != self._mesh.sequence_rank:
                 continue
@@ -294,11 +330,15 @@ class _Chunk:
             shared.put(head, selection)
         return shared.exchange(self._mesh)
 
-    def _last_rows(self, q: Tensor, first_position: int) -> Tensor:
-        """The chunk's rows from `first_position` on, from whichever ranks hold them, float32."""
-        last = q.new_zeros(self._end - first_position, *q.shape[1:], dtype=torch.float32)
+    def _last_queries(self, layer: Layer, hidden: Tensor, first_position: int) -> Tensor:
+        """Queries of the chunk's rows from `first_position` on, [rows, heads, d] float32.
+
+        They are projected once more here, by whichever ranks hold them: 64 rows cost nothing.
+        """
         held = self._positions >= first_position
-        last[self._positions[held] - first_position] = q[held].float()
+        q = layer.queries(layer.input_norm(hidden[held]))
+        last = q.new_zeros(self._end - first_position, *q.shape[1:], dtype=torch.float32)
+        last[self._positions[held] - first_position] = q.float()
         return self._mesh.sum_over_sequence_ranks(last)
 
     def _owner_of(self, position: int) -> int:

@@ -43,21 +43,22 @@ def attention(
     )
     lse = torch.empty(heads, rows, device=pages.memory.device)
     group = heads // pages.num_kv_heads
-    # Head-major and scaled once, so that the inner loop only slices.
-    rotated = [
-        (each.float() * scale).transpose(0, 1).contiguous()
-        for each in (queries.inter, queries.successive, queries.intra)
-    ]
     for head, selection in enumerate(selections):
         visible = _VisibleKeys(selection)
+        # Scaled once here instead of scaling every logit.
+        rotated = [
+            each[:, head].float() * scale
+            for each in (queries.inter, queries.successive, queries.intra)
+        ]
         for span in blocks.spans():
             tokens = visible.of_block(span)
             k, v = pages.gather(head // group, tokens)
-            logits = _logits([each[head] for each in rotated], span, tokens, k.float(), stride)
+            logits = _logits(rotated, span, tokens, k.float(), stride)
+            weights = torch.softmax(logits, -1)
             block = slice(span.first_row, span.last_row)
-            torch.logsumexp(logits, -1, out=lse[head, block])
-            weights = torch.softmax(logits, -1).to(v.dtype)
-            torch.mm(weights, v, out=output[head, block])
+            # The largest weight is exp(largest logit - lse); cheaper than another pass.
+            lse[head, block] = logits.amax(-1) - weights.amax(-1).log()
+            torch.mm(weights.to(v.dtype), v, out=output[head, block])
     return output.transpose(0, 1), lse.T
 
 

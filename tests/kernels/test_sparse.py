@@ -96,11 +96,11 @@ def test_selection_finds_a_planted_column_and_a_planted_diagonal() -> None:
     common = torch.nn.functional.normalize(torch.randn(16), dim=0)
     own = torch.randn(64, 1, 16)
     rows = own + 4 * common
-    plant = {936 + row - 700: own[row, 0] * 2 for row in range(64)} | {431: common * 9}
+    plant = {936 + row - 700: own[row, 0] * 3 for row in range(64)} | {431: common * 12}
     for token, key in plant.items():
         page, offset = divmod(token, 128)
         problem.pages.memory[int(problem.pages.table[page]), 0, 0, offset] = key
     queries = SegmentQueries(rows, rows, rows)
-    [chosen] = sparse.select(queries, 936, problem.pages, 0, None, SCALE, [HeadBudget(32, 256)])
+    [chosen] = sparse.select(queries, 936, problem.pages, 0, None, SCALE, [HeadBudget(100, 256)])
     assert 431 in chosen.verticals
     assert 700 // 128 in chosen.bands
