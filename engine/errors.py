@@ -51,3 +51,7 @@ class QueueFullError(LongreachError):
 
     def __reduce__(self) -> tuple[type["QueueFullError"], tuple[int, int]]:
         return type(self), (self.waiting, self.retry_after)
+
+
+class GenerationError(LongreachError):
+    """One answer cannot go on; others in the same batch do."""

@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .decode import Decoder
 from .mesh import Mesh
 from .messages import Tokens
 from .pages import PagePool, pages_for
 from .prefill import Prefiller
 from .qwen2 import Qwen2
 from .sparsity import SparsityConfig
+from .transport import PageSender
 
 
 class LocalPrefill:
@@ -48,3 +50,20 @@ class LocalPrefill:
             return result.logits
         finally:
             self.prefiller.release("local")
+
+
+class DirectSender(PageSender):
+    """Hands pages to a decoder in the same process."""
+
+    def __init__(self, decoder: Decoder, request_id: str) -> None:
+        self._decoder = decoder
+        self._request_id = request_id
+
+    def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
+        self._decoder.receive(self._request_id, layer, first_page, first_kv_head, pages)
+
+    def flush(self) -> None:
+        """Nothing is ever under way."""
+
+    def abandon(self) -> None:
+        """Nothing is ever under way."""

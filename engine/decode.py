@@ -1,0 +1,324 @@
+"""Decode: continuous batching over paged KV, from handed-off prompts to finished answers.
+
+A request reserves its pages before its prompt is prefilled, receives them page by page, starts
+with the logits of its prompt's last token, and then takes part in every step until its last
+choice is finished, when its pages go back.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import dual_chunk
+from ..kernels.pages import write_pages
+from .detokenizer import Detokenizer, TokenBytes
+from .errors import (
+    GenerationError,
+    InvalidRequestError,
+    PromptTooLongError,
+    TransferError,
+)
+from .messages import ChosenToken, Delta, GenerationRequest
+from .pages import PAGE_TOKENS, PagePool, pages_for
+from .qwen2 import Layer, Qwen2
+from .sampler import Logits, Sampler, fresh_seed
+
+Output = tuple[str, Delta | GenerationError]
+"""A request's id, and what came out for it. After an error nothing more comes for the request."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet."""
+
+    request_id: str
+    choice: int
+    block_table: list[int]
+    length: int
+    sampler: Sampler
+    detokenizer: Detokenizer
+    next_token: int = -1
+    num_generated: int = 0
+
+
+@dataclass(eq=False)
+class _Reservation:
+    """The pages of one request: its sequences' block tables, shared ones counted in each."""
+
+    request: GenerationRequest
+    block_tables: list[list[int]]
+    sequences: list[_Sequence] = field(default_factory=list)
+    started: bool = False
+
+
+class Decoder:
+    """Decodes on one process. Not thread-safe, except that `receive` may run beside `step`.
+
+    Args:
+        model: whole on this process.
+        pool: of the model's geometry.
+        token_bytes: of the model's tokenizer.
+        max_batch: sequences in one step; more than that wait their turn.
+    """
+
+    def __init__(
+        self, model: Qwen2, pool: PagePool, token_bytes: TokenBytes, max_batch: int
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._token_bytes = token_bytes
+        self._max_batch = max_batch
+        self._reservations: dict[str, _Reservation] = {}
+        self._running: list[_Sequence] = []
+        self._waiting: deque[_Sequence] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would generate anything."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for room in the batch."""
+        return len(self._waiting)
+
+    @property
+    def usage(self) -> float:
+        """Share of pages in use, 0 to 1."""
+        return 1 - self._pool.num_free / self._pool.num_pages
+
+    @torch.inference_mode()
+    def reserve(self, request: GenerationRequest) -> None:
+        """Take the pages of the whole prompt, and of everything that may be generated.
+
+        Raises:
+            PromptTooLongError: the request is larger than all pages together.
+            OutOfPagesError: the pages are not free now; nothing was taken.
+            InvalidRequestError: a request of that name is here already.
+        """
+        if request.request_id in self._reservations:
+            raise InvalidRequestError(f"request {request.request_id} is being served already")
+        needed = pages_needed(request)
+        if needed > self._pool.num_pages:
+            raise PromptTooLongError(
+                f"the request needs {needed * PAGE_TOKENS} tokens of KV cache and this server has "
+                f"{self._pool.num_pages * PAGE_TOKENS}; shorten the prompt, max_tokens or n"
+            )
+        pages = self._pool.allocate(needed)
+        tables = _block_tables(request, pages)
+        shared = len(request.prompt) // PAGE_TOKENS
+        for table in tables[1:]:
+            self._pool.share(table[:shared])
+        self._reservations[request.request_id] = _Reservation(request, tables)
+
+    def receive(
+        self, request_id: str, layer: int, first_page: int, first_kv_head: int, pages: Tensor
+    ) -> None:
+        """Put handed-off pages in their place; the arguments are `PageSender.push`'s.
+
+        Raises:
+            TransferError: nothing is reserved under that name, or the pages do not fit in.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None or reservation.started:
+            raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
+        table = reservation.block_tables[0][first_page : first_page + len(pages)]
+        memory = self._pool.memory[layer]
+        heads = slice(first_kv_head, first_kv_head + pages.shape[1])
+        if len(table) != len(pages) or memory[:1, heads].shape[1:] != pages.shape[1:]:
+            raise TransferError(
+                f"request {request_id}: pages of shape {tuple(pages.shape)} do not fit at page "
+                f"{first_page}, KV head {first_kv_head}"
+            )
+        memory[:, heads].index_copy_(0, torch.tensor(table, device=memory.device), pages)
+
+    @torch.inference_mode()
+    def start(self, request_id: str, logits: Logits) -> list[Output]:
+        """Sample the first token of every choice, and let them join the batch.
+
+        Args:
+            logits: after the prompt's last token, [vocab] float32.
+
+        Raises:
+            InvalidRequestError: nothing is reserved under that name, or it has started.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None or reservation.started:
+            raise InvalidRequestError(f"request {request_id} is not waiting to start")
+        reservation.started = True
+        self._copy_last_prompt_page(reservation)
+        reservation.sequences = self._make_sequences(reservation)
+        outputs: list[Output] = []
+        for sequence in list(reservation.sequences):
+            outputs.extend(self._sample(sequence, logits))
+            if isinstance(outputs[-1][1], GenerationError):
+                return outputs
+        self._waiting.extend(reservation.sequences)
+        return outputs
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Generate one token for each sequence in the batch, after filling the batch up."""
+        while self._waiting and len(self._running) < self._max_batch:
+            self._running.append(self._waiting.popleft())
+        if not self._running:
+            return []
+        batch = list(self._running)
+        logits = self._forward(batch)
+        outputs: list[Output] = []
+        for sequence, row in zip(batch, logits, strict=True):
+            sequence.length += 1
+            if sequence.request_id in self._reservations:
+                outputs.extend(self._sample(sequence, row))
+        return outputs
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and give its pages back; unknown requests are no error."""
+        reservation = self._reservations.pop(request_id, None)
+        if reservation is None:
+            return
+        self._running = [s for s in self._running if s.request_id != request_id]
+        self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+        held = [s.block_table for s in reservation.sequences]
+        for table in held if reservation.started else reservation.block_tables:
+            self._pool.release(table)
+
+    def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
+        """A page that the prompt fills in part is written by every choice: each gets its own."""
+        full, rest = divmod(len(reservation.request.prompt), PAGE_TOKENS)
+        if rest:
+            first, *others = reservation.block_tables
+            for table in others:
+                self._pool.copy_page(first[full], table[full])
+
+    def _make_sequences(self, reservation: _Reservation) -> list[_Sequence]:
+        request = reservation.request
+        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        vocab_size = self._model.config.vocab_size
+        return [
+            _Sequence(
+                request.request_id,
+                choice,
+                table,
+                len(request.prompt),
+                Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
+                Detokenizer(self._token_bytes, request.sampling.stop),
+            )
+            for choice, table in enumerate(reservation.block_tables)
+        ]
+
+    def _sample(self, sequence: _Sequence, logits: Logits) -> list[Output]:
+        """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
+        try:
+            chosen = sequence.sampler.choose(logits)
+        except FloatingPointError as error:
+            self.cancel(sequence.request_id)
+            return [(sequence.request_id, GenerationError(str(error)))]
+        delta = self._take(sequence, chosen)
+        if delta.finish_reason is not None:
+            self._finish(sequence)
+        return [(sequence.request_id, delta)]
+
+    def _take(self, sequence: _Sequence, chosen: ChosenToken) -> Delta:
+        """Add a token to a sequence: what it says, and whether it is the last."""
+        sampling = self._reservations[sequence.request_id].request.sampling
+        sequence.next_token = chosen.token_id
+        sequence.num_generated += 1
+        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
+        reason, text = None, ""
+        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+            reason = "stop"
+        else:
+            text = sequence.detokenizer.push(chosen.token_id)
+            if sequence.detokenizer.stopped:
+                reason = "stop"
+            elif sequence.num_generated == sampling.max_tokens:
+                reason = "length"
+        if reason is not None and not sequence.detokenizer.stopped:
+            text += sequence.detokenizer.finish()
+        return Delta(sequence.choice, text, (chosen,), reason)
+
+    def _finish(self, sequence: _Sequence) -> None:
+        reservation = self._reservations[sequence.request_id]
+        reservation.sequences.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        self._pool.release(sequence.block_table)
+        if not reservation.sequences:
+            del self._reservations[sequence.request_id]
+
+    def _forward(self, batch: Sequence[_Sequence]) -> list[Logits]:
+        """Logits of one more token of each sequence, whose K and V are written on the way.
+
+        The batch is filled up with rows of zeros: a matrix product's rounding may depend on how
+        many rows it has, and an answer must not depend on what else is in the batch.
+        """
+        model = self._model
+        positions = torch.tensor([s.length for s in batch], device=model.device)
+        tokens = torch.zeros(self._max_batch, dtype=torch.int64, device=model.device)
+        tokens[: len(batch)] = torch.tensor([s.next_token for s in batch], device=model.device)
+        hidden = model.embed(tokens)
+        for number, layer in enumerate(model.layers):
+            attended = self._attend(number, layer, hidden, batch, positions)
+            hidden = layer.finish(hidden, attended)
+        logits = model.logits(hidden)[: len(batch)].cpu().numpy()
+        return [np.ascontiguousarray(row) for row in logits]
+
+    def _attend(
+        self,
+        number: int,
+        layer: Layer,
+        hidden: Tensor,
+        batch: Sequence[_Sequence],
+        positions: Tensor,
+    ) -> Tensor:
+        """Write the new K and V, and attend: [max_batch, heads, d], zero beyond the batch."""
+        q, k, v = layer.project(hidden)
+        rotary = self._model.positions
+        count = len(batch)
+        keys = rotary.keys(k[:count], positions)
+        queries = rotary.queries(q[:count], positions)
+        memory = self._pool.memory[number]
+        attended = torch.zeros_like(q)
+        for row, sequence in enumerate(batch):
+            one = slice(row, row + 1)
+            write_pages(memory, sequence.block_table, sequence.length, keys[one], v[one])
+            attended[one] = dual_chunk.decode_attention(
+                queries.rows(one),
+                memory,
+                sequence.block_table,
+                sequence.length + 1,
+                rotary.stride,
+                rotary.softmax_scale(sequence.length + 1),
+            )
+        return attended
+
+
+def pages_needed(request: GenerationRequest) -> int:
+    """Pages of the prompt, and of all that its choices may generate.
+
+    Choices share the pages that the prompt fills; each has the rest to itself.
+    """
+    shared = len(request.prompt) // PAGE_TOKENS
+    whole = pages_for(len(request.prompt) + request.sampling.max_tokens)
+    return shared + request.sampling.choices * (whole - shared)
+
+
+def _block_tables(request: GenerationRequest, pages: list[int]) -> list[list[int]]:
+    """A block table for each choice; all begin with the same pages."""
+    shared = len(request.prompt) // PAGE_TOKENS
+    choices = request.sampling.choices
+    own = (len(pages) - shared) // choices
+    return [
+        pages[:shared] + pages[shared + choice * own : shared + (choice + 1) * own]
+        for choice in range(choices)
+    ]

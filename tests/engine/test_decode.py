@@ -1,0 +1,210 @@
+"""Continuous batching against one-shot prefill, transformers, and each request alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from longreach.engine.decode import Decoder, pages_needed
+from longreach.engine.detokenizer import TokenBytes
+from longreach.engine.errors import (
+    GenerationError,
+    InvalidRequestError,
+    OutOfPagesError,
+    PromptTooLongError,
+    TransferError,
+)
+from longreach.engine.local import DirectSender, LocalPrefill
+from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
+from longreach.engine.pages import PagePool
+from longreach.engine.pocket.tokenizer import build_tokenizer
+
+from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
+
+POOL_PAGES = 40
+
+
+@pytest.fixture(scope="module")
+def dual_chunk_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK)
+
+
+class Engine:
+    """A prefiller and a decoder with pools of their own, filled with NaN."""
+
+    def __init__(self, folder: Path, pages: int = POOL_PAGES, max_batch: int = 4) -> None:
+        self.prefill = LocalPrefill(folder, max_tokens=4096)
+        self.pool = PagePool(self.prefill.model.page_geometry, pages, torch.device("cpu"))
+        self.pool.memory.fill_(torch.nan)
+        self.decoder = Decoder(
+            self.prefill.model, self.pool, TokenBytes(build_tokenizer()), max_batch
+        )
+
+    def reserve(self, name: str, prompt: list[int], **sampling) -> None:
+        self.decoder.reserve(make_request(name, prompt, **sampling))
+
+    def hand_off(self, name: str, prompt: list[int]) -> np.ndarray:
+        """Prefill a reserved request in chunks of 256 into the decoder; its logits."""
+        prefiller = self.prefill.prefiller
+        prefiller.admit(name, np.array(prompt, dtype=np.int32))
+        sender = DirectSender(self.decoder, name)
+        result = None
+        for start in range(0, len(prompt), 256):
+            result = prefiller.run_chunk(name, start, min(start + 256, len(prompt)), sender)
+        prefiller.release(name)
+        assert result is not None
+        assert result.logits is not None
+        return result.logits.numpy()
+
+    def generate(self, name: str, prompt: list[int], **sampling) -> dict[int, list[int]]:
+        """Token ids of each choice of one request, alone."""
+        self.reserve(name, prompt, **sampling)
+        outputs = self.decoder.start(name, self.hand_off(name, prompt))
+        while self.decoder.has_work:
+            outputs += self.decoder.step()
+        return tokens_by_choice(outputs, name)
+
+
+def make_request(name: str, prompt: list[int], **sampling) -> GenerationRequest:
+    values = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}
+    prompt_ids = np.array(prompt, dtype=np.int32)
+    return GenerationRequest(name, prompt_ids, SamplingParameters(**values), arrived=0.0)
+
+
+def make_prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB - 1, length).tolist()
+
+
+def tokens_by_choice(outputs, name: str) -> dict[int, list[int]]:
+    choices: dict[int, list[int]] = {}
+    for request_id, delta in outputs:
+        if request_id == name:
+            assert isinstance(delta, Delta)
+            choices.setdefault(delta.choice, []).extend(t.token_id for t in delta.tokens)
+    return choices
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 300])
+def test_greedy_equals_transformers(tmp_path: Path, length: int) -> None:
+    folder = make_checkpoint(tmp_path)
+    prompt = make_prompt(length)
+    generated = Engine(folder).generate("a", prompt, max_tokens=12)[0]
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = list(prompt)
+    with torch.inference_mode():
+        for _ in range(12):
+            text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+    assert generated == text[length:]
+
+
+@pytest.mark.parametrize("length", [100, 245, 369, 600])
+def test_decode_equals_one_shot_prefill_under_dual_chunks(
+    dual_chunk_folder: Path, length: int
+) -> None:
+    """Every step must choose what prefilling the text so far chooses; chunks end within it."""
+    prompt = make_prompt(length, seed=length)
+    engine = Engine(dual_chunk_folder)
+    generated = engine.generate("a", prompt, max_tokens=10)[0]
+    for count, token in enumerate(generated):
+        text = np.array(prompt + generated[:count], dtype=np.int32)
+        assert int(engine.prefill.logits(text).argmax()) == token
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(dual_chunk_folder: Path) -> None:
+    prompts = {f"r{i}": make_prompt(50 + 97 * i, seed=i) for i in range(5)}
+    sampling = {"temperature": 1.0, "seed": 7, "max_tokens": 9, "choices": 2}
+    alone = {
+        name: Engine(dual_chunk_folder).generate(name, prompt, **sampling)
+        for name, prompt in prompts.items()
+    }
+    engine = Engine(dual_chunk_folder, max_batch=4)
+    outputs = []
+    for name, prompt in prompts.items():
+        engine.reserve(name, prompt, **sampling)
+        outputs += engine.decoder.start(name, engine.hand_off(name, prompt))
+        outputs += engine.decoder.step()  # so that every request joins at another time
+    while engine.decoder.has_work:
+        assert engine.decoder.num_running <= 4
+        outputs += engine.decoder.step()
+    for name in prompts:
+        assert tokens_by_choice(outputs, name) == alone[name]
+    assert alone["r0"][0] != alone["r0"][1]
+    assert engine.decoder.usage == 0
+
+
+def test_ends_at_end_token_stop_string_and_length(dual_chunk_folder: Path) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompt = make_prompt(40)
+    free = engine.generate("free", prompt, max_tokens=6)[0]
+    engine.reserve("stopped", prompt, max_tokens=6, stop_token_ids=(free[2],))
+    engine.reserve("text", prompt, max_tokens=6, stop=(chr(free[3]),))
+    for name in ("stopped", "text"):
+        outputs = engine.decoder.start(name, engine.hand_off(name, prompt))
+        while engine.decoder.has_work:
+            outputs += engine.decoder.step()
+        deltas = [delta for _, delta in outputs if isinstance(delta, Delta)]
+        assert deltas[-1].finish_reason == "stop"
+        text = "".join(delta.text for delta in deltas)
+        end = free.index(free[2]) if name == "stopped" else free.index(free[3])
+        assert text.encode() == bytes(free[:end])
+
+
+def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompts = {"good": make_prompt(30), "bad": make_prompt(31, seed=1)}
+    alone = Engine(dual_chunk_folder).generate("good", prompts["good"])
+    outputs = []
+    for name, prompt in prompts.items():
+        engine.reserve(name, prompt)
+        outputs += engine.decoder.start(name, engine.hand_off(name, prompt))
+    table = engine.decoder._reservations["bad"].block_tables[0]
+    engine.pool.memory[:, table[0]] = torch.nan
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    assert tokens_by_choice(outputs, "good") == alone
+    [error] = [output for _, output in outputs if isinstance(output, GenerationError)]
+    assert "not finite" in str(error)
+    assert engine.decoder.usage == 0
+
+
+@pytest.mark.parametrize("when", ["reserved", "part received", "waiting", "running"])
+def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompt = make_prompt(300)
+    engine.reserve("a", prompt, choices=3)
+    if when == "part received":
+        engine.decoder.receive("a", 0, 0, 0, engine.pool.memory[0, :1].clone())
+    if when in ("waiting", "running"):
+        engine.decoder.start("a", engine.hand_off("a", prompt))
+    if when == "running":
+        engine.decoder.step()
+    engine.decoder.cancel("a")
+    engine.decoder.cancel("a")
+    assert engine.decoder.usage == 0
+    assert not engine.decoder.has_work
+    with pytest.raises(TransferError):
+        engine.decoder.receive("a", 0, 0, 0, engine.pool.memory[0, :1].clone())
+
+
+def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: Path) -> None:
+    engine = Engine(dual_chunk_folder, pages=4)
+    with pytest.raises(PromptTooLongError, match="shorten"):
+        engine.reserve("long", make_prompt(600))
+    engine.reserve("a", make_prompt(300))
+    with pytest.raises(OutOfPagesError):
+        engine.reserve("b", make_prompt(200))
+    with pytest.raises(InvalidRequestError):
+        engine.reserve("a", make_prompt(10))
+    with pytest.raises(TransferError):
+        engine.decoder.receive("a", 0, 2, 0, engine.pool.memory[0, :2].clone())
+    with pytest.raises(InvalidRequestError):
+        engine.decoder.start("b", np.zeros(VOCAB, dtype=np.float32))
+    engine.decoder.cancel("a")
+    assert engine.decoder.usage == 0
+
+
+def test_choices_share_the_pages_that_the_prompt_fills() -> None:
+    request = make_request("a", make_prompt(300), choices=3, max_tokens=100)
+    assert pages_needed(request) == 2 + 3 * 2
