@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigurationError
 
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
 
@@ -57,6 +57,25 @@ class ModelConfig:
     def kv_bytes_per_token_fp16(self) -> int:
         """Bytes of K and V that one token leaves in all layers, at two bytes an element."""
         return self.num_layers * self.num_kv_heads * 2 * self.head_dim * 2
+
+    def check_tensor_parallel(self, ranks: int) -> None:
+        """Refuse a number of tensor parallel ranks that this model cannot be cut into.
+
+        Raises:
+            ConfigurationError: the heads or the MLP do not divide.
+        """
+        group = self.num_heads // self.num_kv_heads
+        heads = self.num_heads // ranks
+        if (
+            self.num_heads % ranks
+            or self.intermediate_size % ranks
+            or (heads % group and group % heads)
+        ):
+            raise ConfigurationError(
+                f"tensor_parallel {ranks} does not divide this model's {self.num_heads} query "
+                f"heads, {self.num_kv_heads} KV heads and MLP of {self.intermediate_size}; "
+                "choose another, or more sequence_parallel"
+            )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .checkpoint import CheckpointReader
 from .config import ModelConfig
-from .errors import ConfigurationError
 from .mesh import Mesh
 from .pages import PageGeometry
 from .positions import RotaryPositions
@@ -40,7 +39,7 @@ class HeadShare:
         Raises:
             ConfigurationError: the heads or the MLP do not divide.
         """
-        check_divides(config, tensor_parallel)
+        config.check_tensor_parallel(tensor_parallel)
         heads = config.num_heads // tensor_parallel
         group = config.num_heads // config.num_kv_heads
         first = tensor_rank * heads
@@ -61,22 +60,6 @@ class HeadShare:
     def num_kv_heads(self) -> int:
         """KV heads held."""
         return self.last_kv_head - self.first_kv_head
-
-
-def check_divides(config: ModelConfig, tensor_parallel: int) -> None:
-    """Refuse a tensor parallel size that this model cannot be cut into."""
-    group = config.num_heads // config.num_kv_heads
-    heads = config.num_heads // tensor_parallel
-    if (
-        config.num_heads % tensor_parallel
-        or config.intermediate_size % tensor_parallel
-        or (heads % group and group % heads)
-    ):
-        raise ConfigurationError(
-            f"tensor_parallel {tensor_parallel} does not divide this model's {config.num_heads} "
-            f"query heads, {config.num_kv_heads} KV heads and MLP of {config.intermediate_size}; "
-            "choose another, or more sequence_parallel"
-        )
 
 
 class RMSNorm:

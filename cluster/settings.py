@@ -1,0 +1,265 @@
+"""A cluster's configuration: YAML in, checked and frozen settings out.
+
+Every key has a default but `model.path`. What cannot run is refused before anything starts, with
+a sentence that says the mend.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..engine.config import ModelConfig
+from ..engine.errors import ConfigurationError
+from ..engine.pocket import CHECKPOINT
+from .rest.limits import IngressLimits
+
+PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
+POCKET = "pocket"
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelSettings(_Section):
+    """Which checkpoint, under which name, in which type.
+
+    `path` is a Hugging Face checkpoint folder, or "pocket" for the bundled model.
+    """
+
+    path: str
+    name: Annotated[str, Field(min_length=1)]
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return CHECKPOINT if self.path == POCKET else Path(self.path)
+
+
+class LimitSettings(_Section):
+    """What one request may ask for, and how many may wait."""
+
+    max_model_len: Count
+    max_output_tokens: Count = 4096
+    max_body_bytes: Count = 64 << 20
+    max_choices: Count = 8
+    max_logprobs: Annotated[int, Field(ge=0)] = 20
+    max_queued_requests: Annotated[int, Field(ge=0)] = 32
+
+
+class PrefillSettings(_Section):
+    """The gangs: `tensor_parallel` × `sequence_parallel` ranks each, a KV pool on every rank.
+
+    `ageing` is how many tokens a waiting request's remaining work seems to shrink by each second.
+    """
+
+    replicas: Count = 1
+    tensor_parallel: Count = 1
+    sequence_parallel: Count = 1
+    chunk_tokens: Count = 32768
+    kv_cache_tokens: Count
+    threads_per_rank: Count = 1
+    cpus_per_rank: NotNegative = 1.0
+    gpus_per_rank: NotNegative = 0.0
+    placement: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
+    sparse: bool = True
+    ageing: NotNegative = 5000.0
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one gang."""
+        return self.tensor_parallel * self.sequence_parallel
+
+
+class DecodeSettings(_Section):
+    """The decode replicas: one worker process each, with a KV pool."""
+
+    replicas: Count = 1
+    kv_cache_tokens: Count
+    max_batch: Count = 8
+    threads: Count = 1
+
+
+class IngressSettings(_Section):
+    """The HTTP endpoint. `api_keys_file` has one key a line; without it everybody is welcome."""
+
+    replicas: Count = 1
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_keys_file: Path | None = Field(default=None, strict=False)
+    progress_seconds: Annotated[float, Field(gt=0, le=2)] = 1.0
+
+
+class TransportSettings(_Section):
+    """How pages travel to decode replicas, and how many bytes a rank may have under way."""
+
+    kind: Literal["object_store"] = "object_store"
+    max_in_flight_bytes: Count = 256 << 20
+
+
+class MetricsSettings(_Section):
+    """Where processes leave their figures; a fresh temporary folder when not given."""
+
+    directory: Path | None = Field(default=None, strict=False)
+
+
+class ShutdownSettings(_Section):
+    """How long running requests may take to finish when the cluster stops or is redeployed."""
+
+    drain_seconds: NotNegative = 600.0
+
+
+class Settings(_Section):
+    """A whole cluster."""
+
+    model: ModelSettings
+    limits: LimitSettings
+    prefill: PrefillSettings
+    decode: DecodeSettings
+    ingress: IngressSettings = IngressSettings()
+    transport: TransportSettings = TransportSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    shutdown: ShutdownSettings = ShutdownSettings()
+
+    @property
+    def ingress_limits(self) -> IngressLimits:
+        """What the endpoint needs to know."""
+        return IngressLimits(
+            model_name=self.model.name,
+            max_model_len=self.limits.max_model_len,
+            max_output_tokens=self.limits.max_output_tokens,
+            max_body_bytes=self.limits.max_body_bytes,
+            max_choices=self.limits.max_choices,
+            max_logprobs=self.limits.max_logprobs,
+            progress_seconds=self.ingress.progress_seconds,
+        )
+
+    @model_validator(mode="after")
+    def _can_run(self) -> "Settings":
+        problem = next(self._problems(), None)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    def _problems(self):
+        longest, chunk = self.limits.max_model_len, self.prefill.chunk_tokens
+        if chunk % PAGE_TOKENS:
+            yield f"prefill.chunk_tokens is {chunk}; make it a multiple of {PAGE_TOKENS}"
+        if self.prefill.kv_cache_tokens < longest:
+            yield (
+                f"prefill.kv_cache_tokens ({self.prefill.kv_cache_tokens}) cannot hold one prompt "
+                f"of limits.max_model_len ({longest}); raise the one or lower the other"
+            )
+        copies = self.limits.max_choices * (self.limits.max_output_tokens + PAGE_TOKENS)
+        if self.decode.kv_cache_tokens < longest + copies:
+            yield (
+                f"decode.kv_cache_tokens ({self.decode.kv_cache_tokens}) cannot hold the longest "
+                f"request: {longest} tokens and {self.limits.max_choices} answers of "
+                f"{self.limits.max_output_tokens}; make it {longest + copies} or more"
+            )
+        if self.limits.max_choices > self.decode.max_batch:
+            yield (
+                f"limits.max_choices ({self.limits.max_choices}) is more than decode.max_batch "
+                f"({self.decode.max_batch}), so one request would not fit into a step; raise "
+                "decode.max_batch"
+            )
+        if self.limits.max_output_tokens >= longest:
+            yield (
+                f"limits.max_output_tokens ({self.limits.max_output_tokens}) leaves no room for a "
+                f"prompt in limits.max_model_len ({longest}); lower it"
+            )
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check a configuration, the checkpoint's own limits included.
+
+    Raises:
+        ConfigurationError: the file is missing, is not YAML, or describes what cannot run.
+        CheckpointError: the model's folder cannot be served.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error.strerror}); name a cluster's YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 text: {error}") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise ConfigurationError(f"{path} is not valid YAML: {said}") from error
+    settings = parse_settings(raw, str(path))
+    check_model(settings)
+    return settings
+
+
+def parse_settings(raw: Any, source: str = "configuration") -> Settings:
+    """Check what a YAML file said.
+
+    Raises:
+        ConfigurationError: with the first thing that is wrong.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigurationError(f"{source} is empty or not a mapping; begin with `model:`")
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigurationError(f"{source}: {_first_problem(error)}") from error
+
+
+def check_model(settings: Settings) -> None:
+    """Refuse settings that this checkpoint cannot be served with.
+
+    Raises:
+        ConfigurationError: a length beyond the model's, or a mesh that does not divide it.
+        CheckpointError: the folder cannot be read.
+    """
+    model = ModelConfig.from_folder(settings.model.folder)
+    if settings.limits.max_model_len > model.max_position_embeddings:
+        raise ConfigurationError(
+            f"limits.max_model_len ({settings.limits.max_model_len}) is beyond the "
+            f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
+        )
+    model.check_tensor_parallel(settings.prefill.tensor_parallel)
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one a line; lines that are empty or begin with # are left out.
+
+    Raises:
+        ConfigurationError: the file cannot be read or holds no key.
+    """
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"ingress.api_keys_file {path} cannot be read: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise ConfigurationError(
+            f"ingress.api_keys_file {path} holds no key; add one a line, or remove the setting"
+        )
+    return keys
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key '{where}'; remove it or correct its spelling"
+        case "missing":
+            return f"'{where}' is missing; add it"
+        case "value_error":
+            return problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {problem['msg']}, not {problem['input']!r}"
