@@ -76,7 +76,7 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
         f"decode worker: batches of up to {decode.max_batch}",
         f"{decode.kv_cache_tokens:,} tokens, "
         f"{_gib(kv_bytes(settings, model, decode.kv_cache_tokens))}",
-        _asks(0, decode.threads),
+        _asks(decode.gpus, decode.threads),
     )
     return table
 

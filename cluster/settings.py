@@ -57,7 +57,8 @@ class LimitSettings(_Section):
 class PrefillSettings(_Section):
     """The gangs: `tensor_parallel` × `sequence_parallel` ranks each, a KV pool on every rank.
 
-    `ageing` is how many tokens a waiting request's remaining work seems to shrink by each second.
+    `ageing`: a request with n tokens to go waits n / ageing seconds at most before it gets a chunk,
+    however many shorter ones come.
     """
 
     replicas: Count = 1
@@ -70,7 +71,7 @@ class PrefillSettings(_Section):
     gpus_per_rank: NotNegative = 0.0
     placement: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
     sparse: bool = True
-    ageing: NotNegative = 5000.0
+    ageing: Positive = 50_000.0
 
     @property
     def num_ranks(self) -> int:
@@ -85,6 +86,8 @@ class DecodeSettings(_Section):
     kv_cache_tokens: Count
     max_batch: Count = 8
     threads: Count = 1
+    cpus: NotNegative = 1.0
+    gpus: NotNegative = 0.0
 
 
 class IngressSettings(_Section):
@@ -156,6 +159,11 @@ class Settings(_Section):
             yield (
                 f"prefill.kv_cache_tokens ({self.prefill.kv_cache_tokens}) cannot hold one prompt "
                 f"of limits.max_model_len ({longest}); raise the one or lower the other"
+            )
+        if not self.prefill.cpus_per_rank and not self.prefill.gpus_per_rank:
+            yield (
+                "prefill.cpus_per_rank and prefill.gpus_per_rank are both 0, and Ray places by "
+                "what is asked for; ask for a part of a CPU"
             )
         copies = self.limits.max_choices * (self.limits.max_output_tokens + PAGE_TOKENS)
         if self.decode.kv_cache_tokens < longest + copies:

@@ -92,6 +92,15 @@ class Decoder:
         return len(self._waiting)
 
     @property
+    def num_requests(self) -> int:
+        """Requests that hold pages, those whose prompts are still being handed off included."""
+        return len(self._reservations)
+
+    def is_generating(self, request_id: str) -> bool:
+        """Whether more will come out for a request that has started."""
+        return request_id in self._reservations
+
+    @property
     def usage(self) -> float:
         """Share of pages in use, 0 to 1."""
         return 1 - self._pool.num_free / self._pool.num_pages

@@ -55,3 +55,7 @@ class QueueFullError(LongreachError):
 
 class GenerationError(LongreachError):
     """One answer cannot go on; others in the same batch do."""
+
+
+class UnavailableError(LongreachError):
+    """A part of the cluster died or is not up yet; the same request may be sent again."""

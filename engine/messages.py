@@ -104,6 +104,20 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Prefilled:
+    """What a prefill gang's work ends with, when every page lies in the decode replica.
+
+    `logits` are those after the prompt's last token, [vocab].
+    """
+
+    logits: npt.NDArray[np.float32]
+    queued: float
+    prefill: float
+    hand_off: float
+    stages: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The last event of a request that ended well."""
 

@@ -1,0 +1,126 @@
+"""The Serve application of a configuration, and a cluster on this machine that runs it."""
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from ..engine.errors import UnavailableError
+from .client import Endpoint
+from .decode_replica import DecodeReplica
+from .ingress import api_builder
+from .prefill_replica import PrefillReplica
+from .settings import Settings, read_api_keys
+
+APP_NAME = "longreach"
+_PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
+
+# Requests wait in queues of our own, which know what to do first and when to refuse.
+_NO_LIMIT = 1_000_000
+_READY_SECONDS = 300
+_POLL_SECONDS = 0.1
+
+
+def build(settings: Settings, metrics_directory: Path) -> serve.Application:
+    """The application: an ingress in front of decode replicas in front of prefill gangs."""
+    common = {
+        "max_ongoing_requests": _NO_LIMIT,
+        "graceful_shutdown_timeout_s": settings.shutdown.drain_seconds,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 30.0,
+        "ray_actor_options": {"num_cpus": 0},
+    }
+    prefill = serve.deployment(
+        PrefillReplica, name=_PREFILL, num_replicas=settings.prefill.replicas, **common
+    )
+    decode = serve.deployment(
+        DecodeReplica, name=_DECODE, num_replicas=settings.decode.replicas, **common
+    )
+    ingress = serve.deployment(
+        serve.ingress(api_builder(settings, metrics_directory, _DECODE, APP_NAME))(),
+        name=_INGRESS,
+        num_replicas=settings.ingress.replicas,
+        **common,
+    )
+    return ingress.bind(
+        decode.bind(settings, metrics_directory, prefill.bind(settings, metrics_directory))
+    )
+
+
+class LocalCluster:
+    """A cluster on this machine alone: Ray, Serve and the application. Made by `start`."""
+
+    def __init__(self, settings: Settings, metrics_directory: Path, temporary: bool) -> None:
+        self._settings = settings
+        self.metrics_directory = metrics_directory
+        self._temporary = temporary
+
+    @property
+    def url(self) -> str:
+        """Of the endpoint."""
+        return f"http://{self._settings.ingress.host}:{self._settings.ingress.port}"
+
+    def wait_until_ready(self, timeout: float = _READY_SECONDS) -> None:
+        """Return when the endpoint would serve requests.
+
+        Raises:
+            UnavailableError: time is up.
+        """
+        endpoint = Endpoint(self.url)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if endpoint.is_ready():
+                return
+            time.sleep(_POLL_SECONDS)
+        raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
+
+    def stop(self) -> None:
+        """Let running requests finish, then end every process; interrupted, end them at once."""
+        try:
+            serve.delete(APP_NAME)
+        finally:
+            with contextlib.suppress(KeyboardInterrupt):
+                serve.shutdown()
+            ray.shutdown()
+            if self._temporary:
+                shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+
+def start(settings: Settings) -> LocalCluster:
+    """Start a cluster on this machine; returns when every replica is up.
+
+    Raises:
+        ConfigurationError: API keys cannot be read.
+        UnavailableError: a part of the cluster did not come up.
+    """
+    read_api_keys(settings.ingress.api_keys_file)
+    directory = settings.metrics.directory
+    cluster = LocalCluster(
+        settings,
+        directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-")),
+        temporary=directory is None,
+    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
+        serve.start(http_options=options, logging_config={"log_level": "WARNING"})
+        serve.run(build(settings, cluster.metrics_directory), name=APP_NAME)
+    except RuntimeError as error:
+        cluster.stop()
+        raise UnavailableError(f"the cluster did not start: {error}") from error
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster

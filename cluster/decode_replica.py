@@ -1,0 +1,146 @@
+"""A decode replica: takes a request, has it prefilled into its own pages, and generates."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from ..engine.errors import LongreachError, QueueFullError, UnavailableError
+from ..engine.messages import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    Prefilled,
+    Timings,
+)
+from .decode_worker import DecodeWorker
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_PING_SECONDS = 10
+# Of the worker: every waiting request is a call, and so is every page run under way.
+_CALLS_AT_ONCE = 10_000
+
+
+class DecodeReplica:
+    """A Serve deployment. Its worker, which holds the pages, lives and dies with it."""
+
+    async def __init__(
+        self, settings: Settings, metrics_directory: Path, prefill: DeploymentHandle
+    ) -> None:
+        self._prefill = prefill.options(stream=True)
+        self._most_waiting = settings.limits.max_queued_requests
+        self._waiting = 0
+        decode = settings.decode
+        self._worker = (
+            ray.remote(DecodeWorker)
+            .options(num_cpus=decode.cpus, num_gpus=decode.gpus, max_concurrency=_CALLS_AT_ONCE)
+            .remote(settings, metrics_directory)
+        )
+        await self._worker.ping.remote()
+
+    async def check_health(self) -> None:
+        """Raise if the worker is gone or cannot generate: Serve then replaces this replica."""
+        await asyncio.wait_for(self._worker.ping.remote(), _PING_SECONDS)
+
+    async def free_share(self) -> float:
+        """Share of this replica's pages that are free, 0 to 1."""
+        return await self._worker.free_share.remote()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Serve one request from reserved pages to its last token; see `rest.Backend`."""
+        try:
+            async for event in self._generate(request):
+                yield event
+        except RayError as error:
+            raise _as_ours(error) from error
+
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        waiting = self._queue_up()
+        try:
+            await self._worker.reserve.remote(request)
+            prefilled = None
+            stream = self._prefill.prefill.remote(
+                request.request_id, request.prompt, request.arrived, self._worker
+            )
+            try:
+                async for event in stream:
+                    waiting.end()
+                    if isinstance(event, Prefilled):
+                        prefilled = event
+                    else:
+                        yield event
+            finally:
+                stream.cancel()
+            if prefilled is None:
+                raise UnavailableError("prefill ended early; send the request again")
+            async for event in self._answer(request, prefilled):
+                yield event
+        finally:
+            waiting.end()
+            # Not awaited: whoever cancelled this must not wait for the worker's turn.
+            self._worker.release.remote(request.request_id)
+
+    async def _answer(
+        self, request: GenerationRequest, prefilled: Prefilled
+    ) -> AsyncGenerator[Event, None]:
+        loop = asyncio.get_running_loop()
+        began, first_token, completion_tokens = loop.time(), 0.0, 0
+        answer = self._worker.answer.options(num_returns="streaming")
+        async for reference in answer.remote(request.request_id, prefilled.logits):
+            deltas: list[Delta] = await reference
+            first_token = first_token or loop.time() - began
+            for delta in deltas:
+                completion_tokens += len(delta.tokens)
+                yield delta
+        timings = Timings(
+            queued=prefilled.queued,
+            prefill=prefilled.prefill,
+            hand_off=prefilled.hand_off,
+            first_token=first_token,
+            prefill_stages=prefilled.stages,
+        )
+        yield Finished(len(request.prompt), completion_tokens, timings)
+
+    def _queue_up(self) -> "_Waiting":
+        if self._waiting >= self._most_waiting + 1:
+            raise QueueFullError(self._waiting - 1)
+        return _Waiting(self)
+
+    def count_waiting(self, by: int) -> None:
+        """One more waits, or one fewer."""
+        self._waiting += by
+
+
+class _Waiting:
+    """A request that has seen nothing of its prefill yet."""
+
+    def __init__(self, replica: DecodeReplica) -> None:
+        self._replica = replica
+        self._waits = True
+        replica.count_waiting(+1)
+
+    def end(self) -> None:
+        """It waits no longer; twice does no harm."""
+        if self._waits:
+            self._waits = False
+            self._replica.count_waiting(-1)
+
+
+def _as_ours(error: RayError) -> LongreachError:
+    """What a failed call to another process means to a client."""
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    if isinstance(cause, LongreachError):
+        return cause
+    logger.error("a part of the cluster failed", exc_info=error)
+    if isinstance(cause, RayActorError):
+        return UnavailableError("a part of the cluster died; send the request again")
+    return UnavailableError("a part of the cluster failed; its log says why")

@@ -1,0 +1,199 @@
+"""The process that holds a decode replica's pages and generates, as an asynchronous Ray actor."""
+
+import asyncio
+import time
+import warnings
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.errors import LongreachError, OutOfPagesError, UnavailableError
+from ..engine.messages import Delta, GenerationRequest
+from . import metrics
+from .metrics import Metrics
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..engine.decode import Decoder, Output
+    from ..engine.sampler import Logits
+
+_STEP_FAILED = "the decode engine failed on a step, and is being replaced; send the request again"
+
+
+class DecodeWorker:
+    """Wraps a Decoder. The event loop and one thread that steps take turns on it.
+
+    Receiving pages needs no turn: it writes, on the event loop, pages that no step looks at and
+    that only the event loop gives back.
+    """
+
+    def __init__(self, settings: Settings, metrics_directory: Path) -> None:
+        # torch is loaded here and not with the module: the replica knows its worker without it.
+        import torch
+
+        self._sink = Metrics(metrics_directory, "decode", settings.model.name)
+        threads = settings.decode.threads
+        self._stepper = ThreadPoolExecutor(1, "step", partial(torch.set_num_threads, threads))
+        torch.set_num_threads(threads)
+        # What comes out of the object store is read-only, and is only read.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        self._dtype: torch.dtype = getattr(torch, settings.model.dtype)
+        self._decoder = _make_decoder(settings, self._dtype)
+        # Held by whoever uses the decoder; notified when pages came back.
+        self._turn = asyncio.Condition()
+        self._waiting_for_pages: list[tuple[float, GenerationRequest]] = []
+        self._ageing = settings.prefill.ageing
+        self._outputs: dict[str, asyncio.Queue[Delta | LongreachError | None]] = {}
+        self._work = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+        self._failed = False
+
+    async def ping(self) -> None:
+        """Answer, if alive and able to generate.
+
+        Raises:
+            UnavailableError: a step failed in a way that leaves the engine's state unknown.
+        """
+        if self._failed:
+            raise UnavailableError(_STEP_FAILED)
+
+    async def reserve(self, request: GenerationRequest) -> None:
+        """Take a request's pages, waiting until they are free.
+
+        As in prefill, shorter requests go first, with ageing, and none passes one whose turn it is.
+
+        Raises:
+            PromptTooLongError: there will never be enough pages.
+            InvalidRequestError: a request of that name is here already.
+        """
+        entry = (time.monotonic(), request)
+        async with self._turn:
+            self._waiting_for_pages.append(entry)
+            try:
+                while not (self._next_for_pages() is entry and self._fits(request)):
+                    self._report()
+                    await self._turn.wait()
+            finally:
+                self._waiting_for_pages.remove(entry)
+                # Whoever is next may fit into what is left.
+                self._turn.notify_all()
+                self._report()
+
+    async def receive(
+        self, request_id: str, layer: int, first_page: int, first_kv_head: int, data: Any
+    ) -> None:
+        """Take handed-off pages; the arguments are `PageSender.push`'s, as bytes."""
+        from .object_store import from_bytes
+
+        pages = from_bytes(data, self._dtype)
+        self._decoder.receive(request_id, layer, first_page, first_kv_head, pages)
+        self._sink.add(metrics.HANDOFF_BYTES, data.nbytes)
+
+    async def answer(self, request_id: str, logits: "Logits") -> AsyncGenerator[list[Delta], None]:
+        """Generate from a prompt whose pages have all come; ends when all choices are finished.
+
+        Args:
+            logits: after the prompt's last token.
+        """
+        queue = self._outputs[request_id] = asyncio.Queue()
+        async with self._turn:
+            self._deliver(self._decoder.start(request_id, logits))
+        self._loop = self._loop or asyncio.create_task(self._run())
+        self._work.set()
+        ended = False
+        while not ended:
+            events = [await queue.get()]
+            while not queue.empty():
+                events.append(queue.get_nowait())
+            deltas = [event for event in events if isinstance(event, Delta)]
+            if deltas:
+                yield deltas
+            for event in events:
+                if isinstance(event, LongreachError):
+                    raise event
+            ended = None in events
+
+    async def release(self, request_id: str) -> None:
+        """Forget a request, finished or not, and end its answer; unknown ones are no error."""
+        async with self._turn:
+            self._decoder.cancel(request_id)
+            self._turn.notify_all()
+            self._report()
+        queue = self._outputs.pop(request_id, None)
+        if queue is not None:
+            queue.put_nowait(None)
+
+    async def free_share(self) -> float:
+        """Share of pages that are free, 0 to 1."""
+        return 1 - self._decoder.usage
+
+    def _next_for_pages(self) -> tuple[float, GenerationRequest]:
+        now = time.monotonic()
+        return min(
+            self._waiting_for_pages,
+            key=lambda entry: len(entry[1].prompt) - self._ageing * (now - entry[0]),
+        )
+
+    def _fits(self, request: GenerationRequest) -> bool:
+        """Reserve pages if they are free."""
+        try:
+            self._decoder.reserve(request)
+        except OutOfPagesError:
+            return False
+        return True
+
+    async def _run(self) -> None:
+        """Step for as long as there is something to generate, then sleep until there is."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._work.wait()
+            async with self._turn:
+                if not self._decoder.has_work:
+                    self._work.clear()
+                    continue
+                started = time.perf_counter()
+                try:
+                    outputs = await loop.run_in_executor(self._stepper, self._decoder.step)
+                except Exception:
+                    self._fail()
+                    raise
+                self._sink.observe(metrics.DECODE_STEP_TIME, time.perf_counter() - started)
+                self._deliver(outputs)
+                self._turn.notify_all()
+                self._report()
+
+    def _deliver(self, outputs: "list[Output]") -> None:
+        for request_id, output in outputs:
+            self._outputs[request_id].put_nowait(output)
+        for request_id in {request_id for request_id, _ in outputs}:
+            if not self._decoder.is_generating(request_id):
+                self._outputs[request_id].put_nowait(None)
+
+    def _fail(self) -> None:
+        self._failed = True
+        for queue in self._outputs.values():
+            queue.put_nowait(UnavailableError(_STEP_FAILED))
+
+    def _report(self) -> None:
+        self._sink.set(metrics.KV_CACHE_USAGE, self._decoder.usage)
+        self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._decoder.num_requests)
+        self._sink.set(metrics.NUM_REQUESTS_WAITING, len(self._waiting_for_pages))
+
+
+def _make_decoder(settings: Settings, dtype: Any) -> "Decoder":
+    import torch
+
+    from ..engine.decode import Decoder
+    from ..engine.detokenizer import TokenBytes
+    from ..engine.mesh import Mesh
+    from ..engine.pages import PagePool, pages_for
+    from ..engine.qwen2 import Qwen2
+    from ..engine.tokenizer import Tokenizer
+
+    folder = settings.model.folder
+    device = torch.device("cuda" if settings.decode.gpus else "cpu")
+    model = Qwen2.load(folder, Mesh.single(), dtype, device)
+    pool = PagePool(model.page_geometry, pages_for(settings.decode.kv_cache_tokens), device)
+    return Decoder(model, pool, TokenBytes(Tokenizer(folder).raw), settings.decode.max_batch)

@@ -1,0 +1,66 @@
+"""The ingress: the OpenAI endpoint of `rest`, with the decode replicas for a backend."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from pathlib import Path
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from ..engine.errors import UnavailableError
+from ..engine.messages import Event, GenerationRequest
+from ..engine.tokenizer import Tokenizer
+from .metrics import Metrics, render
+from .rest import build_api
+from .settings import Settings, read_api_keys
+
+_READY_SECONDS = 5
+
+
+class DecodeBackend:
+    """Generates on whichever decode replica Serve's router chooses."""
+
+    def __init__(self, decode: DeploymentHandle) -> None:
+        self._decode = decode
+        self._streams = decode.options(stream=True)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `rest.Backend`."""
+        stream = self._streams.generate.remote(request)
+        try:
+            async for event in stream:
+                yield event
+        except RayServeException as error:
+            raise UnavailableError("no decode replica is up; send the request again") from error
+        finally:
+            stream.cancel()
+
+    async def ready(self) -> bool:
+        """Whether a decode replica answers."""
+        try:
+            await asyncio.wait_for(self._decode.free_share.remote(), _READY_SECONDS)
+        except (RayError, RayServeException, TimeoutError):
+            return False
+        return True
+
+
+def api_builder(
+    settings: Settings, metrics_directory: Path, decode_name: str, app_name: str
+) -> Callable[[], FastAPI]:
+    """What builds the endpoint within an ingress replica."""
+
+    def build() -> FastAPI:
+        return build_api(
+            settings.ingress_limits,
+            Tokenizer(settings.model.folder),
+            DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
+            Metrics(metrics_directory, "ingress", settings.model.name),
+            partial(render, metrics_directory),
+            read_api_keys(settings.ingress.api_keys_file),
+        )
+
+    return build

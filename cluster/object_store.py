@@ -1,0 +1,81 @@
+"""Pages by way of Ray's object store: for one machine, and for wherever nothing faster is."""
+
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from torch import Tensor
+
+from ..engine.errors import TransferError
+from ..engine.transport import PageSender
+
+
+class ObjectStoreSender(PageSender):
+    """Puts pages into the object store and tells a decode worker to fetch them.
+
+    A failure is remembered rather than raised by `push`: a rank that left a chunk half-way would
+    leave the other ranks waiting for it.
+
+    Args:
+        worker: the decode worker's actor handle.
+        max_in_flight_bytes: `push` blocks rather than exceed it.
+    """
+
+    def __init__(self, worker: Any, request_id: str, max_in_flight_bytes: int) -> None:
+        self._worker = worker
+        self._request_id = request_id
+        self._max_in_flight_bytes = max_in_flight_bytes
+        self._in_flight: dict[ray.ObjectRef, int] = {}
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the hand-off failed, if it did and it is known yet."""
+        return self._failure
+
+    def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
+        size = pages.numel() * pages.itemsize
+        while self._in_flight and sum(self._in_flight.values()) + size > self._max_in_flight_bytes:
+            self._settle(1)
+        if self._failure is not None:
+            return
+        received = self._worker.receive.remote(
+            self._request_id, layer, first_page, first_kv_head, ray.put(as_bytes(pages))
+        )
+        self._in_flight[received] = size
+
+    def flush(self) -> None:
+        self._settle(len(self._in_flight))
+        if self._failure is not None:
+            raise TransferError(self._failure)
+
+    def abandon(self) -> None:
+        self._in_flight.clear()
+
+    def _settle(self, count: int) -> None:
+        """Wait until `count` of what is under way has arrived or failed."""
+        if not count:
+            return
+        arrived, _ = ray.wait(list(self._in_flight), num_returns=count)
+        for reference in arrived:
+            del self._in_flight[reference]
+            try:
+                ray.get(reference)
+            except RayError as error:
+                self._failure = f"pages did not reach the decode replica: {_reason(error)}"
+
+
+def _reason(error: RayError) -> str:
+    """One line: errors of other processes come with their stack traces."""
+    return str(getattr(error, "cause", None) or str(error).splitlines()[0])
+
+
+def as_bytes(pages: Tensor) -> Any:
+    """Pages as an array that Ray hands over without pickling: uint8 [..., head_dim × itemsize]."""
+    return pages.detach().cpu().contiguous().view(torch.uint8).numpy()
+
+
+def from_bytes(data: Any, dtype: torch.dtype) -> Tensor:
+    """What `as_bytes` was given; shares the memory."""
+    return torch.from_numpy(data).view(dtype)

@@ -1,0 +1,129 @@
+"""One rank of a prefill gang, as a Ray actor. Its calls are collectives: all ranks get them all,
+in the same order.
+"""
+
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.errors import TransferError
+from ..engine.messages import Tokens
+from .scheduler import Chunk
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .object_store import ObjectStoreSender
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank says about a chunk it computed.
+
+    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `seconds` are those of the
+    chunk, `hand_off` those spent after it until all pages had arrived (last chunk only).
+    `failure` says why pages could not be handed off.
+    """
+
+    logits: npt.NDArray[np.float32] | None
+    stages: dict[str, float]
+    seconds: float
+    hand_off: float
+    failure: str | None
+
+
+class PrefillRank:
+    """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
+
+    def __init__(self, settings: Settings, rank: int) -> None:
+        # torch is loaded here and not with the module: coordinators know ranks without it.
+        import torch
+
+        torch.set_num_threads(settings.prefill.threads_per_rank)
+        self._settings = settings
+        self._rank = rank
+        self._senders: dict[str, ObjectStoreSender] = {}
+
+    def free_address(self) -> str:
+        """Where rank 0 can be met by the others."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def join(self, init_method: str) -> None:
+        """Meet the other ranks and load this rank's share of the model."""
+        import torch
+
+        from ..engine.mesh import Mesh
+        from ..engine.pages import PagePool, pages_for
+        from ..engine.prefill import Prefiller
+        from ..engine.qwen2 import Qwen2
+        from ..engine.sparsity import SparsityConfig
+
+        settings, prefill = self._settings, self._settings.prefill
+        device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
+        mesh = Mesh.join(
+            prefill.tensor_parallel,
+            prefill.sequence_parallel,
+            self._rank,
+            init_method,
+            backend="nccl" if prefill.gpus_per_rank else "gloo",
+        )
+        folder = settings.model.folder
+        model = Qwen2.load(folder, mesh, getattr(torch, settings.model.dtype), device)
+        pool = PagePool(model.page_geometry, pages_for(prefill.kv_cache_tokens), device)
+        sparsity = SparsityConfig.from_folder(folder) if prefill.sparse else None
+        self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
+
+    def ping(self) -> None:
+        """Answer, if alive."""
+
+    def run_chunk(self, chunk: Chunk, prompt: Tokens | None, worker: Any) -> RankResult:
+        """Compute a chunk and hand its pages off.
+
+        Args:
+            prompt: whole, with its first chunk; None with the others.
+            worker: the decode worker's actor handle.
+        """
+        started = time.perf_counter()
+        name = chunk.request_id
+        if prompt is not None:
+            self._prefiller.admit(name, prompt)
+            self._senders[name] = self._make_sender(worker, name)
+        sender = self._senders[name]
+        result = self._prefiller.run_chunk(name, chunk.start, chunk.end, sender)
+        computed = time.perf_counter()
+        failure = sender.failure
+        if chunk.is_last:
+            try:
+                sender.flush()
+            except TransferError as error:
+                failure = str(error)
+            self.release(name)
+        wanted = result.logits is not None and self._rank == 0
+        return RankResult(
+            logits=result.logits.cpu().numpy() if wanted and result.logits is not None else None,
+            stages=result.stages,
+            seconds=computed - started,
+            hand_off=time.perf_counter() - computed,
+            failure=failure,
+        )
+
+    def release(self, request_id: str) -> None:
+        """Forget a request, finished or not; unknown ones are no error."""
+        sender = self._senders.pop(request_id, None)
+        if sender is not None:
+            sender.abandon()
+        self._prefiller.release(request_id)
+
+    def _make_sender(self, worker: Any, request_id: str) -> "ObjectStoreSender":
+        from .object_store import ObjectStoreSender
+
+        limit = self._settings.transport.max_in_flight_bytes
+        return ObjectStoreSender(worker, request_id, limit)

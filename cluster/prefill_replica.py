@@ -1,0 +1,190 @@
+"""A prefill replica: the coordinator of one gang, which shares it among prompts chunk by chunk."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ..engine.errors import LongreachError, TransferError, UnavailableError
+from ..engine.messages import Prefilled, Progress, Tokens
+from . import metrics
+from .gang import Gang
+from .metrics import Metrics
+from .prefill_rank import RankResult
+from .scheduler import Chunk, ChunkScheduler
+from .settings import PAGE_TOKENS, Settings
+
+logger = logging.getLogger(__name__)
+
+_PING_SECONDS = 10
+_LOST = "a rank of the prefill gang died, and the gang is being replaced; send the request again"
+
+
+@dataclass(eq=False)
+class _Job:
+    """One prompt under way; `events` ends with Prefilled or an error."""
+
+    prompt: ray.ObjectRef
+    total: int
+    arrived: float
+    worker: Any
+    events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
+    began: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class PrefillReplica:
+    """A Serve deployment. Its gang lives and dies with it."""
+
+    async def __init__(self, settings: Settings, metrics_directory: Path) -> None:
+        prefill = settings.prefill
+        self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
+        self._scheduler = ChunkScheduler(
+            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.ageing
+        )
+        self._jobs: dict[str, _Job] = {}
+        self._computing: str | None = None
+        self._wake = asyncio.Event()
+        self._lost = False
+        self._gang = await Gang.start(settings)
+        self._loop = asyncio.create_task(self._run())
+        self._report()
+
+    async def check_health(self) -> None:
+        """Raise if a rank is gone: Serve then replaces this replica, and the gang with it."""
+        if not self._lost and self._computing is None:
+            try:
+                await asyncio.wait_for(self._gang.ping(), _PING_SECONDS)
+            except (RayError, TimeoutError) as error:
+                # A chunk that began meanwhile may keep the ranks from answering, and finds out.
+                if isinstance(error, RayError) or self._computing is None:
+                    self._lose(error)
+        if self._lost:
+            raise UnavailableError(_LOST)
+
+    async def prefill(
+        self, request_id: str, prompt: Tokens, arrived: float, worker: Any
+    ) -> AsyncGenerator[Progress | Prefilled, None]:
+        """Compute a prompt into the pages that a decode worker has reserved for it.
+
+        Yields Progress after every chunk, then Prefilled. Leaving early stops the work after the
+        chunk that is being computed.
+
+        Args:
+            arrived: time.time() when the request arrived.
+            worker: the decode worker's actor handle.
+        """
+        if self._lost:
+            raise UnavailableError(_LOST)
+        self._scheduler.add(request_id, len(prompt), time.monotonic())
+        job = _Job(ray.put(prompt), len(prompt), arrived, worker, asyncio.Queue())
+        self._jobs[request_id] = job
+        self._wake.set()
+        self._report()
+        try:
+            while True:
+                event = await job.events.get()
+                if isinstance(event, LongreachError):
+                    raise event
+                yield event
+                if isinstance(event, Prefilled):
+                    return
+        finally:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        """Give a prompt's pages back; after its chunk if one is being computed."""
+        self._jobs.pop(request_id, None)
+        if request_id != self._computing:
+            self._release(request_id)
+
+    def _release(self, request_id: str) -> None:
+        # Ranks get calls in order, so their pages are free before they are taken again.
+        self._gang.release(request_id)
+        self._scheduler.remove(request_id)
+        self._wake.set()
+        self._report()
+
+    async def _run(self) -> None:
+        while not self._lost:
+            chunk = self._scheduler.next(time.monotonic())
+            if chunk is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._computing = chunk.request_id
+            try:
+                await self._compute(chunk)
+            except Exception as error:
+                self._lose(error)
+            finally:
+                self._computing = None
+            if chunk.request_id not in self._jobs:
+                self._release(chunk.request_id)
+
+    async def _compute(self, chunk: Chunk) -> None:
+        job = self._jobs[chunk.request_id]
+        first = chunk.start == 0
+        if first:
+            job.began = time.time()
+        self._report()
+        results = await self._gang.run_chunk(chunk, job.prompt if first else None, job.worker)
+        self._scheduler.computed(chunk, time.monotonic())
+        self._count(chunk, results)
+        slowest = max(results, key=_busy_seconds)
+        for stage, seconds in slowest.stages.items():
+            job.stages[stage] = job.stages.get(stage, 0.0) + seconds
+        failure = next((r.failure for r in results if r.failure is not None), None)
+        if failure is not None:
+            job.events.put_nowait(TransferError(failure))
+            return
+        job.events.put_nowait(Progress(chunk.end, job.total))
+        if chunk.is_last:
+            job.events.put_nowait(_prefilled(job, results))
+
+    def _count(self, chunk: Chunk, results: list[RankResult]) -> None:
+        self._sink.add(metrics.PREFILL_CHUNKS)
+        self._sink.add(metrics.PREFILL_TOKENS, chunk.end - chunk.start)
+        busy = sorted(_busy_seconds(result) for result in results)
+        self._sink.observe(metrics.RANK_SKEW, busy[-1] - busy[0])
+        for stage, seconds in max(results, key=_busy_seconds).stages.items():
+            self._sink.add(metrics.PREFILL_STAGE_SECONDS, seconds, stage=stage)
+
+    def _lose(self, error: BaseException) -> None:
+        """The gang cannot go on: tell everybody who waits for it, and end what is left of it."""
+        if self._lost:
+            return
+        logger.error("the prefill gang is lost", exc_info=error)
+        self._lost = True
+        self._wake.set()
+        for job in self._jobs.values():
+            job.events.put_nowait(UnavailableError(_LOST))
+        self._gang.kill()
+
+    def _report(self) -> None:
+        self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._scheduler.num_running)
+        self._sink.set(metrics.NUM_REQUESTS_WAITING, self._scheduler.num_waiting)
+        self._sink.set(metrics.KV_CACHE_USAGE, self._scheduler.usage)
+
+
+def _prefilled(job: _Job, results: list[RankResult]) -> Prefilled:
+    logits = next(result.logits for result in results if result.logits is not None)
+    hand_off = max(result.hand_off for result in results)
+    return Prefilled(
+        logits=logits,
+        queued=max(job.began - job.arrived, 0.0),
+        prefill=max(time.time() - job.began - hand_off, 0.0),
+        hand_off=hand_off,
+        stages=job.stages,
+    )
+
+
+def _busy_seconds(result: RankResult) -> float:
+    """Time spent on a chunk without what was spent waiting for other ranks."""
+    return sum(s for stage, s in result.stages.items() if stage != "communication")
