@@ -1,11 +1,11 @@
 """The Serve application of a configuration, and a cluster on this machine that runs it."""
 
-import contextlib
 import logging
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -37,13 +37,15 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {"num_cpus": 0},
     }
-    prefill = serve.deployment(
+    # Ray's own annotations do not know classes with an asynchronous __init__.
+    deployment: Any = serve.deployment
+    prefill = deployment(
         PrefillReplica, name=_PREFILL, num_replicas=settings.prefill.replicas, **common
     )
-    decode = serve.deployment(
+    decode = deployment(
         DecodeReplica, name=_DECODE, num_replicas=settings.decode.replicas, **common
     )
-    ingress = serve.deployment(
+    ingress = deployment(
         serve.ingress(api_builder(settings, metrics_directory, _DECODE, APP_NAME))(),
         name=_INGRESS,
         num_replicas=settings.ingress.replicas,
@@ -86,11 +88,13 @@ class LocalCluster:
         try:
             serve.delete(APP_NAME)
         finally:
-            with contextlib.suppress(KeyboardInterrupt):
-                serve.shutdown()
-            ray.shutdown()
-            if self._temporary:
-                shutil.rmtree(self.metrics_directory, ignore_errors=True)
+            self.kill()
+
+    def kill(self) -> None:
+        """End every process without waiting for anything."""
+        ray.shutdown()
+        if self._temporary:
+            shutil.rmtree(self.metrics_directory, ignore_errors=True)
 
 
 def start(settings: Settings) -> LocalCluster:
@@ -101,6 +105,7 @@ def start(settings: Settings) -> LocalCluster:
         UnavailableError: a part of the cluster did not come up.
     """
     read_api_keys(settings.ingress.api_keys_file)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     directory = settings.metrics.directory
     cluster = LocalCluster(
         settings,
@@ -118,9 +123,9 @@ def start(settings: Settings) -> LocalCluster:
         serve.start(http_options=options, logging_config={"log_level": "WARNING"})
         serve.run(build(settings, cluster.metrics_directory), name=APP_NAME)
     except RuntimeError as error:
-        cluster.stop()
+        cluster.kill()
         raise UnavailableError(f"the cluster did not start: {error}") from error
     except BaseException:
-        cluster.stop()
+        cluster.kill()
         raise
     return cluster

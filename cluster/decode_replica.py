@@ -4,10 +4,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.errors import LongreachError, QueueFullError, UnavailableError
 from ..engine.messages import (
@@ -16,6 +17,7 @@ from ..engine.messages import (
     Finished,
     GenerationRequest,
     Prefilled,
+    Progress,
     Timings,
 )
 from .decode_worker import DecodeWorker
@@ -38,11 +40,10 @@ class DecodeReplica:
         self._most_waiting = settings.limits.max_queued_requests
         self._waiting = 0
         decode = settings.decode
-        self._worker = (
-            ray.remote(DecodeWorker)
-            .options(num_cpus=decode.cpus, num_gpus=decode.gpus, max_concurrency=_CALLS_AT_ONCE)
-            .remote(settings, metrics_directory)
+        actor = cast(Any, ray.remote(DecodeWorker)).options(
+            num_cpus=decode.cpus, num_gpus=decode.gpus, max_concurrency=_CALLS_AT_ONCE
         )
+        self._worker = actor.remote(settings, metrics_directory)
         await self._worker.ping.remote()
 
     async def check_health(self) -> None:
@@ -66,8 +67,11 @@ class DecodeReplica:
         try:
             await self._worker.reserve.remote(request)
             prefilled = None
-            stream = self._prefill.prefill.remote(
-                request.request_id, request.prompt, request.arrived, self._worker
+            stream = cast(
+                DeploymentResponseGenerator[Progress | Prefilled],
+                self._prefill.prefill.remote(
+                    request.request_id, request.prompt, request.arrived, self._worker
+                ),
             )
             try:
                 async for event in stream:

@@ -1,7 +1,7 @@
 """The ranks of one prefill replica: placed together, called together, replaced together."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -34,7 +34,7 @@ class Gang:
             [_resources(prefill)] * prefill.num_ranks, strategy=prefill.placement
         )
         await _placed(group, prefill)
-        actor = ray.remote(PrefillRank)
+        actor = cast(Any, ray.remote(PrefillRank))
         ranks = [
             actor.options(
                 num_cpus=prefill.cpus_per_rank,

@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.errors import UnavailableError
 from ..engine.messages import Event, GenerationRequest
@@ -30,7 +31,7 @@ class DecodeBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
-        stream = self._streams.generate.remote(request)
+        stream = cast(DeploymentResponseGenerator[Event], self._streams.generate.remote(request))
         try:
             async for event in stream:
                 yield event
