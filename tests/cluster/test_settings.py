@@ -1,0 +1,117 @@
+"""Configurations that run, and what is said about those that cannot."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longreach.cluster.settings import (
+    PAGE_TOKENS,
+    check_model,
+    load_settings,
+    parse_settings,
+    read_api_keys,
+)
+from longreach.engine import pages
+from longreach.engine.errors import CheckpointError, ConfigurationError
+
+LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    return yaml.safe_load(LAPTOP.read_text())
+
+
+def test_the_laptop_configuration_serves_a_million_tokens() -> None:
+    settings = load_settings(LAPTOP)
+    assert settings.limits.max_model_len >= 1 << 20
+    assert settings.model.folder.is_dir()
+    assert settings.prefill.num_ranks == 2
+    assert settings.ingress_limits.max_model_len == settings.limits.max_model_len
+
+
+def test_pages_are_as_long_as_the_engine_says() -> None:
+    assert pages.PAGE_TOKENS == PAGE_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("prefil", {}, "unknown key 'prefil'"),
+        ("prefill.chunk_token", 128, "unknown key 'prefill.chunk_token'"),
+        ("prefill.chunk_tokens", 1000, "multiple of 128"),
+        ("prefill.chunk_tokens", "many", "prefill.chunk_tokens"),
+        ("prefill.chunk_tokens", 1024.5, "prefill.chunk_tokens"),
+        ("prefill.sequence_parallel", 0, "prefill.sequence_parallel"),
+        ("prefill.kv_cache_tokens", 4096, "cannot hold one prompt"),
+        ("prefill.placement", "TIGHT", "STRICT_PACK"),
+        ("prefill.cpus_per_rank", 0.0, "ask for a part of a CPU"),
+        ("prefill.ageing", 0.0, "prefill.ageing"),
+        ("decode.kv_cache_tokens", 1_056_768, "make it 1090560 or more"),
+        ("decode.max_batch", 4, "raise decode.max_batch"),
+        ("limits.max_output_tokens", 2_000_000, "lower it"),
+        ("model.dtype", "int8", "model.dtype"),
+        ("ingress.port", 70_000, "ingress.port"),
+        ("ingress.progress_seconds", 3.0, "ingress.progress_seconds"),
+        ("transport.kind", "pigeon", "transport.kind"),
+    ],
+)
+def test_what_cannot_run_is_refused(raw: dict[str, Any], where: str, value: Any, said: str) -> None:
+    *sections, key = where.split(".")
+    changed = copy.deepcopy(raw)
+    section = changed
+    for name in sections:
+        section = section.setdefault(name, {})
+    section[key] = value
+    if key in ("max_output_tokens",):
+        changed["decode"]["kv_cache_tokens"] = 100_000_000
+    with pytest.raises(ConfigurationError) as refused:
+        parse_settings(changed)
+    assert said in str(refused.value)
+
+
+def test_a_missing_section_is_named(raw: dict[str, Any]) -> None:
+    del raw["prefill"]["kv_cache_tokens"]
+    with pytest.raises(ConfigurationError, match=r"'prefill.kv_cache_tokens' is missing"):
+        parse_settings(raw)
+    with pytest.raises(ConfigurationError, match="begin with `model:`"):
+        parse_settings(None)
+
+
+def test_limits_of_the_checkpoint_count(raw: dict[str, Any]) -> None:
+    raw["limits"]["max_model_len"] = 8_000_000
+    raw["prefill"]["kv_cache_tokens"] = raw["decode"]["kv_cache_tokens"] = 9_000_000
+    with pytest.raises(ConfigurationError, match="positions"):
+        check_model(parse_settings(raw))
+    raw["limits"]["max_model_len"] = 10_000
+    raw["prefill"]["tensor_parallel"] = 3
+    with pytest.raises(ConfigurationError, match="sequence_parallel"):
+        check_model(parse_settings(raw))
+    raw["model"]["path"] = "/nowhere"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        check_model(parse_settings(raw))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"a: [", "not valid YAML"), (b"\xff", "not UTF-8"), (b"", "empty")]
+)
+def test_files_that_say_nothing_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=said):
+        load_settings(path)
+
+
+def test_api_keys_are_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# of the team\nfirst\n\n second \n")
+    assert read_api_keys(path) == ("first", "second")
+    path.write_text("# none yet\n")
+    with pytest.raises(ConfigurationError, match="holds no key"):
+        read_api_keys(path)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_api_keys(tmp_path / "none")
+    assert read_api_keys(None) == ()
