@@ -140,16 +140,13 @@ def _kept_by_top_k_and_top_p(
     top_k = min(top_k, len(scaled))
     if top_p >= 1:
         return _best(scaled, top_k) if top_k else np.arange(len(scaled))
-    total = np.exp(scaled).sum() if not top_k else None
     # Sorting a whole vocabulary is slow, and its few best tokens nearly always reach top_p.
-    for count in (top_k,) if top_k else (min(_FIRST_SORTED, len(scaled)), len(scaled)):
-        ids = _best(scaled, count)
+    ids = _best(scaled, top_k or _FIRST_SORTED)
+    cumulative = np.cumsum(np.exp(scaled[ids]))
+    target = top_p * (cumulative[-1] if top_k else np.exp(scaled).sum())
+    if cumulative[-1] < target:
+        ids = _best(scaled, len(scaled))
         cumulative = np.cumsum(np.exp(scaled[ids]))
-        target = top_p * (cumulative[-1] if total is None else total)
-        if cumulative[-1] >= target:
-            break
-    else:
-        return ids
     return ids[: int(np.searchsorted(cumulative, target)) + 1]
 
 

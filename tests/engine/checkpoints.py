@@ -37,11 +37,11 @@ def make_checkpoint(
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=16,
         max_position_embeddings=4096,
         tie_word_embeddings=tie,
         eos_token_id=VOCAB - 1,
-        **changes,
+        # No field of this configuration, yet part of a checkpoint's.
+        **{"head_dim": 16, **changes},
     )
     model = Qwen2ForCausalLM(config)
     for parameter in model.parameters():

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.config import ModelConfig
 from longreach.engine.errors import ConfigurationError
@@ -74,7 +74,7 @@ def test_every_mesh_is_one_process(meshes, checkpoint: Path, tmp_path: Path) -> 
     single = LocalPrefill(checkpoint, 1024)
     expected = {(n, chunk): run(single, n, chunk) for n in LENGTHS for chunk in CHUNKS}
     ranks = meshes[0][0] * meshes[0][1]
-    torch.multiprocessing.spawn(rank_main, (meshes, checkpoint, tmp_path), nprocs=ranks)
+    spawn(rank_main, (meshes, checkpoint, tmp_path), nprocs=ranks)
     for tensor, sequence in meshes:
         results = [torch.load(tmp_path / f"{tensor}x{sequence}-{rank}.pt") for rank in range(ranks)]
         for key, (logits, pushed) in expected.items():

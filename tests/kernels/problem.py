@@ -52,4 +52,4 @@ def make_problem(length: int, dual: bool, heads: int = 4, kv_heads: int = 2) -> 
     else:
         relative = reference.plain_positions(length)
     logits = reference.scores(q, k, relative, THETA, SCALE)
-    return Problem(length, q, v, LayerPages.of(memory, table), positions, logits)
+    return Problem(length, q, v, LayerPages.of(memory, table.tolist()), positions, logits)
