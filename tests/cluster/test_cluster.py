@@ -1,0 +1,299 @@
+"""The whole cluster from outside: real Ray, real HTTP, the official client."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from longreach.cluster.app import LocalCluster
+from longreach.cluster.client import Endpoint
+from longreach.cluster.demo import is_right
+from longreach.cluster.needle import hide_key
+from longreach.engine.tokenizer import Tokenizer
+
+from .conftest import (
+    CHUNK_TOKENS,
+    MODEL,
+    MOST_WAITING,
+    actor_pids,
+    ask_body,
+    make_prompt,
+    scrape,
+    wait_for,
+    wait_until_no_page_is_held,
+)
+
+LONG = 60_000
+"""Tokens that take long enough to be interrupted."""
+
+
+def test_a_key_hidden_in_a_long_document_is_found(cluster: LocalCluster) -> None:
+    endpoint = Endpoint(cluster.url)
+    hidden = hide_key(40_000, lambda messages: endpoint.count_tokens(MODEL, messages), 7, 0.3)
+    progress = []
+    answer = endpoint.ask(MODEL, hidden.messages, 16, progress.append)
+    assert is_right(answer.text, hidden.expected)
+    assert answer.finish_reason == "stop"
+    assert answer.prompt_tokens == 40_000
+    done = [report.done for report in progress]
+    assert done == sorted(done)
+    assert len(set(done)) > 3
+
+
+def test_answers_equal_those_of_one_process(
+    client: openai.OpenAI, tokenizer: Tokenizer, cluster: LocalCluster
+) -> None:
+    """Two ranks, chunks of 2048 and a hand-off, against one process and one chunk."""
+    import torch
+
+    from longreach.engine.local import LocalPrefill
+    from longreach.engine.pocket import CHECKPOINT
+
+    prompt = make_prompt(tokenizer, 5000)
+    answer = client.completions.create(
+        model=MODEL, prompt=prompt.tolist(), max_tokens=6, temperature=0, logprobs=1,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    local = LocalPrefill(CHECKPOINT, max_tokens=8192)
+    text = prompt
+    for said in logprobs.token_logprobs:
+        expected = torch.log_softmax(local.logits(text), 0)
+        assert said == pytest.approx(float(expected.max()), abs=1e-3)
+        text = np.append(text, np.int32(expected.argmax()))
+
+
+def test_the_official_client_streams_and_counts(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Say something."}]
+    whole = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,
+        max_tokens=12,
+        seed=3,
+        n=2,  # type: ignore[arg-type]
+    )
+    stream = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=12, seed=3, n=2,  # type: ignore[arg-type]
+        stream=True, stream_options={"include_usage": True},
+    )  # fmt: skip
+    texts = {0: "", 1: ""}
+    usage = None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert [choice.message.content for choice in whole.choices] == [texts[0], texts[1]]
+    assert usage is not None
+    assert usage == whole.usage
+    assert usage.completion_tokens <= 24
+
+
+def test_many_at_once_answer_as_each_alone(cluster: LocalCluster, tokenizer: Tokenizer) -> None:
+    bodies = [
+        {"prompt": make_prompt(tokenizer, 200 + 331 * i).tolist(), "seed": i} for i in range(6)
+    ]
+
+    async def ask(client: openai.AsyncOpenAI, body: dict) -> str:
+        answer = await client.completions.create(model=MODEL, max_tokens=10, **body)
+        return answer.choices[0].text
+
+    async def run() -> tuple[list[str], list[str]]:
+        async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
+            alone = [await ask(client, body) for body in bodies]
+            together = []
+            for pair in range(0, len(bodies), MOST_WAITING):
+                asked = [ask(client, body) for body in bodies[pair : pair + MOST_WAITING]]
+                together += await asyncio.gather(*asked)
+        return alone, together
+
+    alone, together = asyncio.run(run())
+    assert together == alone
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(
+    http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    ended: dict[str, float] = {}
+
+    def ask(name: str, tokens: int) -> None:
+        answer = http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, tokens)))
+        assert answer.status_code == 200, answer.text
+        ended[name] = time.monotonic()
+
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(ask, "long", LONG)
+        wait_for(lambda: _computed(http) > 0, 30, "the long prompt's first chunk")
+        pool.submit(ask, "short", 100).result()
+        assert not long.done()
+        long.result()
+    assert ended["short"] < ended["long"]
+
+
+def _computed(http: httpx.Client) -> float:
+    """Share of the prefill pool in use: whether a prompt is being computed."""
+    return scrape(http).get(("longreach_kv_cache_usage_perc", "prefill"), 0.0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_during_prefill_stops_it(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer, stream: bool
+) -> None:
+    wait_until_no_page_is_held(http)
+    before = scrape(http)
+    body = ask_body(make_prompt(tokenizer, LONG), stream=stream)
+    with httpx.Client(base_url=cluster.url, timeout=httpx.Timeout(60, read=3.0)) as leaving:
+        if stream:
+            with leaving.stream("POST", "/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                while not next(lines).startswith(": prefill"):
+                    pass
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post("/v1/completions", json=body)
+    wait_until_no_page_is_held(http)
+    after = scrape(http)
+    cancelled = ("longreach_requests_total", "cancelled", "ingress")
+    wait_for(lambda: scrape(http).get(cancelled, 0) == before.get(cancelled, 0) + 1, 5, "outcome")
+    tokens = ("longreach_prefill_tokens_total", "prefill")
+    assert after[tokens] - before.get(tokens, 0) < LONG
+
+
+def test_a_client_that_leaves_during_decode_stops_it(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    body = ask_body(make_prompt(tokenizer, 300), max_tokens=4000, ignore_eos=True, stream=True)
+    with (
+        httpx.Client(base_url=cluster.url, timeout=60) as leaving,
+        leaving.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        while not next(lines).startswith("data: "):
+            pass
+    wait_until_no_page_is_held(http)
+
+
+def test_a_full_queue_says_when_to_come_back(http: httpx.Client, tokenizer: Tokenizer) -> None:
+    long, short = make_prompt(tokenizer, LONG), make_prompt(tokenizer, 40_000)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(http.post, "/v1/completions", json=ask_body(long))
+        wait_for(lambda: _computed(http) > 0, 30, "the first prompt's first chunk")
+        others = [
+            pool.submit(http.post, "/v1/completions", json=ask_body(short))
+            for _ in range(MOST_WAITING + 3)
+        ]
+        answers = [other.result() for other in others]
+        assert first.result().status_code == 200
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert all(answer.status_code in (200, 429) for answer in answers)
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["code"] == "queue_full"
+    wait_until_no_page_is_held(http)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status", "code"),
+    [
+        ("completions", b'{"model"', 400, None),
+        ("completions", b'{"model": "longreach-pocket", "prompt": "\xff"}', 400, None),
+        ("completions", {"prompt": ""}, 400, "empty_prompt"),
+        ("completions", {"prompt": "a", "n": 99}, 400, "invalid_value"),
+        ("completions", {"prompt": "a", "logprobs": 99}, 400, "invalid_value"),
+        ("completions", {"prompt": "a", "max_tokens": "4"}, 400, "invalid_value"),
+        ("completions", {"prompt": [5, 999_999]}, 400, "token_id_out_of_range"),
+        ("completions", {"prompt": [65] * 131_073}, 400, "context_length_exceeded"),
+        ("completions", {"prompt": "a", "model": "gpt"}, 404, "model_not_found"),
+        ("chat/completions", {"messages": [], "x": 1}, 400, None),
+        ("chat/completions", {"messages": [{"role": "user", "content": 1}]}, 400, None),
+    ],
+)
+def test_bad_input_is_refused_and_holds_nothing(
+    http: httpx.Client, path: str, content: bytes | dict, status: int, code: str | None
+) -> None:
+    if isinstance(content, dict):
+        content = json.dumps({"model": MODEL, **content}).encode()
+    answer = http.post(f"/v1/{path}", content=content)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert code is None or error["code"] == code
+    assert "Traceback" not in answer.text
+    wait_until_no_page_is_held(http)
+
+
+def test_figures_equal_what_was_sent(http: httpx.Client, tokenizer: Tokenizer) -> None:
+    before = scrape(http)
+    answer = http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, 5000)))
+    used = answer.json()["usage"]
+    after = scrape(http)
+
+    def grown(*key: str) -> float:
+        return after.get(key, 0.0) - before.get(key, 0.0)
+
+    assert grown("longreach_requests_total", "success", "ingress") == 1
+    assert grown("longreach_prompt_tokens_total", "ingress") == 5000
+    assert grown("longreach_prefill_tokens_total", "prefill") == 5000
+    assert grown("longreach_generation_tokens_total", "ingress") == used["completion_tokens"]
+    assert grown("longreach_prefill_chunks_total", "prefill") == -(-5000 // CHUNK_TOKENS)
+    pages = -(-5000 // 128)
+    bytes_a_page = 4 * 2 * 2 * 128 * 64 * 4  # layers, KV heads, K and V, tokens, dimension, float32
+    assert grown("longreach_handoff_bytes_total", "decode") == pages * bytes_a_page
+    for name in ("time_to_first_token", "request_queue_time", "request_prefill_time"):
+        assert grown(f"longreach_{name}_seconds_count", "8k", "ingress") == 1
+    timings = answer.json()["longreach"]["timings"][0]
+    assert timings["prefill"] == pytest.approx(
+        grown("longreach_request_prefill_time_seconds_sum", "8k", "ingress"), abs=1e-6
+    )
+
+
+def test_a_dead_rank_fails_requests_cleanly_and_the_gang_is_replaced(
+    http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    ranks = actor_pids("PrefillRank")
+    assert len(ranks) == 2
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            http.post, "/v1/completions", json=ask_body(make_prompt(tokenizer, LONG))
+        )
+        wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
+        os.kill(ranks[0], signal.SIGKILL)
+        answer = asked.result()
+    assert answer.status_code == 503
+    assert "Traceback" not in answer.text
+    assert "again" in answer.json()["error"]["message"]
+
+    def served_again() -> bool:
+        body = ask_body(make_prompt(tokenizer, 50))
+        return http.post("/v1/completions", json=body).status_code == 200
+
+    wait_for(served_again, 90, "a new gang")
+    assert not set(actor_pids("PrefillRank")) & set(ranks)
+    wait_until_no_page_is_held(http)
+
+
+def test_stopping_lets_running_requests_finish_and_leaves_nothing(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    """The last test: it ends the cluster that all others share."""
+    body = ask_body(make_prompt(tokenizer, LONG))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(http.post, "/v1/completions", json=body)
+        wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
+        stopping = threading.Thread(target=cluster.stop)
+        stopping.start()
+        answer = asked.result()
+        stopping.join(60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] > 0
+    assert not stopping.is_alive()
+    wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")
