@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from openai.types.chat import ChatCompletionUserMessageParam
 
 from longreach.cluster.app import LocalCluster
 from longreach.cluster.client import Endpoint
@@ -74,18 +75,17 @@ def test_answers_equal_those_of_one_process(
 
 
 def test_the_official_client_streams_and_counts(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "Say something."}]
-    whole = client.chat.completions.create(
+    said: ChatCompletionUserMessageParam = {"role": "user", "content": "Say something."}
+    whole = client.chat.completions.create(model=MODEL, messages=[said], max_tokens=12, seed=3, n=2)
+    stream = client.chat.completions.create(
         model=MODEL,
-        messages=messages,
+        messages=[said],
         max_tokens=12,
         seed=3,
-        n=2,  # type: ignore[arg-type]
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True},
     )
-    stream = client.chat.completions.create(
-        model=MODEL, messages=messages, max_tokens=12, seed=3, n=2,  # type: ignore[arg-type]
-        stream=True, stream_options={"include_usage": True},
-    )  # fmt: skip
     texts = {0: "", 1: ""}
     usage = None
     for chunk in stream:
