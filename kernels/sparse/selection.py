@@ -6,8 +6,9 @@ Slashes are chosen as bands of 128 diagonals: attention computes whole tiles, so
 would cost as much as a band.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,11 @@ class _Segment:
 
 
 class _Scorer:
-    """Scores the last queries against all keys, a few thousand keys at a time."""
+    """Scores the last queries against all keys, a few thousand keys at a time.
+
+    Scores are in the keys' type, since they only rank, and to the base 2, since powers of two are
+    three times as fast as those of e in PyTorch on a CPU.
+    """
 
     def __init__(
         self,
@@ -111,20 +116,26 @@ class _Scorer:
         self._first = first_position
         self._length = first_position + self._rows
         self._pages, self._kv_head = pages, kv_head
-        self._segments = list(_segments(queries, first_position, stride, scale))
+        scale *= math.log2(math.e)
+        self._segments = [
+            replace(segment, queries=segment.queries.to(pages.memory.dtype))
+            for segment in _segments(queries, first_position, stride, scale)
+        ]
         self._device = queries.intra.device
         most_keys = min(_KEYS_AT_ONCE, self._length)
-        self._scores = torch.empty(self._heads * self._rows * most_keys, device=self._device)
+        size = self._heads * self._rows * most_keys
+        self._products = torch.empty(size, dtype=pages.memory.dtype, device=self._device)
+        self._scores = torch.empty(size, device=self._device)
 
     def log_sum_exp(self) -> Tensor:
-        """Of all keys of each query, [heads, rows, 1]."""
+        """Of all keys of each query, to the base 2, [heads, rows, 1]."""
         lse = torch.full((self._heads, self._rows, 1), -torch.inf, device=self._device)
         for start, end in self._ranges():
             scores = self._score(start, end)
             # A row may see no key of a range; any finite number will do for it then.
             highest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-            total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
-            lse = torch.logaddexp(lse, highest + total.log())
+            total = scores.sub_(highest).exp2_().sum(-1, keepdim=True)
+            lse = torch.logaddexp2(lse, highest + total.log2())
         return lse
 
     def sums(self, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +144,7 @@ class _Scorer:
         num_bands = (self._length - 1) // BLOCK_ROWS + 1
         bands = torch.zeros(self._heads, num_bands, device=self._device)
         for start, end in self._ranges():
-            attention = self._score(start, end).sub_(lse).exp_()  # [heads, rows, keys]
+            attention = self._score(start, end).sub_(lse).exp2_()  # [heads, rows, keys]
             torch.sum(attention, 1, out=columns[:, start:end])
             bands.index_add_(1, *self._diagonal_sums(attention, start))
         return columns, bands
@@ -161,18 +172,20 @@ class _Scorer:
     def _score(self, start: int, end: int) -> Tensor:
         """Causal logits over keys [start, end), [heads, rows, end - start]; reused memory."""
         count = end - start
-        keys = self._pages.read_keys(self._kv_head, start, end).float()
-        flat = self._scores[: self._heads * self._rows * count].view(-1, count)
-        scores = flat.view(self._heads, self._rows, count)
+        keys = self._pages.read_keys(self._kv_head, start, end)
+        size = self._heads * self._rows * count
+        products = self._products[:size].view(self._heads, self._rows, count)
         for segment in self._segments:
             low, high = max(segment.start, start), min(segment.end, end)
             rows = segment.last_row - segment.first_row
             if rows == self._rows and (low, high) == (start, end):
-                torch.mm(segment.queries, keys.T, out=flat)
+                torch.mm(segment.queries, keys.T, out=products.view(-1, count))
             elif low < high:
                 part = segment.queries @ keys[low - start : high - start].T
-                target = scores[:, segment.first_row : segment.last_row, low - start : high - start]
+                columns = slice(low - start, high - start)
+                target = products[:, segment.first_row : segment.last_row, columns]
                 target.copy_(part.view(self._heads, rows, -1))
+        scores = self._scores[:size].view_as(products).copy_(products)
         if end > self._first:
             key = torch.arange(start, end, device=self._device)
             query = torch.arange(self._first, self._length, device=self._device)
