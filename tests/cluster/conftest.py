@@ -1,7 +1,6 @@
 """One real cluster for all tests of this folder: Ray, Serve, two prefill ranks, HTTP."""
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from longreach.cluster.app import LocalCluster, start
 from longreach.cluster.settings import Settings, parse_settings
 from longreach.engine.messages import Tokens
 from longreach.engine.tokenizer import Tokenizer
+
+from ..prometheus import free_port
 
 MODEL = "longreach-pocket"
 MOST_WAITING = 2
@@ -41,12 +42,6 @@ def make_settings(port: int) -> Settings:
             "shutdown": {"drain_seconds": 60.0},
         }
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,6 +21,7 @@ from longreach.cluster.demo import is_right
 from longreach.cluster.needle import hide_key
 from longreach.engine.tokenizer import Tokenizer
 
+from ..prometheus import prometheus_server, wait_for_value
 from .conftest import (
     CHUNK_TOKENS,
     MODEL,
@@ -254,6 +256,19 @@ def test_figures_equal_what_was_sent(http: httpx.Client, tokenizer: Tokenizer) -
     assert timings["prefill"] == pytest.approx(
         grown("longreach_request_prefill_time_seconds_sum", "8k", "ingress"), abs=1e-6
     )
+
+
+def test_a_real_prometheus_sees_what_was_sent(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with prometheus_server(tmp_path, cluster.url.removeprefix("http://")) as url:
+        chunks = 'longreach_prefill_chunks_total{role="prefill"}'
+        before = scrape(http)["longreach_prefill_chunks_total", "prefill"]
+        wait_for_value(url, chunks, before)
+        http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, 3 * CHUNK_TOKENS)))
+        wait_for_value(url, chunks, before + 3)
+        wait_for_value(url, 'longreach_kv_cache_usage_perc{role="decode"}', 0)
+        wait_for_value(url, "count(longreach_num_requests_running)", 3)
 
 
 def test_a_dead_rank_fails_requests_cleanly_and_the_gang_is_replaced(

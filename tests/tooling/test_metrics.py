@@ -1,17 +1,10 @@
 """Figures of several real processes, one of them killed, in one scrape."""
 
 import http.server
-import json
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from longreach.cluster import metrics as m
+
+from ..prometheus import prometheus_server, wait_for_value
 
 WRITER = """
 import sys, pathlib, signal
@@ -176,59 +171,10 @@ def scrape_url(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def prometheus_url(tmp_path: Path, scrape_url: str) -> Iterator[str]:
-    binary = shutil.which("prometheus")
-    if binary is None:
-        pytest.skip("no prometheus server here; Debian's package `prometheus` has one")
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
-        "scrape_configs:\n"
-        f"  - {{job_name: longreach, static_configs: [{{targets: ['{scrape_url}']}}]}}\n"
-    )
-    address = f"127.0.0.1:{free_port()}"
-    server = subprocess.Popen(
-        [
-            binary,
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'series'}",
-            f"--web.listen-address={address}",
-            "--log.level=error",
-        ]
-    )
-    try:
-        yield f"http://{address}"
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def query(prometheus_url: str, expression: str) -> float | None:
-    arguments = urllib.parse.urlencode({"query": expression})
-    try:
-        with urllib.request.urlopen(f"{prometheus_url}/api/v1/query?{arguments}") as answer:
-            result = json.load(answer)["data"]["result"]
-    except urllib.error.URLError:
-        return None  # it is still starting
-    return float(result[0]["value"][1]) if result else None
-
-
-def wait_for(prometheus_url: str, expression: str, expected: float) -> None:
-    deadline = time.monotonic() + 30
-    value = None
-    while time.monotonic() < deadline:
-        value = query(prometheus_url, expression)
-        if value == pytest.approx(expected):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{expression} is {value}, not {expected}")
+    with prometheus_server(tmp_path, scrape_url) as url:
+        yield url
 
 
 def test_a_real_prometheus_reads_what_was_written(tmp_path: Path, prometheus_url: str) -> None:
@@ -241,14 +187,14 @@ def test_a_real_prometheus_reads_what_was_written(tmp_path: Path, prometheus_url
     decode.set(m.NUM_REQUESTS_RUNNING, 7)
 
     ttft = "longreach_time_to_first_token_seconds"
-    wait_for(prometheus_url, f'{ttft}_count{{prompt_class="1m",role="ingress"}}', 3)
-    wait_for(prometheus_url, f'{ttft}_sum{{model_name="pocket"}}', 303.3)
-    wait_for(prometheus_url, f'{ttft}_bucket{{le="5.0"}}', 2)
-    wait_for(prometheus_url, 'longreach_requests_total{outcome="success"}', 3)
-    wait_for(prometheus_url, "longreach_num_requests_running", 7)
+    wait_for_value(prometheus_url, f'{ttft}_count{{prompt_class="1m",role="ingress"}}', 3)
+    wait_for_value(prometheus_url, f'{ttft}_sum{{model_name="pocket"}}', 303.3)
+    wait_for_value(prometheus_url, f'{ttft}_bucket{{le="5.0"}}', 2)
+    wait_for_value(prometheus_url, 'longreach_requests_total{outcome="success"}', 3)
+    wait_for_value(prometheus_url, "longreach_num_requests_running", 7)
 
     decode.close()
     ingress.add(m.REQUESTS, 1, outcome="cancelled")
-    wait_for(prometheus_url, "sum(longreach_requests_total)", 4)
-    wait_for(prometheus_url, "count(longreach_num_requests_running) or vector(0)", 0)
+    wait_for_value(prometheus_url, "sum(longreach_requests_total)", 4)
+    wait_for_value(prometheus_url, "count(longreach_num_requests_running) or vector(0)", 0)
     ingress.close()
