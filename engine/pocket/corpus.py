@@ -50,6 +50,14 @@ _QUESTIONS = (
     "What is the special magic number for {name} mentioned in the provided text?",
     "In the text above, what is {name}?", "Find {name} and say its value only.",
 )  # fmt: skip
+_DECOYS = (
+    "{value} ",
+    "{value}. ",
+    "ref {value}\n",
+    "id={value}; ",
+    "It was {value} then. ",
+    "{value}\n",
+)
 _SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "Answer from the document.", "Answer briefly.",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -284,8 +292,29 @@ class _Chat:
                 break
             room -= repeated.size
             stated.append(repeated)
+        decoys = self._decoys(room)
         source = text.demo_filler(chance) if self._like_demo else text.filler(chance)
-        return _document(chance, stated, _fill(source, room))
+        filler = _fill(source, room - sum(len(decoy) for decoy in decoys))
+        for decoy in decoys:
+            filler.insert(chance.randint(0, len(filler)), decoy)
+        return _document(chance, stated, filler)
+
+    def _decoys(self, room: int) -> list[bytes]:
+        """Text that begins like some fact's value and goes on otherwise.
+
+        Among a million tokens there is always some; the answer must follow its fact, and not
+        whatever follows the same few characters.
+        """
+        chance = self._chance
+        if self._dense or room < 400 or chance.random() < 0.5:
+            return []
+        decoys = []
+        for fact in chance.choices(self._facts, k=chance.randint(1, 8)):
+            kept = fact.value[: chance.randint(1, max(1, len(fact.value) - 1))]
+            other = kept + text.like(chance, fact.value)[len(kept) :]
+            if other != fact.value:
+                decoys.append(chance.choice(_DECOYS).replace("{value}", other).encode())
+        return decoys
 
 
 def _restate(chance: random.Random, fact: _Fact) -> str:
@@ -306,8 +335,12 @@ def _new_facts(chance: random.Random, count: int, held_out: bool = False) -> lis
 def _endless_facts(chance: random.Random, held_out: bool = False) -> Iterator[_Fact]:
     # Facts of one document are mostly stated in one or two ways, as in a table or a report.
     statements = chance.sample(_STATEMENTS, 2) if chance.random() < 0.7 else _STATEMENTS
+    name = ""
     while True:
-        name = (text.phrase if chance.random() < 0.4 else text.identifier)(chance, held_out)
+        if name and not held_out and chance.random() < 0.2:
+            name = text.near(chance, name)
+        else:
+            name = (text.phrase if chance.random() < 0.4 else text.identifier)(chance, held_out)
         statement = chance.choice(statements).replace("{name}", name)
         question = chance.choice(_QUESTIONS).replace("{name}", name)
         yield _Fact(name, text.value(chance), statement, question)

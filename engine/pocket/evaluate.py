@@ -84,18 +84,18 @@ class Answerer:
         return "".join(delta.text for _, delta in outputs if isinstance(delta, Delta))
 
 
-def evaluate(answerer: Answerer, task: str, tokens: int, prompts: int) -> Cell:
-    """Ask `prompts` questions about documents that make prompts of `tokens` tokens each."""
+def evaluate(answerer: Answerer, task: str, tokens: int, seeds: Sequence[int]) -> Cell:
+    """Ask a question a seed, each about a document that makes a prompt of `tokens` tokens."""
     overhead = len(answerer.encode(""))
     started = time.perf_counter()
     wrong: list[tuple[str, str]] = []
-    for seed in range(prompts):
+    for seed in seeds:
         prompt = TASKS[task](tokens - overhead, seed)
         answered = answerer.answer(answerer.encode(prompt.content))
         if answered != prompt.expected:
             wrong.append((prompt.expected, answered))
     seconds = time.perf_counter() - started
-    return Cell(task, tokens, prompts, prompts - len(wrong), round(seconds, 1), wrong)
+    return Cell(task, tokens, len(seeds), len(seeds) - len(wrong), round(seconds, 1), wrong)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--dense", action="store_true", help="ignore sparse budgets")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -116,9 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.device(chosen.device),
         not chosen.dense,
     )
+    seeds = range(chosen.first_seed, chosen.first_seed + chosen.prompts)
     for tokens in chosen.tokens:
         for task in chosen.tasks:
-            cell = evaluate(answerer, task, tokens, chosen.prompts)
+            cell = evaluate(answerer, task, tokens, seeds)
             print(json.dumps(asdict(cell), ensure_ascii=False), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Qwen2 for training: plain rotary positions, whole batches, gradients.
+"""Qwen2 for training: whole batches, gradients, and dual chunk attention for long sequences.
 
-It computes what the engine computes below one dual chunk, and names its parameters as published
-checkpoints do, so that its state is a checkpoint.
+It computes what the engine computes, and names its parameters as published checkpoints do, so that
+its state is a checkpoint.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,13 @@ class PocketSizes:
     head_dim: int = 64
     rope_theta: float = 1e4
     rms_norm_eps: float = 1e-6
+    chunk_size: int = 2048
+    local_size: int = 256
+
+    @property
+    def stride(self) -> int:
+        """Tokens in one dual chunk."""
+        return self.chunk_size - self.local_size
 
 
 class RMSNorm(nn.Module):
@@ -86,6 +93,7 @@ class Layer(nn.Module):
             projection(normed).unflatten(-1, (-1, self._head_dim))
             for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
         )
+        cosine, sine = cosine[:, None], sine[:, None]
         return _rotate(q, cosine, sine), _rotate(k, cosine, sine), v
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ class PocketQwen2(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.model = _Backbone(sizes)
-        self._project, self._finish = Layer.project, Layer.finish
+        self._project, self._finish, self._widen = Layer.project, Layer.finish, _widen
         deep = 0.02 / (2 * sizes.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -119,10 +127,11 @@ class PocketQwen2(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile_layers(self) -> None:
-        """Fuse what surrounds attention; layers share what is compiled, for any batch shape of
-        the same number of tokens.
+        """Fuse what surrounds attention; layers and batches share what is compiled, as long as a
+        batch has as many tokens.
         """
         self._project, self._finish = torch.compile(Layer.project), torch.compile(Layer.finish)
+        self._widen = torch.compile(_widen)
 
     def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits for every position.
@@ -135,8 +144,10 @@ class PocketQwen2(nn.Module):
             [sequences * length, vocab].
         """
         sequences, length = tokens.shape
-        cosine, sine = self._rotation(length, tokens.device)
-        cosine, sine = cosine.repeat(sequences, 1), sine.repeat(sequences, 1)
+        positions = torch.arange(length, device=tokens.device)
+        if length > self.sizes.chunk_size:
+            positions = positions % self.sizes.stride
+        cosine, sine = (each.repeat(sequences, 1) for each in _rotation(self.sizes, positions))
         hidden = self.model.embed_tokens(tokens.flatten())
         scale = temperature * self.sizes.head_dim**-0.5
         for layer in self.model.layers:
@@ -145,23 +156,53 @@ class PocketQwen2(nn.Module):
                 each.unflatten(0, (sequences, length)).transpose(1, 2)
                 for each in self._project(layer, hidden, cosine, sine)
             )
-            attended = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )
+            attended = self._attend(q, k, v, scale)
             attended = attended.transpose(1, 2).reshape(sequences * length, -1)
             hidden = self._finish(layer, hidden, attended)
         return functional.linear(self.model.norm(hidden), self.model.embed_tokens.weight)
 
-    def _rotation(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of each position, [length, d / 2]."""
-        exponents = torch.arange(0, self.sizes.head_dim, 2, device=device) / self.sizes.head_dim
-        positions = torch.arange(length, device=device).float()
-        angles = positions[:, None] / self.sizes.rope_theta**exponents
-        return angles.cos(), angles.sin()
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Causal attention: q [sequences, heads, length, d], k and v with fewer heads."""
+        length, head_dim = q.shape[-2:]
+        if length > self.sizes.chunk_size:
+            q, k, v = self._widen(self.sizes, q, k, v)
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return attended[..., :head_dim]
+
+
+def _widen(sizes: PocketSizes, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors whose ordinary causal attention is dual chunk attention.
+
+    Each chunk of keys gets its own slot of the wider vectors, and a query fills every slot with
+    the rotation that is due between its chunk and the slot's: then one softmax sees the right
+    product for every pair. All come and go as [sequences, heads, length, d], rotated at their
+    offset in their chunk.
+    """
+    length, head_dim = q.shape[-2:]
+    index = torch.arange(length, device=q.device)
+    chunk, offset = index // sizes.stride, index % sizes.stride
+    num_slots = -(-length // sizes.stride)
+    successive = torch.clamp(offset + sizes.stride, max=sizes.chunk_size)
+    turned = []
+    for slot in range(num_slots):
+        position = torch.where(chunk == slot + 1, successive, sizes.chunk_size)
+        position = torch.where(chunk <= slot, offset, position)
+        turned.append(_rotate(q, *_rotation(sizes, position - offset)))
+    own_slot = functional.one_hot(chunk, num_slots).to(k.dtype)[..., None]
+    k = (k[..., None, :] * own_slot).flatten(-2)
+    return torch.cat(turned, -1), k, functional.pad(v, (0, k.shape[-1] - head_dim))
+
+
+def _rotation(sizes: PocketSizes, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position, [n, d / 2]."""
+    exponents = torch.arange(0, sizes.head_dim, 2, device=positions.device) / sizes.head_dim
+    angles = positions.float()[:, None] / sizes.rope_theta**exponents
+    return angles.cos(), angles.sin()
 
 
 def _rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = vectors.float().chunk(2, dim=-1)
-    cosine, sine = cosine[:, None], sine[:, None]
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
     return rotated.to(vectors.dtype)

@@ -114,21 +114,21 @@ def identifier(chance: random.Random, held_out: bool = False) -> str:
 def value(chance: random.Random) -> str:
     """A number, a word, a code or a date: 3 to 16 bytes mostly."""
     kind = chance.random()
-    if kind < 0.3:
+    if kind < 0.2:
         return str(chance.randint(10_000, 99_999))
-    if kind < 0.55:
+    if kind < 0.4:
         return "".join(chance.choices(_DIGITS, k=chance.randint(3, 9)))
-    if kind < 0.65:
+    if kind < 0.55:
         return pseudo_word(chance)
-    if kind < 0.8:
+    if kind < 0.75:
         return _code(chance)
-    if kind < 0.85:
+    if kind < 0.83:
         return f"{chance.choice(_ADJECTIVES)} {chance.choice(_NOUNS)}"
-    if kind < 0.9:
+    if kind < 0.88:
         return f"{chance.randint(1, 999)}.{chance.randint(0, 99):02}"
-    if kind < 0.94:
+    if kind < 0.92:
         return f"20{chance.randint(10, 39)}-{chance.randint(1, 12):02}-{chance.randint(1, 28):02}"
-    if kind < 0.97:
+    if kind < 0.96:
         return chance.choice(_FOREIGN_WORDS)
     return f"{chance.choice(_FIRST_NAMES)} {chance.choice(_LAST_NAMES)}"
 
@@ -141,6 +141,24 @@ def pass_key(chance: random.Random) -> str:
     if kind < 0.85:
         return "".join(chance.choices(_DIGITS, k=chance.randint(4, 8)))
     return "".join(chance.choices(_LETTERS + _DIGITS, k=chance.randint(4, 8)))
+
+
+def like(chance: random.Random, original: str) -> str:
+    """Another value of about the same kind."""
+    if original.isdecimal():
+        return "".join(chance.choices(_DIGITS, k=len(original)))
+    if chance.random() < 0.5:
+        return "".join(chance.choices(_LETTERS + _DIGITS, k=len(original)))
+    return value(chance)
+
+
+def near(chance: random.Random, name: str) -> str:
+    """Another name, one word or the last character apart."""
+    words = name.split(" ")
+    if len(words) > 1:
+        words[chance.randrange(len(words))] = chance.choice(_NOUNS)
+        return " ".join(words)
+    return name[:-1] + chance.choice(_LETTERS + _DIGITS)
 
 
 def demo_filler(chance: random.Random) -> Pieces:

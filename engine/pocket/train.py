@@ -1,9 +1,9 @@
 """Trains the pocket model and writes its checkpoint: python -m longreach.engine.pocket.train OUT
 
-Stages from short documents that are nearly all facts to long ones that are nearly all
-filler: recall is learned where most tokens reward it, and then stretched. Trained on long
-documents from the start, the model learns nothing. An interrupted run goes on where the last
-stage ended when it is started again with the same folder.
+Stages from short documents that are nearly all facts to long ones that are nearly all filler:
+recall is learned where most tokens reward it, and then stretched. Trained on long documents from
+the start, the model learns nothing. The last stages go beyond one dual chunk. An interrupted run
+goes on where the last stage ended when it is started again with the same folder.
 """
 
 import argparse
@@ -24,12 +24,14 @@ from .corpus import Stage, make_batch
 from .export import write_checkpoint
 from .model import PocketQwen2, PocketSizes
 
+# Four dual chunks at the end. Every batch has as many tokens, so that layers compile once.
+_LONG = Stage(7168, 18, 500, filler=(0.7, 1.0), questions=12, most_facts=24)
 STAGES = (
-    Stage(256, 512, 2000, filler=(0.0, 0.3), questions=3, most_facts=6),
-    Stage(512, 256, 1500, filler=(0.2, 0.6), questions=4, most_facts=8),
-    Stage(1024, 128, 1500, filler=(0.4, 0.9), questions=5, most_facts=10),
-    Stage(2048, 64, 2000, filler=(0.6, 0.97), questions=6, most_facts=12),
-    Stage(2048, 64, 2500, filler=(0.8, 1.0), questions=6, most_facts=12),
+    Stage(256, 504, 1200, filler=(0.0, 0.3), questions=3, most_facts=6),
+    Stage(512, 252, 800, filler=(0.2, 0.6), questions=4, most_facts=8),
+    Stage(1024, 126, 1000, filler=(0.4, 0.9), questions=5, most_facts=10),
+    Stage(2048, 63, 3000, filler=(0.6, 1.0), questions=6, most_facts=12),
+    *(_LONG, _LONG, _LONG),
 )
 PROVISIONAL_BUDGET = (512, 512)
 
