@@ -25,6 +25,7 @@ _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
 _NO_LIMIT = 1_000_000
 _READY_SECONDS = 300
 _POLL_SECONDS = 0.1
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def build(settings: Settings, metrics_directory: Path) -> serve.Application:
@@ -120,8 +121,9 @@ def start(settings: Settings) -> LocalCluster:
             logging_level=logging.ERROR,
         )
         options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-        serve.start(http_options=options, logging_config={"log_level": "WARNING"})
-        serve.run(build(settings, cluster.metrics_directory), name=APP_NAME)
+        serve.start(http_options=options, logging_config=_LOGGING)
+        application = build(settings, cluster.metrics_directory)
+        serve.run(application, name=APP_NAME, logging_config=_LOGGING)
     except RuntimeError as error:
         cluster.kill()
         raise UnavailableError(f"the cluster did not start: {error}") from error

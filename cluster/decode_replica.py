@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,6 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.errors import LongreachError, QueueFullError, UnavailableError
 from ..engine.messages import (
-    Delta,
     Event,
     Finished,
     GenerationRequest,
@@ -54,15 +54,19 @@ class DecodeReplica:
         """Share of this replica's pages that are free, 0 to 1."""
         return await self._worker.free_share.remote()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Serve one request from reserved pages to its last token; see `rest.Backend`."""
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
+        """Serve one request from reserved pages to its last token; see `rest.Backend`.
+
+        Events that come at the same time are one message.
+        """
         try:
-            async for event in self._generate(request):
-                yield event
+            async for events in self._generate(request):
+                yield events
         except RayError as error:
             raise _as_ours(error) from error
 
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
+        began = time.perf_counter()
         waiting = self._queue_up()
         try:
             await self._worker.reserve.remote(request)
@@ -79,38 +83,41 @@ class DecodeReplica:
                     if isinstance(event, Prefilled):
                         prefilled = event
                     else:
-                        yield event
+                        yield [event]
             finally:
                 stream.cancel()
             if prefilled is None:
                 raise UnavailableError("prefill ended early; send the request again")
-            async for event in self._answer(request, prefilled):
-                yield event
+            async for events in self._answer(request, prefilled, began):
+                yield events
         finally:
             waiting.end()
             # Not awaited: whoever cancelled this must not wait for the worker's turn.
             self._worker.release.remote(request.request_id)
 
     async def _answer(
-        self, request: GenerationRequest, prefilled: Prefilled
-    ) -> AsyncGenerator[Event, None]:
-        loop = asyncio.get_running_loop()
-        began, first_token, completion_tokens = loop.time(), 0.0, 0
+        self, request: GenerationRequest, prefilled: Prefilled, began: float
+    ) -> AsyncGenerator[list[Event], None]:
+        started = time.perf_counter()
+        first_token, completion_tokens = None, 0
         answer = self._worker.answer.options(num_returns="streaming")
         async for reference in answer.remote(request.request_id, prefilled.logits):
-            deltas: list[Delta] = await reference
-            first_token = first_token or loop.time() - began
-            for delta in deltas:
-                completion_tokens += len(delta.tokens)
-                yield delta
-        timings = Timings(
-            queued=prefilled.queued,
-            prefill=prefilled.prefill,
-            hand_off=prefilled.hand_off,
-            first_token=first_token,
-            prefill_stages=prefilled.stages,
-        )
-        yield Finished(len(request.prompt), completion_tokens, timings)
+            deltas, ended = await reference
+            now = time.perf_counter()
+            first_token = first_token or now - started
+            completion_tokens += sum(len(delta.tokens) for delta in deltas)
+            events: list[Event] = list(deltas)
+            if ended:
+                timings = Timings(
+                    queued=prefilled.queued,
+                    prefill=prefilled.prefill,
+                    hand_off=prefilled.hand_off,
+                    first_token=first_token,
+                    served=now - began,
+                    prefill_stages=prefilled.stages,
+                )
+                events.append(Finished(len(request.prompt), completion_tokens, timings))
+            yield events
 
     def _queue_up(self) -> "_Waiting":
         if self._waiting >= self._most_waiting + 1:

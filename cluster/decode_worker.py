@@ -18,6 +18,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..engine.decode import Decoder, Output
     from ..engine.sampler import Logits
+    from .object_store import PageRun
 
 _STEP_FAILED = "the decode engine failed on a step, and is being replaced; send the request again"
 
@@ -81,18 +82,21 @@ class DecodeWorker:
                 self._turn.notify_all()
                 self._report()
 
-    async def receive(
-        self, request_id: str, layer: int, first_page: int, first_kv_head: int, data: Any
-    ) -> None:
-        """Take handed-off pages; the arguments are `PageSender.push`'s, as bytes."""
+    async def receive(self, request_id: str, runs: "list[PageRun]") -> None:
+        """Take handed-off pages."""
         from .object_store import from_bytes
 
-        pages = from_bytes(data, self._dtype)
-        self._decoder.receive(request_id, layer, first_page, first_kv_head, pages)
-        self._sink.add(metrics.HANDOFF_BYTES, data.nbytes)
+        for layer, first_page, first_kv_head, data in runs:
+            pages = from_bytes(data, self._dtype)
+            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages)
+            self._sink.add(metrics.HANDOFF_BYTES, data.nbytes)
 
-    async def answer(self, request_id: str, logits: "Logits") -> AsyncGenerator[list[Delta], None]:
-        """Generate from a prompt whose pages have all come; ends when all choices are finished.
+    async def answer(
+        self, request_id: str, logits: "Logits"
+    ) -> AsyncGenerator[tuple[list[Delta], bool], None]:
+        """Generate from a prompt whose pages have all come.
+
+        Yields what came since the last time, and whether all choices are finished with it.
 
         Args:
             logits: after the prompt's last token.
@@ -107,13 +111,11 @@ class DecodeWorker:
             events = [await queue.get()]
             while not queue.empty():
                 events.append(queue.get_nowait())
-            deltas = [event for event in events if isinstance(event, Delta)]
-            if deltas:
-                yield deltas
+            ended = None in events
+            yield [event for event in events if isinstance(event, Delta)], ended
             for event in events:
                 if isinstance(event, LongreachError):
                     raise event
-            ended = None in events
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""

@@ -31,10 +31,13 @@ class DecodeBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
-        stream = cast(DeploymentResponseGenerator[Event], self._streams.generate.remote(request))
+        stream = cast(
+            DeploymentResponseGenerator[list[Event]], self._streams.generate.remote(request)
+        )
         try:
-            async for event in stream:
-                yield event
+            async for events in stream:
+                for event in events:
+                    yield event
         except RayServeException as error:
             raise UnavailableError("no decode replica is up; send the request again") from error
         finally:

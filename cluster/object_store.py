@@ -10,12 +10,18 @@ from torch import Tensor
 from ..engine.errors import TransferError
 from ..engine.transport import PageSender
 
+PageRun = tuple[int, int, int, Any]
+"""Layer, first page, first KV head, and the pages `as_bytes`, as `PageSender.push` has them."""
+
+_MESSAGE_BYTES = 1 << 20
+
 
 class ObjectStoreSender(PageSender):
     """Puts pages into the object store and tells a decode worker to fetch them.
 
-    A failure is remembered rather than raised by `push`: a rank that left a chunk half-way would
-    leave the other ranks waiting for it.
+    Small pushes are collected: a message costs as much as copying a megabyte. A failure is
+    remembered rather than raised by `push`: a rank that left a chunk half-way would leave the
+    other ranks waiting for it.
 
     Args:
         worker: the decode worker's actor handle.
@@ -26,6 +32,8 @@ class ObjectStoreSender(PageSender):
         self._worker = worker
         self._request_id = request_id
         self._max_in_flight_bytes = max_in_flight_bytes
+        self._collected: list[PageRun] = []
+        self._collected_bytes = 0
         self._in_flight: dict[ray.ObjectRef, int] = {}
         self._failure: str | None = None
 
@@ -35,23 +43,32 @@ class ObjectStoreSender(PageSender):
         return self._failure
 
     def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
-        size = pages.numel() * pages.itemsize
-        while self._in_flight and sum(self._in_flight.values()) + size > self._max_in_flight_bytes:
-            self._settle(1)
-        if self._failure is not None:
-            return
-        received = self._worker.receive.remote(
-            self._request_id, layer, first_page, first_kv_head, ray.put(as_bytes(pages))
-        )
-        self._in_flight[received] = size
+        data = as_bytes(pages)
+        whole = data.nbytes >= _MESSAGE_BYTES
+        # What is sent at once is copied by being sent.
+        self._collected.append((layer, first_page, first_kv_head, data if whole else data.copy()))
+        self._collected_bytes += data.nbytes
+        if self._collected_bytes >= _MESSAGE_BYTES:
+            self._send()
 
     def flush(self) -> None:
+        self._send()
         self._settle(len(self._in_flight))
         if self._failure is not None:
             raise TransferError(self._failure)
 
     def abandon(self) -> None:
+        self._collected.clear()
         self._in_flight.clear()
+
+    def _send(self) -> None:
+        runs, size = self._collected, self._collected_bytes
+        self._collected, self._collected_bytes = [], 0
+        while self._in_flight and sum(self._in_flight.values()) + size > self._max_in_flight_bytes:
+            self._settle(1)
+        if runs and self._failure is None:
+            received = self._worker.receive.remote(self._request_id, ray.put(runs))
+            self._in_flight[received] = size
 
     def _settle(self, count: int) -> None:
         """Wait until `count` of what is under way has arrived or failed."""

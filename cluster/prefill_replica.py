@@ -73,8 +73,8 @@ class PrefillReplica:
     ) -> AsyncGenerator[Progress | Prefilled, None]:
         """Compute a prompt into the pages that a decode worker has reserved for it.
 
-        Yields Progress after every chunk, then Prefilled. Leaving early stops the work after the
-        chunk that is being computed.
+        Yields Progress after every chunk but the last, then Prefilled. Leaving early stops the
+        work after the chunk that is being computed.
 
         Args:
             arrived: time.time() when the request arrived.
@@ -144,9 +144,8 @@ class PrefillReplica:
         if failure is not None:
             job.events.put_nowait(TransferError(failure))
             return
-        job.events.put_nowait(Progress(chunk.end, job.total))
-        if chunk.is_last:
-            job.events.put_nowait(_prefilled(job, results))
+        done = _prefilled(job, results) if chunk.is_last else Progress(chunk.end, job.total)
+        job.events.put_nowait(done)
 
     def _count(self, chunk: Chunk, results: list[RankResult]) -> None:
         self._sink.add(metrics.PREFILL_CHUNKS)

@@ -24,8 +24,9 @@ def running_cluster(settings: Settings, console: Console) -> Iterator[RunningClu
     """Start a cluster, wait until it is ready, and stop it at the end of the block."""
     from .app import start
 
-    # Asked to end politely by a supervisor, do as at Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Asked to end politely by a supervisor, do as at Ctrl-C, to which background jobs start deaf.
+    for request_to_end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(request_to_end, signal.default_int_handler)
     started = time.monotonic()
     console.print("starting the cluster")
     cluster = start(settings)

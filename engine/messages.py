@@ -94,12 +94,14 @@ class Timings:
 
     queued: until prefill began. prefill: until the last chunk was computed. hand_off: from there
     until every page lay in the decode replica. first_token: from there until it was sampled.
+    served: from when the decode replica took the request until its last token.
     """
 
     queued: float
     prefill: float
     hand_off: float
     first_token: float
+    served: float
     prefill_stages: dict[str, float] = field(default_factory=dict)
 
 
