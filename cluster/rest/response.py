@@ -65,8 +65,11 @@ class AnswerResponse(Response):
         finally:
             work.cancel()
             gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-            self._meter.ended(outcome)
+            try:
+                await asyncio.gather(work, gone, return_exceptions=True)
+            finally:
+                # Whoever noticed as well that the client is gone may cancel this a second time.
+                self._meter.ended(outcome)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> str:
         """The outcome, once everything is sent."""
