@@ -16,7 +16,8 @@ from .client import Endpoint
 from .decode_replica import DecodeReplica
 from .ingress import api_builder
 from .prefill_replica import PrefillReplica
-from .settings import Settings, read_api_keys
+from .rest import read_api_keys
+from .settings import Settings
 
 APP_NAME = "longreach"
 _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"

@@ -16,8 +16,8 @@ from ..engine.errors import UnavailableError
 from ..engine.messages import Event, GenerationRequest
 from ..engine.tokenizer import Tokenizer
 from .metrics import Metrics, render
-from .rest import build_api
-from .settings import Settings, read_api_keys
+from .rest import build_api, read_api_keys
+from .settings import Settings
 
 _READY_SECONDS = 5
 

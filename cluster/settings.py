@@ -240,26 +240,6 @@ def check_model(settings: Settings) -> None:
     model.check_tensor_parallel(settings.prefill.tensor_parallel)
 
 
-def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys of a file, one a line; lines that are empty or begin with # are left out.
-
-    Raises:
-        ConfigurationError: the file cannot be read or holds no key.
-    """
-    if path is None:
-        return ()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"ingress.api_keys_file {path} cannot be read: {error}") from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise ConfigurationError(
-            f"ingress.api_keys_file {path} holds no key; add one a line, or remove the setting"
-        )
-    return keys
-
-
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])

@@ -3,5 +3,6 @@
 from .api import build_api
 from .generation import Backend
 from .limits import IngressLimits
+from .middleware import read_api_keys
 
-__all__ = ["Backend", "IngressLimits", "build_api"]
+__all__ = ["Backend", "IngressLimits", "build_api", "read_api_keys"]

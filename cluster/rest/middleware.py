@@ -16,12 +16,14 @@ from .errors import RestError
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def read_api_keys(path: Path) -> tuple[str, ...]:
-    """Keys from a file: one a line, `#` begins a comment line.
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """Keys from a file, one a line, where `#` begins a comment line; none without a file.
 
     Raises:
         ConfigurationError: the file cannot be read or has no key.
     """
+    if path is None:
+        return ()
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

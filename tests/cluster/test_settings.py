@@ -12,7 +12,6 @@ from longreach.cluster.settings import (
     check_model,
     load_settings,
     parse_settings,
-    read_api_keys,
 )
 from longreach.engine import pages
 from longreach.engine.errors import CheckpointError, ConfigurationError
@@ -103,15 +102,3 @@ def test_files_that_say_nothing_are_refused(tmp_path: Path, content: bytes, said
     path.write_bytes(content)
     with pytest.raises(ConfigurationError, match=said):
         load_settings(path)
-
-
-def test_api_keys_are_one_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# of the team\nfirst\n\n second \n")
-    assert read_api_keys(path) == ("first", "second")
-    path.write_text("# none yet\n")
-    with pytest.raises(ConfigurationError, match="holds no key"):
-        read_api_keys(path)
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        read_api_keys(tmp_path / "none")
-    assert read_api_keys(None) == ()
