@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -54,11 +55,16 @@ class DecodeReplica:
         """Share of this replica's pages that are free, 0 to 1."""
         return await self._worker.free_share.remote()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[ActorHandle | list[Event], None]:
         """Serve one request from reserved pages to its last token; see `rest.Backend`.
 
-        Events that come at the same time are one message.
+        Yields first the worker's handle: its `release` is how to stop the request for certain,
+        wherever it is, since Serve's cancellation is best effort. Then events, those that come at
+        the same time in one message.
         """
+        yield self._worker
         try:
             async for events in self._generate(request):
                 yield events

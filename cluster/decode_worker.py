@@ -3,13 +3,19 @@
 import asyncio
 import time
 import warnings
+from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.errors import LongreachError, OutOfPagesError, UnavailableError
+from ..engine.errors import (
+    InvalidRequestError,
+    LongreachError,
+    OutOfPagesError,
+    UnavailableError,
+)
 from ..engine.messages import Delta, GenerationRequest
 from . import metrics
 from .metrics import Metrics
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from ..engine.sampler import Logits
     from .object_store import PageRun
 
+_ENDED_REMEMBERED = 4096
 _STEP_FAILED = "the decode engine failed on a step, and is being replaced; send the request again"
 
 
@@ -47,6 +54,9 @@ class DecodeWorker:
         self._waiting_for_pages: list[tuple[float, GenerationRequest]] = []
         self._ageing = settings.prefill.ageing
         self._outputs: dict[str, asyncio.Queue[Delta | LongreachError | None]] = {}
+        # Set when a request is released. An id never comes twice, so one that ended stays ended.
+        self._gone: dict[str, asyncio.Event] = {}
+        self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
         self._work = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._failed = False
@@ -67,13 +77,20 @@ class DecodeWorker:
 
         Raises:
             PromptTooLongError: there will never be enough pages.
-            InvalidRequestError: a request of that name is here already.
+            InvalidRequestError: a request of that name is here already, or was released.
         """
         entry = (time.monotonic(), request)
+        if request.request_id in self._ended:
+            raise InvalidRequestError(f"request {request.request_id} was released")
+        gone = self._gone[request.request_id] = asyncio.Event()
         async with self._turn:
             self._waiting_for_pages.append(entry)
             try:
-                while not (self._next_for_pages() is entry and self._fits(request)):
+                while True:
+                    if gone.is_set():
+                        raise InvalidRequestError(f"request {request.request_id} was released")
+                    if self._next_for_pages() is entry and self._fits(request):
+                        return
                     self._report()
                     await self._turn.wait()
             finally:
@@ -121,11 +138,21 @@ class DecodeWorker:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
         async with self._turn:
             self._decoder.cancel(request_id)
+            self._ended.append(request_id)
+            gone = self._gone.pop(request_id, None)
+            if gone is not None:
+                gone.set()
             self._turn.notify_all()
             self._report()
         queue = self._outputs.pop(request_id, None)
         if queue is not None:
             queue.put_nowait(None)
+
+    async def gone(self, request_id: str) -> None:
+        """Return when a request is released, or at once if it is not here."""
+        event = self._gone.get(request_id)
+        if event is not None:
+            await event.wait()
 
     async def free_share(self) -> float:
         """Share of pages that are free, 0 to 1."""

@@ -8,18 +8,21 @@ from typing import cast
 
 from fastapi import FastAPI
 from ray import serve
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.errors import UnavailableError
-from ..engine.messages import Event, GenerationRequest
+from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.tokenizer import Tokenizer
 from .metrics import Metrics, render
 from .rest import build_api, read_api_keys
 from .settings import Settings
 
 _READY_SECONDS = 5
+
+_Stream = DeploymentResponseGenerator[ActorHandle | list[Event]]
 
 
 class DecodeBackend:
@@ -28,20 +31,29 @@ class DecodeBackend:
     def __init__(self, decode: DeploymentHandle) -> None:
         self._decode = decode
         self._streams = decode.options(stream=True)
+        self._releases: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
-        stream = cast(
-            DeploymentResponseGenerator[list[Event]], self._streams.generate.remote(request)
-        )
+        stream = cast(_Stream, self._streams.generate.remote(request))
+        worker, finished = None, False
         try:
-            async for events in stream:
-                for event in events:
+            async for message in stream:
+                if isinstance(message, ActorHandle):
+                    worker = message
+                    continue
+                for event in message:
+                    finished = isinstance(event, Finished)
                     yield event
         except RayServeException as error:
             raise UnavailableError("no decode replica is up; send the request again") from error
         finally:
-            stream.cancel()
+            if worker is not None and not finished:
+                worker.release.remote(request.request_id)
+            elif worker is None:
+                release = asyncio.create_task(_release_when_taken(stream, request.request_id))
+                self._releases.add(release)
+                release.add_done_callback(self._releases.discard)
 
     async def ready(self) -> bool:
         """Whether a decode replica answers."""
@@ -50,6 +62,17 @@ class DecodeBackend:
         except (RayError, RayServeException, TimeoutError):
             return False
         return True
+
+
+async def _release_when_taken(stream: _Stream, request_id: str) -> None:
+    """Stop a request that no decode replica had taken yet when its client left."""
+    try:
+        async for message in stream:
+            if isinstance(message, ActorHandle):
+                message.release.remote(request_id)
+                return
+    except (RayError, RayServeException, asyncio.CancelledError):
+        return  # it was refused, or stopped already
 
 
 def api_builder(

@@ -87,6 +87,7 @@ class PrefillReplica:
         self._jobs[request_id] = job
         self._wake.set()
         self._report()
+        watch = asyncio.create_task(self._forget_with(worker, request_id, job))
         try:
             while True:
                 event = await job.events.get()
@@ -96,7 +97,20 @@ class PrefillReplica:
                 if isinstance(event, Prefilled):
                     return
         finally:
+            watch.cancel()
             self._forget(request_id)
+
+    async def _forget_with(self, worker: Any, request_id: str, job: _Job) -> None:
+        """Stop when the decode worker releases the request, or dies.
+
+        Serve's own cancellation is best effort, and leaves a generator that nobody reads as it is.
+        """
+        try:
+            await worker.gone.remote(request_id)
+        except RayError as error:
+            logger.warning("a decode worker is gone", exc_info=error)
+        job.events.put_nowait(UnavailableError("the request was released"))
+        self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         """Give a prompt's pages back; after its chunk if one is being computed."""
