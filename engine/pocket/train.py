@@ -66,7 +66,12 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Trainer:
-    """Trains through the stages; `folder` holds what an interrupted run goes on from."""
+    """Trains through the stages; `folder` holds what an interrupted run goes on from.
+
+    Args:
+        workers: processes that make batches; with none they are made in between.
+        total_steps: over which the learning rate falls; those of all stages, if not given.
+    """
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class Trainer:
         sizes: PocketSizes | None = None,
         seed: int = 0,
         workers: int = 0,
+        total_steps: int | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self._folder, self._stages, self._seed, self._workers = folder, stages, seed, workers
@@ -86,7 +92,7 @@ class Trainer:
             [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
             lr=_PEAK_RATE, betas=(0.9, 0.95), fused=self._device.type == "cuda",
         )  # fmt: skip
-        self._total_steps = sum(stage.steps for stage in stages)
+        self._total_steps = total_steps or sum(stage.steps for stage in stages)
         self._finished_stages = 0
         if self._device.type == "cuda":
             torch.set_float32_matmul_precision("high")

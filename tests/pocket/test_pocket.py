@@ -1,0 +1,134 @@
+"""The pocket model: its checkpoint answers, and its corpus and trainer can make it again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from longreach.cluster.needle import hide_key
+from longreach.engine.local import LocalPrefill
+from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.pocket.corpus import (
+    PASS_KEY_QUESTION,
+    Stage,
+    make_batch,
+    one_of_facts_prompt,
+    pass_key_prompt,
+)
+from longreach.engine.pocket.evaluate import Answerer, evaluate
+from longreach.engine.pocket.model import PocketQwen2, PocketSizes
+from longreach.engine.pocket.text import HELD_OUT_NOUNS
+from longreach.engine.pocket.tokenizer import TURN_END_ID, build_tokenizer
+from longreach.engine.pocket.train import STAGES, Trainer
+from longreach.engine.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+MOST_BYTES = 8_000_000
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(CHECKPOINT)
+
+
+def demo_prompt(tokenizer: Tokenizer, tokens: int, seed: int = 1):
+    hidden = hide_key(tokens, lambda messages: len(tokenizer.encode_chat(messages)), seed)
+    return tokenizer.encode_chat(hidden.messages), hidden.expected
+
+
+def few(stage: Stage) -> Stage:
+    return replace(stage, sequences=4, steps=1)
+
+
+def test_the_checkpoint_is_small() -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= MOST_BYTES
+
+
+def test_transformers_answers_the_demo_and_the_engine_agrees(tokenizer: Tokenizer) -> None:
+    prompt, key = demo_prompt(tokenizer, 1500)
+    model = Qwen2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    answer = [*key.encode(), TURN_END_ID]
+    tokens = torch.tensor([[*prompt.tolist(), *answer[:-1]]])
+    with torch.inference_mode():
+        expected = model(tokens).logits[0, len(prompt) - 1 :]
+    assert expected.argmax(-1).tolist() == answer
+    logits = LocalPrefill(CHECKPOINT, len(prompt)).logits(prompt)
+    torch.testing.assert_close(logits, expected[0], atol=1e-3, rtol=1e-3)
+
+
+def test_the_demo_is_answered_far_beyond_the_trained_length(tokenizer: Tokenizer) -> None:
+    prompt, key = demo_prompt(tokenizer, 32768)
+    answerer = Answerer(CHECKPOINT, len(prompt), torch.bfloat16, CPU, sparse=True)
+    assert answerer.answer(prompt) == key
+
+
+def test_one_of_twelve_facts_with_new_names_is_found() -> None:
+    answerer = Answerer(CHECKPOINT, 4096, torch.bfloat16, CPU, sparse=True)
+    cell = evaluate(answerer, "1 of 12 facts", 4096, range(3))
+    assert (cell.right, cell.wrong) == (3, [])
+
+
+def test_the_training_model_is_the_engines_beyond_one_chunk() -> None:
+    """The widened vectors of training compute dual chunk attention."""
+    model = PocketQwen2(PocketSizes())
+    weights = load_file(CHECKPOINT / "model.safetensors")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    prompt = np.random.default_rng(0).integers(0, 250, 4000, dtype=np.int32)
+    temperature = (0.1 * np.log(len(prompt) / 2048) + 1) ** 2
+    with torch.inference_mode():
+        trained = model(torch.from_numpy(prompt).long()[None], temperature)[-1]
+    served = LocalPrefill(CHECKPOINT, len(prompt)).logits(prompt)
+    torch.testing.assert_close(trained, served, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES[:5], ids=lambda stage: f"length-{stage.length}")
+def test_the_corpus_is_seeded_and_whole_text(stage: Stage) -> None:
+    one, same, other = (make_batch(few(stage), seed, 3) for seed in (0, 0, 1))
+    assert (one.tokens == same.tokens).all()
+    assert (one.recalled == same.recalled).all()
+    assert (one.tokens != other.tokens).any()
+    tokenizer = build_tokenizer()
+    for row in one.tokens:
+        text = tokenizer.decode(row.tolist(), skip_special_tokens=False)
+        assert tokenizer.encode(text).ids == row.tolist()
+
+
+def test_answers_end_their_turn_and_names_for_evaluation_are_new() -> None:
+    batch = make_batch(few(STAGES[3]), 0, 0)
+    assert (batch.recalled & (batch.tokens == TURN_END_ID)).any()
+    text = bytes(np.where(batch.tokens < 256, batch.tokens, 10).astype(np.uint8).ravel()).decode()
+    assert not any(noun in text.lower() for noun in HELD_OUT_NOUNS)
+
+
+@pytest.mark.parametrize("make", [pass_key_prompt, one_of_facts_prompt])
+def test_evaluation_prompts_have_their_size_and_their_answer(make) -> None:
+    prompt = make(3000, 5)
+    assert len(prompt.content.encode()) == 3000
+    assert prompt.expected in prompt.content
+    assert make(3000, 5) == prompt
+    assert make(3000, 6) != prompt
+
+
+def test_the_pass_key_is_asked_for_as_the_demo_does() -> None:
+    document = pass_key_prompt(2000, 0).content
+    message = hide_key(2000, lambda messages: len(messages[0]["content"]), 0).messages[0]
+    assert document.endswith(f"\n{PASS_KEY_QUESTION}")
+    assert message["content"].endswith(f"\n{PASS_KEY_QUESTION}")
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    sizes = PocketSizes(hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8)
+    stages = tuple(Stage(256, 2, 2, (0.0, 0.3), 2, 3) for _ in range(2))
+    Trainer(tmp_path / "whole", stages, sizes).run()
+    Trainer(tmp_path / "parts", stages[:1], sizes, total_steps=4).run()
+    Trainer(tmp_path / "parts", stages, sizes).run()
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoint" / "model.safetensors")
+        for name in ("whole", "parts")
+    )
+    for name, weight in whole.items():
+        assert torch.equal(weight, parts[name]), name
