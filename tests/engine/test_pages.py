@@ -1,0 +1,92 @@
+"""Pages: whatever is taken, shared and given back, in any order, adds up."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longreach.engine.errors import OutOfPagesError
+from longreach.engine.pages import PageGeometry, PagePool, consecutive_runs, pages_for
+
+GEOMETRY = PageGeometry(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32)
+PAGES = 24
+
+
+def make_pool() -> PagePool:
+    return PagePool(GEOMETRY, PAGES, torch.device("cpu"))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "share", "give"]), st.integers(0, 30)), max_size=60)
+)
+def test_pages_are_never_held_twice_and_never_lost(steps: list[tuple[str, int]]) -> None:
+    pool = make_pool()
+    holdings: list[list[int]] = []
+    for action, number in steps:
+        held = {page for pages in holdings for page in pages}
+        assert pool.num_free == PAGES - len(held)
+        if action == "take":
+            if number > pool.num_free:
+                with pytest.raises(OutOfPagesError):
+                    pool.allocate(number)
+                continue
+            pages = pool.allocate(number)
+            assert len(set(pages)) == number
+            assert not held & set(pages)
+            holdings.append(pages)
+        elif holdings and action == "share":
+            pages = holdings[number % len(holdings)]
+            pool.share(pages)
+            holdings.append(list(pages))
+        elif holdings:
+            pool.release(holdings.pop(number % len(holdings)))
+    for pages in holdings:
+        pool.release(pages)
+    assert pool.num_free == PAGES
+
+
+def test_neighbours_are_given_where_they_are_to_be_had() -> None:
+    pool = make_pool()
+    first, middle, last = pool.allocate(8), pool.allocate(4), pool.allocate(12)
+    assert consecutive_runs(first) == [(0, first[0], 8)]
+    pool.release(first)
+    pool.release(last)
+    assert pool.allocate(8) == first  # the hole that fits, not the larger one
+    assert len(consecutive_runs(pool.allocate(12))) == 1
+    pool.release(middle)
+    assert pool.allocate(4) == middle
+
+
+def test_what_nobody_holds_can_be_neither_shared_nor_released() -> None:
+    pool = make_pool()
+    [page] = pool.allocate(1)
+    pool.share([page])
+    assert pool.is_shared(page)
+    pool.release([page])
+    assert not pool.is_shared(page)
+    pool.release([page])
+    with pytest.raises(ValueError, match="more often"):
+        pool.release([page])
+    with pytest.raises(ValueError, match="free"):
+        pool.share([page])
+
+
+def test_a_copy_is_in_every_layer() -> None:
+    pool = make_pool()
+    pool.memory.fill_(torch.nan)
+    source, target = pool.allocate(2)
+    pool.memory[:, source] = torch.arange(pool.memory[:, source].numel()).view_as(
+        pool.memory[:, source]
+    )
+    pool.copy_page(source, target)
+    assert torch.equal(pool.memory[:, target], pool.memory[:, source])
+
+
+@given(st.integers(0, 10**7))
+def test_pages_hold_their_tokens_with_less_than_one_to_spare(tokens: int) -> None:
+    assert 0 <= pages_for(tokens) * 128 - tokens < 128
+
+
+def test_bytes_of_a_page() -> None:
+    assert GEOMETRY.bytes_per_page == make_pool().memory[:, 0].numel() * 4
