@@ -1,8 +1,10 @@
 """The reference pages say what the code says."""
 
+import json
 from pathlib import Path
 
 from longreach.cluster import metrics as m
+from longreach.cluster.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -26,3 +28,15 @@ def test_the_vocabulary_has_every_metric_once() -> None:
     assert {metric.name for metric in declared} == {metric.name for metric in m.VOCABULARY}
     assert all(metric.name.startswith("longreach_") for metric in declared)
     assert all(metric.name.endswith("_total") for metric in declared if type(metric) is m.Counter)
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    text = (DOCS / "configuration.md").read_text()
+    documented = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| `")]
+    expected = []
+    for name, section in Settings.model_fields.items():
+        assert isinstance(section.annotation, type)
+        for key, field in section.annotation.model_fields.items():
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            expected.append([f"| `{name}.{key}`", default.replace('"', "")])
+    assert documented == expected
