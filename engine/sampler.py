@@ -161,8 +161,10 @@ def _best(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]
 
 
 def _log_sum_exp(logits: Logits) -> float:
-    best = logits.max()
-    return float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
+    best = float(logits.max())
+    if not math.isfinite(best):
+        return best
+    return best + math.log(np.exp(logits - best).sum(dtype=np.float64))
 
 
 def _top_logprobs(logits: Logits, normalizer: float, count: int) -> tuple[TokenLogprob, ...]:

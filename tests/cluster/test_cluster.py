@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,21 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(
 def _computed(http: httpx.Client) -> float:
     """Share of the prefill pool in use: whether a prompt is being computed."""
     return scrape(http).get(("longreach_kv_cache_usage_perc", "prefill"), 0.0)
+
+
+def test_a_client_that_leaves_before_its_request_is_whole_costs_nothing(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    before = scrape(http)
+    host, port = cluster.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection((host, int(port))) as leaving:
+        leaving.sendall(head.encode() + b'{"model": "longreach-pocket", ')
+    cancelled = ("longreach_requests_total", "cancelled", "ingress")
+    wait_for(lambda: scrape(http).get(cancelled, 0) == before.get(cancelled, 0) + 1, 5, "outcome")
+    wait_until_no_page_is_held(http)
+    answer = http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, 20)))
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
