@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -31,6 +32,17 @@ _PING_SECONDS = 10
 _CALLS_AT_ONCE = 10_000
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Which actor holds a request's pages.
+
+    Its `release` is how to stop the request for certain, wherever it is: Serve's cancellation is
+    best effort.
+    """
+
+    worker: str
+
+
 class DecodeReplica:
     """A Serve deployment. Its worker, which holds the pages, lives and dies with it."""
 
@@ -41,8 +53,12 @@ class DecodeReplica:
         self._most_waiting = settings.limits.max_queued_requests
         self._waiting = 0
         decode = settings.decode
+        self._worker_name = f"longreach-decode-{uuid.uuid4().hex}"
         actor = cast(Any, ray.remote(DecodeWorker)).options(
-            num_cpus=decode.cpus, num_gpus=decode.gpus, max_concurrency=_CALLS_AT_ONCE
+            name=self._worker_name,
+            num_cpus=decode.cpus,
+            num_gpus=decode.gpus,
+            max_concurrency=_CALLS_AT_ONCE,
         )
         self._worker = actor.remote(settings, metrics_directory)
         await self._worker.ping.remote()
@@ -57,14 +73,13 @@ class DecodeReplica:
 
     async def generate(
         self, request: GenerationRequest
-    ) -> AsyncGenerator[ActorHandle | list[Event], None]:
+    ) -> AsyncGenerator[Taken | list[Event], None]:
         """Serve one request from reserved pages to its last token; see `rest.Backend`.
 
-        Yields first the worker's handle: its `release` is how to stop the request for certain,
-        wherever it is, since Serve's cancellation is best effort. Then events, those that come at
-        the same time in one message.
+        Yields first who has taken it, then events, those that come at the same time in one
+        message.
         """
-        yield self._worker
+        yield Taken(self._worker_name)
         try:
             async for events in self._generate(request):
                 yield events

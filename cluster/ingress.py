@@ -1,14 +1,15 @@
 """The ingress: the OpenAI endpoint of `rest`, with the decode replicas for a backend."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -16,13 +17,14 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ..engine.errors import UnavailableError
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.tokenizer import Tokenizer
+from .decode_replica import Taken
 from .metrics import Metrics, render
 from .rest import build_api, read_api_keys
 from .settings import Settings
 
 _READY_SECONDS = 5
 
-_Stream = DeploymentResponseGenerator[ActorHandle | list[Event]]
+_Stream = DeploymentResponseGenerator[Taken | list[Event]]
 
 
 class DecodeBackend:
@@ -36,11 +38,11 @@ class DecodeBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
         stream = cast(_Stream, self._streams.generate.remote(request))
-        worker, finished = None, False
+        taken, finished = None, False
         try:
             async for message in stream:
-                if isinstance(message, ActorHandle):
-                    worker = message
+                if isinstance(message, Taken):
+                    taken = message
                     continue
                 for event in message:
                     finished = isinstance(event, Finished)
@@ -48,9 +50,9 @@ class DecodeBackend:
         except RayServeException as error:
             raise UnavailableError("no decode replica is up; send the request again") from error
         finally:
-            if worker is not None and not finished:
-                worker.release.remote(request.request_id)
-            elif worker is None:
+            if taken is not None and not finished:
+                _release(taken, request.request_id)
+            elif taken is None:
                 release = asyncio.create_task(_release_when_taken(stream, request.request_id))
                 self._releases.add(release)
                 release.add_done_callback(self._releases.discard)
@@ -64,12 +66,18 @@ class DecodeBackend:
         return True
 
 
+def _release(taken: Taken, request_id: str) -> None:
+    """Stop a request; one whose worker is gone has stopped."""
+    with contextlib.suppress(ValueError):
+        cast(Any, ray.get_actor(taken.worker)).release.remote(request_id)
+
+
 async def _release_when_taken(stream: _Stream, request_id: str) -> None:
     """Stop a request that no decode replica had taken yet when its client left."""
     try:
         async for message in stream:
-            if isinstance(message, ActorHandle):
-                message.release.remote(request_id)
+            if isinstance(message, Taken):
+                _release(message, request_id)
                 return
     except (RayError, RayServeException, asyncio.CancelledError):
         return  # it was refused, or stopped already

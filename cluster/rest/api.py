@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
+from ...engine.errors import LongreachError
 from ...engine.tokenizer import Tokenizer
 from .. import metrics
 from ..metrics import Metrics
@@ -21,13 +22,15 @@ from .errors import RestError, as_rest_error
 from .generation import Backend
 from .limits import IngressLimits
 from .meter import Meter, Running
-from .middleware import ApiKeys, BodyLimit, RequestIds
+from .middleware import ApiKeys, BodyLimit, Failures, RequestIds
 from .plan import Plan, Planner
 from .response import AnswerResponse
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 
 OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")
 """These need no API key."""
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx's word for it, in access logs
 
 
 def build_api(
@@ -48,7 +51,7 @@ def build_api(
         render_metrics: what `/metrics` answers with; called in a thread.
         api_keys: without any, everybody is welcome.
     """
-    middleware = [Middleware(RequestIds)]
+    middleware = [Middleware(RequestIds), Middleware(Failures)]
     if api_keys:
         middleware.append(Middleware(ApiKeys, keys=api_keys, open_paths=OPEN_PATHS))
     middleware.append(Middleware(BodyLimit, max_bytes=limits.max_body_bytes))
@@ -59,8 +62,9 @@ def build_api(
         openapi_url=None,
         exception_handlers={
             RestError: _answer_error,
+            LongreachError: _answer_error,
             HTTPException: _answer_http_exception,
-            Exception: _answer_error,
+            ClientDisconnect: _answer_nobody,
         },
     )
     endpoints = _Endpoints(limits, tokenizer, backend, sink)
@@ -84,6 +88,11 @@ def build_api(
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return as_rest_error(error).response()
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client went away within its own request; nothing that is sent arrives."""
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -153,7 +162,8 @@ class _Endpoints:
         arrived = time.time()
         try:
             plan = await asyncio.to_thread(plan_from, await request.body(), arrived)
-        except ClientDisconnect:
+        except (ClientDisconnect, asyncio.CancelledError):
+            # Which of the two depends on whether the server or a proxy noticed first.
             self._sink.add(metrics.REQUESTS, outcome="cancelled")
             raise
         except Exception as error:

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from ...engine.errors import UnavailableError
 from ...engine.messages import Delta, Event, Finished, Progress
 from .answers import AnswerFormat
 from .errors import RestError, as_rest_error
@@ -49,6 +51,7 @@ class AnswerResponse(Response):
         self._finished: dict[int, Finished] = {}
         self._prefilled = [0] * len(plan.requests)
         self._begun: set[int] = set()
+        self._failure: RestError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; the client's going away, or a cancellation, stops the work."""
@@ -74,48 +77,56 @@ class AnswerResponse(Response):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> str:
         """The outcome, once everything is sent."""
         async with Generation(self._backend, self._plan) as generation:
+            first, whole = None, b""
             try:
                 if self._plan.stream:
                     first = await generation.next(self._quiet_seconds)
                 else:
-                    first = None
-                    await self._collect(generation)
+                    whole = await self._collect(generation)
             except Exception as error:
                 refusal = as_rest_error(error)
                 await refusal.response()(scope, receive, send)
                 return refusal.outcome
             if self._plan.stream:
                 return await self._stream(generation, first, send)
-        response = Response(_json(self._answer.answer(self._closing())), 200, media_type=_JSON)
-        await response(scope, receive, send)
+        await Response(whole, 200, media_type=_JSON)(scope, receive, send)
         return "success"
 
-    async def _collect(self, generation: Generation) -> None:
+    async def _collect(self, generation: Generation) -> bytes:
+        """The whole answer."""
         while (item := await generation.next()) is not None:
             index, event = item
             self._note(index, event)
             if isinstance(event, Delta):
                 self._answer.collect(self._choice(index, event), event)
+        return _json(self._answer.answer(self._closing()))
 
     async def _stream(
         self, generation: Generation, item: tuple[int, Event] | None, send: Send
     ) -> str:
         headers = list(_STREAM_HEADERS)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        failure: RestError | None = None
-        while not generation.done and failure is None:
-            await self._send(send, self._said(item))
-            try:
-                item = await generation.next(self._quiet_seconds)
-            except Exception as error:
-                failure = as_rest_error(error)
-        if failure is not None:
-            await self._send(send, b"data: " + json.dumps(failure.body).encode() + b"\n\n")
-        elif self._plan.include_usage:
-            await self._send(send, _event(self._answer.usage_chunk(self._closing())))
+        async with aclosing(self._parts(generation, item)) as parts:
+            async for data in parts:
+                await self._send(send, data)
         await self._send(send, _END_OF_STREAM)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return "success" if failure is None else failure.outcome
+        return "success" if self._failure is None else self._failure.outcome
+
+    async def _parts(
+        self, generation: Generation, item: tuple[int, Event] | None
+    ) -> AsyncGenerator[bytes, None]:
+        """All that a stream says before it ends; what went wrong, if anything, is the last."""
+        try:
+            while not generation.done:
+                yield self._said(item)
+                item = await generation.next(self._quiet_seconds)
+            finished = self._closing()
+            if self._plan.include_usage:
+                yield _event(self._answer.usage_chunk(finished))
+        except Exception as error:
+            self._failure = as_rest_error(error)
+            yield b"data: " + json.dumps(self._failure.body).encode() + b"\n\n"
 
     def _said(self, item: tuple[int, Event] | None) -> bytes:
         """What a stream says about an event, or about none having come for a while."""
@@ -154,6 +165,8 @@ class AnswerResponse(Response):
         return index * self._plan.choices + delta.choice
 
     def _closing(self) -> list[Finished]:
+        if len(self._finished) < len(self._plan.requests):
+            raise UnavailableError("the answer ended early; send the request again")
         return [self._finished[index] for index in range(len(self._plan.requests))]
 
     async def _send(self, send: Send, data: bytes) -> None:
