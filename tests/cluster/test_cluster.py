@@ -150,13 +150,11 @@ def _computed(http: httpx.Client) -> float:
 def test_a_client_that_leaves_before_its_request_is_whole_costs_nothing(
     cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
 ) -> None:
-    before = scrape(http)
     host, port = cluster.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection((host, int(port))) as leaving:
         leaving.sendall(head.encode() + b'{"model": "longreach-pocket", ')
-    cancelled = ("longreach_requests_total", "cancelled", "ingress")
-    wait_for(lambda: scrape(http).get(cancelled, 0) == before.get(cancelled, 0) + 1, 5, "outcome")
+    # Ray's proxy waits for the whole body, so nothing behind it has heard of this request.
     wait_until_no_page_is_held(http)
     answer = http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, 20)))
     assert answer.status_code == 200
