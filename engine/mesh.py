@@ -116,9 +116,3 @@ def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
     own = next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
     assert isinstance(own, dist.ProcessGroup)
     return own
-
-
-def shard_range(total: int, parts: int, part: int) -> tuple[int, int]:
-    """Half-open [start, end) of `part`'s equal share of `total`, which `parts` divides."""
-    share = total // parts
-    return part * share, (part + 1) * share
