@@ -105,11 +105,13 @@ class PrefillReplica:
 
         Serve's own cancellation is best effort, and leaves a generator that nobody reads as it is.
         """
+        reason = "the request was released"
         try:
             await worker.gone.remote(request_id)
         except RayError as error:
             logger.warning("a decode worker is gone", exc_info=error)
-        job.events.put_nowait(UnavailableError("the request was released"))
+            reason = "the decode worker died and is being replaced; send the request again"
+        job.events.put_nowait(UnavailableError(reason))
         self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:

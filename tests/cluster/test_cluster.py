@@ -285,17 +285,19 @@ def test_a_real_prometheus_sees_what_was_sent(
         wait_for_value(url, "count(longreach_num_requests_running)", 3)
 
 
-def test_a_dead_rank_fails_requests_cleanly_and_the_gang_is_replaced(
-    http: httpx.Client, tokenizer: Tokenizer
+@pytest.mark.parametrize("actor", ["PrefillRank", "DecodeWorker"])
+def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
+    http: httpx.Client, tokenizer: Tokenizer, actor: str
 ) -> None:
-    ranks = actor_pids("PrefillRank")
-    assert len(ranks) == 2
+    """A rank takes its whole gang with it, a decode worker its replica."""
+    before = actor_pids(actor)
+    assert len(before) == (2 if actor == "PrefillRank" else 1)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(
             http.post, "/v1/completions", json=ask_body(make_prompt(tokenizer, LONG))
         )
         wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
-        os.kill(ranks[0], signal.SIGKILL)
+        os.kill(before[0], signal.SIGKILL)
         answer = asked.result()
     assert answer.status_code == 503
     assert "Traceback" not in answer.text
@@ -305,8 +307,8 @@ def test_a_dead_rank_fails_requests_cleanly_and_the_gang_is_replaced(
         body = ask_body(make_prompt(tokenizer, 50))
         return http.post("/v1/completions", json=body).status_code == 200
 
-    wait_for(served_again, 90, "a new gang")
-    assert not set(actor_pids("PrefillRank")) & set(ranks)
+    wait_for(served_again, 90, "a replacement")
+    assert not set(actor_pids(actor)) & set(before)
     wait_until_no_page_is_held(http)
 
 
