@@ -159,7 +159,8 @@ class GenerationBody(_Strict):
     # Extensions, named as vLLM names them.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    # Logits are divided by it, and must stay finite.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
 

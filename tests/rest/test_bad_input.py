@@ -62,6 +62,7 @@ def test_bodies_that_are_no_json_objects(endpoint: Endpoint, path: str, content:
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"presence_penalty": 9}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty"),
         ({"stream": "yes"}, "stream"),
         ({"colour": "red"}, "colour"),
     ],
