@@ -7,20 +7,18 @@ its blocks, all ranks gather them, and so each rank's pages hold the whole promp
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import dual_chunk, sparse
 from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
-from ..kernels.pages import LayerPages, to_pages
-from ..kernels.sparse import FORCED_VERTICALS, HeadBudget, Selection
+from ..kernels.pages import BlockTable, LayerPages, to_pages
+from ..kernels.sparse import NOTHING, Selections
 from .errors import InvalidRequestError
-from .mesh import Mesh
 from .messages import Tokens
 from .pages import PAGE_TOKENS, PagePool, pages_for
 from .qwen2 import Layer, Qwen2
@@ -154,7 +152,7 @@ class _Chunk:
         self._length = len(admitted.prompt)
         self._prompt = admitted.prompt
         self._table = admitted.pages
-        self._page_numbers = np.asarray(admitted.pages, dtype=np.int64)
+        self._block_table = BlockTable.of(admitted.pages)
         self._scale = model.positions.softmax_scale(self._length)
         use_sparse = sparsity is not None and self._length > sparsity.threshold
         self._sparsity = sparsity if use_sparse else None
@@ -162,7 +160,7 @@ class _Chunk:
         self._num_blocks = len(every)
         self._first_block = every.start
         own = [b for b in every if b % self._mesh.sequence_parallel == self._mesh.sequence_rank]
-        self._blocks = QueryBlocks(own, end)
+        self._blocks = QueryBlocks(tuple(own), end)
         self._positions = self._blocks.positions(model.device)
         self.stages = _Stages()
 
@@ -250,7 +248,7 @@ class _Chunk:
         with self.stages.time("communication"):
             pages = self._gather_pages(own)
             first, last = self._first_block, self._first_block + self._num_blocks
-            target = torch.from_numpy(self._page_numbers[first:last]).to(pages.device)
+            target = self._block_table.on(pages.device)[first:last]
             self._pool.memory[number].index_copy_(0, target, pages)
         if self._sender is not None and self._model.heads.owns_kv:
             with self.stages.time("hand-off"):
@@ -280,7 +278,7 @@ class _Chunk:
 
     def _attend(self, number: int, layer: Layer, hidden: Tensor, queries: SegmentQueries) -> Tensor:
         """Attention of this rank's rows, [n, heads, d]."""
-        pages = LayerPages(self._pool.memory[number], self._page_numbers)
+        pages = LayerPages(self._pool.memory[number], self._block_table)
         stride = self._model.positions.stride
         if self._sparsity is None:
             with self.stages.time("attention"):
@@ -303,32 +301,48 @@ class _Chunk:
         hidden: Tensor,
         pages: LayerPages,
         sparsity: SparsityConfig,
-    ) -> list[Selection]:
+    ) -> Selections:
         """What each head attends to; heads are dealt to the sequence ranks, results shared."""
-        heads = self._model.heads
+        share = self._model.heads
         rows = min(sparsity.last_queries, self._end - self._start)
         first_position = self._end - rows
         last = self._last_queries(layer, hidden, first_position)
         where = torch.arange(first_position, self._end, device=last.device)
         queries = self._model.positions.selection_queries(last, where)
-        budgets = sparsity.heads(number, heads.first_head, heads.last_head)
-        group = heads.num_heads // heads.num_kv_heads
-        ranks = self._mesh.sequence_parallel
-        shared = _SharedSelections(budgets, last.device)
-        for head in range(heads.num_heads):
-            if head * ranks // heads.num_heads != self._mesh.sequence_rank:
-                continue
-            [selection] = sparse.select(
-                queries.heads(slice(head, head + 1)),
-                first_position,
-                pages,
-                head // group,
-                self._model.positions.stride,
-                self._scale,
-                budgets[head : head + 1],
+        budgets = sparsity.heads(number, share.first_head, share.last_head)
+        ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
+        own = slice(share.num_heads * rank // ranks, share.num_heads * (rank + 1) // ranks)
+        chosen = None
+        if own.start < own.stop:
+            sums = sparse.sums(
+                queries.heads(own), first_position, pages, own.start,
+                self._model.positions.stride, self._scale, share.num_heads // share.num_kv_heads,
+            )  # fmt: skip
+            chosen = sparse.by_bands(sums, budgets[own])
+        if ranks == 1:
+            assert chosen is not None
+            return chosen
+        return self._exchange(chosen, own, sparse.widths_by_bands(budgets, self._end))
+
+    def _exchange(
+        self, chosen: Selections | None, own: slice, widths: tuple[int, int]
+    ) -> Selections:
+        """All heads' selections on every sequence rank, from each rank's heads `own`.
+
+        Each rank fills in its heads and leaves the others 0, so a sum is an exchange.
+        """
+        heads, device = self._model.heads.num_heads, self._model.device
+        shared = torch.zeros(heads, sum(widths), dtype=torch.int32, device=device)
+        if chosen is not None:
+            shared[own] = torch.cat(
+                [
+                    torch.nn.functional.pad(each, (0, width - each.shape[1]), value=NOTHING)
+                    for each, width in zip((chosen.columns, chosen.distances), widths, strict=True)
+                ],
+                1,
             )
-            shared.put(head, selection)
-        return shared.exchange(self._mesh)
+        columns, distances = self._mesh.sum_over_sequence_ranks(shared).split(widths, 1)
+        return Selections(columns.contiguous(), distances.contiguous())
 
     def _last_queries(self, layer: Layer, hidden: Tensor, first_position: int) -> Tensor:
         """Queries of the chunk's rows from `first_position` on, [rows, heads, d] float32.
@@ -344,32 +358,3 @@ class _Chunk:
     def _owner_of(self, position: int) -> int:
         """The sequence rank that holds this row."""
         return position // BLOCK_ROWS % self._mesh.sequence_parallel
-
-
-class _SharedSelections:
-    """Selections on their way between sequence ranks: numbers plus one, zero where there is none.
-
-    Each rank fills in the heads that are its own, so a sum over ranks is an exchange.
-    """
-
-    def __init__(self, budgets: Sequence[HeadBudget], device: torch.device) -> None:
-        verticals = max(max(b.verticals, FORCED_VERTICALS) for b in budgets)
-        bands = max(b.bands for b in budgets)
-        self._verticals = torch.zeros(len(budgets), verticals, dtype=torch.int64, device=device)
-        self._bands = torch.zeros(len(budgets), bands, dtype=torch.int64, device=device)
-
-    def put(self, head: int, selection: Selection) -> None:
-        for table, values in (
-            (self._verticals, selection.verticals),
-            (self._bands, selection.bands),
-        ):
-            table[head, : len(values)] = torch.from_numpy(values + 1)
-
-    def exchange(self, mesh: Mesh) -> list[Selection]:
-        """All heads' selections, on every rank."""
-        verticals = mesh.sum_over_sequence_ranks(self._verticals).cpu().numpy()
-        bands = mesh.sum_over_sequence_ranks(self._bands).cpu().numpy()
-        return [
-            Selection(column[column > 0] - 1, band[band > 0] - 1)
-            for column, band in zip(verticals, bands, strict=True)
-        ]

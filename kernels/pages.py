@@ -5,7 +5,7 @@ A page is 128 tokens, head-major: [kv_heads, 2 (K, V), 128, head_dim]. The layer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +15,36 @@ from torch import Tensor
 PAGE_TOKENS = 128
 
 
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """`pages[p]` is the page of tokens [128 p, 128 (p + 1)), in every layer."""
+
+    pages: npt.NDArray[np.int64]
+    _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, pages: Sequence[int]) -> "BlockTable":
+        """From any sequence of page numbers."""
+        return cls(np.asarray(pages, dtype=np.int64))
+
+    def on(self, device: torch.device) -> Tensor:
+        """int32 [pages] on a device; copied there once."""
+        if device not in self._on:
+            self._on[device] = torch.from_numpy(self.pages.astype(np.int32)).to(device)
+        return self._on[device]
+
+
 @dataclass(frozen=True)
 class LayerPages:
-    """`table[p]` is the page of tokens [128 p, 128 (p + 1)). Keys lie rotated."""
+    """One layer's memory, and the table of a sequence. Keys lie rotated."""
 
     memory: Tensor  # [pages, kv_heads, 2, 128, head_dim]
-    table: npt.NDArray[np.int64]
+    table: BlockTable
 
     @classmethod
     def of(cls, memory: Tensor, block_table: Sequence[int]) -> "LayerPages":
         """From any sequence of page numbers."""
-        return cls(memory, np.asarray(block_table, dtype=np.int64))
+        return cls(memory, BlockTable.of(block_table))
 
     @property
     def num_kv_heads(self) -> int:
@@ -56,14 +75,14 @@ class LayerPages:
     def gather(self, kv_head: int, tokens: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """K and V of chosen tokens of one head, each [len(tokens), d]."""
         flat = self.memory.view(-1, self.memory.shape[-1])
-        pages = self.table[tokens >> 7]
+        pages = self.table.pages[tokens >> 7]
         rows = ((pages * self.num_kv_heads + kv_head) * 2) * PAGE_TOKENS + (tokens & 127)
         index = torch.from_numpy(rows).to(flat.device)
         return flat.index_select(0, index), flat.index_select(0, index + PAGE_TOKENS)
 
     def _pages(self, first: int, last: int) -> Tensor:
         """Pages [first, last) of the sequence; a view where they are neighbours in memory."""
-        pages = self.table[first:last]
+        pages = self.table.pages[first:last]
         if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
             return self.memory[int(pages[0]) : int(pages[-1]) + 1]
         return self.memory.index_select(0, torch.from_numpy(pages).to(self.memory.device))

@@ -1,6 +1,13 @@
-"""Dual chunk attention: positions, the definition, and dense attention over pages."""
+"""Dual chunk attention: positions, the definition, and dense attention over pages.
 
-from .portable import attention, decode_attention
+On a GPU the Triton versions run, elsewhere the portable ones; both answer to `reference`.
+"""
+
+from torch import Tensor
+
+from ..pages import LayerPages
+from . import portable
+from .portable import decode_attention
 from .segments import BLOCK_ROWS, KeyBounds, QueryBlocks, SegmentQueries, Span, split_at_chunks
 
 __all__ = [
@@ -13,3 +20,28 @@ __all__ = [
     "decode_attention",
     "split_at_chunks",
 ]
+
+
+def attention(
+    queries: SegmentQueries,
+    blocks: QueryBlocks,
+    pages: LayerPages,
+    stride: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of some query blocks over everything before them.
+
+    Args:
+        queries: rotated, each [rows, heads, d]; row r is the r-th row of `blocks`.
+        pages: K and V of tokens [0, blocks.end), the queries' own included.
+        stride: tokens of one dual chunk, None for plain positions.
+        scale: multiplies the logits.
+
+    Returns:
+        output [rows, heads, d] in the queries' type, log-sum-exp [rows, heads] float32.
+    """
+    if queries.intra.is_cuda:
+        from . import triton_prefill
+
+        return triton_prefill.attention(queries, blocks, pages, stride, scale)
+    return portable.attention(queries, blocks, pages, stride, scale)

@@ -12,8 +12,9 @@ query is rotated three times. Source: Dual Chunk Attention (arXiv 2402.17463) as
 Qwen2.5-1M (arXiv 2501.15383).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class QueryBlocks:
     be short; `end` is the position after the last row that exists.
     """
 
-    blocks: Sequence[int]
+    blocks: tuple[int, ...]
     end: int
 
     def __len__(self) -> int:
@@ -140,3 +141,18 @@ def split_at_chunks(span: Span, stride: int | None) -> Iterator[Span]:
         rows = min(span.end, border) - position
         yield Span(row, row + rows, position)
         row, position = row + rows, position + rows
+
+
+@lru_cache(maxsize=16)
+def span_table(blocks: QueryBlocks, stride: int | None, device: torch.device) -> Tensor:
+    """The spans of query blocks, cut at dual chunks, as kernels read them: int32 [spans, 5].
+
+    A line is a span's first row, its rows, its first position, and its `KeyBounds`. Kept, since
+    every layer of a prefill chunk asks for the same.
+    """
+    lines: list[tuple[int, ...]] = []
+    for span in blocks.spans():
+        for part in split_at_chunks(span, stride):
+            bounds = KeyBounds.of(part.start, stride)
+            lines.append((part.first_row, part.rows, part.start, bounds.inter, bounds.successive))
+    return torch.tensor(lines, dtype=torch.int32, device=device).view(-1, 5)

@@ -17,7 +17,7 @@ from ..dual_chunk.segments import (
     split_at_chunks,
 )
 from ..pages import LayerPages
-from .selection import Selection
+from .selections import Selections
 
 
 def attention(
@@ -26,14 +26,14 @@ def attention(
     pages: LayerPages,
     stride: int | None,
     scale: float,
-    selections: Sequence[Selection],
+    selections: Selections,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of query blocks over the tiles and columns selected for each head.
 
     Args:
         queries: rotated, each [rows, heads, d]; row r is the r-th row of `blocks`.
         pages: K and V of tokens [0, blocks.end), the queries' own included.
-        selections: one a head; see `visible_keys` for what they make visible.
+        selections: see `visible_keys` for what they make visible.
 
     Returns:
         output [rows, heads, d] in the queries' type, log-sum-exp [rows, heads] float32.
@@ -44,8 +44,8 @@ def attention(
     )
     lse = torch.empty(heads, rows, device=pages.memory.device)
     group = heads // pages.num_kv_heads
-    for head, selection in enumerate(selections):
-        visible = _VisibleKeys(selection)
+    for head in range(heads):
+        visible = _VisibleKeys(selections, head)
         # Scaled once here instead of scaling every logit, and to the base 2: in PyTorch on a CPU
         # powers of two are three times as fast as those of e.
         rotated = [
@@ -66,26 +66,26 @@ def attention(
     return output.transpose(0, 1), lse.T
 
 
-def visible_keys(selection: Selection, block: int, end: int) -> npt.NDArray[np.int64]:
+def visible_keys(selections: Selections, head: int, block: int, end: int) -> npt.NDArray[np.int64]:
     """Rising positions of the keys that query block `block` sees; its own are causal besides.
 
-    A block sees the whole tiles that the selected bands touch (band b lies in the tiles b and
-    b + 1 before it), and the selected columns before its own tile.
+    A block sees the tiles at the listed distances, whole, and the selected columns before its own
+    tile.
     """
     rows = min(BLOCK_ROWS, end - block * BLOCK_ROWS)
-    return _VisibleKeys(selection).of_block(Span(0, rows, block * BLOCK_ROWS))
+    return _VisibleKeys(selections, head).of_block(Span(0, rows, block * BLOCK_ROWS))
 
 
 class _VisibleKeys:
     """The keys of one head, block by block."""
 
-    def __init__(self, selection: Selection) -> None:
-        offsets = np.union1d(selection.bands, selection.bands + 1)
-        self._offsets = offsets[::-1]  # falling, so that tiles rise
-        self._is_offset = np.zeros(int(offsets[-1]) + 2, dtype=np.bool_)
-        self._is_offset[offsets] = True
-        self._columns = selection.verticals
-        self._column_tiles = selection.verticals // BLOCK_ROWS
+    def __init__(self, selections: Selections, head: int) -> None:
+        columns, distances = (each.astype(np.int64) for each in selections.of_head(head))
+        self._offsets = distances[::-1]  # falling, so that tiles rise
+        self._is_offset = np.zeros(int(distances[-1]) + 2, dtype=np.bool_)
+        self._is_offset[distances] = True
+        self._columns = columns
+        self._column_tiles = columns // BLOCK_ROWS
 
     def of_block(self, span: Span) -> npt.NDArray[np.int64]:
         """See `visible_keys`."""

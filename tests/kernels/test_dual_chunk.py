@@ -6,9 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels import dual_chunk
-from longreach.kernels.dual_chunk import KeyBounds, QueryBlocks, Span, reference, split_at_chunks
+from longreach.kernels.dual_chunk import (
+    KeyBounds,
+    QueryBlocks,
+    Span,
+    reference,
+    split_at_chunks,
+    triton_prefill,
+)
 
-from .problem import CHUNK, LOCAL, SCALE, make_problem
+from .problem import CHUNK, DEVICE, LOCAL, LOW_PRECISION, SCALE, make_problem, relative_error
 
 STRIDE = CHUNK - LOCAL
 
@@ -16,9 +23,17 @@ STRIDE = CHUNK - LOCAL
 @pytest.mark.parametrize("dual", [True, False])
 @pytest.mark.parametrize(
     ("length", "blocks"),
-    [(1, [0]), (63, [0]), (128, [0]), (247, [0, 1]), (1000, [0, 3, 7]), (1000, [2, 5]), (640, [4])],
+    [
+        (1, (0,)),
+        (63, (0,)),
+        (128, (0,)),
+        (247, (0, 1)),
+        (1000, (0, 3, 7)),
+        (1000, (2, 5)),
+        (640, (4,)),
+    ],
 )
-def test_dense_attention(length: int, blocks: list[int], dual: bool) -> None:
+def test_dense_attention(length: int, blocks: tuple[int, ...], dual: bool) -> None:
     problem = make_problem(length, dual)
     rows = QueryBlocks(blocks, length)
     expected, expected_lse = reference.attention(problem.logits, problem.v)
@@ -30,6 +45,31 @@ def test_dense_attention(length: int, blocks: list[int], dual: bool) -> None:
     torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
+@pytest.mark.parametrize(
+    ("length", "blocks", "heads", "head_dim"),
+    [
+        (1, (0,), (1, 1), 64),
+        (63, (0,), (5, 1), 128),
+        (247, (0, 1), (2, 1), 64),
+        (1000, (2, 7), (7, 1), 64),
+    ],
+)
+def test_triton_prefill(length: int, blocks, heads, head_dim: int, chunk) -> None:
+    problem = make_problem(
+        length, chunk is not None, *heads, head_dim, LOW_PRECISION, chunk or (CHUNK, LOCAL), DEVICE
+    )
+    rows = QueryBlocks(blocks, length)
+    expected, expected_lse = reference.attention(problem.logits, problem.v)
+    output, lse = triton_prefill.attention(
+        problem.queries(rows), rows, problem.pages,
+        None if chunk is None else chunk[0] - chunk[1], SCALE,
+    )  # fmt: skip
+    where = rows.positions()
+    assert relative_error(output, expected[where]) < 5e-3
+    torch.testing.assert_close(lse.cpu(), expected_lse[where].float(), rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("dual", [True, False])
 @pytest.mark.parametrize("length", [1, 63, 123, 124, 129, 246, 247, 1000])
 def test_decode_attention(length: int, dual: bool) -> None:
@@ -39,7 +79,7 @@ def test_decode_attention(length: int, dual: bool) -> None:
     output = dual_chunk.decode_attention(
         queries,
         problem.pages.memory,
-        problem.pages.table.tolist(),
+        problem.pages.table.pages.tolist(),
         length,
         STRIDE if dual else None,
         SCALE,
@@ -81,7 +121,7 @@ def test_bounds_tell_the_three_kinds_of_keys_apart(position: int, size: int, dat
 )
 def test_query_blocks_count_every_row_once(blocks: list[int], short: int) -> None:
     blocks.sort()
-    rows = QueryBlocks(blocks, blocks[-1] * 128 + short)
+    rows = QueryBlocks(tuple(blocks), blocks[-1] * 128 + short)
     expected = [
         block * 128 + offset
         for block in blocks

@@ -1,4 +1,6 @@
-"""Selection and sparse attention against the definition."""
+"""Selection and sparse attention against the definition: portable, and Triton's interpreted."""
+
+import math
 
 import numpy as np
 import pytest
@@ -7,38 +9,63 @@ import torch
 from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
 from longreach.kernels.dual_chunk.reference import attention as exact_attention
-from longreach.kernels.sparse import HeadBudget, Selection, reference
-from longreach.kernels.sparse import selection as selection_module
+from longreach.kernels.sparse import (
+    HeadBudget,
+    Selections,
+    Sums,
+    portable,
+    portable_sums,
+    reference,
+    triton_attention,
+    triton_sums,
+)
 
-from .problem import CHUNK, LOCAL, SCALE, make_problem
+from .problem import (
+    CHUNK,
+    DEVICE,
+    LOCAL,
+    LOW_PRECISION,
+    SCALE,
+    Problem,
+    make_problem,
+    relative_error,
+)
 
 STRIDE = CHUNK - LOCAL
 
-SELECTIONS = [
-    Selection(np.array([0, 1, 5, 130, 600, 999]), np.array([0])),
-    Selection(np.array([0]), np.array([0, 3])),
-    Selection(np.arange(1000), np.array([0, 1, 2, 7])),
-    Selection(np.array([127, 128, 400]), np.array([0, 5, 6])),
-]
+COLUMNS = [[0, 1, 5, 130, 600, 999], [0], list(range(1000)), [127, 128, 400]]
+DISTANCES = [[0, 1], [0, 3, 4], [0, 1, 2, 3, 7], [0, 5, 6]]
+
+
+def selections_below(length: int) -> Selections:
+    """Those above, with columns before `length` alone."""
+    return Selections.of([[c for c in each if c < length] for each in COLUMNS], DISTANCES)
+
+
+def expected_attention(problem: Problem, selections: Selections):
+    masks = torch.stack(
+        [
+            reference.visible(
+                *(set(each.tolist()) for each in selections.of_head(head)), problem.length
+            )
+            for head in range(len(selections.columns))
+        ]
+    )
+    return exact_attention(problem.logits.masked_fill(~masks, -torch.inf), problem.v)
+
+
+def to_device(selections: Selections) -> Selections:
+    return Selections(selections.columns.to(DEVICE), selections.distances.to(DEVICE))
 
 
 @pytest.mark.parametrize("dual", [True, False])
-@pytest.mark.parametrize(("length", "blocks"), [(1000, [0, 1, 4, 7]), (897, [6, 7]), (111, [0])])
-def test_sparse_attention_sees_exactly_what_was_selected(length, blocks, dual: bool) -> None:
+@pytest.mark.parametrize(("length", "blocks"), [(1000, (0, 1, 4, 7)), (897, (6, 7)), (111, (0,))])
+def test_portable_attention_sees_exactly_what_was_selected(length, blocks, dual: bool) -> None:
     problem = make_problem(length, dual)
-    selections = [
-        Selection(each.verticals[each.verticals < length], each.bands) for each in SELECTIONS
-    ]
-    masks = torch.stack(
-        [
-            reference.visible(set(each.verticals.tolist()), set(each.bands.tolist()), length)
-            for each in selections
-        ]
-    )
-    logits = problem.logits.masked_fill(~masks, -torch.inf)
-    expected, expected_lse = exact_attention(logits, problem.v)
+    selections = selections_below(length)
+    expected, expected_lse = expected_attention(problem, selections)
     rows = QueryBlocks(blocks, length)
-    output, lse = sparse.attention(
+    output, lse = portable.attention(
         problem.queries(rows), rows, problem.pages, STRIDE if dual else None, SCALE, selections
     )
     where = rows.positions()
@@ -46,48 +73,150 @@ def test_sparse_attention_sees_exactly_what_was_selected(length, blocks, dual: b
     torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
+@pytest.mark.parametrize(("length", "blocks"), [(1000, (1, 4, 7)), (897, (6, 7)), (111, (0,))])
+def test_triton_attention_sees_exactly_what_was_selected(length, blocks, chunk) -> None:
+    problem = make_problem(
+        length, chunk is not None, head_dim=64, dtype=LOW_PRECISION,
+        chunk=chunk or (CHUNK, LOCAL), device=DEVICE,
+    )  # fmt: skip
+    selections = selections_below(length)
+    expected, expected_lse = expected_attention(problem, selections)
+    rows = QueryBlocks(blocks, length)
+    output, lse = triton_attention.attention(
+        problem.queries(rows), rows, problem.pages,
+        None if chunk is None else chunk[0] - chunk[1], SCALE, to_device(selections),
+    )  # fmt: skip
+    where = rows.positions()
+    assert relative_error(output, expected[where]) < 5e-3
+    torch.testing.assert_close(lse.cpu(), expected_lse[where].float(), rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("end", [1000, 1024])
-def test_visible_keys_are_the_mask(selection: Selection, end: int) -> None:
-    mask = reference.visible(set(selection.verticals.tolist()), set(selection.bands.tolist()), end)
+@pytest.mark.parametrize("head", range(4))
+def test_visible_keys_are_the_mask(head: int, end: int) -> None:
+    selections = selections_below(end)
+    mask = reference.visible(set(COLUMNS[head]), set(DISTANCES[head]), end)
     for block in range(8):
-        keys = sparse.visible_keys(selection, block, end)
+        keys = sparse.visible_keys(selections, head, block, end)
         last_row = min(end, (block + 1) * 128) - 1
         assert keys.tolist() == mask[last_row].nonzero().flatten().tolist()
 
 
+def check_sums(actual: Sums, problem: Problem, rows: int, heavy: float, tolerance: float) -> None:
+    first = problem.length - rows
+    for head in range(problem.q.shape[1]):
+        columns, diagonals = reference.sums(problem.logits[head, first:], first)
+        torch.testing.assert_close(
+            actual.columns[head].cpu(), columns.float(), rtol=tolerance, atol=tolerance
+        )
+        assert actual.diagonals is not None
+        torch.testing.assert_close(
+            actual.diagonals[head].cpu(), diagonals.float(), rtol=tolerance, atol=tolerance
+        )
+        logits = problem.logits[head, first:]
+        weights = logits.softmax(-1).masked_fill(columns >= heavy, 0.0)
+        bands = torch.zeros(-(-problem.length // 128), dtype=torch.float64)
+        distance = torch.arange(first, problem.length)[:, None] - torch.arange(problem.length)
+        bands.index_add_(0, distance.clamp(min=0).flatten() // 128, weights.flatten())
+        torch.testing.assert_close(
+            actual.bands[head].cpu(), bands.float(), rtol=tolerance, atol=tolerance
+        )
+
+
 @pytest.mark.parametrize("keys_at_once", [64, 200, 4096])
 @pytest.mark.parametrize(("length", "rows"), [(1, 1), (63, 63), (640, 64), (1000, 64), (300, 100)])
-def test_sums_are_those_of_the_definition(monkeypatch, length, rows, keys_at_once) -> None:
-    monkeypatch.setattr(selection_module, "_KEYS_AT_ONCE", keys_at_once)
+def test_portable_sums_are_those_of_the_definition(monkeypatch, length, rows, keys_at_once) -> None:
+    monkeypatch.setattr(portable_sums, "_KEYS_AT_ONCE", keys_at_once)
     problem = make_problem(length, dual=False)
-    first = length - rows
-    where = torch.arange(first, length)
-    queries = problem.positions.selection_queries(problem.q[where], where)
-    for head in range(4):
-        scorer = selection_module._Scorer(
-            queries.heads(slice(head, head + 1)), first, problem.pages, head // 2, None, SCALE
+    for heavy in (math.inf, 0.2):
+        actual = portable_sums.sums(
+            problem.last_queries(rows), length - rows, problem.pages, 0, None, SCALE, 2, heavy, True
         )
-        columns, bands = scorer.sums(scorer.log_sum_exp())
-        expected_columns, expected_bands = reference.sums(problem.logits[head, first:], first)
-        torch.testing.assert_close(columns[0], expected_columns.float(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(bands[0], expected_bands.float(), rtol=1e-4, atol=1e-5)
+        check_sums(actual, problem, rows, heavy, 1e-4)
 
 
-def test_selection_keeps_what_must_be_kept_within_the_budget() -> None:
-    problem = make_problem(1000, dual=True)
-    where = torch.arange(936, 1000)
-    queries = problem.positions.selection_queries(problem.q[where], where)
-    budgets = [HeadBudget(50, 200), HeadBudget(10, 1)]
-    chosen = sparse.select(
-        queries.heads(slice(0, 2)), 936, problem.pages, 0, STRIDE, SCALE, budgets
+@pytest.mark.parametrize(("length", "rows"), [(1, 1), (63, 63), (640, 64), (1000, 64), (300, 100)])
+def test_triton_sums_are_those_of_the_definition(length, rows) -> None:
+    problem = make_problem(length, dual=False, device=DEVICE)
+    actual = triton_sums.sums(
+        problem.last_queries(rows), length - rows, problem.pages, 0, None, SCALE, 2, 0.2, True
     )
-    assert [len(each.verticals) for each in chosen] == [50, 30]
-    assert [len(each.bands) for each in chosen] == [2, 1]
-    for each in chosen:
-        assert set(range(30)) <= set(each.verticals.tolist())
-        assert each.bands[0] == 0
-        assert (np.diff(each.verticals) > 0).all()
+    check_sums(actual, problem, rows, 0.2, 1e-3)
+
+
+@pytest.mark.parametrize("chunk", [(200, 77), (384, 128)])
+@pytest.mark.parametrize(("length", "rows"), [(270, 64), (1000, 64), (555, 128)])
+def test_both_sum_alike_across_dual_chunks(length, rows, chunk) -> None:
+    problem = make_problem(length, dual=True, chunk=chunk)
+    where = (problem.last_queries(rows), length - rows, problem.pages)
+    expected = portable_sums.sums(*where, 0, chunk[0] - chunk[1], SCALE, 2, 0.2, True)
+    problem = make_problem(length, dual=True, chunk=chunk, device=DEVICE)
+    # Two of the four heads, as a rank of a gang would.
+    last = problem.last_queries(rows).heads(slice(1, 3))
+    actual = triton_sums.sums(
+        last, length - rows, problem.pages, 1, chunk[0] - chunk[1], SCALE, 2, 0.2, True
+    )
+    for one, other in (
+        (actual.columns, expected.columns),
+        (actual.bands, expected.bands),
+        (actual.diagonals, expected.diagonals),
+    ):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one.cpu(), other[1:3], rtol=1e-3, atol=1e-3)
+
+
+def random_sums(length: int, heads: int = 3) -> Sums:
+    generator = torch.Generator().manual_seed(length)
+    diagonals = torch.rand(heads, length, generator=generator)
+    bands = torch.stack([each.sum(1) for each in diagonals.split(128, 1)], 1)
+    return Sums(torch.rand(heads, length, generator=generator), bands, diagonals, 64)
+
+
+def test_bands_keep_what_must_be_kept_within_the_budget() -> None:
+    budgets = [HeadBudget(50, 200), HeadBudget(10, 1), HeadBudget(5000, 5000)]
+    chosen = sparse.by_bands(random_sums(1000), budgets)
+    columns, distances = zip(*(chosen.of_head(head) for head in range(3)), strict=True)
+    assert [len(each) for each in columns] == [50, 30, 1000]
+    assert len(distances[0]) in (3, 4)
+    assert distances[1].tolist() == [0, 1]
+    assert distances[2].tolist() == list(range(8))
+    for each in columns:
+        assert each[:30].tolist() == list(range(30))
+        assert (np.diff(each) > 0).all()
+
+
+def test_diagonals_are_chosen_as_published() -> None:
+    sums = random_sums(3000)
+    assert sums.diagonals is not None
+    chosen = sparse.by_diagonals(sums, [HeadBudget(40, slashes) for slashes in (1, 120, 300)])
+    for head, slashes in enumerate((1, 120, 300)):
+        weights = sums.diagonals[head].clone()
+        weights[:100] = torch.inf
+        heaviest = weights.argsort(descending=True)[: max(slashes, 100)].tolist()
+        expected = {d // 128 for d in heaviest} | {-(-d // 128) for d in heaviest}
+        _, distances = chosen.of_head(head)
+        assert distances.tolist() == sorted(d for d in expected if d < 24)
+
+
+def test_coverage_takes_as_few_bands_as_cover() -> None:
+    bands = torch.tensor([[1.0, 30.0, 2.0, 20.0, 0.5], [60.0, 1.0, 1.0, 1.0, 0.0]])
+    columns = torch.zeros(2, 600)
+    columns[0, 300] = 8.0
+    columns[1, 400] = 0.9
+    chosen = sparse.by_coverage(Sums(columns, bands, None, 64), heavy=1.0, coverage=0.9)
+    assert chosen.of_head(0)[0].tolist() == [*range(30), 300]
+    assert chosen.of_head(1)[0].tolist() == list(range(30))
+    # 8 of 64 in the column and 1 in the nearest band; 57.6 are wanted, so 30 and 20 are taken.
+    assert chosen.of_head(0)[1].tolist() == [0, 1, 2, 3, 4]
+    assert chosen.of_head(1)[1].tolist() == [0, 1]
+
+
+def test_selecting_diagonals_needs_their_sums() -> None:
+    sums = random_sums(500)
+    with pytest.raises(ValueError, match="single diagonals"):
+        sparse.by_diagonals(Sums(sums.columns, sums.bands, None, 64), [HeadBudget(1, 1)] * 3)
 
 
 def test_selection_finds_a_planted_column_and_a_planted_diagonal() -> None:
@@ -99,8 +228,9 @@ def test_selection_finds_a_planted_column_and_a_planted_diagonal() -> None:
     plant = {936 + row - 700: own[row, 0] * 3 for row in range(64)} | {431: common * 12}
     for token, key in plant.items():
         page, offset = divmod(token, 128)
-        problem.pages.memory[int(problem.pages.table[page]), 0, 0, offset] = key
+        problem.pages.memory[int(problem.pages.table.pages[page]), 0, 0, offset] = key
     queries = SegmentQueries(rows, rows, rows)
-    [chosen] = sparse.select(queries, 936, problem.pages, 0, None, SCALE, [HeadBudget(100, 256)])
-    assert 431 in chosen.verticals
-    assert 700 // 128 in chosen.bands
+    sums = sparse.sums(queries, 936, problem.pages, 0, None, SCALE, 2)
+    columns, distances = sparse.by_bands(sums, [HeadBudget(100, 256)]).of_head(0)
+    assert 431 in columns
+    assert 700 // 128 in distances

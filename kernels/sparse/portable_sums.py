@@ -1,17 +1,14 @@
-"""Vertical-slash selection: which keys a prefill chunk attends to (MInference, arXiv 2407.02490).
+"""Which keys a chunk's last queries look at, summed along columns and diagonals, in plain PyTorch.
 
-The chunk's last queries score every key. Column sums of their attention choose verticals, keys
-that everybody looks at; sums along diagonals choose slashes, distances that everybody looks back.
-Slashes are chosen as bands of 128 diagonals: attention computes whole tiles, so a lone diagonal
-would cost as much as a band.
+The estimate that vertical-slash selection rests on (MInference, arXiv 2407.02490): column sums find
+verticals, keys that everybody looks at; sums along diagonals find slashes, distances that everybody
+looks back.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,66 +20,47 @@ from ..dual_chunk.segments import (
     split_at_chunks,
 )
 from ..pages import LayerPages
-
-FORCED_VERTICALS = 30
-"""The first tokens of a sequence are always attended to: attention sinks."""
+from .selections import Sums
 
 _KEYS_AT_ONCE = 4096
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What one head attends to in one chunk.
-
-    `verticals` are token positions, rising. `bands` are rising numbers of diagonal bands: band b
-    holds the distances [128 b, 128 (b + 1)) from query to key. Band 0 is always there.
-    """
-
-    verticals: npt.NDArray[np.int64]
-    bands: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class HeadBudget:
-    """Most verticals and slashes (single diagonals) that one head may choose."""
-
-    verticals: int
-    slashes: int
-
-    @property
-    def bands(self) -> int:
-        """Bands of 128 diagonals that hold so many slashes."""
-        return max(1, -(-self.slashes // BLOCK_ROWS))
-
-
-def select(
+def sums(
     queries: SegmentQueries,
     first_position: int,
     pages: LayerPages,
-    kv_head: int,
+    first_head: int,
     stride: int | None,
     scale: float,
-    budgets: list[HeadBudget],
-) -> list[Selection]:
-    """Choose for the heads that share one KV head.
+    group: int,
+    heavy: float = math.inf,
+    diagonals: bool = False,
+) -> Sums:
+    """Score the last rows of a chunk against all keys up to them.
 
     Args:
-        queries: the chunk's last rows under continuous positions, each [rows, heads, d].
-        first_position: of the first of them; their keys are [0, first_position + rows).
-        budgets: one a head.
+        queries: under continuous positions, each [rows, heads, d], at most 128 rows.
+        first_position: of the first row; the keys are those of [0, first_position + rows).
+        first_head: which query head of `pages` is the queries' first.
+        group: query heads that share a KV head.
+        heavy: columns that sum to so much are left out of the bands.
+        diagonals: whether single diagonals are wanted too.
     """
     rows, heads, _ = queries.intra.shape
-    length = first_position + rows
-    scorer = _Scorer(queries, first_position, pages, kv_head, stride, scale)
-    lse = scorer.log_sum_exp()
-    columns, bands = scorer.sums(lse)
-    return [
-        Selection(
-            _most(columns[head, :length], budgets[head].verticals, FORCED_VERTICALS),
-            _most(bands[head], budgets[head].bands, 1),
-        )
-        for head in range(heads)
-    ]
+    parts: list[Sums] = []
+    for head in range(heads):
+        scorer = _Scorer(
+            queries.heads(slice(head, head + 1)), first_position, pages,
+            (first_head + head) // group, stride, scale,
+        )  # fmt: skip
+        parts.append(scorer.sums(scorer.log_sum_exp(), heavy, diagonals))
+    every_diagonal = [part.diagonals for part in parts if part.diagonals is not None]
+    return Sums(
+        torch.cat([part.columns for part in parts]),
+        torch.cat([part.bands for part in parts]),
+        torch.cat(every_diagonal) if diagonals else None,
+        rows,
+    )
 
 
 @dataclass(frozen=True)
@@ -138,19 +116,29 @@ class _Scorer:
             lse = torch.logaddexp2(lse, highest + total.log2())
         return lse
 
-    def sums(self, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention summed along columns [heads, keys], and along bands [heads, bands]."""
+    def sums(self, lse: Tensor, heavy: float, diagonals: bool) -> Sums:
+        """Everything that is summed, of each head."""
         columns = torch.empty(self._heads, self._length, device=self._device)
-        num_bands = (self._length - 1) // BLOCK_ROWS + 1
-        bands = torch.zeros(self._heads, num_bands, device=self._device)
+        # Distances of -(rows - 1) and more; negative ones hold masked keys alone, and no mass.
+        shape = (self._heads, self._length + self._rows)
+        light, every = (torch.zeros(shape, device=self._device) for _ in range(2))
         for start, end in self._ranges():
             attention = self._score(start, end).sub_(lse).exp2_()  # [heads, rows, keys]
             torch.sum(attention, 1, out=columns[:, start:end])
-            bands.index_add_(1, *self._diagonal_sums(attention, start))
-        return columns, bands
+            if diagonals:
+                self._add_diagonals(every, attention, start)
+            if heavy < math.inf:
+                attention.masked_fill_((columns[:, None, start:end] >= heavy), 0.0)
+            self._add_diagonals(light, attention, start)
+        return Sums(
+            columns,
+            _by_band(light[:, self._rows :]),
+            every[:, self._rows :] if diagonals else None,
+            self._rows,
+        )
 
-    def _diagonal_sums(self, attention: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Which band each diagonal is in, [diagonals], and its sum, [heads, diagonals].
+    def _add_diagonals(self, result: Tensor, attention: Tensor, start: int) -> None:
+        """Add each diagonal's sum to `result`, whose entry rows + d is of distance d.
 
         Row t is shifted by rows - 1 - t columns, so that a diagonal becomes a column.
         """
@@ -159,11 +147,10 @@ class _Scorer:
         # Row t begins at t * width + rows - 1 - t: a row stride one shorter than the width.
         strides = (self._rows * width, width - 1, 1)
         skewed.as_strided(attention.shape, strides, self._rows - 1).copy_(attention)
-        # The first column is the distance from the last row to key `start`.
-        newest = self._length - 1 - start
-        distances = newest - torch.arange(width, device=self._device)
-        # Negative distances hold masked keys alone, and no mass.
-        return distances.clamp_(min=0) // BLOCK_ROWS, skewed.sum(1)
+        # Column c is the distance length - 1 - start - c.
+        newest = self._length - 1 - start + self._rows
+        first = max(0, newest - width + 1)
+        result[:, first : newest + 1] += skewed.sum(1)[:, : newest + 1 - first].flip(1)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self._length, _KEYS_AT_ONCE):
@@ -211,9 +198,8 @@ def _segments(
             yield _Segment(span.first_row, span.last_row, flat, start, end)
 
 
-def _most(weights: Tensor, count: int, forced: int) -> npt.NDArray[np.int64]:
-    """Rising indices of the `count` heaviest, the first `forced` always among them."""
-    count = min(max(count, forced), weights.shape[0])
-    weights = weights.clone()
-    weights[:forced] = torch.inf
-    return weights.topk(count).indices.sort().values.cpu().numpy()
+def _by_band(diagonals: Tensor) -> Tensor:
+    """Sum every 128 neighbours: [heads, n] to [heads, ceil(n / 128)]."""
+    missing = -diagonals.shape[1] % BLOCK_ROWS
+    padded = torch.nn.functional.pad(diagonals, (0, missing))
+    return padded.unflatten(1, (-1, BLOCK_ROWS)).sum(2)

@@ -1,0 +1,124 @@
+"""From sums of attention to what is attended to: vertical-slash selection and its variants.
+
+All work on any device, on all heads at once. Whatever is chosen ends as whole columns and whole
+tiles, since attention computes tiles: a lone diagonal costs as much as 128 neighbours.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dual_chunk.segments import BLOCK_ROWS
+from .selections import NOTHING, HeadBudget, Selections, Sums, round_up
+
+FORCED_VERTICALS = 30
+"""The first tokens of a sequence are always attended to: attention sinks."""
+
+FORCED_SLASHES = 100
+"""The nearest diagonals are always attended to."""
+
+
+def by_bands(sums: Sums, budgets: Sequence[HeadBudget]) -> Selections:
+    """The heaviest columns, and the heaviest bands of 128 diagonals, as many as budgets allow.
+
+    A budget of s slashes buys ceil(s / 128) bands. The nearest band is always taken.
+    """
+    bands = _heaviest(sums.bands, [budget.bands for budget in budgets], 1)
+    touched = _marks(bands, sums.bands.shape[1]) | _marks(bands + 1, sums.bands.shape[1])
+    return Selections(_columns(sums, budgets), _rising(touched, 2 * bands.shape[1]))
+
+
+def widths_by_bands(budgets: Sequence[HeadBudget], keys: int) -> tuple[int, int]:
+    """How wide `by_bands` makes columns and distances at most, for any of these heads."""
+    tiles = -(-keys // BLOCK_ROWS)
+    columns = min(max(FORCED_VERTICALS, *(each.verticals for each in budgets)), keys)
+    distances = min(2 * min(max(each.bands for each in budgets), tiles), tiles)
+    return round_up(columns), distances
+
+
+def by_diagonals(sums: Sums, budgets: Sequence[HeadBudget]) -> Selections:
+    """Vertical-slash as published: the heaviest columns and the heaviest single diagonals.
+
+    Source: MInference (arXiv 2407.02490), section 3.2; a diagonal at distance s lies in the tiles
+    at the distances floor(s / 128) and ceil(s / 128).
+
+    Raises:
+        ValueError: `sums` has no single diagonals.
+    """
+    if sums.diagonals is None:
+        raise ValueError("selecting single diagonals needs their sums")
+    slashes = _heaviest(sums.diagonals, [each.slashes for each in budgets], FORCED_SLASHES)
+    tiles = sums.bands.shape[1]
+    upper = (slashes + BLOCK_ROWS - 1) // BLOCK_ROWS
+    touched = _marks(slashes // BLOCK_ROWS, tiles) | _marks(upper, tiles)
+    return Selections(_columns(sums, budgets), _rising(touched, min(2 * slashes.shape[1], tiles)))
+
+
+def by_coverage(sums: Sums, heavy: float, coverage: float) -> Selections:
+    """Every heavy column, then bands until the last rows' attention is covered.
+
+    Bands are weighed without the heavy columns, so nothing counts twice, and no budget is needed:
+    a head that looks at little selects little.
+
+    Args:
+        sums: made with this `heavy`.
+        heavy: columns of at least this sum are taken; there are at most rows / heavy of them.
+        coverage: of the last rows' attention, 0 to 1.
+    """
+    most = int(sums.rows / heavy) + FORCED_VERTICALS
+    weights = _with_forced(sums.columns, FORCED_VERTICALS)
+    values, order = weights.topk(min(most, weights.shape[1]))
+    columns = _sorted_columns(torch.where(values >= heavy, order, NOTHING))
+    found = torch.where(sums.columns >= heavy, sums.columns, 0.0).sum(1, keepdim=True)
+    values, order = _with_forced(sums.bands, 1).sort(1, descending=True)
+    values[:, 0] = sums.bands[:, 0]
+    before = found + values.cumsum(1) - values
+    enough = before >= coverage * sums.rows
+    enough[:, 0] = False
+    bands = torch.where(enough, NOTHING, order)
+    tiles = sums.bands.shape[1]
+    return Selections(columns, _rising(_marks(bands, tiles) | _marks(bands + 1, tiles), tiles))
+
+
+def _columns(sums: Sums, budgets: Sequence[HeadBudget]) -> Tensor:
+    counts = [budget.verticals for budget in budgets]
+    return _sorted_columns(_heaviest(sums.columns, counts, FORCED_VERTICALS))
+
+
+def _heaviest(weights: Tensor, counts: Sequence[int], forced: int) -> Tensor:
+    """Indices of each line's `counts[line]` heaviest, the first `forced` always among them.
+
+    int64 [lines, most], filled up with `NOTHING`.
+    """
+    counts = [min(max(count, forced), weights.shape[1]) for count in counts]
+    most = max(counts)
+    order = _with_forced(weights, forced).topk(most).indices
+    allowed = torch.tensor(counts, device=weights.device)[:, None]
+    rank = torch.arange(most, device=weights.device)
+    return order.masked_fill_(rank >= allowed, NOTHING)
+
+
+def _with_forced(weights: Tensor, forced: int) -> Tensor:
+    weights = weights.clone()
+    weights[:, :forced] = torch.inf
+    return weights
+
+
+def _sorted_columns(columns: Tensor) -> Tensor:
+    """Rising, and filled up to whole tiles."""
+    missing = round_up(columns.shape[1]) - columns.shape[1]
+    padded = torch.nn.functional.pad(columns.to(torch.int32), (0, missing), value=NOTHING)
+    return padded.sort(1).values
+
+
+def _marks(chosen: Tensor, size: int) -> Tensor:
+    """bool [lines, size]: true at the chosen indices; those of `size` or more are left out."""
+    marks = torch.zeros(len(chosen), size + 1, dtype=torch.bool, device=chosen.device)
+    return marks.scatter_(1, chosen.clamp(max=size), True)[:, :size]
+
+
+def _rising(chosen: Tensor, most: int) -> Tensor:
+    """Where each line of `chosen`, bool [lines, size], is true: int32, filled up, `most` wide."""
+    places = torch.arange(chosen.shape[1], dtype=torch.int32, device=chosen.device)
+    return torch.where(chosen, places, NOTHING).sort(1).values[:, :most]

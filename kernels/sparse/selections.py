@@ -1,0 +1,95 @@
+"""What a prefill chunk attends to under sparse attention: the data, wherever it was chosen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..dual_chunk.segments import BLOCK_ROWS
+
+NOTHING = 2**30
+"""Fills lists of columns and distances up: greater than all of them, so that lists stay rising."""
+
+
+@dataclass(frozen=True)
+class HeadBudget:
+    """Most verticals and slashes (single diagonals) that one head may choose."""
+
+    verticals: int
+    slashes: int
+
+    @property
+    def bands(self) -> int:
+        """Bands of 128 diagonals that hold so many slashes."""
+        return max(1, -(-self.slashes // BLOCK_ROWS))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Attention of a chunk's last rows, summed over them; each sum is at most their number.
+
+    Attributes:
+        columns: float32 [heads, keys].
+        bands: float32 [heads, ceil(keys / 128)]; band b holds the distances
+            [128 b, 128 (b + 1)) from query to key. Columns of `heavy` or more are left out.
+        diagonals: float32 [heads, keys], by single distances; None where not asked for.
+        rows: how many were summed over.
+    """
+
+    columns: Tensor
+    bands: Tensor
+    diagonals: Tensor | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class Selections:
+    """The columns and tiles that every head attends to in one chunk.
+
+    A query block sees the listed tiles, whole, and the columns that lie before its own tile. Tiles
+    are listed by their distance, for all blocks of the chunk: query block q sees tile q - d.
+
+    Attributes:
+        columns: int32 [heads, most columns], token positions, rising, filled up with `NOTHING`.
+            A multiple of 128 of them.
+        distances: int32 [heads, most tiles], rising from 0, filled up with `NOTHING`.
+    """
+
+    columns: Tensor
+    distances: Tensor
+
+    def __post_init__(self) -> None:
+        if self.columns.shape[1] % BLOCK_ROWS or len(self.columns) != len(self.distances):
+            raise ValueError(
+                f"columns {tuple(self.columns.shape)} and distances {tuple(self.distances.shape)} "
+                "do not describe one set of heads"
+            )
+
+    @classmethod
+    def of(
+        cls, columns: Sequence[Sequence[int]], distances: Sequence[Sequence[int]]
+    ) -> "Selections":
+        """From rising columns and rising distances of each head."""
+        most_columns = round_up(max(1, *(len(each) for each in columns)))
+        most_distances = max(len(each) for each in distances)
+        return cls(_filled_up(columns, most_columns), _filled_up(distances, most_distances))
+
+    def of_head(self, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Columns and distances of one head, as they are without filling."""
+        columns, distances = (each[head].cpu().numpy() for each in (self.columns, self.distances))
+        return columns[columns < NOTHING], distances[distances < NOTHING]
+
+
+def round_up(count: int) -> int:
+    """To whole tiles."""
+    return -(-count // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def _filled_up(lists: Sequence[Sequence[int]], size: int) -> Tensor:
+    result = torch.full((len(lists), size), NOTHING, dtype=torch.int32)
+    for line, values in zip(result, lists, strict=True):
+        line[: len(values)] = torch.as_tensor(values, dtype=torch.int32)
+    return result
