@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from .attention import dual_chunk_attention
 from .tokenizer import VOCABULARY_SIZE
 
 
@@ -117,7 +118,7 @@ class PocketQwen2(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.model = _Backbone(sizes)
-        self._project, self._finish, self._widen = Layer.project, Layer.finish, _widen
+        self._project, self._finish, self._turn = Layer.project, Layer.finish, _turn
         deep = 0.02 / (2 * sizes.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -131,7 +132,7 @@ class PocketQwen2(nn.Module):
         batch has as many tokens.
         """
         self._project, self._finish = torch.compile(Layer.project), torch.compile(Layer.finish)
-        self._widen = torch.compile(_widen)
+        self._turn = torch.compile(_turn)
 
     def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits for every position.
@@ -153,46 +154,38 @@ class PocketQwen2(nn.Module):
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
             q, k, v = (
-                each.unflatten(0, (sequences, length)).transpose(1, 2)
+                each.unflatten(0, (sequences, length))
                 for each in self._project(layer, hidden, cosine, sine)
             )
-            attended = self._attend(q, k, v, scale)
-            attended = attended.transpose(1, 2).reshape(sequences * length, -1)
+            attended = self._attend(q, k, v, scale).reshape(sequences * length, -1)
             hidden = self._finish(layer, hidden, attended)
         return functional.linear(self.model.norm(hidden), self.model.embed_tokens.weight)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention: q [sequences, heads, length, d], k and v with fewer heads."""
-        length, head_dim = q.shape[-2:]
-        if length > self.sizes.chunk_size:
-            q, k, v = self._widen(self.sizes, q, k, v)
+        """Causal attention: q [sequences, length, heads, d], k and v with fewer heads."""
+        if k.shape[1] > self.sizes.chunk_size:
+            successive, inter = self._turn(self.sizes, q)
+            return dual_chunk_attention(q, successive, inter, k, v, self.sizes.stride, scale)
+        heads_first = (each.transpose(1, 2) for each in (q, k, v))
         attended = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            *heads_first, is_causal=True, scale=scale, enable_gqa=True
         )
-        return attended[..., :head_dim]
+        return attended.transpose(1, 2)
 
 
-def _widen(sizes: PocketSizes, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors whose ordinary causal attention is dual chunk attention.
+def _turn(sizes: PocketSizes, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [sequences, length, heads, d] as keys one chunk before and further away see them.
 
-    Each chunk of keys gets its own slot of the wider vectors, and a query fills every slot with
-    the rotation that is due between its chunk and the slot's: then one softmax sees the right
-    product for every pair. All come and go as [sequences, heads, length, d], rotated at their
-    offset in their chunk.
+    They come rotated at their offset in their chunk, and are turned by what is missing.
     """
-    length, head_dim = q.shape[-2:]
-    index = torch.arange(length, device=q.device)
-    chunk, offset = index // sizes.stride, index % sizes.stride
-    num_slots = -(-length // sizes.stride)
+    offset = torch.arange(q.shape[1], device=q.device) % sizes.stride
     successive = torch.clamp(offset + sizes.stride, max=sizes.chunk_size)
-    turned = []
-    for slot in range(num_slots):
-        position = torch.where(chunk == slot + 1, successive, sizes.chunk_size)
-        position = torch.where(chunk <= slot, offset, position)
-        turned.append(_rotate(q, *_rotation(sizes, position - offset)))
-    own_slot = functional.one_hot(chunk, num_slots).to(k.dtype)[..., None]
-    k = (k[..., None, :] * own_slot).flatten(-2)
-    return torch.cat(turned, -1), k, functional.pad(v, (0, k.shape[-1] - head_dim))
+    turned = (
+        _rotate(q, *(each[:, None] for each in _rotation(sizes, position - offset)))
+        for position in (successive, torch.full_like(offset, sizes.chunk_size))
+    )
+    first, second = turned
+    return first, second
 
 
 def _rotation(sizes: PocketSizes, positions: Tensor) -> tuple[Tensor, Tensor]:
