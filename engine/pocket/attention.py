@@ -23,6 +23,7 @@ def dual_chunk_attention(
     v: Tensor,
     stride: int,
     scale: float,
+    far_chunks: int | None = None,
 ) -> Tensor:
     """Causal attention of sequences that span several dual chunks.
 
@@ -31,18 +32,21 @@ def dual_chunk_attention(
         k: rotated at their offset in their chunk, [sequences, length, kv_heads, d]; v likewise.
         stride: tokens in one dual chunk.
         scale: multiplies logits.
+        far_chunks: only queries of so many last chunks see farther than the chunk before theirs;
+            all, if not given.
 
     Returns:
         [sequences, length, heads, d].
     """
     length = k.shape[1]
-    # What is padded comes last, so that nothing sees it.
-    padding = (0, 0, 0, 0, 0, -length % stride)
-    chunks = (
-        functional.pad(each, padding).unflatten(1, (-1, stride))
-        for each in (intra, successive, inter, k, v)
-    )
-    attended = _DualChunkAttention.apply(*chunks, scale)
+    inputs = [intra, successive, inter, k, v]
+    if length % stride:
+        # What is padded comes last, so that nothing sees it.
+        padding = (0, 0, 0, 0, 0, -length % stride)
+        inputs = [functional.pad(each, padding) for each in inputs]
+    chunks = [each.unflatten(1, (-1, stride)) for each in inputs]
+    first_far = 2 if far_chunks is None else max(2, chunks[0].shape[1] - far_chunks)
+    attended = _DualChunkAttention.apply(*chunks, scale, first_far)
     assert isinstance(attended, Tensor)
     return attended.flatten(1, 2)[:, :length]
 
@@ -52,7 +56,7 @@ class _DualChunkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        intra, successive, inter, k, v, scale = arguments
+        intra, successive, inter, k, v, scale, first_far = arguments
         sequences, chunks = k.shape[:2]
         output, lse = _attend(*(each.flatten(0, 1) for each in (intra, k, v)), scale, causal=True)
         output, lse = (each.unflatten(0, (sequences, chunks)) for each in (output.float(), lse))
@@ -61,16 +65,16 @@ class _DualChunkAttention(torch.autograd.Function):
             shape = (sequences, chunks - 1)
             part, part_lse = part.unflatten(0, shape), part_lse.unflatten(0, shape)
             _merge(output[:, 1:], lse[:, 1:], part, part_lse)
-        if chunks > 2:
+        if chunks > first_far:
             parts = [
                 _attend(inter[:, chunk], *_earlier(chunk, k, v), scale)
-                for chunk in range(2, chunks)
+                for chunk in range(first_far, chunks)
             ]
             part, part_lse = (torch.stack(each, 1) for each in zip(*parts, strict=True))
-            _merge(output[:, 2:], lse[:, 2:], part, part_lse)
+            _merge(output[:, first_far:], lse[:, first_far:], part, part_lse)
         output = output.to(k.dtype)
         ctx.save_for_backward(intra, successive, inter, k, v, output, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.first_far = scale, first_far
         return output
 
     @staticmethod
@@ -97,7 +101,7 @@ class _DualChunkAttention(torch.autograd.Function):
             d_successive[:, 1:] = part.view_as(successive[:, 1:])
             dk[:, :-1] += part_k.view_as(k[:, :-1])
             dv[:, :-1] += part_v.view_as(v[:, :-1])
-        for chunk in range(2, chunks):
+        for chunk in range(ctx.first_far, chunks):
             part, part_k, part_v = _attend_backward(
                 *(each[:, chunk] for each in whole),
                 inter[:, chunk],
@@ -107,7 +111,7 @@ class _DualChunkAttention(torch.autograd.Function):
             d_inter[:, chunk] = part
             dk[:, : chunk - 1] += part_k.unflatten(1, (chunk - 1, -1))
             dv[:, : chunk - 1] += part_v.unflatten(1, (chunk - 1, -1))
-        return own.view_as(intra), d_successive, d_inter, dk.to(k.dtype), dv.to(v.dtype), None
+        return own.view_as(intra), d_successive, d_inter, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _successive(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,9 +127,7 @@ def _earlier(chunk: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Put more keys into a softmax, in place: lse [..., heads, n], output [..., n, heads, d]."""
     total = torch.logaddexp(lse, part_lse)
-    kept, added = (
-        (each - total).exp().transpose(-1, -2).unsqueeze(-1) for each in (lse, part_lse)
-    )
+    kept, added = ((each - total).exp().transpose(-1, -2).unsqueeze(-1) for each in (lse, part_lse))
     output.mul_(kept).add_(part * added)
     lse.copy_(total)
 

@@ -94,7 +94,6 @@ class Layer(nn.Module):
             projection(normed).unflatten(-1, (-1, self._head_dim))
             for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
         )
-        cosine, sine = cosine[:, None], sine[:, None]
         return _rotate(q, cosine, sine), _rotate(k, cosine, sine), v
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class PocketQwen2(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.model = _Backbone(sizes)
-        self._project, self._finish, self._turn = Layer.project, Layer.finish, _turn
+        self._project, self._finish, self._turn = Layer.project, Layer.finish, _rotate
         deep = 0.02 / (2 * sizes.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -132,66 +131,60 @@ class PocketQwen2(nn.Module):
         batch has as many tokens.
         """
         self._project, self._finish = torch.compile(Layer.project), torch.compile(Layer.finish)
-        self._turn = torch.compile(_turn)
+        self._turn = torch.compile(_rotate)
 
-    def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, temperature: float = 1.0, far_chunks: int | None = None
+    ) -> Tensor:
         """Logits for every position.
 
         Args:
             tokens: int64 [sequences, length].
             temperature: multiplies attention logits, as long prompts will be served with.
+            far_chunks: see `dual_chunk_attention`.
 
         Returns:
             [sequences * length, vocab].
         """
-        sequences, length = tokens.shape
+        sizes, (sequences, length) = self.sizes, tokens.shape
         positions = torch.arange(length, device=tokens.device)
-        if length > self.sizes.chunk_size:
-            positions = positions % self.sizes.stride
-        cosine, sine = (each.repeat(sequences, 1) for each in _rotation(self.sizes, positions))
+        long = length > sizes.chunk_size
+        if long:
+            positions = positions % sizes.stride
+        table = _table(sizes, positions, sequences)
+        successive = torch.clamp(positions + sizes.stride, max=sizes.chunk_size) - positions
+        turns = [
+            _table(sizes, turn, sequences) for turn in (successive, sizes.chunk_size - positions)
+        ]
         hidden = self.model.embed_tokens(tokens.flatten())
-        scale = temperature * self.sizes.head_dim**-0.5
+        scale = temperature * sizes.head_dim**-0.5
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
-            q, k, v = (
-                each.unflatten(0, (sequences, length))
-                for each in self._project(layer, hidden, cosine, sine)
-            )
-            attended = self._attend(q, k, v, scale).reshape(sequences * length, -1)
-            hidden = self._finish(layer, hidden, attended)
+            q, k, v = self._project(layer, hidden, *table)
+            queries = [q, *(self._turn(q, *turn) for turn in turns)] if long else [q]
+            inputs = (each.unflatten(0, (sequences, length)) for each in (*queries, k, v))
+            if long:
+                attended = dual_chunk_attention(*inputs, sizes.stride, scale, far_chunks)
+            else:
+                attended = _attend(*inputs, scale)
+            hidden = self._finish(layer, hidden, attended.reshape(sequences * length, -1))
         return functional.linear(self.model.norm(hidden), self.model.embed_tokens.weight)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention: q [sequences, length, heads, d], k and v with fewer heads."""
-        if k.shape[1] > self.sizes.chunk_size:
-            successive, inter = self._turn(self.sizes, q)
-            return dual_chunk_attention(q, successive, inter, k, v, self.sizes.stride, scale)
-        heads_first = (each.transpose(1, 2) for each in (q, k, v))
-        attended = functional.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return attended.transpose(1, 2)
 
-
-def _turn(sizes: PocketSizes, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries [sequences, length, heads, d] as keys one chunk before and further away see them.
-
-    They come rotated at their offset in their chunk, and are turned by what is missing.
-    """
-    offset = torch.arange(q.shape[1], device=q.device) % sizes.stride
-    successive = torch.clamp(offset + sizes.stride, max=sizes.chunk_size)
-    turned = (
-        _rotate(q, *(each[:, None] for each in _rotation(sizes, position - offset)))
-        for position in (successive, torch.full_like(offset, sizes.chunk_size))
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention: q [sequences, length, heads, d], k and v with fewer heads."""
+    heads_first = (each.transpose(1, 2) for each in (q, k, v))
+    attended = functional.scaled_dot_product_attention(
+        *heads_first, is_causal=True, scale=scale, enable_gqa=True
     )
-    first, second = turned
-    return first, second
+    return attended.transpose(1, 2)
 
 
-def _rotation(sizes: PocketSizes, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of each position, [n, d / 2]."""
+def _table(sizes: PocketSizes, positions: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [length] for all tokens of a batch, [n, 1, d / 2]."""
     exponents = torch.arange(0, sizes.head_dim, 2, device=positions.device) / sizes.head_dim
     angles = positions.float()[:, None] / sizes.rope_theta**exponents
+    angles = angles.repeat(sequences, 1)[:, None]
     return angles.cos(), angles.sin()
 
 
