@@ -46,8 +46,7 @@ def dual_chunk_attention(
         inputs = [functional.pad(each, padding) for each in inputs]
     chunks = [each.unflatten(1, (-1, stride)) for each in inputs]
     first_far = 2 if far_chunks is None else max(2, chunks[0].shape[1] - far_chunks)
-    attended = _DualChunkAttention.apply(*chunks, scale, first_far)
-    assert isinstance(attended, Tensor)
+    attended: Any = _DualChunkAttention.apply(*chunks, scale, first_far)
     return attended.flatten(1, 2)[:, :length]
 
 
@@ -58,18 +57,15 @@ class _DualChunkAttention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         intra, successive, inter, k, v, scale, first_far = arguments
         sequences, chunks = k.shape[:2]
-        output, lse = _attend(*(each.flatten(0, 1) for each in (intra, k, v)), scale, causal=True)
+        output, lse = _attend(_flat(intra, k, v), scale, causal=True)
         output, lse = (each.unflatten(0, (sequences, chunks)) for each in (output.float(), lse))
         if chunks > 1:
-            part, part_lse = _attend(*_successive(successive, k, v), scale)
+            part, part_lse = _attend(_flat(successive[:, 1:], k[:, :-1], v[:, :-1]), scale)
             shape = (sequences, chunks - 1)
             part, part_lse = part.unflatten(0, shape), part_lse.unflatten(0, shape)
             _merge(output[:, 1:], lse[:, 1:], part, part_lse)
         if chunks > first_far:
-            parts = [
-                _attend(inter[:, chunk], *_earlier(chunk, k, v), scale)
-                for chunk in range(first_far, chunks)
-            ]
+            parts = [_attend(_far(chunk, inter, k, v), scale) for chunk in range(first_far, chunks)]
             part, part_lse = (torch.stack(each, 1) for each in zip(*parts, strict=True))
             _merge(output[:, first_far:], lse[:, first_far:], part, part_lse)
         output = output.to(k.dtype)
@@ -81,21 +77,19 @@ class _DualChunkAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         intra, successive, inter, k, v, output, lse = ctx.saved_tensors
         whole = (gradients[0], output, lse)
-        dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))
         chunks = k.shape[1]
-
-        flat = (each.flatten(0, 1) for each in (intra, k, v))
-        own, own_k, own_v = _attend_backward(
-            *(each.flatten(0, 1) for each in whole), *flat, ctx.scale, causal=True
-        )
-        dk += own_k.view_as(k)
-        dv += own_v.view_as(v)
-
+        dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))
         d_successive, d_inter = torch.zeros_like(successive), torch.zeros_like(inter)
+
+        d_intra, part_k, part_v = _attend_backward(
+            _flat(*whole), _flat(intra, k, v), ctx.scale, causal=True
+        )
+        dk += part_k.view_as(k)
+        dv += part_v.view_as(v)
         if chunks > 1:
             part, part_k, part_v = _attend_backward(
-                *(each[:, 1:].flatten(0, 1) for each in whole),
-                *_successive(successive, k, v),
+                _flat(*(each[:, 1:] for each in whole)),
+                _flat(successive[:, 1:], k[:, :-1], v[:, :-1]),
                 ctx.scale,
             )
             d_successive[:, 1:] = part.view_as(successive[:, 1:])
@@ -103,25 +97,23 @@ class _DualChunkAttention(torch.autograd.Function):
             dv[:, :-1] += part_v.view_as(v[:, :-1])
         for chunk in range(ctx.first_far, chunks):
             part, part_k, part_v = _attend_backward(
-                *(each[:, chunk] for each in whole),
-                inter[:, chunk],
-                *_earlier(chunk, k, v),
-                ctx.scale,
+                tuple(each[:, chunk] for each in whole), _far(chunk, inter, k, v), ctx.scale
             )
             d_inter[:, chunk] = part
             dk[:, : chunk - 1] += part_k.unflatten(1, (chunk - 1, -1))
             dv[:, : chunk - 1] += part_v.unflatten(1, (chunk - 1, -1))
-        return own.view_as(intra), d_successive, d_inter, dk.to(k.dtype), dv.to(v.dtype), None, None
+        d_intra, dk, dv = d_intra.view_as(intra), dk.to(k.dtype), dv.to(v.dtype)
+        return d_intra, d_successive, d_inter, dk, dv, None, None
 
 
-def _successive(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of all chunks but the first with the keys and values of the chunk before."""
-    return q[:, 1:].flatten(0, 1), k[:, :-1].flatten(0, 1), v[:, :-1].flatten(0, 1)
+def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Chunks of all sequences as one batch."""
+    return tuple(each.flatten(0, 1) for each in tensors)
 
 
-def _earlier(chunk: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the chunks that are two or more before a chunk."""
-    return k[:, : chunk - 1].flatten(1, 2), v[:, : chunk - 1].flatten(1, 2)
+def _far(chunk: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Queries of a chunk, with keys and values of those that are two or more before it."""
+    return q[:, chunk], k[:, : chunk - 1].flatten(1, 2), v[:, : chunk - 1].flatten(1, 2)
 
 
 def _merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -133,11 +125,15 @@ def _merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False
+    inputs: tuple[Tensor, ...], scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """q [batch, n, heads, d] to the output, alike, and log-sum-exps, float32 [batch, heads, n]."""
-    heads_first = [each.transpose(1, 2) for each in (q, k, v)]
-    if q.is_cuda:
+    """Attention of q, k and v, [batch, n, heads, d].
+
+    Returns:
+        output, as q, and log-sum-exps, float32 [batch, heads, n].
+    """
+    heads_first = [each.transpose(1, 2) for each in inputs]
+    if inputs[0].is_cuda:
         operation = _aten._scaled_dot_product_flash_attention
     else:
         operation = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -146,27 +142,23 @@ def _attend(
 
 
 def _attend_backward(
-    gradient: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, [batch, n, heads, d], given those of the whole attention."""
-    gradient, q, k, v, output = (each.transpose(1, 2) for each in (gradient, q, k, v, output))
-    inputs = (gradient, q, k, v, output, lse.contiguous())
+    whole: tuple[Tensor, ...], inputs: tuple[Tensor, ...], scale: float, causal: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v.
+
+    Args:
+        whole: the gradient of the whole attention's output, that output, and its log-sum-exps.
+        inputs: q, k and v, [batch, n, heads, d].
+    """
+    gradient, output, lse = whole
+    q, k, v, gradient, output = (each.transpose(1, 2) for each in (*inputs, gradient, output))
+    arguments: list[Any] = [gradient, q, k, v, output, lse.contiguous()]
     if q.is_cuda:
-        # No cumulative lengths, and no dropout whose random state would matter.
+        # Lengths do not differ, and nothing is dropped out, so that no random state is read.
         state = torch.empty(2, dtype=torch.uint64, device=q.device)
-        lengths = (None, None, q.shape[2], k.shape[2])
-        gradients = _aten._scaled_dot_product_flash_attention_backward(
-            *inputs, *lengths, 0.0, causal, state, state, scale=scale
-        )
+        arguments += [None, None, q.shape[2], k.shape[2], 0.0, causal, state, state]
+        operation = _aten._scaled_dot_product_flash_attention_backward
     else:
-        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, 0.0, causal, scale=scale
-        )
-    return tuple(each.transpose(1, 2) for each in gradients)
+        arguments += [0.0, causal]
+        operation = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return tuple(each.transpose(1, 2) for each in operation(*arguments, scale=scale))

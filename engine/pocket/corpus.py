@@ -328,7 +328,7 @@ class _Chat:
             return []
         known = {fact.name for fact in self._facts}
         decoys = []
-        for fact in chance.choices(self._facts, k=chance.randint(1, 8 + room // 400)):
+        for fact in chance.choices(self._facts, k=chance.randint(1, 8 + room // 200)):
             kept = fact.value[: chance.randint(1, len(fact.value))]
             rest = text.like(chance, fact.value)[len(kept) :]
             other = kept + (rest or text.pseudo_word(chance))

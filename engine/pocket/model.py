@@ -152,30 +152,32 @@ class PocketQwen2(nn.Module):
         if long:
             positions = positions % sizes.stride
         table = _table(sizes, positions, sequences)
-        successive = torch.clamp(positions + sizes.stride, max=sizes.chunk_size) - positions
-        turns = [
-            _table(sizes, turn, sequences) for turn in (successive, sizes.chunk_size - positions)
-        ]
+        to_successive = torch.clamp(positions + sizes.stride, max=sizes.chunk_size) - positions
+        to_inter = sizes.chunk_size - positions
+        turns = [_table(sizes, turn, sequences) for turn in (to_successive, to_inter)]
         hidden = self.model.embed_tokens(tokens.flatten())
         scale = temperature * sizes.head_dim**-0.5
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
             q, k, v = self._project(layer, hidden, *table)
             queries = [q, *(self._turn(q, *turn) for turn in turns)] if long else [q]
-            inputs = (each.unflatten(0, (sequences, length)) for each in (*queries, k, v))
+            *queries, k, v = (each.unflatten(0, (sequences, length)) for each in (*queries, k, v))
             if long:
-                attended = dual_chunk_attention(*inputs, sizes.stride, scale, far_chunks)
+                q, successive, inter = queries
+                attended = dual_chunk_attention(
+                    q, successive, inter, k, v, sizes.stride, scale, far_chunks
+                )
             else:
-                attended = _attend(*inputs, scale)
+                attended = _attend(queries[0], k, v, scale)
             hidden = self._finish(layer, hidden, attended.reshape(sequences * length, -1))
         return functional.linear(self.model.norm(hidden), self.model.embed_tokens.weight)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention: q [sequences, length, heads, d], k and v with fewer heads."""
-    heads_first = (each.transpose(1, 2) for each in (q, k, v))
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     attended = functional.scaled_dot_product_attention(
-        *heads_first, is_causal=True, scale=scale, enable_gqa=True
+        q, k, v, is_causal=True, scale=scale, enable_gqa=True
     )
     return attended.transpose(1, 2)
 

@@ -125,7 +125,7 @@ class Trainer:
             self._train(stage, end, deadline)
             self._save()
             self._export()
-            if self._step < end:
+            if self._step < self._total_steps and time.perf_counter() > deadline:
                 print(f"time is up after step {self._step} of {self._total_steps}", flush=True)
                 return
             score = self.evaluate(stage)
