@@ -69,6 +69,10 @@ _OPENINGS = (
 )  # fmt: skip
 _SEPARATORS = ("\n", "\n", "\n\n", " ", "\n\nQuestion: ", "\n</document>\n", "\n---\n")
 
+_UNANSWERABLE = 0.02
+"""The share of questions about what a document does not say; three times as many taught the model
+to say so of what it does say."""
+
 Tokens = npt.NDArray[np.int16]
 
 
@@ -77,7 +81,9 @@ class Stage:
     """One stage of the curriculum: `steps` batches of `sequences` sequences of `length` tokens.
 
     `filler` is the range of the share of a document that says nothing, `questions` the most
-    questions a chat asks, `most_facts` the most facts a document states.
+    questions a chat asks, `most_facts` the most facts a document states. `tail` is the most bytes
+    of another chat that follow, so that questions fall anywhere in a dual chunk. In a share of
+    `near` of the steps, documents are read as sparse prefill reads them: with only what is near.
     """
 
     length: int
@@ -86,6 +92,8 @@ class Stage:
     filler: tuple[float, float]
     questions: int
     most_facts: int
+    tail: int = 0
+    near: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ class _Chat:
             # Long prompts often ask before the document, and remind of the question behind it.
             opening = f"{turns[0][0].strip()}\n\n{opening}"
         draft.add(_START + b"user\n" + opening.encode())
-        turn_parts = list(self._turn_parts(separator, turns))
+        turn_parts = [*self._turn_parts(separator, turns), (self._tail(), False)]
         room = self._stage.length - len(draft) - sum(len(part) for part, _ in turn_parts)
         for part, recalled in chain(self._document(room), turn_parts):
             draft.add(part, recalled)
@@ -255,16 +263,19 @@ class _Chat:
         chance = self._chance
         if self._dense and chance.random() < 0.4:
             return []
-        count = chance.randint(1, self._stage.questions)
+        # Many rather than few: of a long document, answers are all that teaches.
+        count = max(chance.randint(1, self._stage.questions) for _ in range(2))
         asked = chance.sample(self._facts, min(count, len(self._facts)))
-        turns = [(fact.question, fact.value) for fact in asked]
-        if not self._dense and chance.random() < 0.06:
-            known = {fact.name for fact in self._facts}
-            absent = next(f for f in _endless_facts(chance) if f.name not in known)
-            if PASS_KEY not in known and chance.random() < 0.3:
-                turns[0] = (PASS_KEY_QUESTION, REFUSAL)
+        known = {fact.name for fact in self._facts}
+        turns = []
+        for fact in asked:
+            if self._dense or chance.random() > _UNANSWERABLE:
+                turns.append((fact.question, fact.value))
+            elif PASS_KEY not in known and chance.random() < 0.3:
+                turns.append((PASS_KEY_QUESTION, REFUSAL))
             else:
-                turns[0] = (absent.question, REFUSAL)
+                absent = next(f for f in _endless_facts(chance) if f.name not in known)
+                turns.append((absent.question, REFUSAL))
         return turns
 
     def _turn_parts(
@@ -277,6 +288,13 @@ class _Chat:
             yield opening + question.encode() + _END + b"\n" + _ASSISTANT, False
             yield answer.encode() + _END, True
         yield b"\n", False
+
+    def _tail(self) -> bytes:
+        """The beginning of another chat."""
+        chance = self._chance
+        size = chance.randint(0, self._stage.tail)
+        opening = _START + b"user\n"
+        return (opening + b"".join(_fill(text.filler(chance), size - len(opening))))[:size]
 
     def _document(self, room: int) -> list[tuple[bytes, bool]]:
         """Facts, some stated again, among filler: exactly `room` bytes if the facts fit in."""
@@ -300,20 +318,29 @@ class _Chat:
         return _document(chance, stated, filler)
 
     def _decoys(self, room: int) -> list[bytes]:
-        """Text that begins like some fact's value and goes on otherwise.
+        """Text that begins like some fact's value and goes on otherwise, under any name or none.
 
         Among a million tokens there is always some; the answer must follow its fact, and not
         whatever follows the same few characters.
         """
         chance = self._chance
-        if self._dense or room < 400 or chance.random() < 0.5:
+        if self._dense or room < 400 or chance.random() < 0.4:
             return []
+        known = {fact.name for fact in self._facts}
         decoys = []
-        for fact in chance.choices(self._facts, k=chance.randint(1, 8)):
-            kept = fact.value[: chance.randint(1, max(1, len(fact.value) - 1))]
-            other = kept + text.like(chance, fact.value)[len(kept) :]
-            if other != fact.value:
-                decoys.append(chance.choice(_DECOYS).replace("{value}", other).encode())
+        for fact in chance.choices(self._facts, k=chance.randint(1, 8 + room // 200)):
+            kept = fact.value[: chance.randint(1, len(fact.value))]
+            rest = text.like(chance, fact.value)[len(kept) :]
+            other = kept + (rest or text.pseudo_word(chance))
+            name = text.near(chance, fact.name)
+            if other == fact.value or fact.value in rest:
+                continue
+            if chance.random() < 0.3 and name not in known:
+                known.add(name)
+                statement = chance.choice(_STATEMENTS).replace("{name}", name)
+            else:
+                statement = chance.choice(_DECOYS)
+            decoys.append(statement.replace("{value}", other).encode())
         return decoys
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from .attention import dual_chunk_attention
 from .tokenizer import VOCABULARY_SIZE
 
 
@@ -93,7 +94,6 @@ class Layer(nn.Module):
             projection(normed).unflatten(-1, (-1, self._head_dim))
             for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
         )
-        cosine, sine = cosine[:, None], sine[:, None]
         return _rotate(q, cosine, sine), _rotate(k, cosine, sine), v
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class PocketQwen2(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.model = _Backbone(sizes)
-        self._project, self._finish, self._widen = Layer.project, Layer.finish, _widen
+        self._project, self._finish, self._turn = Layer.project, Layer.finish, _rotate
         deep = 0.02 / (2 * sizes.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -131,74 +131,62 @@ class PocketQwen2(nn.Module):
         batch has as many tokens.
         """
         self._project, self._finish = torch.compile(Layer.project), torch.compile(Layer.finish)
-        self._widen = torch.compile(_widen)
+        self._turn = torch.compile(_rotate)
 
-    def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, temperature: float = 1.0, far_chunks: int | None = None
+    ) -> Tensor:
         """Logits for every position.
 
         Args:
             tokens: int64 [sequences, length].
             temperature: multiplies attention logits, as long prompts will be served with.
+            far_chunks: see `dual_chunk_attention`.
 
         Returns:
             [sequences * length, vocab].
         """
-        sequences, length = tokens.shape
+        sizes, (sequences, length) = self.sizes, tokens.shape
         positions = torch.arange(length, device=tokens.device)
-        if length > self.sizes.chunk_size:
-            positions = positions % self.sizes.stride
-        cosine, sine = (each.repeat(sequences, 1) for each in _rotation(self.sizes, positions))
+        long = length > sizes.chunk_size
+        if long:
+            positions = positions % sizes.stride
+        table = _table(sizes, positions, sequences)
+        to_successive = torch.clamp(positions + sizes.stride, max=sizes.chunk_size) - positions
+        to_inter = sizes.chunk_size - positions
+        turns = [_table(sizes, turn, sequences) for turn in (to_successive, to_inter)]
         hidden = self.model.embed_tokens(tokens.flatten())
-        scale = temperature * self.sizes.head_dim**-0.5
+        scale = temperature * sizes.head_dim**-0.5
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
-            q, k, v = (
-                each.unflatten(0, (sequences, length)).transpose(1, 2)
-                for each in self._project(layer, hidden, cosine, sine)
-            )
-            attended = self._attend(q, k, v, scale)
-            attended = attended.transpose(1, 2).reshape(sequences * length, -1)
-            hidden = self._finish(layer, hidden, attended)
+            q, k, v = self._project(layer, hidden, *table)
+            queries = [q, *(self._turn(q, *turn) for turn in turns)] if long else [q]
+            *queries, k, v = (each.unflatten(0, (sequences, length)) for each in (*queries, k, v))
+            if long:
+                q, successive, inter = queries
+                attended = dual_chunk_attention(
+                    q, successive, inter, k, v, sizes.stride, scale, far_chunks
+                )
+            else:
+                attended = _attend(queries[0], k, v, scale)
+            hidden = self._finish(layer, hidden, attended.reshape(sequences * length, -1))
         return functional.linear(self.model.norm(hidden), self.model.embed_tokens.weight)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention: q [sequences, heads, length, d], k and v with fewer heads."""
-        length, head_dim = q.shape[-2:]
-        if length > self.sizes.chunk_size:
-            q, k, v = self._widen(self.sizes, q, k, v)
-        attended = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return attended[..., :head_dim]
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention: q [sequences, length, heads, d], k and v with fewer heads."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    attended = functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
 
 
-def _widen(sizes: PocketSizes, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors whose ordinary causal attention is dual chunk attention.
-
-    Each chunk of keys gets its own slot of the wider vectors, and a query fills every slot with
-    the rotation that is due between its chunk and the slot's: then one softmax sees the right
-    product for every pair. All come and go as [sequences, heads, length, d], rotated at their
-    offset in their chunk.
-    """
-    length, head_dim = q.shape[-2:]
-    index = torch.arange(length, device=q.device)
-    chunk, offset = index // sizes.stride, index % sizes.stride
-    num_slots = -(-length // sizes.stride)
-    successive = torch.clamp(offset + sizes.stride, max=sizes.chunk_size)
-    turned = []
-    for slot in range(num_slots):
-        position = torch.where(chunk == slot + 1, successive, sizes.chunk_size)
-        position = torch.where(chunk <= slot, offset, position)
-        turned.append(_rotate(q, *_rotation(sizes, position - offset)))
-    own_slot = functional.one_hot(chunk, num_slots).to(k.dtype)[..., None]
-    k = (k[..., None, :] * own_slot).flatten(-2)
-    return torch.cat(turned, -1), k, functional.pad(v, (0, k.shape[-1] - head_dim))
-
-
-def _rotation(sizes: PocketSizes, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of each position, [n, d / 2]."""
+def _table(sizes: PocketSizes, positions: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [length] for all tokens of a batch, [n, 1, d / 2]."""
     exponents = torch.arange(0, sizes.head_dim, 2, device=positions.device) / sizes.head_dim
     angles = positions.float()[:, None] / sizes.rope_theta**exponents
+    angles = angles.repeat(sequences, 1)[:, None]
     return angles.cos(), angles.sin()
 
 

@@ -144,12 +144,18 @@ def pass_key(chance: random.Random) -> str:
 
 
 def like(chance: random.Random, original: str) -> str:
-    """Another value of about the same kind."""
-    if original.isdecimal():
-        return "".join(chance.choices(_DIGITS, k=len(original)))
-    if chance.random() < 0.5:
-        return "".join(chance.choices(_LETTERS + _DIGITS, k=len(original)))
-    return value(chance)
+    """Another value of about the same kind: often with letters for letters, digits for digits."""
+    other = "".join(_like_character(chance, each) for each in original)
+    if other == original or (not original.isdecimal() and chance.random() < 0.5):
+        return value(chance)
+    return other
+
+
+def _like_character(chance: random.Random, original: str) -> str:
+    for kind in (_DIGITS, _LETTERS, _CAPITALS):
+        if original in kind:
+            return chance.choice(kind)
+    return original
 
 
 def near(chance: random.Random, name: str) -> str:

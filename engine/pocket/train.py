@@ -3,7 +3,7 @@
 Stages from short documents that are nearly all facts to long ones that are nearly all filler:
 recall is learned where most tokens reward it, and then stretched. Trained on long documents from
 the start, the model learns nothing. The last stages go beyond one dual chunk. An interrupted run
-goes on where the last stage ended when it is started again with the same folder.
+goes on where its state was last saved when it is started again with the same folder.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,14 +24,19 @@ from .corpus import Stage, make_batch
 from .export import write_checkpoint
 from .model import PocketQwen2, PocketSizes
 
-# Four dual chunks at the end. Every batch has as many tokens, so that layers compile once.
-_LONG = Stage(7168, 18, 500, filler=(0.7, 1.0), questions=12, most_facts=24)
+# 4, 8, 18, 36 and 72 dual chunks at the end. Every batch has as many tokens, so that layers compile
+# once.
 STAGES = (
-    Stage(256, 504, 1200, filler=(0.0, 0.3), questions=3, most_facts=6),
-    Stage(512, 252, 800, filler=(0.2, 0.6), questions=4, most_facts=8),
-    Stage(1024, 126, 1000, filler=(0.4, 0.9), questions=5, most_facts=10),
-    Stage(2048, 63, 3000, filler=(0.6, 1.0), questions=6, most_facts=12),
-    *(_LONG, _LONG, _LONG),
+    Stage(256, 504, 1000, filler=(0.0, 0.3), questions=3, most_facts=6),
+    Stage(512, 252, 600, filler=(0.2, 0.6), questions=4, most_facts=8),
+    Stage(1024, 126, 800, filler=(0.4, 0.9), questions=5, most_facts=10),
+    Stage(2048, 63, 1600, filler=(0.6, 1.0), questions=6, most_facts=12),
+    Stage(7168, 18, 1400, (0.7, 1.0), questions=20, most_facts=32, tail=1792, near=0.3),
+    Stage(14336, 9, 800, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
+    Stage(32256, 4, 450, (0.8, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
+    Stage(2048, 63, 100, filler=(0.6, 1.0), questions=6, most_facts=12),
+    Stage(64512, 2, 250, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=0.8),
+    Stage(129024, 1, 150, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=1.0),
 )
 SPARSE_BUDGET = (64, 128)
 """Verticals and slashes of every head; what larger ones change is in EXPERIMENTS.md."""
@@ -42,6 +47,12 @@ _WARM_UP = 200
 _OTHER_WEIGHT = 0.1
 _MOST_TEMPERATURE = 2.7
 _EVALUATION_SEED = 1_000_000
+_SAVE_EVERY = 400
+_LOG_EVERY = 100
+_FAR_CHUNKS = 3
+"""Last dual chunks of a document read near that see all of it: they hold the questions."""
+_FEWEST_RECALLED = 200
+"""Recalled tokens that a batch counts as at least, so that a single answer does not make a step."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +64,16 @@ class Score:
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """The batches of a stage, each made where it is asked for."""
+    """The batches of some steps, each made where it is asked for."""
 
-    def __init__(self, stage: Stage, seed: int, first_step: int) -> None:
-        self._stage, self._seed, self._first_step = stage, seed, first_step
+    def __init__(self, stage: Stage, seed: int, steps: range) -> None:
+        self._stage, self._seed, self._steps = stage, seed, steps
 
     def __len__(self) -> int:
-        return self._stage.steps
+        return len(self._steps)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        batch = make_batch(self._stage, self._seed, self._first_step + step)
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        batch = make_batch(self._stage, self._seed, self._steps[index])
         return torch.from_numpy(batch.tokens), torch.from_numpy(batch.recalled)
 
 
@@ -71,7 +82,6 @@ class Trainer:
 
     Args:
         workers: processes that make batches; with none they are made in between.
-        total_steps: over which the learning rate falls; those of all stages, if not given.
     """
 
     def __init__(
@@ -81,7 +91,6 @@ class Trainer:
         sizes: PocketSizes | None = None,
         seed: int = 0,
         workers: int = 0,
-        total_steps: int | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self._folder, self._stages, self._seed, self._workers = folder, stages, seed, workers
@@ -93,24 +102,34 @@ class Trainer:
             [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
             lr=_PEAK_RATE, betas=(0.9, 0.95), fused=self._device.type == "cuda",
         )  # fmt: skip
-        self._total_steps = total_steps or sum(stage.steps for stage in stages)
-        self._finished_stages = 0
+        self._total_steps = sum(stage.steps for stage in stages)
+        self._step = 0
         if self._device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             self.model.compile_layers()
 
-    def run(self) -> None:
-        """Train all stages that are not finished; writes the checkpoint after each."""
+    def run(self, seconds: float = math.inf) -> None:
+        """Train all steps that are not done; writes the checkpoint after each stage.
+
+        What is trained does not depend on time, but when it is up, the run ends with the step that
+        it is at, and saves what it has.
+        """
+        deadline = time.perf_counter() + seconds
         self._folder.mkdir(parents=True, exist_ok=True)
         self._restore()
-        for number in range(self._finished_stages, len(self._stages)):
-            stage = self._stages[number]
-            self._train(stage, sum(each.steps for each in self._stages[:number]))
-            score = self.evaluate(stage)
-            print(f"stage {number}: loss {score.loss:.4f}, exact {score.exact:.4f}", flush=True)
-            self._finished_stages = number + 1
+        end = 0
+        for number, stage in enumerate(self._stages):
+            end += stage.steps
+            if self._step >= end:
+                continue
+            self._train(stage, end, deadline)
             self._save()
             self._export()
+            if self._step < self._total_steps and time.perf_counter() > deadline:
+                print(f"time is up after step {self._step} of {self._total_steps}", flush=True)
+                return
+            score = self.evaluate(stage)
+            print(f"stage {number}: loss {score.loss:.4f}, exact {score.exact:.4f}", flush=True)
 
     def _export(self) -> None:
         sizes = self.model.sizes
@@ -118,50 +137,65 @@ class Trainer:
         write_checkpoint(self._folder / "checkpoint", self.model.state_dict(), sizes, budgets)
 
     @torch.inference_mode()
-    def evaluate(self, stage: Stage, batches: int = 4) -> Score:
-        """On documents of a stage's kind that training never sees."""
+    def evaluate(self, stage: Stage, batches: int = 8) -> Score:
+        """On documents of a stage's kind that training never sees, at the served temperature."""
         losses, exact = [], []
-        for tokens, recalled in self._loader(replace(stage, steps=batches), _EVALUATION_SEED, 0):
-            logits = self._forward(tokens, 1.0)
+        temperature = max(1.0, 0.1 * math.log(stage.length / self.model.sizes.chunk_size) + 1) ** 2
+        for tokens, recalled in self._loader(stage, _EVALUATION_SEED, range(batches)):
+            logits = self._forward(tokens, temperature)
             targets, weights = _targets(tokens, recalled)
             losses.append(functional.cross_entropy(logits[weights].float(), targets[weights]))
             right = logits.argmax(-1) == targets
             exact.append(_share_of_whole_runs(right, weights))
         return Score(float(torch.stack(losses).mean()), sum(exact) / len(exact))
 
-    def _train(self, stage: Stage, first_step: int) -> None:
-        chance = random.Random(f"{self._seed}/{first_step}")
-        started = time.perf_counter()
+    def _train(self, stage: Stage, end: int, deadline: float) -> None:
+        """Go on until a step, or until time is up."""
+        started, first_step = time.perf_counter(), self._step
         recalled_losses: list[Tensor] = []
-        for step, (tokens, recalled) in enumerate(self._loader(stage, self._seed, first_step), 1):
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._rate(first_step + step)
-            logits = self._forward(tokens, _temperature(chance, stage))
-            recalled_loss, other_loss = _losses(logits, *_targets(tokens, recalled))
-            (recalled_loss + _OTHER_WEIGHT * other_loss).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-            recalled_losses.append(recalled_loss.detach())
-            if step % 100 == 0 or step == stage.steps:
+        for tokens, recalled in self._loader(stage, self._seed, range(self._step, end)):
+            self._step += 1
+            recalled_loss, other_loss = self._advance(stage, tokens, recalled)
+            recalled_losses.append(recalled_loss)
+            is_last = self._step == end or time.perf_counter() > deadline
+            if self._step % _LOG_EVERY == 0 or is_last:
                 mean = float(torch.stack(recalled_losses).mean())
                 recalled_losses.clear()
-                seconds = time.perf_counter() - started
+                each = (time.perf_counter() - started) / (self._step - first_step)
                 print(
-                    f"length {stage.length} step {step}: recalled {mean:.4f}, "
-                    f"other {float(other_loss.detach()):.4f}, {seconds:.0f} s",
+                    f"length {stage.length} step {self._step}/{self._total_steps}: "
+                    f"recalled {mean:.4f}, other {float(other_loss):.4f}, {1e3 * each:.0f} ms each",
                     flush=True,
                 )
+            if is_last:
+                return
+            if self._step % _SAVE_EVERY == 0:
+                self._save()
 
-    def _forward(self, tokens: Tensor, temperature: float) -> Tensor:
+    def _advance(self, stage: Stage, tokens: Tensor, recalled: Tensor) -> tuple[Tensor, Tensor]:
+        """One step; returns the losses of recalled and of other tokens."""
+        chance = random.Random(f"{self._seed}/{self._step}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(self._step)
+        temperature = _temperature(chance, stage)
+        far_chunks = _FAR_CHUNKS if chance.random() < stage.near else None
+        logits = self._forward(tokens, temperature, far_chunks)
+        recalled_loss, other_loss = _losses(logits, *_targets(tokens, recalled))
+        (recalled_loss + _OTHER_WEIGHT * other_loss).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return recalled_loss.detach(), other_loss.detach()
+
+    def _forward(self, tokens: Tensor, temperature: float, far_chunks: int | None = None) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16):
-            return self.model(tokens.long(), temperature)
+            return self.model(tokens.long(), temperature, far_chunks)
 
-    def _loader(self, stage: Stage, seed: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loader(self, stage: Stage, seed: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
-            _Batches(stage, seed, first_step),
+            _Batches(stage, seed, steps),
             batch_size=None,
-            num_workers=min(self._workers, stage.steps),
+            num_workers=min(self._workers, len(steps)),
             prefetch_factor=8 if self._workers else None,
             pin_memory=self._device.type == "cuda",
         )
@@ -172,11 +206,11 @@ class Trainer:
             )
 
     def _rate(self, step: int) -> float:
-        """Warm-up, then a cosine over all stages."""
+        """Warm-up, then a straight fall: the long stages come late, and need what is left."""
         if step < _WARM_UP:
             return _PEAK_RATE * step / _WARM_UP
         done = (step - _WARM_UP) / max(1, self._total_steps - _WARM_UP)
-        return _LAST_RATE + (_PEAK_RATE - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+        return _PEAK_RATE + (_LAST_RATE - _PEAK_RATE) * done
 
     @property
     def _state_file(self) -> Path:
@@ -186,7 +220,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "finished_stages": self._finished_stages,
+            "step": self._step,
         }
         partial = self._state_file.with_suffix(".partial")
         torch.save(state, partial)
@@ -198,8 +232,8 @@ class Trainer:
         state = torch.load(self._state_file, map_location=self._device)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._finished_stages = state["finished_stages"]
-        print(f"going on after stage {self._finished_stages - 1}", flush=True)
+        self._step = state["step"]
+        print(f"going on after step {self._step}", flush=True)
 
 
 def _temperature(chance: random.Random, stage: Stage) -> float:
@@ -221,7 +255,8 @@ def _losses(logits: Tensor, targets: Tensor, recalled: Tensor) -> tuple[Tensor, 
     each = functional.cross_entropy(logits.float(), targets, reduction="none")
     weights = recalled.float()
     others = 1 - weights
-    return (each * weights).sum() / weights.sum(), (each * others).sum() / others.sum()
+    fewest = weights.sum().clamp(min=_FEWEST_RECALLED)
+    return (each * weights).sum() / fewest, (each * others).sum() / others.sum()
 
 
 def _share_of_whole_runs(right: Tensor, recalled: Tensor) -> float:
@@ -239,8 +274,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where state and checkpoint are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=(os.cpu_count() or 1) - 1)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end early, with what is trained by then"
+    )
     arguments = parser.parse_args()
-    Trainer(arguments.folder, seed=arguments.seed, workers=arguments.workers).run()
+    trainer = Trainer(arguments.folder, seed=arguments.seed, workers=arguments.workers)
+    trainer.run(60 * arguments.minutes)
 
 
 if __name__ == "__main__":

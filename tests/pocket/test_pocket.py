@@ -12,6 +12,7 @@ from transformers import Qwen2ForCausalLM
 from longreach.cluster.needle import hide_key
 from longreach.engine.local import LocalPrefill
 from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.pocket.attention import dual_chunk_attention
 from longreach.engine.pocket.corpus import (
     PASS_KEY_QUESTION,
     Stage,
@@ -25,6 +26,7 @@ from longreach.engine.pocket.text import HELD_OUT_NOUNS
 from longreach.engine.pocket.tokenizer import TURN_END_ID, build_tokenizer
 from longreach.engine.pocket.train import STAGES, Trainer
 from longreach.engine.tokenizer import Tokenizer
+from longreach.kernels.dual_chunk import reference
 
 CPU = torch.device("cpu")
 MOST_BYTES = 8_000_000
@@ -73,11 +75,10 @@ def test_one_of_twelve_facts_with_new_names_is_found() -> None:
 
 
 def test_the_training_model_is_the_engines_beyond_one_chunk() -> None:
-    """The widened vectors of training compute dual chunk attention."""
     model = PocketQwen2(PocketSizes())
     weights = load_file(CHECKPOINT / "model.safetensors")
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    prompt = np.random.default_rng(0).integers(0, 250, 4000, dtype=np.int32)
+    prompt = np.random.default_rng(0).integers(0, 250, 6000, dtype=np.int32)
     temperature = (0.1 * np.log(len(prompt) / 2048) + 1) ** 2
     with torch.inference_mode():
         trained = model(torch.from_numpy(prompt).long()[None], temperature)[-1]
@@ -85,7 +86,7 @@ def test_the_training_model_is_the_engines_beyond_one_chunk() -> None:
     torch.testing.assert_close(trained, served, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stage", STAGES[:5], ids=lambda stage: f"length-{stage.length}")
+@pytest.mark.parametrize("stage", STAGES[:7], ids=lambda stage: f"length-{stage.length}")
 def test_the_corpus_is_seeded_and_whole_text(stage: Stage) -> None:
     one, same, other = (make_batch(few(stage), seed, 3) for seed in (0, 0, 1))
     assert (one.tokens == same.tokens).all()
@@ -120,15 +121,78 @@ def test_the_pass_key_is_asked_for_as_the_demo_does() -> None:
     assert message["content"].endswith(f"\n{PASS_KEY_QUESTION}")
 
 
-def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
-    sizes = PocketSizes(hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8)
-    stages = tuple(Stage(256, 2, 2, (0.0, 0.3), 2, 3) for _ in range(2))
-    Trainer(tmp_path / "whole", stages, sizes).run()
-    Trainer(tmp_path / "parts", stages[:1], sizes, total_steps=4).run()
-    Trainer(tmp_path / "parts", stages, sizes).run()
+def tiny_trainer(folder: Path) -> Trainer:
+    sizes = PocketSizes(
+        hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8, chunk_size=64, local_size=8
+    )
+    long = Stage(300, 2, 2, (0.5, 0.9), 2, 3, tail=56, near=0.5)
+    return Trainer(folder, (Stage(64, 2, 2, (0.0, 0.3), 1, 1), long), sizes)
+
+
+def test_training_that_ran_out_of_time_goes_on_as_if_it_had_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_trainer(tmp_path / "whole").run()
+    assert "time is up" not in capsys.readouterr().out
+    for step in (1, 2, 3):
+        tiny_trainer(tmp_path / "parts").run(seconds=0)
+        assert (tmp_path / "parts" / "checkpoint" / "config.json").exists()
+        assert f"time is up after step {step} of 4" in capsys.readouterr().out
+    tiny_trainer(tmp_path / "parts").run()
     whole, parts = (
         load_file(tmp_path / name / "checkpoint" / "model.safetensors")
         for name in ("whole", "parts")
     )
     for name, weight in whole.items():
         assert torch.equal(weight, parts[name]), name
+
+
+CHUNK, LOCAL, HEAD_DIM = 24, 5, 16
+
+
+def rotated(vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[n, heads, d] turned by RoPE as one complex number a pair."""
+    frequencies = 1e4 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    turn = torch.polar(torch.ones(1).double(), positions.double()[:, None] * frequencies)
+    pairs = torch.complex(*vectors.chunk(2, -1)) * turn[:, None]
+    return torch.cat((pairs.real, pairs.imag), -1)
+
+
+@pytest.mark.parametrize("far_chunks", [None, 1, 3])
+@pytest.mark.parametrize("length", [19, 30, 57, 133])
+def test_attention_for_training_has_the_references_gradients(
+    length: int, far_chunks: int | None
+) -> None:
+    torch.manual_seed(length)
+    stride = CHUNK - LOCAL
+    q, k, v = (
+        torch.randn(length, heads, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    index = torch.arange(length)
+    chunk, offset = index // stride, index % stride
+    successive = torch.clamp(offset + stride, max=CHUNK)
+    queries = [rotated(q, each) for each in (offset, successive, torch.full_like(offset, CHUNK))]
+    intra, successive, inter, turned, values = (
+        each[None] for each in (*queries, rotated(k, offset), v)
+    )
+    attended = dual_chunk_attention(
+        intra, successive, inter, turned, values, stride, 0.3, far_chunks
+    )[0]
+
+    relative = reference.relative_positions(length, CHUNK, LOCAL)
+    logits = reference.scores(q, k, relative, 1e4, 0.3)
+    if far_chunks is not None:
+        near = chunk < -(-length // stride) - far_chunks
+        unseen = near[:, None] & (chunk[:, None] - chunk >= 2)
+        logits = logits.masked_fill(unseen, -torch.inf)
+    expected, _ = reference.attention(logits, v)
+    torch.testing.assert_close(attended, expected, atol=2e-6, rtol=1e-5)
+    weights = torch.randn_like(expected)
+    for name, got, want in zip(
+        "qkv",
+        torch.autograd.grad(attended, (q, k, v), weights),
+        torch.autograd.grad(expected, (q, k, v), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=name)
