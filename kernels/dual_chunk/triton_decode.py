@@ -185,7 +185,7 @@ def _attend_items(
         intra_start = chunk * chunk_stride
 
         highest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        totals = tl.zeros([ROWS, TILE], tl.float32)
         output = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         for segment in range(3):
             queries = inter
@@ -224,8 +224,8 @@ def _attend_items(
                     # The next tile's page number is on its way while this tile is computed.
                     following = token + TILE
                     page = tl.load(table + following // PAGE, mask=following < end, other=0)
-                    highest, total, output = _take_tile(
-                        q, k, v, visible, scale, highest, total, output
+                    highest, totals, output = _take_tile(
+                        q, k, v, visible, scale, highest, totals, output
                     )
                 if BULK:  # noqa: SIM102
                     if streamed < end:
@@ -236,10 +236,11 @@ def _attend_items(
                         k = tl.load(keys + tile_offsets)
                         values = keys + PAGE * HEAD_DIM + tile_offsets
                         v = tl.load(values, mask=(position < end)[:, None], other=0.0)
-                        highest, total, output = _take_tile(
-                            q, k, v, visible, scale, highest, total, output
+                        highest, totals, output = _take_tile(
+                            q, k, v, visible, scale, highest, totals, output
                         )
 
+        total = tl.sum(totals, 1)
         first_head = tl.cast(item, tl.int64) * heads + kv_head * GROUP
         tl.store(
             partial_output + (first_head + row)[:, None] * HEAD_DIM + column[None, :],
@@ -250,16 +251,20 @@ def _attend_items(
 
 
 @triton.jit
-def _take_tile(q, k, v, visible, scale, highest, total, output):
-    """Add one tile of keys to the running softmax; at least one of them is visible."""
+def _take_tile(q, k, v, visible, scale, highest, totals, output):
+    """Add one tile of keys to the running softmax; at least one of them is visible.
+
+    `totals` [rows, tile] is summed over the tile only at the end: warps split a tile's keys, and
+    would have to wait for each other.
+    """
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     logits = tl.where(visible[None, :], logits, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(logits, 1))
     weights = tl.exp2(logits - new_highest[:, None])
-    shrink = tl.exp2(highest - new_highest)
-    total = total * shrink + tl.sum(weights, 1)
-    output = tl.dot(weights.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
-    return new_highest, total, output
+    shrink = tl.exp2(highest - new_highest)[:, None]
+    totals = totals * shrink + weights
+    output = tl.dot(weights.to(v.dtype), v, output * shrink, input_precision="ieee")
+    return new_highest, totals, output
 
 
 @triton.jit

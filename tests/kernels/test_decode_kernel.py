@@ -16,6 +16,8 @@ from longreach.kernels.dual_chunk.segments import rotation
 from longreach.kernels.dual_chunk.triton_decode import DecodeTiling, decode_attention
 from longreach.kernels.pages import write_pages
 
+from .poison import poison_fresh_memory
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THETA = 1e4
 CHUNK, LOCAL = 200, 77
@@ -97,17 +99,6 @@ def _exact(rotated: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float,
     output = torch.einsum("nh,nhd->hd", logits.softmax(0), values)
     assert output.shape == (heads, head_dim)
     return output, logits.logsumexp(0)
-
-
-def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that the kernels allocate begins as NaN."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-
-        def poisoned(*args, original=original, **kwargs):
-            return original(*args, **kwargs).fill_(torch.nan)
-
-        monkeypatch.setattr(torch, name, poisoned)
 
 
 def check(step: Step, lengths: list[int], programs: int, dual: bool, tiling: DecodeTiling) -> None:
