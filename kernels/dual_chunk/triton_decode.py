@@ -1,0 +1,311 @@
+# pyright: reportCallIssue=false
+# Triton types a launch as the kernel itself, which has no parameter `num_warps`.
+"""Decode attention on GPUs: one query row a sequence over paged K and V, split over the keys.
+
+The first kernel streams pages and leaves a partial result an item of the plan; the second merges
+a sequence's partial results by their log-sum-exp. Heads that share keys are rows of one tile.
+Both compute in float32 and to the base 2. See docs/kernels/decode.md.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..pages import PAGE_TOKENS
+from .decode_plan import DecodePlan
+from .segments import SegmentQueries
+
+_NO_CHUNKS = 2**31 - 1
+_LEAST_DOT_ROWS = 16
+_ITEMS_AT_ONCE = 32
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class DecodeTiling:
+    """How a program streams keys: `tokens` at once, up to `stages - 1` such tiles on the way.
+
+    `bulk`: by the tensor memory accelerator instead of by every thread's own copies.
+    `resident`: programs that one multiprocessor is meant to run at the same time.
+    """
+
+    tokens: int = 64
+    stages: int = 4
+    warps: int = 4
+    resident: int = 2
+    bulk: bool = False
+
+
+DEFAULT_TILING = DecodeTiling()
+
+
+def programs_per_kv_head(
+    num_kv_heads: int, device: torch.device, tiling: DecodeTiling = DEFAULT_TILING
+) -> int:
+    """How many programs a plan should have so that all KV heads together fill the device."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, multiprocessors * tiling.resident // num_kv_heads)
+
+
+def decode_attention(
+    queries: SegmentQueries,
+    memory: Tensor,
+    block_tables: Tensor,
+    plan: DecodePlan,
+    stride: int | None,
+    scales: Tensor,
+    tiling: DecodeTiling = DEFAULT_TILING,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last token of each sequence, whose K and V already lie in its page.
+
+    Launches depend on shapes alone, so that a CUDA graph may hold them: `plan.refresh`, and new
+    contents of `block_tables` and `scales`, are all that a replay needs.
+
+    Args:
+        queries: rotated for each sequence's last position, each [batch, heads, d].
+        memory: one layer's pages, [pages, kv_heads, 2, 128, d].
+        block_tables: int32 [batch, n].
+        plan: of the same batch.
+        stride: tokens of one dual chunk, None for plain positions.
+        scales: what each sequence's logits are multiplied by, float32 [batch].
+
+    Returns:
+        output [batch, heads, d] in the queries' type and log-sum-exp [batch, heads] float32;
+        0 and -inf where a sequence is empty.
+    """
+    batch, heads, head_dim = queries.intra.shape
+    kv_heads = memory.shape[1]
+    if plan.batch != batch:
+        raise ValueError(f"a plan for {plan.batch} rows does not fit {batch} queries")
+    group = heads // kv_heads
+    items = len(plan.items)
+    partial_output = torch.empty(items, heads, head_dim, dtype=torch.float32, device=memory.device)
+    partial_lse = torch.empty(items, heads, dtype=torch.float32, device=memory.device)
+    rows = memory
+    if tiling.bulk:
+        flat = memory.view(-1, head_dim)
+        rows = TensorDescriptor.from_tensor(flat, [tiling.tokens, head_dim])
+    _attend_items[(kv_heads, plan.programs)](
+        queries.intra.contiguous(),
+        queries.successive.contiguous(),
+        queries.inter.contiguous(),
+        memory,
+        rows,
+        block_tables,
+        plan.lengths,
+        scales,
+        plan.program_items,
+        plan.items,
+        partial_output,
+        partial_lse,
+        memory.stride(0),
+        block_tables.stride(0),
+        _NO_CHUNKS if stride is None else stride,
+        kv_heads,
+        GROUP=group,
+        ROWS=max(_LEAST_DOT_ROWS, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        PAGE=PAGE_TOKENS,
+        TILE=tiling.tokens,
+        STAGES=tiling.stages,
+        BULK=tiling.bulk,
+        LOG2_E=_LOG2_E,
+        num_warps=tiling.warps,
+    )
+    output = torch.empty_like(queries.intra, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=memory.device)
+    _merge_items[(heads, batch)](
+        partial_output,
+        partial_lse,
+        plan.sequence_items,
+        output,
+        lse,
+        heads,
+        HEAD_DIM=head_dim,
+        ITEMS=_ITEMS_AT_ONCE,
+        LOG2_E=_LOG2_E,
+        num_warps=4,
+    )
+    return output, lse
+
+
+@triton.jit
+def _attend_items(
+    intra,
+    successive,
+    inter,
+    memory,
+    rows,
+    block_tables,
+    lengths,
+    scales,
+    program_items,
+    items,
+    partial_output,
+    partial_lse,
+    page_stride,
+    table_stride,
+    chunk_stride,
+    kv_heads,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    BULK: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):
+    """All items of one program: KV head by grid axis 0, so that neighbours read one page."""
+    kv_head = tl.program_id(0)
+    program = tl.program_id(1)
+    heads = kv_heads * GROUP
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, HEAD_DIM)
+    in_tile = tl.arange(0, TILE)
+    exists = row < GROUP
+    query_offsets = (kv_head * GROUP + row)[:, None] * HEAD_DIM + column[None, :]
+    tile_offsets = in_tile[:, None] * HEAD_DIM + column[None, :]
+    head_memory = memory + kv_head.to(tl.int64) * (2 * PAGE * HEAD_DIM)
+
+    for item in range(tl.load(program_items + program), tl.load(program_items + program + 1)):
+        sequence = tl.load(items + item * 3)
+        length = tl.load(lengths + sequence)
+        item_start = tl.load(items + item * 3 + 1) * PAGE
+        item_end = tl.minimum(tl.load(items + item * 3 + 2) * PAGE, length)
+        scale = tl.load(scales + sequence) * LOG2_E
+        table = block_tables + sequence.to(tl.int64) * table_stride
+        chunk = (length - 1) // chunk_stride
+        inter_end = tl.maximum((chunk - 1) * chunk_stride, 0)
+        intra_start = chunk * chunk_stride
+
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        totals = tl.zeros([ROWS, TILE], tl.float32)
+        output = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        for segment in range(3):
+            queries = inter
+            start = item_start
+            end = tl.minimum(item_end, inter_end)
+            if segment == 1:
+                queries = successive
+                start = tl.maximum(item_start, inter_end)
+                end = tl.minimum(item_end, intra_start)
+            if segment == 2:
+                queries = intra
+                start = tl.maximum(item_start, intra_start)
+                end = item_end
+            if start < end:
+                query_rows = queries + sequence.to(tl.int64) * heads * HEAD_DIM
+                q = tl.load(query_rows + query_offsets, mask=exists[:, None], other=0.0)
+                first_tile = start // TILE * TILE
+                streamed = end
+                if BULK:
+                    # What lies behind a sequence's end may be NaN, and only pointers can mask it.
+                    streamed = end // TILE * TILE
+                page = tl.load(table + first_tile // PAGE)
+                for token in tl.range(first_tile, streamed, TILE, num_stages=STAGES):
+                    position = token + in_tile
+                    visible = (position >= start) & (position < end)
+                    if BULK:
+                        first_row = (page * kv_heads + kv_head) * (2 * PAGE) + token % PAGE
+                        k = rows.load([first_row, 0])
+                        v = rows.load([first_row + PAGE, 0])
+                    else:
+                        keys = head_memory + page.to(tl.int64) * page_stride
+                        keys += (token % PAGE) * HEAD_DIM
+                        k = tl.load(keys + tile_offsets)
+                        values = keys + PAGE * HEAD_DIM + tile_offsets
+                        v = tl.load(values, mask=(position < end)[:, None], other=0.0)
+                    # The next tile's page number is on its way while this tile is computed.
+                    following = token + TILE
+                    page = tl.load(table + following // PAGE, mask=following < end, other=0)
+                    highest, totals, output = _take_tile(
+                        q, k, v, visible, scale, highest, totals, output
+                    )
+                if BULK:  # noqa: SIM102
+                    if streamed < end:
+                        position = streamed + in_tile
+                        visible = (position >= start) & (position < end)
+                        keys = head_memory + page.to(tl.int64) * page_stride
+                        keys += (streamed % PAGE) * HEAD_DIM
+                        k = tl.load(keys + tile_offsets)
+                        values = keys + PAGE * HEAD_DIM + tile_offsets
+                        v = tl.load(values, mask=(position < end)[:, None], other=0.0)
+                        highest, totals, output = _take_tile(
+                            q, k, v, visible, scale, highest, totals, output
+                        )
+
+        total = tl.sum(totals, 1)
+        first_head = tl.cast(item, tl.int64) * heads + kv_head * GROUP
+        tl.store(
+            partial_output + (first_head + row)[:, None] * HEAD_DIM + column[None, :],
+            output / total[:, None],
+            mask=exists[:, None],
+        )
+        tl.store(partial_lse + first_head + row, highest + tl.log2(total), mask=exists)
+
+
+@triton.jit
+def _take_tile(q, k, v, visible, scale, highest, totals, output):
+    """Add one tile of keys to the running softmax; at least one of them is visible.
+
+    `totals` [rows, tile] is summed over the tile only at the end: warps split a tile's keys, and
+    would have to wait for each other.
+    """
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    logits = tl.where(visible[None, :], logits, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_highest[:, None])
+    shrink = tl.exp2(highest - new_highest)[:, None]
+    totals = totals * shrink + weights
+    output = tl.dot(weights.to(v.dtype), v, output * shrink, input_precision="ieee")
+    return new_highest, totals, output
+
+
+@triton.jit
+def _merge_items(
+    partial_output,
+    partial_lse,
+    sequence_items,
+    output,
+    lse,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    ITEMS: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):
+    """One head of one sequence: its partial results, so many at a time."""
+    head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    column = tl.arange(0, HEAD_DIM)
+    first = tl.load(sequence_items + sequence)
+    last = tl.load(sequence_items + sequence + 1)
+    highest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    merged = tl.zeros([HEAD_DIM], tl.float32)
+    for start in range(first, last, ITEMS):
+        item = start + tl.arange(0, ITEMS)
+        exists = item < last
+        where = item.to(tl.int64) * heads + head
+        logs = tl.load(partial_lse + where, mask=exists, other=float("-inf"))
+        parts = tl.load(
+            partial_output + where[:, None] * HEAD_DIM + column[None, :],
+            mask=exists[:, None],
+            other=0.0,
+        )
+        new_highest = tl.maximum(highest, tl.max(logs, 0))
+        shrink = tl.exp2(highest - new_highest)
+        weights = tl.exp2(logs - new_highest)
+        total = total * shrink + tl.sum(weights, 0)
+        merged = merged * shrink + tl.sum(weights[:, None] * parts, 0)
+        highest = new_highest
+    # A sequence of no keys has no items: 0 / 1, and -inf + log2(1).
+    total = tl.where(first == last, 1.0, total)
+    where = sequence.to(tl.int64) * heads + head
+    tl.store(output + where * HEAD_DIM + column, (merged / total).to(output.dtype.element_ty))
+    tl.store(lse + where + tl.arange(0, 1), (highest + tl.log2(total)) / LOG2_E)

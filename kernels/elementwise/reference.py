@@ -1,0 +1,46 @@
+"""The definitions, in PyTorch; arguments and results are those of the package's functions."""
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from ..dual_chunk.segments import Rotation, SegmentQueries
+from ..pages import PAGE_TOKENS
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root mean square norm."""
+    wide = x.float()
+    variance = wide.square().mean(-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The sum's norm, and the sum."""
+    total = residual + x
+    return rms_norm(total, weight, epsilon), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def rotate_queries(
+    q: Tensor, intra: Rotation, successive: Rotation, inter: Rotation
+) -> SegmentQueries:
+    """Three rotations, or fewer where they are one object."""
+    first = intra.apply(q)
+    others = (first if each is intra else each.apply(q) for each in (successive, inter))
+    return SegmentQueries(first, *others)
+
+
+def write_pages(memory: Tensor, slots: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> None:
+    """Rotated K, and V, at the slots."""
+    written = slots >= 0
+    pages, offsets = slots[written] // PAGE_TOKENS, slots[written] % PAGE_TOKENS
+    memory[pages, :, 0, offsets] = rotation.apply(k)[written]
+    memory[pages, :, 1, offsets] = v[written]
