@@ -128,21 +128,26 @@ class PrefillReplica:
         self._report()
 
     async def _run(self) -> None:
-        while not self._lost:
-            chunk = self._scheduler.next(time.monotonic())
-            if chunk is None:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            self._computing = chunk.request_id
-            try:
-                await self._compute(chunk)
-            except Exception as error:
-                self._lose(error)
-            finally:
-                self._computing = None
-            if chunk.request_id not in self._jobs:
-                self._release(chunk.request_id)
+        try:
+            while not self._lost:
+                await self._run_next()
+        except Exception as error:
+            self._lose(error)
+
+    async def _run_next(self) -> None:
+        """Compute the chunk whose turn it is, or sleep until there is one."""
+        chunk = self._scheduler.next(time.monotonic())
+        if chunk is None:
+            self._wake.clear()
+            await self._wake.wait()
+            return
+        self._computing = chunk.request_id
+        try:
+            await self._compute(chunk)
+        finally:
+            self._computing = None
+        if chunk.request_id not in self._jobs:
+            self._release(chunk.request_id)
 
     async def _compute(self, chunk: Chunk) -> None:
         job = self._jobs[chunk.request_id]

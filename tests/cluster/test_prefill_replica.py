@@ -1,0 +1,121 @@
+"""A prefill replica in this process, over a gang and a decode worker that do as they are told."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from longreach.cluster.gang import Gang
+from longreach.cluster.prefill_rank import RankResult
+from longreach.cluster.prefill_replica import PrefillReplica
+from longreach.cluster.scheduler import Chunk
+from longreach.engine.errors import UnavailableError
+from longreach.engine.messages import Prefilled, Progress
+
+from .conftest import CHUNK_TOKENS, make_settings
+
+LONGEST = 10.0
+"""Seconds after which something that waits is taken to wait for good."""
+
+
+class FakeGang:
+    """Computes every chunk at once; `outcome` decides what comes of one."""
+
+    def __init__(self) -> None:
+        self.computed: list[Chunk] = []
+        self.released: list[str] = []
+        self.killed = False
+        self.outcome: Callable[[Chunk], None] = lambda chunk: None
+
+    async def run_chunk(self, chunk: Chunk, prompt: Any, worker: Any) -> list[RankResult]:
+        self.computed.append(chunk)
+        self.outcome(chunk)
+        logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
+        return [RankResult(logits, {"linear": 0.1}, 0.1, 0.0, None)]
+
+    def release(self, request_id: str) -> None:
+        self.released.append(request_id)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class FakeWorker:
+    """A decode worker's handle: its calls are `worker.method.remote(...)`."""
+
+    def __init__(self) -> None:
+        self.gone_event = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            remote = staticmethod(getattr(type(self), f"do_{name}").__get__(self))
+
+        return Method
+
+    async def do_gone(self, request_id: str) -> None:
+        await self.gone_event.wait()
+
+
+@pytest.fixture
+def gang(monkeypatch: pytest.MonkeyPatch) -> FakeGang:
+    fake = FakeGang()
+
+    async def start(settings: Any) -> FakeGang:
+        return fake
+
+    monkeypatch.setattr(Gang, "start", start)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    return fake
+
+
+Scenario = Callable[[PrefillReplica], Awaitable[object]]
+
+
+@pytest.fixture
+def play(gang: FakeGang, tmp_path: Path) -> Callable[[Scenario], Any]:
+    """Run a scenario against a new replica; waiting for good is a failure."""
+
+    def run(scenario: Scenario) -> Any:
+        async def scene() -> object:
+            replica = PrefillReplica.__new__(PrefillReplica)
+            await replica.__init__(make_settings(1), tmp_path)
+            return await asyncio.wait_for(scenario(replica), LONGEST)
+
+        return asyncio.run(scene())
+
+    return run
+
+
+async def prefill(
+    replica: PrefillReplica, name: str, tokens: int, worker: Any = None
+) -> list[Progress | Prefilled]:
+    prompt = np.zeros(tokens, dtype=np.int32)
+    return [e async for e in replica.prefill(name, prompt, 0.0, worker or FakeWorker())]
+
+
+def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
+    events = play(lambda replica: prefill(replica, "a", CHUNK_TOKENS + 1))
+    assert events[0] == Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)
+    assert isinstance(events[1], Prefilled)
+    assert gang.released == ["a"]
+
+
+def test_whatever_ends_the_loop_ends_the_requests(play: Any, gang: FakeGang) -> None:
+    async def scenario(replica: PrefillReplica) -> None:
+        def broken(now: float) -> Chunk:
+            raise ZeroDivisionError
+
+        replica._scheduler.next = broken
+        with pytest.raises(UnavailableError, match="again"):
+            await prefill(replica, "a", 10)
+        with pytest.raises(UnavailableError):
+            await replica.check_health()
+        with pytest.raises(UnavailableError):
+            await prefill(replica, "b", 10)
+
+    play(scenario)
+    assert gang.killed
