@@ -12,8 +12,9 @@ import ray
 from ray.exceptions import RayError
 
 from ..engine.errors import LongreachError, TransferError, UnavailableError
-from ..engine.messages import Prefilled, Progress, Tokens
+from ..engine.messages import GenerationRequest, Prefilled, Progress
 from . import metrics
+from .failures import as_ours
 from .gang import Gang
 from .metrics import Metrics
 from .prefill_rank import RankResult
@@ -31,12 +32,16 @@ class _Job:
     """One prompt under way; `events` ends with Prefilled or an error."""
 
     prompt: ray.ObjectRef
-    total: int
-    arrived: float
+    request: GenerationRequest
     worker: Any
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
 
 
 class PrefillReplica:
@@ -69,26 +74,26 @@ class PrefillReplica:
             raise UnavailableError(_LOST)
 
     async def prefill(
-        self, request_id: str, prompt: Tokens, arrived: float, worker: Any
-    ) -> AsyncGenerator[Progress | Prefilled, None]:
-        """Compute a prompt into the pages that a decode worker has reserved for it.
+        self, request: GenerationRequest, worker: Any
+    ) -> AsyncGenerator[Progress | Prefilled | None, None]:
+        """Compute a prompt into pages of a decode worker, which are reserved here.
 
-        Yields Progress after every chunk but the last, then Prefilled. Leaving early stops the
-        work after the chunk that is being computed.
+        Yields None at once, Progress after every chunk but the last, then Prefilled. Leaving early
+        stops the work after the chunk that is being computed.
+
+        While a request waits for pages it is under way here already: replicas that are asked to
+        stop finish what they have, so this one stays until it is done.
 
         Args:
-            arrived: time.time() when the request arrived.
             worker: the decode worker's actor handle.
         """
         if self._lost:
             raise UnavailableError(_LOST)
-        self._scheduler.add(request_id, len(prompt), time.monotonic())
-        job = _Job(ray.put(prompt), len(prompt), arrived, worker, asyncio.Queue())
-        self._jobs[request_id] = job
-        self._wake.set()
-        self._report()
-        watch = asyncio.create_task(self._forget_with(worker, request_id, job))
+        job = _Job(ray.put(request.prompt), request, worker, asyncio.Queue())
+        self._jobs[request.request_id] = job
+        watch = asyncio.create_task(self._watch(job))
         try:
+            yield None
             while True:
                 event = await job.events.get()
                 if isinstance(event, LongreachError):
@@ -98,21 +103,25 @@ class PrefillReplica:
                     return
         finally:
             watch.cancel()
-            self._forget(request_id)
+            self._forget(request.request_id)
 
-    async def _forget_with(self, worker: Any, request_id: str, job: _Job) -> None:
-        """Stop when the decode worker releases the request, or dies.
+    async def _watch(self, job: _Job) -> None:
+        """Let a request's turn come once it has pages, and end it with the decode worker's word.
 
         Serve's own cancellation is best effort, and leaves a generator that nobody reads as it is.
         """
-        reason = "the request was released"
+        name = job.request.request_id
         try:
-            await worker.gone.remote(request_id)
-        except RayError as error:
-            logger.warning("a decode worker is gone", exc_info=error)
-            reason = "the decode worker died and is being replaced; send the request again"
-        job.events.put_nowait(UnavailableError(reason))
-        self._forget(request_id)
+            await job.worker.reserve.remote(job.request)
+            self._scheduler.add(name, job.total, time.monotonic())
+            self._wake.set()
+            self._report()
+            await job.worker.gone.remote(name)
+            ended: LongreachError = UnavailableError("the request was released")
+        except (RayError, LongreachError) as error:
+            ended = as_ours(error)
+        job.events.put_nowait(ended)
+        self._forget(name)
 
     def _forget(self, request_id: str) -> None:
         """Give a prompt's pages back; after its chunk if one is being computed."""
@@ -198,7 +207,7 @@ def _prefilled(job: _Job, results: list[RankResult]) -> Prefilled:
     hand_off = max(result.hand_off for result in results)
     return Prefilled(
         logits=logits,
-        queued=max(job.began - job.arrived, 0.0),
+        queued=max(job.began - job.request.arrived, 0.0),
         prefill=max(time.time() - job.began - hand_off, 0.0),
         hand_off=hand_off,
         stages=job.stages,

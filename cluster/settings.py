@@ -114,7 +114,7 @@ class MetricsSettings(_Section):
 
 
 class ShutdownSettings(_Section):
-    """How long running requests may take to finish when the cluster stops or is redeployed."""
+    """How long accepted requests may take to finish when the cluster stops or is redeployed."""
 
     drain_seconds: NotNegative = 600.0
 

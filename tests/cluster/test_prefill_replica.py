@@ -14,7 +14,12 @@ from longreach.cluster.prefill_rank import RankResult
 from longreach.cluster.prefill_replica import PrefillReplica
 from longreach.cluster.scheduler import Chunk
 from longreach.engine.errors import UnavailableError
-from longreach.engine.messages import Prefilled, Progress
+from longreach.engine.messages import (
+    GenerationRequest,
+    Prefilled,
+    Progress,
+    SamplingParameters,
+)
 
 from .conftest import CHUNK_TOKENS, make_settings
 
@@ -33,6 +38,7 @@ class FakeGang:
 
     async def run_chunk(self, chunk: Chunk, prompt: Any, worker: Any) -> list[RankResult]:
         self.computed.append(chunk)
+        await asyncio.sleep(0.001)
         self.outcome(chunk)
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
         return [RankResult(logits, {"linear": 0.1}, 0.1, 0.0, None)]
@@ -48,7 +54,9 @@ class FakeWorker:
     """A decode worker's handle: its calls are `worker.method.remote(...)`."""
 
     def __init__(self) -> None:
-        self.gone_event = asyncio.Event()
+        self.has_pages = asyncio.Event()
+        self.has_pages.set()
+        self.is_released = asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
         class Method:
@@ -56,8 +64,11 @@ class FakeWorker:
 
         return Method
 
+    async def do_reserve(self, request: GenerationRequest) -> None:
+        await self.has_pages.wait()
+
     async def do_gone(self, request_id: str) -> None:
-        await self.gone_event.wait()
+        await self.is_released.wait()
 
 
 @pytest.fixture
@@ -91,16 +102,17 @@ def play(gang: FakeGang, tmp_path: Path) -> Callable[[Scenario], Any]:
 
 
 async def prefill(
-    replica: PrefillReplica, name: str, tokens: int, worker: Any = None
-) -> list[Progress | Prefilled]:
+    replica: PrefillReplica, name: str, tokens: int, worker: FakeWorker | None = None
+) -> list[Progress | Prefilled | None]:
     prompt = np.zeros(tokens, dtype=np.int32)
-    return [e async for e in replica.prefill(name, prompt, 0.0, worker or FakeWorker())]
+    request = GenerationRequest(name, prompt, SamplingParameters(max_tokens=1), arrived=0.0)
+    return [event async for event in replica.prefill(request, worker or FakeWorker())]
 
 
 def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
     events = play(lambda replica: prefill(replica, "a", CHUNK_TOKENS + 1))
-    assert events[0] == Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)
-    assert isinstance(events[1], Prefilled)
+    assert events[:2] == [None, Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)]
+    assert isinstance(events[2], Prefilled)
     assert gang.released == ["a"]
 
 
@@ -119,3 +131,37 @@ def test_whatever_ends_the_loop_ends_the_requests(play: Any, gang: FakeGang) -> 
 
     play(scenario)
     assert gang.killed
+
+
+def test_a_request_that_waits_for_pages_is_there_and_ends_with_the_gang(
+    play: Any, gang: FakeGang
+) -> None:
+    """Whoever stops a replica waits for what it has; what waits must not wait in vain."""
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        worker.has_pages.clear()
+        waiting = asyncio.create_task(prefill(replica, "waiting", 10, worker))
+        released = asyncio.create_task(prefill(replica, "served", 10))
+        await released
+        assert [chunk.request_id for chunk in gang.computed] == ["served"]
+        replica._lose(RuntimeError())
+        with pytest.raises(UnavailableError, match="again"):
+            await waiting
+
+    play(scenario)
+
+
+def test_a_released_request_stops(play: Any, gang: FakeGang) -> None:
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.outcome = lambda chunk: worker.is_released.set()
+        with pytest.raises(UnavailableError, match="released"):
+            await prefill(replica, "a", 30 * CHUNK_TOKENS, worker)
+        while replica._scheduler.usage:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
+    assert len(gang.computed) < 10
+    assert set(gang.released) == {"a"}
