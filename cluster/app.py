@@ -26,6 +26,7 @@ _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
 _NO_LIMIT = 1_000_000
 _READY_SECONDS = 300
 _POLL_SECONDS = 0.1
+_STOP_SECONDS = 30
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -86,9 +87,11 @@ class LocalCluster:
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
 
     def stop(self) -> None:
-        """Let running requests finish, then end every process; interrupted, end them at once."""
+        """Let accepted requests finish, then end every process; interrupted, end them at once."""
+        deadline = time.monotonic() + self._settings.shutdown.drain_seconds + _STOP_SECONDS
         try:
-            serve.delete(APP_NAME)
+            while time.monotonic() < deadline and not _deleted():
+                pass
         finally:
             self.kill()
 
@@ -97,6 +100,15 @@ class LocalCluster:
         ray.shutdown()
         if self._temporary:
             shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+
+def _deleted() -> bool:
+    """Have Serve stop the application; False where it takes longer than Serve waits, a minute."""
+    try:
+        serve.delete(APP_NAME)
+    except TimeoutError:
+        return False
+    return True
 
 
 def start(settings: Settings) -> LocalCluster:
