@@ -172,6 +172,8 @@ class PrefillReplica:
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
+            # Forgotten here and now: its next chunk's turn may come before anyone reads the event.
+            self._jobs.pop(chunk.request_id, None)
             job.events.put_nowait(TransferError(failure))
             return
         done = _prefilled(job, results) if chunk.is_last else Progress(chunk.end, job.total)

@@ -13,7 +13,7 @@ from longreach.cluster.gang import Gang
 from longreach.cluster.prefill_rank import RankResult
 from longreach.cluster.prefill_replica import PrefillReplica
 from longreach.cluster.scheduler import Chunk
-from longreach.engine.errors import UnavailableError
+from longreach.engine.errors import TransferError, UnavailableError
 from longreach.engine.messages import (
     GenerationRequest,
     Prefilled,
@@ -28,20 +28,20 @@ LONGEST = 10.0
 
 
 class FakeGang:
-    """Computes every chunk at once; `outcome` decides what comes of one."""
+    """Computes every chunk at once; `outcome` says why its pages could not be handed off."""
 
     def __init__(self) -> None:
         self.computed: list[Chunk] = []
         self.released: list[str] = []
         self.killed = False
-        self.outcome: Callable[[Chunk], None] = lambda chunk: None
+        self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
     async def run_chunk(self, chunk: Chunk, prompt: Any, worker: Any) -> list[RankResult]:
         self.computed.append(chunk)
         await asyncio.sleep(0.001)
-        self.outcome(chunk)
+        failure = self.outcome(chunk)
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
-        return [RankResult(logits, {"linear": 0.1}, 0.1, 0.0, None)]
+        return [RankResult(logits, {"linear": 0.1}, 0.1, 0.0, failure)]
 
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
@@ -165,3 +165,15 @@ def test_a_released_request_stops(play: Any, gang: FakeGang) -> None:
     play(scenario)
     assert len(gang.computed) < 10
     assert set(gang.released) == {"a"}
+
+
+def test_after_a_failed_hand_off_nothing_more_is_computed(play: Any, gang: FakeGang) -> None:
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.outcome = lambda chunk: "pages did not reach the decode replica"
+        with pytest.raises(TransferError, match="did not reach"):
+            await prefill(replica, "a", 3 * CHUNK_TOKENS)
+        gang.outcome = lambda chunk: None
+        await prefill(replica, "b", 1)
+
+    play(scenario)
+    assert [chunk.request_id for chunk in gang.computed] == ["a", "b"]
