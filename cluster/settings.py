@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..engine.config import ModelConfig
-from ..engine.errors import ConfigurationError
+from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.pocket import CHECKPOINT
+from ..engine.tokenizer import Tokenizer
 from .rest.limits import IngressLimits
 
 PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
@@ -229,7 +230,7 @@ def check_model(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: a length beyond the model's, or a mesh that does not divide it.
-        CheckpointError: the folder cannot be read.
+        CheckpointError: the folder cannot be read, or has tokens that the model has no row for.
     """
     model = ModelConfig.from_folder(settings.model.folder)
     if settings.limits.max_model_len > model.max_position_embeddings:
@@ -238,6 +239,13 @@ def check_model(settings: Settings) -> None:
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
     model.check_tensor_parallel(settings.prefill.tensor_parallel)
+    # One such token in a prompt would end a whole gang.
+    tokens = Tokenizer(settings.model.folder).vocab_size
+    if tokens > model.vocab_size:
+        raise CheckpointError(
+            f"{settings.model.folder}: its tokenizer has ids up to {tokens - 1} and its embedding "
+            f"only {model.vocab_size} rows; resize the embedding, or remove the added tokens"
+        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -1,6 +1,7 @@
 """Configurations that run, and what is said about those that cannot."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from longreach.cluster.settings import (
 )
 from longreach.engine import pages
 from longreach.engine.errors import CheckpointError, ConfigurationError
+from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.tokenizer import Tokenizer
 
 LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
 
@@ -91,6 +94,20 @@ def test_limits_of_the_checkpoint_count(raw: dict[str, Any]) -> None:
         check_model(parse_settings(raw))
     raw["model"]["path"] = "/nowhere"
     with pytest.raises(CheckpointError, match="does not exist"):
+        check_model(parse_settings(raw))
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    for path in CHECKPOINT.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw["model"]["path"] = str(tmp_path)
+    check_model(parse_settings(raw))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vocab_size"] = Tokenizer(tmp_path).vocab_size - 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="resize the embedding"):
         check_model(parse_settings(raw))
 
 
