@@ -52,7 +52,11 @@ class _Reservation:
     request: GenerationRequest
     block_tables: list[list[int]]
     sequences: list[_Sequence] = field(default_factory=list)
-    started: bool = False
+
+    @property
+    def started(self) -> bool:
+        """Whether its pages are those of its sequences: from the first on, until the last ends."""
+        return bool(self.sequences)
 
 
 class Decoder:
@@ -163,7 +167,6 @@ class Decoder:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
-        reservation.started = True
         self._copy_last_prompt_page(reservation)
         reservation.sequences = self._make_sequences(reservation)
         outputs: list[Output] = []

@@ -20,6 +20,7 @@ from longreach.engine.local import DirectSender, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.pages import PagePool
 from longreach.engine.pocket.tokenizer import build_tokenizer
+from longreach.engine.sampler import Sampler
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
 
@@ -186,6 +187,27 @@ def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) ->
     assert not engine.decoder.has_work
     with pytest.raises(TransferError):
         engine.decoder.receive("a", 0, 0, 0, engine.pool.memory[0, :1].clone())
+
+
+@pytest.mark.parametrize("where", ["copy_page", "sampler"])
+def test_a_start_that_fails_half_way_keeps_no_page(
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompt = make_prompt(300)
+    engine.reserve("a", prompt, choices=3)
+    logits = engine.hand_off("a", prompt)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("broken")
+
+    target, name = (engine.pool, where) if where == "copy_page" else (Sampler, "choose")
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.decoder.start("a", logits)
+    engine.decoder.cancel("a")
+    assert engine.decoder.usage == 0
+    assert not engine.decoder.has_work
 
 
 def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: Path) -> None:
