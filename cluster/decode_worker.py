@@ -137,11 +137,11 @@ class DecodeWorker:
             events = [await queue.get()]
             while not queue.empty():
                 events.append(queue.get_nowait())
-            ended = None in events
+            error = next((event for event in events if isinstance(event, LongreachError)), None)
+            ended = None in events and error is None
             yield [event for event in events if isinstance(event, Delta)], ended
-            for event in events:
-                if isinstance(event, LongreachError):
-                    raise event
+            if error is not None:
+                raise error
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""

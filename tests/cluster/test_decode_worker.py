@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from longreach.cluster.decode_worker import DecodeWorker
-from longreach.engine.errors import UnavailableError
-from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
+from longreach.engine.errors import GenerationError, UnavailableError
+from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from .conftest import make_settings
 
@@ -33,8 +33,18 @@ def logits_of(worker: DecodeWorker) -> np.ndarray:
     return np.zeros(worker._decoder._model.config.vocab_size, dtype=np.float32)
 
 
-async def answer(worker: DecodeWorker, name: str) -> list[tuple[list[Delta], bool]]:
-    return [part async for part in worker.answer(name, logits_of(worker))]
+class Answer:
+    """What a worker answers to one request, as far as it comes."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.is_whole = False
+
+    async def read(self, worker: DecodeWorker, name: str, logits: np.ndarray | None = None) -> None:
+        logits = logits_of(worker) if logits is None else logits
+        async for deltas, ended in worker.answer(name, logits):
+            self.tokens += sum(len(delta.tokens) for delta in deltas)
+            self.is_whole |= ended
 
 
 def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -62,9 +72,9 @@ def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
             asyncio.create_task(worker.gone("in prefill")),
         ]
         await asyncio.sleep(0)
-        outcomes = await ended([answer(worker, "running"), *waiting])
+        outcomes = await ended([Answer().read(worker, "running"), *waiting])
         late: list[Callable[[], Awaitable[object]]] = [
-            lambda: answer(worker, "in prefill"),
+            lambda: Answer().read(worker, "in prefill"),
             lambda: worker.reserve(make_request("late")),
             worker.ping,
         ]
@@ -73,3 +83,19 @@ def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
     for outcome in asyncio.run(run()):
         assert isinstance(outcome, UnavailableError)
         assert "again" in str(outcome)
+
+
+def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> None:
+    async def run() -> None:
+        damaged, after = Answer(), Answer()
+        await worker.reserve(make_request("damaged"))
+        with pytest.raises(GenerationError):
+            await damaged.read(worker, "damaged", logits_of(worker) * np.nan)
+        assert not damaged.is_whole
+        assert await worker.free_share() == 1
+        await worker.reserve(make_request("after"))
+        await after.read(worker, "after")
+        assert after.is_whole
+        assert after.tokens == 8
+
+    asyncio.run(run())
