@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 class RankResult:
     """What one rank says about a chunk it computed.
 
-    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `seconds` are those of the
-    chunk, `hand_off` those spent after it until all pages had arrived (last chunk only).
-    `failure` says why pages could not be handed off.
+    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `hand_off` are the seconds
+    spent after it until all pages had arrived. `failure` says why pages could not be handed off.
     """
 
     logits: npt.NDArray[np.float32] | None
     stages: dict[str, float]
-    seconds: float
     hand_off: float
     failure: str | None
 
@@ -91,7 +89,6 @@ class PrefillRank:
             prompt: whole, with its first chunk; None with the others.
             worker: the decode worker's actor handle.
         """
-        started = time.perf_counter()
         name = chunk.request_id
         if prompt is not None:
             self._prefiller.admit(name, prompt)
@@ -110,7 +107,6 @@ class PrefillRank:
         return RankResult(
             logits=result.logits.cpu().numpy() if wanted and result.logits is not None else None,
             stages=result.stages,
-            seconds=computed - started,
             hand_off=time.perf_counter() - computed,
             failure=failure,
         )

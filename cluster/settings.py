@@ -52,7 +52,7 @@ class LimitSettings(_Section):
     max_body_bytes: Count = 64 << 20
     max_choices: Count = 8
     max_logprobs: Annotated[int, Field(ge=0)] = 20
-    max_queued_requests: Annotated[int, Field(ge=0)] = 32
+    max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
 
 
 class PrefillSettings(_Section):
@@ -166,12 +166,15 @@ class Settings(_Section):
                 "prefill.cpus_per_rank and prefill.gpus_per_rank are both 0, and Ray places by "
                 "what is asked for; ask for a part of a CPU"
             )
-        copies = self.limits.max_choices * (self.limits.max_output_tokens + PAGE_TOKENS)
-        if self.decode.kv_cache_tokens < longest + copies:
+        # Choices share the pages that the prompt fills. Each has the page that it fills in part to
+        # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most.
+        answer = _whole_pages(self.limits.max_output_tokens + PAGE_TOKENS - 1)
+        needed = _whole_pages(longest) + self.limits.max_choices * answer
+        if self.decode.kv_cache_tokens < needed:
             yield (
                 f"decode.kv_cache_tokens ({self.decode.kv_cache_tokens}) cannot hold the longest "
                 f"request: {longest} tokens and {self.limits.max_choices} answers of "
-                f"{self.limits.max_output_tokens}; make it {longest + copies} or more"
+                f"{self.limits.max_output_tokens}; make it {needed} or more"
             )
         if self.limits.max_choices > self.decode.max_batch:
             yield (
@@ -184,6 +187,11 @@ class Settings(_Section):
                 f"limits.max_output_tokens ({self.limits.max_output_tokens}) leaves no room for a "
                 f"prompt in limits.max_model_len ({longest}); lower it"
             )
+
+
+def _whole_pages(tokens: int) -> int:
+    """Tokens that fit into the pages that hold so many."""
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
 
 
 def load_settings(path: Path) -> Settings:

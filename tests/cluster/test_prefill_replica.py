@@ -41,7 +41,7 @@ class FakeGang:
         await asyncio.sleep(0.001)
         failure = self.outcome(chunk)
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
-        return [RankResult(logits, {"linear": 0.1}, 0.1, 0.0, failure)]
+        return [RankResult(logits, {"linear": 0.1}, 0.0, failure)]
 
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
