@@ -17,7 +17,10 @@ _PLACEMENT_SECONDS = 120
 
 
 class Gang:
-    """Calls every rank, in the same order on each. Whatever a call raises, the gang is lost."""
+    """Calls every rank, in the same order on each.
+
+    Whatever a call raises, the gang is lost; OutOfMemoryError does no harm to a gang of one rank.
+    """
 
     def __init__(self, group: PlacementGroup, ranks: list[Any]) -> None:
         self._group = group
@@ -54,6 +57,11 @@ class Gang:
             gang.kill()
             raise
         return gang
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute every chunk together."""
+        return len(self._ranks)
 
     async def run_chunk(
         self, chunk: Chunk, prompt: "ray.ObjectRef | None", worker: Any

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ..engine.errors import LongreachError, TransferError, UnavailableError
+from ..engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
 from ..engine.messages import GenerationRequest, Prefilled, Progress
 from . import metrics
 from .failures import as_ours
@@ -164,7 +164,11 @@ class PrefillReplica:
         if first:
             job.began = time.time()
         self._report()
-        results = await self._gang.run_chunk(chunk, job.prompt if first else None, job.worker)
+        try:
+            results = await self._gang.run_chunk(chunk, job.prompt if first else None, job.worker)
+        except RayError as error:
+            self._out_of_memory(chunk, error)
+            return
         self._scheduler.computed(chunk, time.monotonic())
         self._count(chunk, results)
         slowest = max(results, key=_busy_seconds)
@@ -172,12 +176,26 @@ class PrefillReplica:
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
-            # Forgotten here and now: its next chunk's turn may come before anyone reads the event.
-            self._jobs.pop(chunk.request_id, None)
-            job.events.put_nowait(TransferError(failure))
+            self._end(chunk.request_id, TransferError(failure))
             return
         done = _prefilled(job, results) if chunk.is_last else Progress(chunk.end, job.total)
         job.events.put_nowait(done)
+
+    def _out_of_memory(self, chunk: Chunk, error: RayError) -> None:
+        """End the one request that needed too much; raise if the gang cannot go on."""
+        ours = as_ours(error)
+        if not isinstance(ours, OutOfMemoryError):
+            raise error
+        self._end(chunk.request_id, ours)
+        if self._gang.num_ranks > 1:
+            # The others wait for this rank in a collective, and nothing calls them back.
+            raise error
+
+    def _end(self, request_id: str, error: LongreachError) -> None:
+        """Forget a prompt here and now: its next chunk's turn may come before anyone reads this."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            job.events.put_nowait(error)
 
     def _count(self, chunk: Chunk, results: list[RankResult]) -> None:
         self._sink.add(metrics.PREFILL_CHUNKS)

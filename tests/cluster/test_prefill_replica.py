@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from longreach.cluster.gang import Gang
 from longreach.cluster.prefill_rank import RankResult
 from longreach.cluster.prefill_replica import PrefillReplica
 from longreach.cluster.scheduler import Chunk
-from longreach.engine.errors import TransferError, UnavailableError
+from longreach.engine.errors import OutOfMemoryError, TransferError, UnavailableError
 from longreach.engine.messages import (
     GenerationRequest,
     Prefilled,
@@ -34,6 +35,7 @@ class FakeGang:
         self.computed: list[Chunk] = []
         self.released: list[str] = []
         self.killed = False
+        self.num_ranks = 1
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
     async def run_chunk(self, chunk: Chunk, prompt: Any, worker: Any) -> list[RankResult]:
@@ -177,3 +179,30 @@ def test_after_a_failed_hand_off_nothing_more_is_computed(play: Any, gang: FakeG
 
     play(scenario)
     assert [chunk.request_id for chunk in gang.computed] == ["a", "b"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_too_little_memory_ends_one_request_with_the_remedy(
+    play: Any, gang: FakeGang, num_ranks: int
+) -> None:
+    """A gang of one rank goes on; of several, the others wait in a collective, so all end."""
+    gang.num_ranks = num_ranks
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.request_id == "big" and chunk.start:
+            raise RayTaskError("run_chunk", "", OutOfMemoryError("lower prefill.chunk_tokens"))
+
+    gang.outcome = outcome
+
+    async def scenario(replica: PrefillReplica) -> list[object]:
+        requests = [prefill(replica, "big", 3 * CHUNK_TOKENS), prefill(replica, "small", 9)]
+        outcomes = await asyncio.gather(*requests, return_exceptions=True)
+        waiting = prefill(replica, "next", 9)
+        return [*outcomes, *await asyncio.gather(waiting, return_exceptions=True)]
+
+    big, _, after = play(scenario)
+    assert isinstance(big, OutOfMemoryError)
+    assert "lower prefill.chunk_tokens" in str(big)
+    assert "big" in gang.released
+    assert gang.killed == (num_ranks > 1)
+    assert isinstance(after, UnavailableError if num_ranks > 1 else list)
