@@ -47,6 +47,7 @@ class DecodeReplica:
         self, settings: Settings, metrics_directory: Path, prefill: DeploymentHandle
     ) -> None:
         self._prefill = prefill.options(stream=True)
+        self._health_of_prefill = prefill.check_health
         self._most_waiting = settings.limits.max_queued_requests
         self._waiting = 0
         decode = settings.decode
@@ -64,9 +65,10 @@ class DecodeReplica:
         """Raise if the worker is gone or cannot generate: Serve then replaces this replica."""
         await asyncio.wait_for(self._worker.ping.remote(), _PING_SECONDS)
 
-    async def free_share(self) -> float:
-        """Share of this replica's pages that are free, 0 to 1."""
-        return await self._worker.free_share.remote()
+    async def ready(self) -> None:
+        """Return when this replica and a prefill replica could serve; raise if they cannot."""
+        await self.check_health()
+        await self._health_of_prefill.remote()
 
     async def generate(
         self, request: GenerationRequest

@@ -168,10 +168,6 @@ class DecodeWorker:
             await event.wait()
         self._check()
 
-    async def free_share(self) -> float:
-        """Share of pages that are free, 0 to 1."""
-        return 1 - self._decoder.usage
-
     def _next_for_pages(self) -> tuple[float, GenerationRequest]:
         now = time.monotonic()
         return min(

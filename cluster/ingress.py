@@ -54,9 +54,9 @@ class DecodeBackend:
                 release.add_done_callback(self._releases.discard)
 
     async def ready(self) -> bool:
-        """Whether a decode replica answers."""
+        """Whether a decode replica and the gang behind it say that they are well."""
         try:
-            await asyncio.wait_for(self._decode.free_share.remote(), _READY_SECONDS)
+            await asyncio.wait_for(self._decode.ready.remote(), _READY_SECONDS)
         except (*CallError, TimeoutError):
             return False
         return True

@@ -285,11 +285,11 @@ def test_a_real_prometheus_sees_what_was_sent(
         wait_for_value(url, "count(longreach_num_requests_running)", 3)
 
 
-@pytest.mark.parametrize("actor", ["PrefillRank", "DecodeWorker"])
+@pytest.mark.parametrize("actor", ["PrefillRank", "DecodeWorker", "ServeReplica:longreach:decode"])
 def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
     http: httpx.Client, tokenizer: Tokenizer, actor: str
 ) -> None:
-    """A rank takes its whole gang with it, a decode worker its replica."""
+    """A rank takes its whole gang with it, a decode worker its replica, and that its worker."""
     before = actor_pids(actor)
     assert len(before) == (2 if actor == "PrefillRank" else 1)
     with ThreadPoolExecutor(1) as pool:
@@ -302,12 +302,14 @@ def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
     assert answer.status_code == 503
     assert "Traceback" not in answer.text
     assert "again" in answer.json()["error"]["message"]
+    wait_for(lambda: http.get("/ready").status_code == 503, 10, "that it is not ready")
 
     def served_again() -> bool:
         body = ask_body(make_prompt(tokenizer, 50))
         return http.post("/v1/completions", json=body).status_code == 200
 
     wait_for(served_again, 90, "a replacement")
+    wait_for(lambda: http.get("/ready").status_code == 200, 10, "that it is ready")
     assert not set(actor_pids(actor)) & set(before)
     wait_until_no_page_is_held(http)
 

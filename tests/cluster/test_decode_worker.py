@@ -92,7 +92,7 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
         with pytest.raises(GenerationError):
             await damaged.read(worker, "damaged", logits_of(worker) * np.nan)
         assert not damaged.is_whole
-        assert await worker.free_share() == 1
+        assert worker._decoder.usage == 0
         await worker.reserve(make_request("after"))
         await after.read(worker, "after")
         assert after.is_whole
