@@ -21,7 +21,9 @@ WAITS = 1.0
 def worker(tmp_path: Path) -> DecodeWorker:
     settings = make_settings(1)
     decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
-    return DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
+    made = DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
+    made._decoder._pool.memory.zero_()  # nobody hands pages off here
+    return made
 
 
 def make_request(name: str, tokens: int = 300, max_tokens: int = 8) -> GenerationRequest:
