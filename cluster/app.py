@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from ..engine.errors import UnavailableError
+from ..engine.errors import ConfigurationError, UnavailableError
 from .client import Endpoint
 from .decode_replica import DecodeReplica
 from .ingress import api_builder
@@ -26,6 +27,7 @@ _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
 _NO_LIMIT = 1_000_000
 _READY_SECONDS = 300
 _POLL_SECONDS = 0.1
+_STOP_SECONDS = 30
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -86,9 +88,11 @@ class LocalCluster:
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
 
     def stop(self) -> None:
-        """Let running requests finish, then end every process; interrupted, end them at once."""
+        """Let accepted requests finish, then end every process; interrupted, end them at once."""
+        deadline = time.monotonic() + self._settings.shutdown.drain_seconds + _STOP_SECONDS
         try:
-            serve.delete(APP_NAME)
+            while time.monotonic() < deadline and not _deleted():
+                pass
         finally:
             self.kill()
 
@@ -99,11 +103,50 @@ class LocalCluster:
             shutil.rmtree(self.metrics_directory, ignore_errors=True)
 
 
+def check_room(settings: Settings, has: Mapping[str, float]) -> None:
+    """Refuse a cluster that this machine has no room for: Ray would wait for more to come.
+
+    Args:
+        has: what Ray counts, `ray.cluster_resources()`.
+
+    Raises:
+        ConfigurationError: too few CPUs or GPUs, or a placement that needs more machines.
+    """
+    prefill, decode = settings.prefill, settings.decode
+    ranks = prefill.replicas * prefill.num_ranks
+    for kind, rank, worker, keys in (
+        ("CPU", prefill.cpus_per_rank, decode.cpus, "prefill.cpus_per_rank, decode.cpus"),
+        ("GPU", prefill.gpus_per_rank, decode.gpus, "prefill.gpus_per_rank, decode.gpus"),
+    ):
+        # Ray counts in ten-thousandths.
+        asked, there = round(ranks * rank + decode.replicas * worker, 4), has.get(kind, 0)
+        if asked > there:
+            raise ConfigurationError(
+                f"{ranks} prefill ranks and {decode.replicas} decode workers ask for {asked:g} "
+                f"{kind}s together and this machine has {there:g}; lower {keys}, or the number "
+                "of ranks or replicas"
+            )
+    if prefill.placement == "STRICT_SPREAD" and prefill.num_ranks > 1:
+        raise ConfigurationError(
+            "prefill.placement STRICT_SPREAD wants a machine for each rank of a gang, and this "
+            "is one; use STRICT_PACK"
+        )
+
+
+def _deleted() -> bool:
+    """Have Serve stop the application; False where it takes longer than Serve waits, a minute."""
+    try:
+        serve.delete(APP_NAME)
+    except TimeoutError:
+        return False
+    return True
+
+
 def start(settings: Settings) -> LocalCluster:
     """Start a cluster on this machine; returns when every replica is up.
 
     Raises:
-        ConfigurationError: API keys cannot be read.
+        ConfigurationError: API keys cannot be read, or there are too few CPUs or GPUs.
         UnavailableError: a part of the cluster did not come up.
     """
     read_api_keys(settings.ingress.api_keys_file)
@@ -121,6 +164,7 @@ def start(settings: Settings) -> LocalCluster:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+        check_room(settings, ray.cluster_resources())
         options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
         serve.start(http_options=options, logging_config=_LOGGING)
         application = build(settings, cluster.metrics_directory)

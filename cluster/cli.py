@@ -53,7 +53,7 @@ def longreach() -> None:
 def serve(config: Config) -> None:
     """Start the cluster of CONFIG and keep it up until Ctrl-C.
 
-    Running requests are finished before it stops, up to `shutdown.drain_seconds`; a second
+    Accepted requests are finished before it stops, up to `shutdown.drain_seconds`; a second
     Ctrl-C does not wait. See `longreach config CONFIG` for what it would start.
 
         longreach serve configs/laptop.yaml

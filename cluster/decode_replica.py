@@ -1,7 +1,6 @@
 """A decode replica: takes a request, has it prefilled into its own pages, and generates."""
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from ..engine.errors import LongreachError, QueueFullError, UnavailableError
+from ..engine.errors import QueueFullError, UnavailableError
 from ..engine.messages import (
     Event,
     Finished,
@@ -23,9 +21,8 @@ from ..engine.messages import (
     Timings,
 )
 from .decode_worker import DecodeWorker
+from .failures import CallError, as_ours, first_of
 from .settings import Settings
-
-logger = logging.getLogger(__name__)
 
 _PING_SECONDS = 10
 # Of the worker: every waiting request is a call, and so is every page run under way.
@@ -50,6 +47,7 @@ class DecodeReplica:
         self, settings: Settings, metrics_directory: Path, prefill: DeploymentHandle
     ) -> None:
         self._prefill = prefill.options(stream=True)
+        self._health_of_prefill = prefill.check_health
         self._most_waiting = settings.limits.max_queued_requests
         self._waiting = 0
         decode = settings.decode
@@ -67,14 +65,15 @@ class DecodeReplica:
         """Raise if the worker is gone or cannot generate: Serve then replaces this replica."""
         await asyncio.wait_for(self._worker.ping.remote(), _PING_SECONDS)
 
-    async def free_share(self) -> float:
-        """Share of this replica's pages that are free, 0 to 1."""
-        return await self._worker.free_share.remote()
+    async def ready(self) -> None:
+        """Return when this replica and a prefill replica could serve; raise if they cannot."""
+        await self.check_health()
+        await self._health_of_prefill.remote()
 
     async def generate(
         self, request: GenerationRequest
     ) -> AsyncGenerator[Taken | list[Event], None]:
-        """Serve one request from reserved pages to its last token; see `rest.Backend`.
+        """Serve one request from its prefill to its last token; see `rest.Backend`.
 
         Yields first who has taken it, then events, those that come at the same time in one
         message.
@@ -83,22 +82,20 @@ class DecodeReplica:
         try:
             async for events in self._generate(request):
                 yield events
-        except RayError as error:
-            raise _as_ours(error) from error
+        except CallError as error:
+            raise as_ours(error) from error
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
         began = time.perf_counter()
         waiting = self._queue_up()
         try:
-            await self._worker.reserve.remote(request)
             prefilled = None
             stream = cast(
                 DeploymentResponseGenerator[Progress | Prefilled],
-                self._prefill.prefill.remote(
-                    request.request_id, request.prompt, request.arrived, self._worker
-                ),
+                self._prefill.prefill.remote(request, self._worker),
             )
             try:
+                await first_of(stream)
                 async for event in stream:
                     waiting.end()
                     if isinstance(event, Prefilled):
@@ -163,16 +160,3 @@ class _Waiting:
         if self._waits:
             self._waits = False
             self._replica.count_waiting(-1)
-
-
-def _as_ours(error: RayError) -> LongreachError:
-    """What a failed call to another process means to a client."""
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-        cause = cause.cause
-    if isinstance(cause, LongreachError):
-        return cause
-    logger.error("a part of the cluster failed", exc_info=error)
-    if isinstance(cause, RayActorError):
-        return UnavailableError("a part of the cluster died; send the request again")
-    return UnavailableError("a part of the cluster failed; its log says why")

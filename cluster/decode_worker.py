@@ -1,6 +1,7 @@
 """The process that holds a decode replica's pages and generates, as an asynchronous Ray actor."""
 
 import asyncio
+import logging
 import time
 import warnings
 from collections import deque
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..engine.decode import Decoder, Output
     from ..engine.sampler import Logits
     from .object_store import PageRun
+
+logger = logging.getLogger(__name__)
 
 _ENDED_REMEMBERED = 4096
 _STEP_FAILED = "the decode engine failed on a step, and is being replaced; send the request again"
@@ -67,8 +70,7 @@ class DecodeWorker:
         Raises:
             UnavailableError: a step failed in a way that leaves the engine's state unknown.
         """
-        if self._failed:
-            raise UnavailableError(_STEP_FAILED)
+        self._check()
 
     async def reserve(self, request: GenerationRequest) -> None:
         """Take a request's pages, waiting until they are free.
@@ -78,6 +80,7 @@ class DecodeWorker:
         Raises:
             PromptTooLongError: there will never be enough pages.
             InvalidRequestError: a request of that name is here already, or was released.
+            UnavailableError: as `ping`, also while waiting.
         """
         entry = (time.monotonic(), request)
         if request.request_id in self._ended:
@@ -87,6 +90,7 @@ class DecodeWorker:
             self._waiting_for_pages.append(entry)
             try:
                 while True:
+                    self._check()
                     if gone.is_set():
                         raise InvalidRequestError(f"request {request.request_id} was released")
                     if self._next_for_pages() is entry and self._fits(request):
@@ -117,9 +121,14 @@ class DecodeWorker:
 
         Args:
             logits: after the prompt's last token.
+
+        Raises:
+            GenerationError: this answer cannot go on.
+            UnavailableError: as `ping`, also half-way.
         """
         queue = self._outputs[request_id] = asyncio.Queue()
         async with self._turn:
+            self._check()
             self._deliver(self._decoder.start(request_id, logits))
         self._loop = self._loop or asyncio.create_task(self._run())
         self._work.set()
@@ -128,11 +137,11 @@ class DecodeWorker:
             events = [await queue.get()]
             while not queue.empty():
                 events.append(queue.get_nowait())
-            ended = None in events
+            error = next((event for event in events if isinstance(event, LongreachError)), None)
+            ended = None in events and error is None
             yield [event for event in events if isinstance(event, Delta)], ended
-            for event in events:
-                if isinstance(event, LongreachError):
-                    raise event
+            if error is not None:
+                raise error
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
@@ -149,14 +158,15 @@ class DecodeWorker:
             queue.put_nowait(None)
 
     async def gone(self, request_id: str) -> None:
-        """Return when a request is released, or at once if it is not here."""
+        """Return when a request is released, or at once if it is not here.
+
+        Raises:
+            UnavailableError: as `ping`, also while waiting.
+        """
         event = self._gone.get(request_id)
         if event is not None:
             await event.wait()
-
-    async def free_share(self) -> float:
-        """Share of pages that are free, 0 to 1."""
-        return 1 - self._decoder.usage
+        self._check()
 
     def _next_for_pages(self) -> tuple[float, GenerationRequest]:
         now = time.monotonic()
@@ -175,23 +185,26 @@ class DecodeWorker:
 
     async def _run(self) -> None:
         """Step for as long as there is something to generate, then sleep until there is."""
+        try:
+            while True:
+                await self._work.wait()
+                async with self._turn:
+                    await self._step()
+        except Exception:
+            logger.exception("the decode engine failed")
+            await self._fail()
+
+    async def _step(self) -> None:
+        if not self._decoder.has_work:
+            self._work.clear()
+            return
+        started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        while True:
-            await self._work.wait()
-            async with self._turn:
-                if not self._decoder.has_work:
-                    self._work.clear()
-                    continue
-                started = time.perf_counter()
-                try:
-                    outputs = await loop.run_in_executor(self._stepper, self._decoder.step)
-                except Exception:
-                    self._fail()
-                    raise
-                self._sink.observe(metrics.DECODE_STEP_TIME, time.perf_counter() - started)
-                self._deliver(outputs)
-                self._turn.notify_all()
-                self._report()
+        outputs = await loop.run_in_executor(self._stepper, self._decoder.step)
+        self._sink.observe(metrics.DECODE_STEP_TIME, time.perf_counter() - started)
+        self._deliver(outputs)
+        self._turn.notify_all()
+        self._report()
 
     def _deliver(self, outputs: "list[Output]") -> None:
         for request_id, output in outputs:
@@ -200,10 +213,19 @@ class DecodeWorker:
             if not self._decoder.is_generating(request_id):
                 self._outputs[request_id].put_nowait(None)
 
-    def _fail(self) -> None:
+    def _check(self) -> None:
+        if self._failed:
+            raise UnavailableError(_STEP_FAILED)
+
+    async def _fail(self) -> None:
+        """Refuse whatever comes from now on, and end whatever waits, wherever it does."""
         self._failed = True
         for queue in self._outputs.values():
             queue.put_nowait(UnavailableError(_STEP_FAILED))
+        for gone in self._gone.values():
+            gone.set()
+        async with self._turn:
+            self._turn.notify_all()
 
     def _report(self) -> None:
         self._sink.set(metrics.KV_CACHE_USAGE, self._decoder.usage)

@@ -12,11 +12,15 @@ from .prefill_rank import PrefillRank, RankResult
 from .scheduler import Chunk
 from .settings import PrefillSettings, Settings
 
+# On top of the time that the gang of a replica which is being replaced may take to finish.
 _PLACEMENT_SECONDS = 120
 
 
 class Gang:
-    """Calls every rank, in the same order on each. Whatever a call raises, the gang is lost."""
+    """Calls every rank, in the same order on each.
+
+    Whatever a call raises, the gang is lost; OutOfMemoryError does no harm to a gang of one rank.
+    """
 
     def __init__(self, group: PlacementGroup, ranks: list[Any]) -> None:
         self._group = group
@@ -33,7 +37,7 @@ class Gang:
         group = placement_group(
             [_resources(prefill)] * prefill.num_ranks, strategy=prefill.placement
         )
-        await _placed(group, prefill)
+        await _placed(group, settings)
         actor = cast(Any, ray.remote(PrefillRank))
         ranks = [
             actor.options(
@@ -53,6 +57,11 @@ class Gang:
             gang.kill()
             raise
         return gang
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute every chunk together."""
+        return len(self._ranks)
 
     async def run_chunk(
         self, chunk: Chunk, prompt: "ray.ObjectRef | None", worker: Any
@@ -83,13 +92,15 @@ def _resources(prefill: PrefillSettings) -> dict[str, float]:
     return {name: amount for name, amount in asked.items() if amount}
 
 
-async def _placed(group: PlacementGroup, prefill: PrefillSettings) -> None:
+async def _placed(group: PlacementGroup, settings: Settings) -> None:
+    prefill = settings.prefill
+    seconds = settings.shutdown.drain_seconds + _PLACEMENT_SECONDS
     try:
-        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), _PLACEMENT_SECONDS)
+        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), seconds)
     except TimeoutError as error:
         remove_placement_group(group)
         raise ConfigurationError(
-            f"no room for a prefill gang within {_PLACEMENT_SECONDS} s: {prefill.num_ranks} ranks "
+            f"no room for a prefill gang within {seconds:g} s: {prefill.num_ranks} ranks "
             f"of {prefill.cpus_per_rank:g} CPUs and {prefill.gpus_per_rank:g} GPUs, "
             f"{prefill.placement}; add nodes, or lower cpus_per_rank or replicas"
         ) from error

@@ -10,14 +10,12 @@ from typing import Any, cast
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from ..engine.errors import UnavailableError
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.tokenizer import Tokenizer
 from .decode_replica import Taken
+from .failures import CallError, as_ours, first_of
 from .metrics import Metrics, render
 from .rest import build_api, read_api_keys
 from .settings import Settings
@@ -40,15 +38,13 @@ class DecodeBackend:
         stream = cast(_Stream, self._streams.generate.remote(request))
         taken, finished = None, False
         try:
+            taken = cast(Taken, await first_of(stream))
             async for message in stream:
-                if isinstance(message, Taken):
-                    taken = message
-                    continue
-                for event in message:
+                for event in cast(list[Event], message):
                     finished = isinstance(event, Finished)
                     yield event
-        except RayServeException as error:
-            raise UnavailableError("no decode replica is up; send the request again") from error
+        except CallError as error:
+            raise as_ours(error) from error
         finally:
             if taken is not None and not finished:
                 _release(taken, request.request_id)
@@ -58,10 +54,10 @@ class DecodeBackend:
                 release.add_done_callback(self._releases.discard)
 
     async def ready(self) -> bool:
-        """Whether a decode replica answers."""
+        """Whether a decode replica and the gang behind it say that they are well."""
         try:
-            await asyncio.wait_for(self._decode.free_share.remote(), _READY_SECONDS)
-        except (RayError, RayServeException, TimeoutError):
+            await asyncio.wait_for(self._decode.ready.remote(), _READY_SECONDS)
+        except (*CallError, TimeoutError):
             return False
         return True
 
@@ -79,7 +75,7 @@ async def _release_when_taken(stream: _Stream, request_id: str) -> None:
             if isinstance(message, Taken):
                 _release(message, request_id)
                 return
-    except (RayError, RayServeException, asyncio.CancelledError):
+    except (*CallError, asyncio.CancelledError):
         return  # it was refused, or stopped already
 
 

@@ -67,8 +67,12 @@ class ObjectStoreSender(PageSender):
         while self._in_flight and sum(self._in_flight.values()) + size > self._max_in_flight_bytes:
             self._settle(1)
         if runs and self._failure is None:
-            received = self._worker.receive.remote(self._request_id, ray.put(runs))
-            self._in_flight[received] = size
+            try:
+                received = self._worker.receive.remote(self._request_id, ray.put(runs))
+            except RayError as error:
+                self._failure = f"pages could not be sent: {_reason(error)}"
+            else:
+                self._in_flight[received] = size
 
     def _settle(self, count: int) -> None:
         """Wait until `count` of what is under way has arrived or failed."""

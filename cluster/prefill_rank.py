@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.errors import TransferError
+from ..engine.errors import OutOfMemoryError, TransferError
 from ..engine.messages import Tokens
 from .scheduler import Chunk
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from ..engine.prefill import ChunkResult
     from .object_store import ObjectStoreSender
 
 
@@ -23,14 +24,12 @@ if TYPE_CHECKING:
 class RankResult:
     """What one rank says about a chunk it computed.
 
-    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `seconds` are those of the
-    chunk, `hand_off` those spent after it until all pages had arrived (last chunk only).
-    `failure` says why pages could not be handed off.
+    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `hand_off` are the seconds
+    spent after it until all pages had arrived. `failure` says why pages could not be handed off.
     """
 
     logits: npt.NDArray[np.float32] | None
     stages: dict[str, float]
-    seconds: float
     hand_off: float
     failure: str | None
 
@@ -90,14 +89,17 @@ class PrefillRank:
         Args:
             prompt: whole, with its first chunk; None with the others.
             worker: the decode worker's actor handle.
+
+        Raises:
+            OutOfMemoryError: this rank is as it was before the request, but others may wait for it
+                in a collective.
         """
-        started = time.perf_counter()
         name = chunk.request_id
         if prompt is not None:
             self._prefiller.admit(name, prompt)
             self._senders[name] = self._make_sender(worker, name)
         sender = self._senders[name]
-        result = self._prefiller.run_chunk(name, chunk.start, chunk.end, sender)
+        result = self._compute(chunk, sender)
         computed = time.perf_counter()
         failure = sender.failure
         if chunk.is_last:
@@ -110,10 +112,21 @@ class PrefillRank:
         return RankResult(
             logits=result.logits.cpu().numpy() if wanted and result.logits is not None else None,
             stages=result.stages,
-            seconds=computed - started,
             hand_off=time.perf_counter() - computed,
             failure=failure,
         )
+
+    def _compute(self, chunk: Chunk, sender: "ObjectStoreSender") -> "ChunkResult":
+        import torch
+
+        try:
+            return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, sender)
+        except torch.OutOfMemoryError as error:
+            self.release(chunk.request_id)
+            raise OutOfMemoryError(
+                f"a prefill rank ran out of memory at tokens {chunk.start} to {chunk.end} of a "
+                "prompt; lower prefill.chunk_tokens or prefill.kv_cache_tokens"
+            ) from error
 
     def release(self, request_id: str) -> None:
         """Forget a request, finished or not; unknown ones are no error."""

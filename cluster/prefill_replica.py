@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ..engine.errors import LongreachError, TransferError, UnavailableError
-from ..engine.messages import Prefilled, Progress, Tokens
+from ..engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
+from ..engine.messages import GenerationRequest, Prefilled, Progress
 from . import metrics
+from .failures import as_ours
 from .gang import Gang
 from .metrics import Metrics
 from .prefill_rank import RankResult
@@ -31,12 +32,16 @@ class _Job:
     """One prompt under way; `events` ends with Prefilled or an error."""
 
     prompt: ray.ObjectRef
-    total: int
-    arrived: float
+    request: GenerationRequest
     worker: Any
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
 
 
 class PrefillReplica:
@@ -69,26 +74,26 @@ class PrefillReplica:
             raise UnavailableError(_LOST)
 
     async def prefill(
-        self, request_id: str, prompt: Tokens, arrived: float, worker: Any
-    ) -> AsyncGenerator[Progress | Prefilled, None]:
-        """Compute a prompt into the pages that a decode worker has reserved for it.
+        self, request: GenerationRequest, worker: Any
+    ) -> AsyncGenerator[Progress | Prefilled | None, None]:
+        """Compute a prompt into pages of a decode worker, which are reserved here.
 
-        Yields Progress after every chunk but the last, then Prefilled. Leaving early stops the
-        work after the chunk that is being computed.
+        Yields None at once, Progress after every chunk but the last, then Prefilled. Leaving early
+        stops the work after the chunk that is being computed.
+
+        While a request waits for pages it is under way here already: replicas that are asked to
+        stop finish what they have, so this one stays until it is done.
 
         Args:
-            arrived: time.time() when the request arrived.
             worker: the decode worker's actor handle.
         """
         if self._lost:
             raise UnavailableError(_LOST)
-        self._scheduler.add(request_id, len(prompt), time.monotonic())
-        job = _Job(ray.put(prompt), len(prompt), arrived, worker, asyncio.Queue())
-        self._jobs[request_id] = job
-        self._wake.set()
-        self._report()
-        watch = asyncio.create_task(self._forget_with(worker, request_id, job))
+        job = _Job(ray.put(request.prompt), request, worker, asyncio.Queue())
+        self._jobs[request.request_id] = job
+        watch = asyncio.create_task(self._watch(job))
         try:
+            yield None
             while True:
                 event = await job.events.get()
                 if isinstance(event, LongreachError):
@@ -98,21 +103,25 @@ class PrefillReplica:
                     return
         finally:
             watch.cancel()
-            self._forget(request_id)
+            self._forget(request.request_id)
 
-    async def _forget_with(self, worker: Any, request_id: str, job: _Job) -> None:
-        """Stop when the decode worker releases the request, or dies.
+    async def _watch(self, job: _Job) -> None:
+        """Let a request's turn come once it has pages, and end it with the decode worker's word.
 
         Serve's own cancellation is best effort, and leaves a generator that nobody reads as it is.
         """
-        reason = "the request was released"
+        name = job.request.request_id
         try:
-            await worker.gone.remote(request_id)
-        except RayError as error:
-            logger.warning("a decode worker is gone", exc_info=error)
-            reason = "the decode worker died and is being replaced; send the request again"
-        job.events.put_nowait(UnavailableError(reason))
-        self._forget(request_id)
+            await job.worker.reserve.remote(job.request)
+            self._scheduler.add(name, job.total, time.monotonic())
+            self._wake.set()
+            self._report()
+            await job.worker.gone.remote(name)
+            ended: LongreachError = UnavailableError("the request was released")
+        except (RayError, LongreachError) as error:
+            ended = as_ours(error)
+        job.events.put_nowait(ended)
+        self._forget(name)
 
     def _forget(self, request_id: str) -> None:
         """Give a prompt's pages back; after its chunk if one is being computed."""
@@ -128,21 +137,26 @@ class PrefillReplica:
         self._report()
 
     async def _run(self) -> None:
-        while not self._lost:
-            chunk = self._scheduler.next(time.monotonic())
-            if chunk is None:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            self._computing = chunk.request_id
-            try:
-                await self._compute(chunk)
-            except Exception as error:
-                self._lose(error)
-            finally:
-                self._computing = None
-            if chunk.request_id not in self._jobs:
-                self._release(chunk.request_id)
+        try:
+            while not self._lost:
+                await self._run_next()
+        except Exception as error:
+            self._lose(error)
+
+    async def _run_next(self) -> None:
+        """Compute the chunk whose turn it is, or sleep until there is one."""
+        chunk = self._scheduler.next(time.monotonic())
+        if chunk is None:
+            self._wake.clear()
+            await self._wake.wait()
+            return
+        self._computing = chunk.request_id
+        try:
+            await self._compute(chunk)
+        finally:
+            self._computing = None
+        if chunk.request_id not in self._jobs:
+            self._release(chunk.request_id)
 
     async def _compute(self, chunk: Chunk) -> None:
         job = self._jobs[chunk.request_id]
@@ -150,7 +164,11 @@ class PrefillReplica:
         if first:
             job.began = time.time()
         self._report()
-        results = await self._gang.run_chunk(chunk, job.prompt if first else None, job.worker)
+        try:
+            results = await self._gang.run_chunk(chunk, job.prompt if first else None, job.worker)
+        except RayError as error:
+            self._out_of_memory(chunk, error)
+            return
         self._scheduler.computed(chunk, time.monotonic())
         self._count(chunk, results)
         slowest = max(results, key=_busy_seconds)
@@ -158,10 +176,26 @@ class PrefillReplica:
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
-            job.events.put_nowait(TransferError(failure))
+            self._end(chunk.request_id, TransferError(failure))
             return
         done = _prefilled(job, results) if chunk.is_last else Progress(chunk.end, job.total)
         job.events.put_nowait(done)
+
+    def _out_of_memory(self, chunk: Chunk, error: RayError) -> None:
+        """End the one request that needed too much; raise if the gang cannot go on."""
+        ours = as_ours(error)
+        if not isinstance(ours, OutOfMemoryError):
+            raise error
+        self._end(chunk.request_id, ours)
+        if self._gang.num_ranks > 1:
+            # The others wait for this rank in a collective, and nothing calls them back.
+            raise error
+
+    def _end(self, request_id: str, error: LongreachError) -> None:
+        """Forget a prompt here and now: its next chunk's turn may come before anyone reads this."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            job.events.put_nowait(error)
 
     def _count(self, chunk: Chunk, results: list[RankResult]) -> None:
         self._sink.add(metrics.PREFILL_CHUNKS)
@@ -193,7 +227,7 @@ def _prefilled(job: _Job, results: list[RankResult]) -> Prefilled:
     hand_off = max(result.hand_off for result in results)
     return Prefilled(
         logits=logits,
-        queued=max(job.began - job.arrived, 0.0),
+        queued=max(job.began - job.request.arrived, 0.0),
         prefill=max(time.time() - job.began - hand_off, 0.0),
         hand_off=hand_off,
         stages=job.stages,

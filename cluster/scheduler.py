@@ -79,7 +79,7 @@ class ChunkScheduler:
         if entry.pages > self._num_pages:
             raise PromptTooLongError(
                 f"the prompt has {tokens} tokens and the prefill pool holds "
-                f"{self._num_pages * PAGE_TOKENS}; shorten it"
+                f"{self._num_pages * PAGE_TOKENS} (prefill.kv_cache_tokens); shorten it"
             )
         self._entries[request_id] = entry
 

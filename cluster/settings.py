@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..engine.config import ModelConfig
-from ..engine.errors import ConfigurationError
+from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.pocket import CHECKPOINT
+from ..engine.tokenizer import Tokenizer
 from .rest.limits import IngressLimits
 
 PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
@@ -51,7 +52,7 @@ class LimitSettings(_Section):
     max_body_bytes: Count = 64 << 20
     max_choices: Count = 8
     max_logprobs: Annotated[int, Field(ge=0)] = 20
-    max_queued_requests: Annotated[int, Field(ge=0)] = 32
+    max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
 
 
 class PrefillSettings(_Section):
@@ -114,7 +115,7 @@ class MetricsSettings(_Section):
 
 
 class ShutdownSettings(_Section):
-    """How long running requests may take to finish when the cluster stops or is redeployed."""
+    """How long accepted requests may take to finish when the cluster stops or is redeployed."""
 
     drain_seconds: NotNegative = 600.0
 
@@ -165,12 +166,15 @@ class Settings(_Section):
                 "prefill.cpus_per_rank and prefill.gpus_per_rank are both 0, and Ray places by "
                 "what is asked for; ask for a part of a CPU"
             )
-        copies = self.limits.max_choices * (self.limits.max_output_tokens + PAGE_TOKENS)
-        if self.decode.kv_cache_tokens < longest + copies:
+        # Choices share the pages that the prompt fills. Each has the page that it fills in part to
+        # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most.
+        answer = _whole_pages(self.limits.max_output_tokens + PAGE_TOKENS - 1)
+        needed = _whole_pages(longest) + self.limits.max_choices * answer
+        if self.decode.kv_cache_tokens < needed:
             yield (
                 f"decode.kv_cache_tokens ({self.decode.kv_cache_tokens}) cannot hold the longest "
                 f"request: {longest} tokens and {self.limits.max_choices} answers of "
-                f"{self.limits.max_output_tokens}; make it {longest + copies} or more"
+                f"{self.limits.max_output_tokens}; make it {needed} or more"
             )
         if self.limits.max_choices > self.decode.max_batch:
             yield (
@@ -183,6 +187,11 @@ class Settings(_Section):
                 f"limits.max_output_tokens ({self.limits.max_output_tokens}) leaves no room for a "
                 f"prompt in limits.max_model_len ({longest}); lower it"
             )
+
+
+def _whole_pages(tokens: int) -> int:
+    """Tokens that fit into the pages that hold so many."""
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
 
 
 def load_settings(path: Path) -> Settings:
@@ -229,7 +238,7 @@ def check_model(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: a length beyond the model's, or a mesh that does not divide it.
-        CheckpointError: the folder cannot be read.
+        CheckpointError: the folder cannot be read, or has tokens that the model has no row for.
     """
     model = ModelConfig.from_folder(settings.model.folder)
     if settings.limits.max_model_len > model.max_position_embeddings:
@@ -238,6 +247,13 @@ def check_model(settings: Settings) -> None:
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
     model.check_tensor_parallel(settings.prefill.tensor_parallel)
+    # One such token in a prompt would end a whole gang.
+    tokens = Tokenizer(settings.model.folder).vocab_size
+    if tokens > model.vocab_size:
+        raise CheckpointError(
+            f"{settings.model.folder}: its tokenizer has ids up to {tokens - 1} and its embedding "
+            f"only {model.vocab_size} rows; resize the embedding, or remove the added tokens"
+        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -19,6 +19,7 @@ from .detokenizer import Detokenizer, TokenBytes
 from .errors import (
     GenerationError,
     InvalidRequestError,
+    OutOfMemoryError,
     PromptTooLongError,
     TransferError,
 )
@@ -52,7 +53,11 @@ class _Reservation:
     request: GenerationRequest
     block_tables: list[list[int]]
     sequences: list[_Sequence] = field(default_factory=list)
-    started: bool = False
+
+    @property
+    def started(self) -> bool:
+        """Whether its pages are those of its sequences: from the first on, until the last ends."""
+        return bool(self.sequences)
 
 
 class Decoder:
@@ -120,7 +125,8 @@ class Decoder:
         if needed > self._pool.num_pages:
             raise PromptTooLongError(
                 f"the request needs {needed * PAGE_TOKENS} tokens of KV cache and this server has "
-                f"{self._pool.num_pages * PAGE_TOKENS}; shorten the prompt, max_tokens or n"
+                f"{self._pool.num_pages * PAGE_TOKENS} (decode.kv_cache_tokens); shorten the "
+                "prompt, max_tokens or n"
             )
         pages = self._pool.allocate(needed)
         tables = _block_tables(request, pages)
@@ -163,7 +169,6 @@ class Decoder:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
-        reservation.started = True
         self._copy_last_prompt_page(reservation)
         reservation.sequences = self._make_sequences(reservation)
         outputs: list[Output] = []
@@ -176,13 +181,21 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Generate one token for each sequence in the batch, after filling the batch up."""
+        """Generate one token for each sequence in the batch, after filling the batch up.
+
+        Where memory does not suffice for the batch, the request that joined last ends with an
+        OutOfMemoryError, and the others go on with the next step.
+        """
         while self._waiting and len(self._running) < self._max_batch:
             self._running.append(self._waiting.popleft())
         if not self._running:
             return []
         batch = list(self._running)
-        logits = self._forward(batch)
+        try:
+            logits = self._forward(batch)
+        except torch.OutOfMemoryError:
+            # No sequence has grown: the next step writes the same K and V to the same places.
+            return [self._give_up(batch[-1].request_id, len(batch))]
         outputs: list[Output] = []
         for sequence, row in zip(batch, logits, strict=True):
             sequence.length += 1
@@ -200,6 +213,15 @@ class Decoder:
         held = [s.block_table for s in reservation.sequences]
         for table in held if reservation.started else reservation.block_tables:
             self._pool.release(table)
+
+    def _give_up(self, request_id: str, sequences: int) -> Output:
+        """End a request for want of memory."""
+        self.cancel(request_id)
+        error = OutOfMemoryError(
+            f"the decode worker ran out of memory at a step of {sequences} sequences; lower "
+            "decode.max_batch or decode.kv_cache_tokens"
+        )
+        return request_id, error
 
     def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
         """A page that the prompt fills in part is written by every choice: each gets its own."""

@@ -57,5 +57,9 @@ class GenerationError(LongreachError):
     """One answer cannot go on; others in the same batch do."""
 
 
+class OutOfMemoryError(GenerationError):
+    """The device had no memory left for a step of one answer; smaller settings mend it."""
+
+
 class UnavailableError(LongreachError):
     """A part of the cluster died or is not up yet; the same request may be sent again."""

@@ -98,10 +98,6 @@ class PagePool:
             self._holders[page] -= 1
             self._free += self._holders[page] == 0
 
-    def is_shared(self, page: int) -> bool:
-        """Whether writing to this page would be seen by another holder."""
-        return self._holders[page] > 1
-
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in every layer."""
         self.memory[:, target].copy_(self.memory[:, source])

@@ -164,9 +164,9 @@ class Planner:
         if room < (asked or 1):
             also = f" and {asked} more were asked for" if asked else ""
             raise invalid(
-                f"this model's maximum context length is {most} tokens, but the prompt has "
-                f"{prompt_tokens} tokens{also}; shorten the prompt"
-                + (" or max_tokens" if asked and room > 0 else ""),
+                f"this model's maximum context length is {most} tokens "
+                f"(limits.max_model_len), but the prompt has {prompt_tokens} tokens{also}; "
+                "shorten the prompt" + (" or max_tokens" if asked and room > 0 else ""),
                 param,
                 "context_length_exceeded",
             )

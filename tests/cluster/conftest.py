@@ -25,7 +25,7 @@ CHUNK_TOKENS = 2048
 
 def make_settings(port: int) -> Settings:
     """Small chunks, so that prompts of some thousand tokens take many; float32, so that the
-    same prompt has the same answer on any mesh.
+    same prompt has the same answer on any mesh; few pages, so that requests wait for them.
     """
     return parse_settings(
         {
@@ -37,9 +37,9 @@ def make_settings(port: int) -> Settings:
                 "kv_cache_tokens": 262144,
                 "cpus_per_rank": 0.5,
             },
-            "decode": {"kv_cache_tokens": 262144, "cpus": 0.5},
+            "decode": {"kv_cache_tokens": 164864, "cpus": 0.5},
             "ingress": {"port": port, "progress_seconds": 0.2},
-            "shutdown": {"drain_seconds": 60.0},
+            "shutdown": {"drain_seconds": 120.0},
         }
     )
 

@@ -285,11 +285,11 @@ def test_a_real_prometheus_sees_what_was_sent(
         wait_for_value(url, "count(longreach_num_requests_running)", 3)
 
 
-@pytest.mark.parametrize("actor", ["PrefillRank", "DecodeWorker"])
+@pytest.mark.parametrize("actor", ["PrefillRank", "DecodeWorker", "ServeReplica:longreach:decode"])
 def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
     http: httpx.Client, tokenizer: Tokenizer, actor: str
 ) -> None:
-    """A rank takes its whole gang with it, a decode worker its replica."""
+    """A rank takes its whole gang with it, a decode worker its replica, and that its worker."""
     before = actor_pids(actor)
     assert len(before) == (2 if actor == "PrefillRank" else 1)
     with ThreadPoolExecutor(1) as pool:
@@ -302,29 +302,43 @@ def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
     assert answer.status_code == 503
     assert "Traceback" not in answer.text
     assert "again" in answer.json()["error"]["message"]
+    wait_for(lambda: http.get("/ready").status_code == 503, 10, "that it is not ready")
 
     def served_again() -> bool:
         body = ask_body(make_prompt(tokenizer, 50))
         return http.post("/v1/completions", json=body).status_code == 200
 
     wait_for(served_again, 90, "a replacement")
+    wait_for(lambda: http.get("/ready").status_code == 200, 10, "that it is ready")
     assert not set(actor_pids(actor)) & set(before)
     wait_until_no_page_is_held(http)
 
 
-def test_stopping_lets_running_requests_finish_and_leaves_nothing(
+def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
     cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
 ) -> None:
-    """The last test: it ends the cluster that all others share."""
-    body = ask_body(make_prompt(tokenizer, LONG))
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(http.post, "/v1/completions", json=body)
+    """The last test: it ends the cluster that all others share.
+
+    Of two requests, the second waits for pages that the first holds for its long answers.
+    """
+    eos = tokenizer.raw.token_to_id("<|im_end|>")
+
+    def ask(tokens: int) -> httpx.Response:
+        fields = {"max_tokens": 4096, "n": 8, "logit_bias": {str(eos): 100}}
+        return http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, tokens), **fields))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, LONG)
         wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
+        second = pool.submit(ask, 40_000)
+        waiting = ("longreach_num_requests_waiting", "decode")
+        wait_for(lambda: scrape(http)[waiting] == 1, 30, "the second waiting for pages")
         stopping = threading.Thread(target=cluster.stop)
         stopping.start()
-        answer = asked.result()
+        answers = [first.result(), second.result()]
         stopping.join(60)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] > 0
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 8
     assert not stopping.is_alive()
     wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")

@@ -1,11 +1,15 @@
 """Configurations that run, and what is said about those that cannot."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from longreach.cluster.settings import (
     PAGE_TOKENS,
@@ -14,7 +18,11 @@ from longreach.cluster.settings import (
     parse_settings,
 )
 from longreach.engine import pages
+from longreach.engine.decode import pages_needed
 from longreach.engine.errors import CheckpointError, ConfigurationError
+from longreach.engine.messages import GenerationRequest, SamplingParameters
+from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.tokenizer import Tokenizer
 
 LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
 
@@ -52,6 +60,7 @@ def test_pages_are_as_long_as_the_engine_says() -> None:
         ("decode.kv_cache_tokens", 1_056_768, "make it 1090560 or more"),
         ("decode.max_batch", 4, "raise decode.max_batch"),
         ("limits.max_output_tokens", 2_000_000, "lower it"),
+        ("limits.max_queued_requests", 1001, "limits.max_queued_requests"),
         ("model.dtype", "int8", "model.dtype"),
         ("ingress.port", 70_000, "ingress.port"),
         ("ingress.progress_seconds", 3.0, "ingress.progress_seconds"),
@@ -70,6 +79,34 @@ def test_what_cannot_run_is_refused(raw: dict[str, Any], where: str, value: Any,
     with pytest.raises(ConfigurationError) as refused:
         parse_settings(changed)
     assert said in str(refused.value)
+
+
+@given(
+    max_model_len=st.integers(2, 1000),
+    max_output_tokens=st.integers(1, 300),
+    max_choices=st.integers(1, 8),
+)
+def test_pages_that_are_called_enough_hold_every_request(
+    max_model_len: int, max_output_tokens: int, max_choices: int
+) -> None:
+    """Whatever the decoder would reserve for a request within the limits."""
+    assume(max_output_tokens < max_model_len)
+    changed = yaml.safe_load(LAPTOP.read_text())
+    changed["limits"] = {
+        "max_model_len": max_model_len,
+        "max_output_tokens": max_output_tokens,
+        "max_choices": max_choices,
+    }
+    changed["decode"]["kv_cache_tokens"] = 1
+    with pytest.raises(ConfigurationError, match=r"decode\.kv_cache_tokens") as refused:
+        parse_settings(changed)
+    changed["decode"]["kv_cache_tokens"] = int(str(refused.value).split()[-3])
+    enough = pages.pages_for(parse_settings(changed).decode.kv_cache_tokens)
+    for tokens in range(1, max_model_len):
+        answer = min(max_output_tokens, max_model_len - tokens)
+        sampling = SamplingParameters(max_tokens=answer, choices=max_choices)
+        request = GenerationRequest("a", np.zeros(tokens, dtype=np.int32), sampling, 0.0)
+        assert pages_needed(request) <= enough
 
 
 def test_a_missing_section_is_named(raw: dict[str, Any]) -> None:
@@ -91,6 +128,20 @@ def test_limits_of_the_checkpoint_count(raw: dict[str, Any]) -> None:
         check_model(parse_settings(raw))
     raw["model"]["path"] = "/nowhere"
     with pytest.raises(CheckpointError, match="does not exist"):
+        check_model(parse_settings(raw))
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    for path in CHECKPOINT.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw["model"]["path"] = str(tmp_path)
+    check_model(parse_settings(raw))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vocab_size"] = Tokenizer(tmp_path).vocab_size - 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="resize the embedding"):
         check_model(parse_settings(raw))
 
 

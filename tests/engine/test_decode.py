@@ -1,6 +1,7 @@
 """Continuous batching against one-shot prefill, transformers, and each request alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from longreach.engine.detokenizer import TokenBytes
 from longreach.engine.errors import (
     GenerationError,
     InvalidRequestError,
+    OutOfMemoryError,
     OutOfPagesError,
     PromptTooLongError,
     TransferError,
@@ -20,6 +22,8 @@ from longreach.engine.local import DirectSender, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.pages import PagePool
 from longreach.engine.pocket.tokenizer import build_tokenizer
+from longreach.engine.sampler import Sampler
+from longreach.kernels import dual_chunk
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
 
@@ -169,6 +173,37 @@ def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
     assert engine.decoder.usage == 0
 
 
+def test_too_little_memory_for_a_step_ends_the_request_that_joined_last(
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for two sequences, simulated; the first request must go on as if it were alone."""
+    engine = Engine(dual_chunk_folder)
+    prompts = {"first": make_prompt(30), "last": make_prompt(31, seed=1)}
+    alone = Engine(dual_chunk_folder).generate("first", prompts["first"])
+    kernel, calls = dual_chunk.decode_attention, 0
+
+    def small_kernel(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if engine.decoder.num_running > 2 and calls % 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return kernel(*arguments)
+
+    monkeypatch.setattr(dual_chunk, "decode_attention", small_kernel)
+    outputs = []
+    for name, prompt in prompts.items():
+        engine.reserve(name, prompt, choices=2 if name == "last" else 1)
+        outputs += engine.decoder.start(name, engine.hand_off(name, prompt))
+        outputs += engine.decoder.step()
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    assert tokens_by_choice(outputs, "first") == alone
+    [error] = [output for name, output in outputs if isinstance(output, OutOfMemoryError)]
+    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(error)
+    assert engine.decoder.usage == 0
+    assert engine.generate("last", prompts["last"])
+
+
 @pytest.mark.parametrize("when", ["reserved", "part received", "waiting", "running"])
 def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) -> None:
     engine = Engine(dual_chunk_folder)
@@ -186,6 +221,27 @@ def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) ->
     assert not engine.decoder.has_work
     with pytest.raises(TransferError):
         engine.decoder.receive("a", 0, 0, 0, engine.pool.memory[0, :1].clone())
+
+
+@pytest.mark.parametrize("where", ["copy_page", "sampler"])
+def test_a_start_that_fails_half_way_keeps_no_page(
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompt = make_prompt(300)
+    engine.reserve("a", prompt, choices=3)
+    logits = engine.hand_off("a", prompt)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("broken")
+
+    target, name = (engine.pool, where) if where == "copy_page" else (Sampler, "choose")
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.decoder.start("a", logits)
+    engine.decoder.cancel("a")
+    assert engine.decoder.usage == 0
+    assert not engine.decoder.has_work
 
 
 def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: Path) -> None:

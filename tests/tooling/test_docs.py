@@ -1,6 +1,7 @@
 """The reference pages say what the code says."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 from longreach.cluster import metrics as m
@@ -18,6 +19,13 @@ def metrics_table() -> str:
     return "\n".join(rows)
 
 
+def table(page: str, header: str) -> list[str]:
+    """Rows of the one table of a page whose header begins so."""
+    lines = (DOCS / page).read_text().splitlines()
+    [start] = [number for number, line in enumerate(lines) if line.startswith(header)]
+    return list(takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+
+
 def test_every_metric_is_documented_as_it_is() -> None:
     assert metrics_table() in (DOCS / "metrics.md").read_text(), metrics_table()
 
@@ -31,8 +39,7 @@ def test_the_vocabulary_has_every_metric_once() -> None:
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    text = (DOCS / "configuration.md").read_text()
-    documented = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| `")]
+    documented = [row.split(" | ")[:2] for row in table("configuration.md", "| key | default |")]
     expected = []
     for name, section in Settings.model_fields.items():
         assert isinstance(section.annotation, type)

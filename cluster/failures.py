@@ -1,0 +1,50 @@
+"""Calls between the processes of a cluster: what it means to a client when one fails."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from ..engine.errors import LongreachError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+_ROUTING_SECONDS = 60
+
+T = TypeVar("T")
+
+CallError = (RayError, RayServeException)
+"""What a call to another process may raise."""
+
+
+def as_ours(error: BaseException) -> LongreachError:
+    """The error that the other process raised on purpose, or that a part of the cluster failed."""
+    cause = error
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    if isinstance(cause, LongreachError):
+        return cause
+    logger.error("a part of the cluster failed", exc_info=error)
+    if isinstance(cause, RayActorError):
+        return UnavailableError("a part of the cluster died; send the request again")
+    if isinstance(cause, RayServeException):
+        return UnavailableError("a part of the cluster is not up; send the request again")
+    return UnavailableError("a part of the cluster failed; its log says why")
+
+
+async def first_of(stream: AsyncIterator[T]) -> T:
+    """The first message of a stream, which a replica that takes a call sends at once.
+
+    Raises:
+        UnavailableError: none took it for a while; Serve's router would wait forever.
+    """
+    try:
+        async with asyncio.timeout(_ROUTING_SECONDS):
+            return await anext(stream)
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"no replica took the request within {_ROUTING_SECONDS} s; send it again"
+        ) from error

@@ -1,0 +1,103 @@
+"""A decode worker in this process: what waits on it ends, whatever becomes of its engine."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longreach.cluster.decode_worker import DecodeWorker
+from longreach.engine.errors import GenerationError, UnavailableError
+from longreach.engine.messages import GenerationRequest, SamplingParameters
+
+from .conftest import make_settings
+
+WAITS = 1.0
+"""Seconds after which something that waits is taken to wait for good."""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> DecodeWorker:
+    settings = make_settings(1)
+    decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
+    made = DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
+    made._decoder._pool.memory.zero_()  # nobody hands pages off here
+    return made
+
+
+def make_request(name: str, tokens: int = 300, max_tokens: int = 8) -> GenerationRequest:
+    sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return GenerationRequest(name, np.full(tokens, 65, dtype=np.int32), sampling, arrived=0.0)
+
+
+def logits_of(worker: DecodeWorker) -> np.ndarray:
+    return np.zeros(worker._decoder._model.config.vocab_size, dtype=np.float32)
+
+
+class Answer:
+    """What a worker answers to one request, as far as it comes."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.is_whole = False
+
+    async def read(self, worker: DecodeWorker, name: str, logits: np.ndarray | None = None) -> None:
+        logits = logits_of(worker) if logits is None else logits
+        async for deltas, ended in worker.answer(name, logits):
+            self.tokens += sum(len(delta.tokens) for delta in deltas)
+            self.is_whole |= ended
+
+
+def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def step() -> None:
+        raise error
+
+    monkeypatch.setattr(worker._decoder, "step", step)
+
+
+async def ended(calls: list[Awaitable[object]]) -> list[object]:
+    """What each call came to; waiting for good is a failure."""
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10 * WAITS)
+
+
+def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_steps(worker, monkeypatch, RuntimeError("a broken kernel"))
+
+    async def run() -> list[object]:
+        await worker.reserve(make_request("running"))
+        await worker.reserve(make_request("in prefill"))
+        waiting = [
+            asyncio.create_task(worker.reserve(make_request("for pages", tokens=1000))),
+            asyncio.create_task(worker.gone("in prefill")),
+        ]
+        await asyncio.sleep(0)
+        outcomes = await ended([Answer().read(worker, "running"), *waiting])
+        late: list[Callable[[], Awaitable[object]]] = [
+            lambda: Answer().read(worker, "in prefill"),
+            lambda: worker.reserve(make_request("late")),
+            worker.ping,
+        ]
+        return outcomes + await ended([call() for call in late])
+
+    for outcome in asyncio.run(run()):
+        assert isinstance(outcome, UnavailableError)
+        assert "again" in str(outcome)
+
+
+def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> None:
+    async def run() -> None:
+        damaged, after = Answer(), Answer()
+        await worker.reserve(make_request("damaged"))
+        with pytest.raises(GenerationError):
+            await damaged.read(worker, "damaged", logits_of(worker) * np.nan)
+        assert not damaged.is_whole
+        assert worker._decoder.usage == 0
+        await worker.reserve(make_request("after"))
+        await after.read(worker, "after")
+        assert after.is_whole
+        assert after.tokens == 8
+
+    asyncio.run(run())

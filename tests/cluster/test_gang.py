@@ -1,0 +1,49 @@
+"""Placing a gang, with Ray replaced by what it would say."""
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from typing import Any, cast
+
+import pytest
+
+from longreach.cluster import gang
+from longreach.engine.errors import ConfigurationError
+
+from .conftest import make_settings
+
+
+class FakeGroup:
+    """A placement group that has room after `seconds`, or never."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def ready(self) -> "FakeGroup":
+        return self
+
+    def future(self) -> Future[None]:
+        made: Future[None] = Future()
+        if self._seconds is not None:
+            threading.Timer(self._seconds, made.set_result, [None]).start()
+        return made
+
+
+@pytest.mark.parametrize(("room_after", "drain_seconds"), [(0.3, 10.0), (None, 0.0)])
+def test_a_gang_waits_for_the_one_that_it_replaces(
+    monkeypatch: pytest.MonkeyPatch, room_after: float | None, drain_seconds: float
+) -> None:
+    removed: list[Any] = []
+    monkeypatch.setattr(gang, "_PLACEMENT_SECONDS", 0.05)
+    monkeypatch.setattr(gang, "remove_placement_group", removed.append)
+    settings = make_settings(1)
+    shutdown = settings.shutdown.model_copy(update={"drain_seconds": drain_seconds})
+    group = cast(Any, FakeGroup(room_after))
+    placed = gang._placed(group, settings.model_copy(update={"shutdown": shutdown}))
+    if room_after is not None:
+        asyncio.run(placed)
+        assert not removed
+    else:
+        with pytest.raises(ConfigurationError, match="add nodes"):
+            asyncio.run(placed)
+        assert removed == [group]
