@@ -4,6 +4,7 @@ Whatever is slow to import is imported inside the commands, so that `--help` ans
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from ..pocket import CHECKPOINT
 
 if TYPE_CHECKING:
     from .answerer import Answerer
+    from .subject import Subject
     from .tasks import Task
 
 app = typer.Typer(
@@ -39,6 +41,14 @@ FirstSeed = Annotated[int, typer.Option(min=0, help="Prompts have this seed and 
 Device = Annotated[str, typer.Option(help="Where to compute: cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 Out = Annotated[Path, typer.Option(file_okay=False, help="The folder for results.")]
+
+Length = Annotated[str, typer.Option(help="Tokens of each text, as 64K.")]
+Text = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text; else made up.")
+]
+LastQueries = Annotated[
+    int | None, typer.Option(min=1, help="Queries that select; else the checkpoint's number.")
+]
 
 _ANSWER_ROOM = 512
 
@@ -110,6 +120,104 @@ def ruler(
 
 
 @app.command()
+def recall(
+    length: Length = "64K",
+    prompts: Prompts = 2,
+    text: Text = None,
+    first_seed: FirstSeed = 0,
+    last_queries: LastQueries = None,
+    checkpoint: Checkpoint = CHECKPOINT,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    out: Out = Path("results/recall"),
+) -> None:
+    """Measure how much of full attention each head keeps under sparse prefill.
+
+    Writes recall.json and recall.png. The text is made up unless a file is named.
+
+        longreach eval recall --length 64K
+
+        longreach eval recall --checkpoint Qwen2.5-7B-Instruct-1M --text book.txt --device cuda
+    """
+    from .in_process import CHUNK_TOKENS, fingerprint, sparsity_of
+    from .picture import draw_recall
+    from .recall import RecallReport, measure
+
+    subject = _subject(checkpoint, length, _seeds(first_seed, prompts), text, device, dtype)
+    sparsity = sparsity_of(checkpoint)
+    if last_queries is not None:
+        sparsity = replace(sparsity, last_queries=last_queries)
+    meter = measure(subject.model, sparsity, subject.prompts, CHUNK_TOKENS)
+    settings = {
+        "checkpoint": fingerprint(checkpoint),
+        "dtype": dtype,
+        "device": device,
+        "last_queries": str(sparsity.last_queries),
+    }
+    longest = max(map(len, subject.prompts))
+    measured = RecallReport(
+        checkpoint.resolve().name, settings, len(subject.prompts), longest, tuple(meter.heads())
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    measured.write(out / "recall.json")
+    Console().print(measured.table())
+    draw_recall(measured, out / "recall.png")
+
+
+@app.command()
+def calibrate(
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Mean recall to reach.")] = 0.95,
+    length: Length = "64K",
+    prompts: Prompts = 1,
+    text: Text = None,
+    first_seed: FirstSeed = 0,
+    start: Annotated[
+        str | None, typer.Option(help="VERTICALS,SLASHES to begin with; else the checkpoint's.")
+    ] = None,
+    most: Annotated[str, typer.Option(help="VERTICALS,SLASHES that no head grows beyond.")] = (
+        "4096,16384"
+    ),
+    checkpoint: Checkpoint = CHECKPOINT,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    out: Out = Path("results/calibrate"),
+) -> None:
+    """Grow sparse budgets until every head keeps enough of full attention.
+
+    Writes sparse_attention_config.json into the folder of --out, which may be the checkpoint's.
+
+        longreach eval calibrate --threshold 0.9 --length 64K
+    """
+    from ...kernels.sparse import HeadBudget
+    from ..pocket.export import write_budgets
+    from .calibration import Round, grow_budgets, uniform
+    from .in_process import CHUNK_TOKENS, sparsity_of
+
+    subject = _subject(checkpoint, length, _seeds(first_seed, prompts), text, device, dtype)
+    first = uniform(subject.model, *_pair(start)) if start else sparsity_of(checkpoint)
+    console = Console()
+
+    def show(done: Round) -> None:
+        mean = sum(each.mean for each in done.recalls) / len(done.recalls)
+        console.print(
+            f"mean recall {mean:.4f}, lowest {min(each.mean for each in done.recalls):.4f}; "
+            f"{len(done.wanting)} of {len(done.recalls)} heads are under {threshold}"
+        )
+
+    cap = HeadBudget(*_pair(most))
+    found = grow_budgets(subject.model, first, subject.prompts, threshold, cap, CHUNK_TOKENS, show)
+    for layer, heads in enumerate(zip(first.budgets, found.budgets, strict=True)):
+        for head, (old, new) in enumerate(zip(*heads, strict=True)):
+            if old != new:
+                console.print(
+                    f"layer {layer}, head {head}: verticals {old.verticals} to {new.verticals}, "
+                    f"slashes {old.slashes} to {new.slashes}"
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    write_budgets(out, [[(b.verticals, b.slashes) for b in layer] for layer in found.budgets])
+
+
+@app.command()
 def report(
     out: Annotated[Path, typer.Argument(help="A folder that another command wrote.")],
 ) -> None:
@@ -170,6 +278,32 @@ def _answerer(
     return InProcessAnswerer(
         checkpoint, chosen, most, getattr(torch, _dtype(dtype)), torch.device(device)
     )
+
+
+def _subject(
+    checkpoint: Path, length: str, seeds: range, text: Path | None, device: str, dtype: str
+) -> "Subject":
+    import torch
+
+    from .subject import Subject
+
+    [tokens] = _lengths(length)
+    where = getattr(torch, _dtype(dtype)), torch.device(device)
+    if text is not None:
+        return Subject.of_file(checkpoint, text, tokens, *where)
+    return Subject.of_seeds(checkpoint, seeds, tokens, *where)
+
+
+def _seeds(first: int, count: int) -> range:
+    return range(first, first + count)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    try:
+        verticals, slashes = map(int, text.split(","))
+    except ValueError as error:
+        raise InvalidRequestError(f"{text} is no pair of numbers, as 64,128 is") from error
+    return verticals, slashes
 
 
 def _lengths(text: str) -> list[int]:

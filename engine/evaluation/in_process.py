@@ -25,7 +25,7 @@ from ..tokenizer import Tokenizer
 from .answerer import Answer, Answerer, OnProgress, TokenCount
 
 _REQUEST = "evaluation"
-_CHUNK_TOKENS = 32768
+CHUNK_TOKENS = 32768
 _HASHED_BYTES = 1 << 20
 
 
@@ -66,7 +66,7 @@ class InProcessAnswerer(Answerer):
         max_tokens: int,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
-        chunk_tokens: int = _CHUNK_TOKENS,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self._folder, self._variants = folder, tuple(variants)
         self._device = device or torch.device("cpu")
@@ -81,7 +81,7 @@ class InProcessAnswerer(Answerer):
         self._engines = {}
         for variant in variants:
             changed = model.with_dual_chunk(_dual_chunk(folder, model.config.dual_chunk, variant))
-            sparsity = _sparsity(folder) if variant is Variant.SPARSE else None
+            sparsity = sparsity_of(folder) if variant is Variant.SPARSE else None
             self._engines[variant] = _Engine(
                 Prefiller(changed, prefill_pool, sparsity),
                 Decoder(changed, decode_pool, token_bytes, max_batch=1),
@@ -177,7 +177,12 @@ def _dual_chunk(folder: Path, own: DualChunk | None, variant: Variant) -> DualCh
     return own
 
 
-def _sparsity(folder: Path) -> SparsityConfig:
+def sparsity_of(folder: Path) -> SparsityConfig:
+    """The budgets of a checkpoint.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
     sparsity = SparsityConfig.from_folder(folder)
     if sparsity is None:
         raise ConfigurationError(

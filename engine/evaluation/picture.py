@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .recall import RecallReport
 from .summary import Cell, Summary
 
 _COLOURS = "cividis"
@@ -35,6 +36,23 @@ def draw(summary: Summary, path: Path) -> None:
         figure = _by_task(summary)
     else:
         figure = _by_length(summary)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)
+
+
+def draw_recall(report: RecallReport, path: Path) -> None:
+    """Write a heat map of recall over layers and heads."""
+    values = report.grid()
+    layers, heads = values.shape
+    figure, panels = new_figure(1, 1, 0.5 * heads + 1.5, 0.4 * layers + 1)
+    texts = [[f"{value:.2f}" for value in row] for row in values]
+    lowest = np.floor(10 * np.nanmin(values) - 1e-9) / 10
+    axes = panels[0, 0]
+    rows, columns = list(map(str, range(layers))), list(map(str, range(heads)))
+    image = heat_map(axes, values, texts, rows, columns, min(lowest, 0.9))
+    axes.set_ylabel("layer")
+    axes.set_xlabel("query head")
+    _finish(figure, panels, image, report.title.replace(", ", ",\n", 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)
 
