@@ -15,6 +15,8 @@ from ..errors import InvalidRequestError
 from ..pocket import CHECKPOINT
 
 if TYPE_CHECKING:
+    import torch
+
     from .answerer import Answerer
     from .subject import Subject
     from .tasks import Task
@@ -38,8 +40,12 @@ LongPrompts = Annotated[
     int | None, typer.Option(min=1, help="Prompts in a cell above 131,072 tokens; else as many.")
 ]
 FirstSeed = Annotated[int, typer.Option(min=0, help="Prompts have this seed and those after it.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cuda or cpu.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute: cuda or cpu; else cuda if there is one.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16 or float32; else the first on cuda, the last on cpu.")
+]
 Out = Annotated[Path, typer.Option(file_okay=False, help="The folder for results.")]
 
 Length = Annotated[str, typer.Option(help="Tokens of each text, as 64K.")]
@@ -71,8 +77,8 @@ def needles(
     long_prompts: LongPrompts = None,
     first_seed: FirstSeed = 0,
     checkpoint: Checkpoint = CHECKPOINT,
-    device: Device = "cpu",
-    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = None,
     out: Out = Path("results/needles"),
 ) -> None:
     """Ask for one fact hidden in a document, at every length and depth.
@@ -101,8 +107,8 @@ def ruler(
     long_prompts: LongPrompts = None,
     first_seed: FirstSeed = 0,
     checkpoint: Checkpoint = CHECKPOINT,
-    device: Device = "cpu",
-    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = None,
     out: Out = Path("results/ruler"),
 ) -> None:
     """Ask RULER's questions, as far as they need no download.
@@ -127,8 +133,8 @@ def recall(
     first_seed: FirstSeed = 0,
     last_queries: LastQueries = None,
     checkpoint: Checkpoint = CHECKPOINT,
-    device: Device = "cpu",
-    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = None,
     out: Out = Path("results/recall"),
 ) -> None:
     """Measure how much of full attention each head keeps under sparse prefill.
@@ -139,7 +145,7 @@ def recall(
 
         longreach eval recall --checkpoint Qwen2.5-7B-Instruct-1M --text book.txt --device cuda
     """
-    from .in_process import CHUNK_TOKENS, fingerprint, sparsity_of
+    from .in_process import CHUNK_TOKENS, dtype_name, fingerprint, sparsity_of
     from .picture import draw_recall
     from .recall import RecallReport, measure
 
@@ -150,8 +156,8 @@ def recall(
     meter = measure(subject.model, sparsity, subject.prompts, CHUNK_TOKENS)
     settings = {
         "checkpoint": fingerprint(checkpoint),
-        "dtype": dtype,
-        "device": device,
+        "dtype": dtype_name(subject.model.dtype),
+        "device": subject.model.device.type,
         "last_queries": str(sparsity.last_queries),
     }
     longest = max(map(len, subject.prompts))
@@ -178,8 +184,8 @@ def calibrate(
         "4096,16384"
     ),
     checkpoint: Checkpoint = CHECKPOINT,
-    device: Device = "cpu",
-    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = None,
     out: Out = Path("results/calibrate"),
 ) -> None:
     """Grow sparse budgets until every head keeps enough of full attention.
@@ -263,32 +269,36 @@ def _report(out: Path, settings: dict[str, str], records: list) -> None:
 
 
 def _answerer(
-    context: typer.Context, checkpoint: Path, variants: str, lengths: str, device: str, dtype: str
+    context: typer.Context,
+    checkpoint: Path,
+    variants: str,
+    lengths: str,
+    device: str | None,
+    dtype: str | None,
 ) -> "Answerer":
     """The endpoint that was named before the command, else the checkpoint in this process."""
     connect: Callable[[], Answerer] | None = context.obj
     if connect is not None:
         return connect()
-    import torch
-
     from .in_process import InProcessAnswerer, Variant
 
     chosen = [_variant(name, Variant) for name in variants.split(",")]
     most = max(_lengths(lengths)) + _ANSWER_ROOM
-    return InProcessAnswerer(
-        checkpoint, chosen, most, getattr(torch, _dtype(dtype)), torch.device(device)
-    )
+    return InProcessAnswerer(checkpoint, chosen, most, *_where(device, dtype))
 
 
 def _subject(
-    checkpoint: Path, length: str, seeds: range, text: Path | None, device: str, dtype: str
+    checkpoint: Path,
+    length: str,
+    seeds: range,
+    text: Path | None,
+    device: str | None,
+    dtype: str | None,
 ) -> "Subject":
-    import torch
-
     from .subject import Subject
 
     [tokens] = _lengths(length)
-    where = getattr(torch, _dtype(dtype)), torch.device(device)
+    where = _where(device, dtype)
     if text is not None:
         return Subject.of_file(checkpoint, text, tokens, *where)
     return Subject.of_seeds(checkpoint, seeds, tokens, *where)
@@ -346,7 +356,16 @@ def _variant(name: str, variants):
         ) from error
 
 
-def _dtype(name: str) -> str:
-    if name not in ("bfloat16", "float32"):
+def _where(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch.device]":
+    """Float type and device; many CPUs compute float32 faster than bfloat16."""
+    import torch
+
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InvalidRequestError(f"--device {device} is unknown; take cuda or cpu") from error
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    name = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
+    if name not in dtypes:
         raise InvalidRequestError(f"--dtype {name} is not served; take bfloat16 or float32")
-    return name
+    return dtypes[name], chosen

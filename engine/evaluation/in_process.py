@@ -99,7 +99,7 @@ class InProcessAnswerer(Answerer):
     def settings(self) -> Mapping[str, str]:
         return {
             "checkpoint": fingerprint(self._folder),
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": dtype_name(self._dtype),
             "device": self._device.type,
             "chunk_tokens": str(self._chunk_tokens),
         }
@@ -142,6 +142,11 @@ class InProcessAnswerer(Answerer):
             if not isinstance(output, Delta):
                 raise output
         return "".join(delta.text for _, delta in outputs if isinstance(delta, Delta))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def fingerprint(folder: Path) -> str:

@@ -92,7 +92,7 @@ def test_a_grid_may_grow(tmp_path: Path) -> None:
 def test_other_settings_are_refused_with_both_and_the_mend(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     RecordFile(path, {"dtype": "float32", "device": "cpu"})
-    with pytest.raises(ConfigurationError, match="dtype was float32 and is bfloat16.*--out"):
+    with pytest.raises(ConfigurationError, match=r"dtype was float32 and is bfloat16.*--out"):
         RecordFile(path, {"dtype": "bfloat16", "device": "cpu"})
     path.write_text("hello\n")
     with pytest.raises(ConfigurationError, match="no evaluation results"):
