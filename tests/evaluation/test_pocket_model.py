@@ -21,10 +21,16 @@ def right() -> Right:
     """How many of the first prompts of a task are answered right."""
     answerer = InProcessAnswerer(CHECKPOINT, list(Variant), 36 * 1024 + 512, torch.float32)
 
-    def count(name: str, tokens: int, prompts: int = 1, variant: str = "dense") -> int:
+    def count(
+        name: str,
+        tokens: int,
+        prompts: int = 1,
+        variant: str = "dense",
+        depth: float | None = None,
+    ) -> int:
         task, right = TASKS[name], 0
         for seed in range(prompts):
-            prompt = task.prompt(tokens, seed, None, answerer.counter(""))
+            prompt = task.prompt(tokens, seed, depth, answerer.counter(""))
             answer = answerer.answer(variant, prompt.content, 48, lambda _: None)
             assert answer.prompt_tokens == tokens
             right += task.score(answer.text, prompt.expected) == 1
@@ -33,8 +39,19 @@ def right() -> Right:
     return count
 
 
-@pytest.mark.parametrize("name", ["pass-key", "key-value", "one-of-12-facts"])
-@pytest.mark.parametrize(("tokens", "prompts"), [(2048, 3), (8192, 2), (32768, 1)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "prompts"),
+    [
+        ("pass-key", 2048, 3),
+        ("pass-key", 8192, 1),
+        ("pass-key", 32768, 1),
+        ("key-value", 2048, 3),
+        ("key-value", 8192, 1),
+        ("one-of-12-facts", 2048, 3),
+        ("one-of-12-facts", 8192, 1),
+        ("one-of-12-facts", 32768, 1),
+    ],
+)
 def test_facts_are_found_under_dual_chunk_attention(right, name, tokens, prompts) -> None:
     assert right(name, tokens, prompts) == prompts
 
@@ -44,8 +61,8 @@ def test_facts_are_found_under_sparse_prefill(right: Right) -> None:
 
 
 def test_plain_positions_lose_them_beyond_the_trained_length(right: Right) -> None:
-    assert right("pass-key", 2048, 2, "plain") == 2
-    assert right("pass-key", 8192, 2, "plain") == 0
+    assert right("pass-key", 2048, 2, "plain", depth=0) == 2
+    assert right("pass-key", 8192, 2, "plain", depth=0) == 0
 
 
 def test_variants_that_a_checkpoint_lacks_are_refused(tmp_path) -> None:
