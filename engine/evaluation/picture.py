@@ -41,17 +41,18 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def draw_recall(report: RecallReport, path: Path) -> None:
-    """Write a heat map of recall over layers and heads."""
-    values = report.grid()
-    layers, heads = values.shape
-    figure, panels = new_figure(1, 1, 0.5 * heads + 1.5, 0.4 * layers + 1)
-    texts = [[f"{value:.2f}" for value in row] for row in values]
-    lowest = np.floor(10 * np.nanmin(values) - 1e-9) / 10
-    axes = panels[0, 0]
+    """Write heat maps of recall over layers and heads: of all queries, and of the last ones."""
+    grids = {"all queries": report.grid(), "the last 64 queries": report.grid(last=True)}
+    layers, heads = report.grid().shape
+    figure, panels = new_figure(1, len(grids), 0.5 * heads + 1.5, 0.4 * layers + 1)
     rows, columns = list(map(str, range(layers))), list(map(str, range(heads)))
-    image = heat_map(axes, values, texts, rows, columns, min(lowest, 0.9))
-    axes.set_ylabel("layer")
-    axes.set_xlabel("query head")
+    image = None
+    for axes, (name, values) in zip(panels.flat, grids.items(), strict=True):
+        texts = [[f"{value:.2f}" for value in row] for row in values]
+        image = heat_map(axes, values, texts, rows, columns)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("query head")
+    panels[0, 0].set_ylabel("layer")
     _finish(figure, panels, image, report.title.replace(", ", ",\n", 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)
@@ -63,14 +64,12 @@ def heat_map(
     texts: Sequence[Sequence[str]],
     rows: Sequence[str],
     columns: Sequence[str],
-    lowest: float = 0.0,
 ) -> Any:
-    """Draw values [rows, columns] up to 1 with a text in each; NaN leaves a cell empty."""
-    image = axes.imshow(values, cmap=_COLOURS, vmin=lowest, vmax=1, aspect="auto")
+    """Draw values [rows, columns], 0 to 1, with a text in each; NaN leaves a cell empty."""
+    image = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     for row, column in np.argwhere(~np.isnan(values)).tolist():
-        share = (values[row, column] - lowest) / (1 - lowest)
         axes.text(
             column,
             row,
@@ -78,7 +77,7 @@ def heat_map(
             ha="center",
             va="center",
             fontsize=8,
-            color="white" if share < _DARK else "black",
+            color="white" if values[row, column] < _DARK else "black",
         )
     return image
 

@@ -24,17 +24,22 @@ from ..sparsity import SparsityConfig
 
 _REQUEST = "recall"
 _LOWEST_SHARE = 0.01
+_LAST_QUERIES = 64
 _MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
 class HeadRecall:
-    """Recall of one head over all queries of all texts: the mean, and the first percentile."""
+    """Recall of one head: the mean over all queries of all texts, and the first percentile.
+
+    `last` is the mean over the last 64 queries of each text, where a question mostly stands.
+    """
 
     layer: int
     head: int
     mean: float
     lowest: float
+    last: float
 
 
 class RecallMeter:
@@ -46,6 +51,7 @@ class RecallMeter:
 
     def __init__(self) -> None:
         self._recalls: dict[int, list[Tensor]] = {}
+        self._last: dict[int, list[Tensor]] = {}
 
     def __call__(self, seen: SparseAttention) -> None:
         _, full = dual_chunk.attention(
@@ -54,18 +60,24 @@ class RecallMeter:
         recall = (seen.lse - full).exp_().clamp_(max=1.0)
         self._recalls.setdefault(seen.layer, []).append(recall.cpu())
 
+    def end_text(self) -> None:
+        """Note that the last queries seen were those at a text's end."""
+        for layer, recalls in self._recalls.items():
+            self._last.setdefault(layer, []).append(recalls[-1][-_LAST_QUERIES:])
+
     def rows(self, layer: int) -> Tensor:
         """Recall of every query so far, float32 [rows, heads]."""
         return torch.cat(self._recalls[layer])
 
     def heads(self) -> list[HeadRecall]:
-        """Every head of every layer that selects."""
+        """Every head of every layer that selects, over the texts that have ended."""
         return [
             HeadRecall(
                 layer,
                 head,
                 round(float(of_head.mean()), 4),
                 round(float(np.quantile(of_head, _LOWEST_SHARE)), 4),
+                round(float(torch.cat(self._last[layer])[:, head].mean()), 4),
             )
             for layer in sorted(self._recalls)
             for head, of_head in enumerate(self.rows(layer).T.numpy())
@@ -84,6 +96,7 @@ def measure(
         try:
             for start in range(0, len(prompt), chunk_tokens):
                 prefiller.run_chunk(_REQUEST, start, min(start + chunk_tokens, len(prompt)))
+            meter.end_text()
         finally:
             prefiller.release(_REQUEST)
     return meter
@@ -106,10 +119,11 @@ class RecallReport:
     def table(self) -> Table:
         """The heads that lose most, first."""
         table = Table(title=self.title)
-        for name in ("layer", "head", "recall", "1 % of queries keep less than"):
+        for name in ("layer", "head", "recall", "1 % of queries keep less than", "last queries"):
             table.add_column(name, justify="right")
         for each in sorted(self.heads, key=lambda head: head.mean)[:_MOST_ROWS]:
-            table.add_row(str(each.layer), str(each.head), f"{each.mean:.4f}", f"{each.lowest:.4f}")
+            figures = (f"{figure:.4f}" for figure in (each.mean, each.lowest, each.last))
+            table.add_row(str(each.layer), str(each.head), *figures)
         return table
 
     @property
@@ -117,11 +131,11 @@ class RecallReport:
         """What was measured."""
         return f"{self.model}: recall of sparse attention, {self.prompts} × {self.tokens:,} tokens"
 
-    def grid(self) -> npt.NDArray[np.float64]:
-        """Mean recall [layers, heads]."""
+    def grid(self, last: bool = False) -> npt.NDArray[np.float64]:
+        """Mean recall [layers, heads], of all queries or only the last."""
         layers = 1 + max(each.layer for each in self.heads)
         heads = 1 + max(each.head for each in self.heads)
         grid = np.full((layers, heads), np.nan)
         for each in self.heads:
-            grid[each.layer, each.head] = each.mean
+            grid[each.layer, each.head] = each.last if last else each.mean
         return grid

@@ -78,6 +78,8 @@ def test_recall_is_the_attention_that_falls_on_visible_keys(
     means = expected.mean(0).tolist()
     assert [each.mean for each in heads] == pytest.approx(means, abs=1e-3)
     assert min(means) < 0.9
+    last = expected[-64:].mean(0).tolist()
+    assert [each.last for each in heads] == pytest.approx(last, abs=1e-3)
 
 
 def test_nothing_is_lost_with_budgets_for_everything(model: Qwen2) -> None:
