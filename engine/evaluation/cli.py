@@ -127,6 +127,7 @@ def ruler(
 
 @app.command()
 def recall(
+    context: typer.Context,
     length: Length = "64K",
     prompts: Prompts = 2,
     text: Text = None,
@@ -145,11 +146,12 @@ def recall(
 
         longreach eval recall --checkpoint Qwen2.5-7B-Instruct-1M --text book.txt --device cuda
     """
-    from .in_process import CHUNK_TOKENS, dtype_name, fingerprint, sparsity_of
+    from .in_process import CHUNK_TOKENS, dtype_name, fingerprint, name_of, sparsity_of
     from .picture import draw_recall
     from .recall import RecallReport, measure
 
-    subject = _subject(checkpoint, length, _seeds(first_seed, prompts), text, device, dtype)
+    seeds = range(first_seed, first_seed + prompts)
+    subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
     sparsity = sparsity_of(checkpoint)
     if last_queries is not None:
         sparsity = replace(sparsity, last_queries=last_queries)
@@ -162,7 +164,7 @@ def recall(
     }
     longest = max(map(len, subject.prompts))
     measured = RecallReport(
-        checkpoint.resolve().name, settings, len(subject.prompts), longest, tuple(meter.heads())
+        name_of(checkpoint), settings, len(subject.prompts), longest, tuple(meter.heads())
     )
     out.mkdir(parents=True, exist_ok=True)
     measured.write(out / "recall.json")
@@ -172,6 +174,7 @@ def recall(
 
 @app.command()
 def calibrate(
+    context: typer.Context,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Mean recall to reach.")] = 0.95,
     length: Length = "64K",
     prompts: Prompts = 1,
@@ -199,7 +202,8 @@ def calibrate(
     from .calibration import Round, grow_budgets, uniform
     from .in_process import CHUNK_TOKENS, sparsity_of
 
-    subject = _subject(checkpoint, length, _seeds(first_seed, prompts), text, device, dtype)
+    seeds = range(first_seed, first_seed + prompts)
+    subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
     first = uniform(subject.model, *_pair(start)) if start else sparsity_of(checkpoint)
     console = Console()
 
@@ -279,6 +283,7 @@ def _answerer(
     """The endpoint that was named before the command, else the checkpoint in this process."""
     connect: Callable[[], Answerer] | None = context.obj
     if connect is not None:
+        _refuse_with_endpoint(context, "checkpoint", "variants", "device", "dtype")
         return connect()
     from .in_process import InProcessAnswerer, Variant
 
@@ -287,7 +292,18 @@ def _answerer(
     return InProcessAnswerer(checkpoint, chosen, most, *_where(device, dtype))
 
 
+def _refuse_with_endpoint(context: typer.Context, *names: str) -> None:
+    """Refuse what was asked for on the command line and an endpoint cannot give."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequestError(
+                f"--{name} is for checkpoints in this process; leave it out, or --endpoint"
+            )
+
+
 def _subject(
+    context: typer.Context,
     checkpoint: Path,
     length: str,
     seeds: range,
@@ -297,15 +313,13 @@ def _subject(
 ) -> "Subject":
     from .subject import Subject
 
+    if context.obj is not None:
+        raise InvalidRequestError("an endpoint does not show its attention; leave --endpoint out")
     [tokens] = _lengths(length)
     where = _where(device, dtype)
     if text is not None:
         return Subject.of_file(checkpoint, text, tokens, *where)
     return Subject.of_seeds(checkpoint, seeds, tokens, *where)
-
-
-def _seeds(first: int, count: int) -> range:
-    return range(first, first + count)
 
 
 def _pair(text: str) -> tuple[int, int]:

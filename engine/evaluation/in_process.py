@@ -89,7 +89,7 @@ class InProcessAnswerer(Answerer):
 
     @property
     def model(self) -> str:
-        return self._folder.resolve().name
+        return name_of(self._folder)
 
     @property
     def variants(self) -> Sequence[str]:
@@ -142,6 +142,11 @@ class InProcessAnswerer(Answerer):
             if not isinstance(output, Delta):
                 raise output
         return "".join(delta.text for _, delta in outputs if isinstance(delta, Delta))
+
+
+def name_of(folder: Path) -> str:
+    """What results call a checkpoint: the last two parts of its path."""
+    return "/".join(folder.resolve().parts[-2:])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

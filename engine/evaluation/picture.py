@@ -202,7 +202,7 @@ def _heat_map_of_cells(
 
 def _numbers(cell: Cell) -> str:
     """Right of all; where scores lie between, the mean and of how many."""
-    whole = cell.right == round(cell.score * cell.prompts, 2)
+    whole = abs(cell.right - cell.score * cell.prompts) < 0.06
     return f"{cell.right}/{cell.prompts}" if whole else f"{cell.score:.2f}\nn={cell.prompts}"
 
 

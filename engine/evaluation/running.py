@@ -30,6 +30,9 @@ class Grid:
     """What to ask: every task at every length and depth, with `prompts` seeds in a cell.
 
     Lengths above 131,072 tokens get `long_prompts` instead. A depth of None is anywhere.
+
+    Raises:
+        InvalidRequestError: a task cannot have one of the depths.
     """
 
     tasks: Sequence[Task]
@@ -38,6 +41,11 @@ class Grid:
     prompts: int
     long_prompts: int
     first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            for depth in self.depths:
+                task.check_depth(depth)
 
     def seeds(self, tokens: int) -> range:
         """The seeds of a cell."""

@@ -51,16 +51,24 @@ class Task:
         Raises:
             InvalidRequestError: so few tokens cannot hold it, or it has no depth to choose.
         """
-        if depth is not None and not self.has_depth:
-            raise InvalidRequestError(
-                f"{self.name} hides its facts anywhere; ask with --depths any, or leave it out"
-            )
+        self.check_depth(depth)
         *others, last = self.builds
         for build in others:
             if count(build(self.least, seed, depth).content) <= tokens:
                 last = build
                 break
         return fit(lambda size: last(size, seed, depth), tokens, count, self.least)
+
+    def check_depth(self, depth: float | None) -> None:
+        """Refuse a depth that this task cannot have.
+
+        Raises:
+            InvalidRequestError: it can have none.
+        """
+        if depth is not None and not self.has_depth:
+            raise InvalidRequestError(
+                f"{self.name} hides its facts anywhere; ask with --depths any, or leave it out"
+            )
 
     def sample(self) -> str:
         """A few thousand characters of a prompt, for whoever estimates their tokens."""

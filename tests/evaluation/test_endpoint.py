@@ -103,3 +103,15 @@ def test_the_command_asks_the_endpoint(endpoint: Endpoint, url: str, tmp_path: P
     assert CliRunner().invoke(cli.app, ["eval", "report", str(out)]).exit_code == 0
     assert (out / "picture.png").stat().st_mtime_ns > before
     assert len(endpoint.backend.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["needles", "--variants", "sparse"], "--variants is for checkpoints"),
+        (["recall", "--length", "1K"], "does not show its attention"),
+    ],
+)
+def test_what_an_endpoint_cannot_do_is_refused(command: list[str], says: str) -> None:
+    done = CliRunner().invoke(cli.app, ["eval", "--endpoint", "http://127.0.0.1:9", *command])
+    assert says in str(done.exception)

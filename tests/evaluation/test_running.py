@@ -1,13 +1,15 @@
 """Runs that are interrupted, resumed and refused; summaries and pictures of them."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from longreach.engine.errors import ConfigurationError, LongreachError
+from longreach.engine.errors import ConfigurationError, InvalidRequestError, LongreachError
 from longreach.engine.evaluation import picture
 from longreach.engine.evaluation.answerer import Answer, Answerer, OnProgress, TokenCount
 from longreach.engine.evaluation.intervals import wilson
@@ -99,6 +101,25 @@ def test_other_settings_are_refused_with_both_and_the_mend(tmp_path: Path) -> No
         RecordFile(path, {})
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_records(tmp_path / "none.jsonl")
+
+
+def test_a_depth_that_a_task_cannot_have_is_refused_before_anything_is_asked() -> None:
+    with pytest.raises(InvalidRequestError, match=r"one-of-12-facts .* --depths any"):
+        grid(tasks=NEEDLES)
+
+
+def test_it_runs_where_only_the_engine_can(tmp_path: Path) -> None:
+    """Without Ray, FastAPI or an HTTP client. (typer itself needs pydantic.)"""
+    program = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['ray', 'fastapi', 'openai', 'httpx2']))\n"
+        "from longreach.engine.evaluation.cli import app\n"
+        "app(['needles', '--lengths', '1K', '--prompts', '1', '--depths', '1', '--variants', "
+        f"'dense', '--out', {str(tmp_path)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read_records(tmp_path / "prompts.jsonl")[1]) == 2
 
 
 def test_long_cells_have_their_own_number_of_prompts() -> None:
