@@ -6,12 +6,16 @@ Whatever is slow to import is imported inside the commands, so that `--help` ans
 import secrets
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ..engine.errors import InvalidRequestError, LongreachError
+from ..engine.evaluation import cli as evaluation
+
+if TYPE_CHECKING:
+    from .evaluation import EndpointAnswerer
 
 app = typer.Typer(
     name="longreach",
@@ -167,6 +171,40 @@ def config(config: Config) -> None:
     from .settings import load_settings
 
     Console().print(explain(load_settings(config)))
+
+
+def evaluate(
+    context: typer.Context,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask this endpoint; else a checkpoint in this process.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
+    api_key_file: ApiKeyFile = None,
+    characters_per_token: Annotated[
+        float | None, typer.Option(help="Of the endpoint's model; else it is asked.")
+    ] = None,
+) -> None:
+    """Measure how often a model is right, and what its sparse prefill loses.
+
+    In process with the bundled model, or any endpoint that speaks OpenAI's protocol:
+
+        longreach eval needles --lengths 2K,8K,32K
+
+        longreach eval --endpoint http://127.0.0.1:8000 needles --lengths 64K,1M --prompts 5
+    """
+    if endpoint is None:
+        return
+
+    def connect() -> "EndpointAnswerer":
+        from .evaluation import EndpointAnswerer
+
+        key = _read(api_key_file).strip() if api_key_file else None
+        return EndpointAnswerer(endpoint, model, key, characters_per_token)
+
+    context.obj = connect
+
+
+app.add_typer(evaluation.app, name="eval", callback=evaluate)
 
 
 def _read(path: Path) -> str:

@@ -40,6 +40,26 @@ class ChunkResult:
     stages: dict[str, float]
 
 
+@dataclass(frozen=True)
+class SparseAttention:
+    """What sparse attention of one layer was asked in one chunk, and its log-sum-exp.
+
+    `queries` are rotated, each [rows, heads, d]; `lse` is float32 [rows, heads]. Pages hold the
+    layer's keys up to the chunk's end, as long as the observer that is given this runs.
+    """
+
+    layer: int
+    queries: SegmentQueries
+    blocks: QueryBlocks
+    pages: LayerPages
+    stride: int | None
+    scale: float
+    lse: Tensor
+
+
+Observer = Callable[[SparseAttention], None]
+
+
 @dataclass
 class _Admitted:
     """A prompt under way; `done` tokens lie in its pages."""
@@ -67,13 +87,21 @@ class _Stages:
 class Prefiller:
     """Computes prompts on one rank. Not thread-safe.
 
-    Activations grow with the chunk, never with the prompt.
+    Activations grow with the chunk, never with the prompt. An observer is shown sparse attention
+    as it happens, for measurements.
     """
 
-    def __init__(self, model: Qwen2, pool: PagePool, sparsity: SparsityConfig | None) -> None:
+    def __init__(
+        self,
+        model: Qwen2,
+        pool: PagePool,
+        sparsity: SparsityConfig | None,
+        observer: Observer | None = None,
+    ) -> None:
         self._model = model
         self._pool = pool
         self._sparsity = sparsity
+        self._observer = observer
         self._admitted: dict[str, _Admitted] = {}
 
     def admit(self, request_id: str, prompt: Tokens) -> None:
@@ -110,7 +138,9 @@ class Prefiller:
             InvalidRequestError: no such request, or not its next chunk.
         """
         admitted = self._next_chunk_of(request_id, start, end)
-        chunk = _Chunk(self._model, self._pool, self._sparsity, admitted, start, end, sender)
+        chunk = _Chunk(
+            self._model, self._pool, self._sparsity, admitted, start, end, sender, self._observer
+        )
         logits = chunk.run()
         admitted.done = end
         return ChunkResult(logits, dict(chunk.stages.seconds))
@@ -145,9 +175,10 @@ class _Chunk:
         start: int,
         end: int,
         sender: PageSender | None,
+        observer: Observer | None,
     ) -> None:
         self._model, self._mesh, self._pool = model, model.mesh, pool
-        self._sender = sender
+        self._sender, self._observer = sender, observer
         self._start, self._end = start, end
         self._length = len(admitted.prompt)
         self._prompt = admitted.prompt
@@ -289,10 +320,14 @@ class _Chunk:
         with self.stages.time("selection"):
             selections = self._select(number, layer, hidden, pages, self._sparsity)
         with self.stages.time("attention"):
-            attended, _ = sparse.attention(
+            attended, lse = sparse.attention(
                 queries, self._blocks, pages, stride, self._scale, selections
             )
-            return attended
+        if self._observer is not None:
+            self._observer(
+                SparseAttention(number, queries, self._blocks, pages, stride, self._scale, lse)
+            )
+        return attended
 
     def _select(
         self,

@@ -5,7 +5,7 @@ before it (norm, QKV) and after it (output projection, MLP). Source: Qwen2 as pu
 transformers' `Qwen2ForCausalLM`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .checkpoint import CheckpointReader
-from .config import ModelConfig
+from .config import DualChunk, ModelConfig
 from .mesh import Mesh
 from .pages import PageGeometry
 from .positions import RotaryPositions
@@ -176,6 +176,11 @@ class Qwen2:
             embedding = loader.read("model.embed_tokens.weight", shape)
             head = embedding if config.tie_word_embeddings else loader.read("lm_head.weight", shape)
             return cls(config, mesh, layers, embedding, loader.norm("model.norm.weight"), head)
+
+    def with_dual_chunk(self, dual_chunk: DualChunk | None) -> "Qwen2":
+        """The same weights, not copied, under other positions; None makes them plain."""
+        config = replace(self.config, dual_chunk=dual_chunk)
+        return Qwen2(config, self.mesh, self.layers, self._embedding, self._norm, self._head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[n] int64 to [n, hidden]."""

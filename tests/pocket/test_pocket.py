@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
 from longreach.cluster.needle import hide_key
+from longreach.engine.evaluation.in_process import InProcessAnswerer, Variant
+from longreach.engine.evaluation.tasks import NEEDLES
 from longreach.engine.local import LocalPrefill
 from longreach.engine.pocket import CHECKPOINT
 from longreach.engine.pocket.attention import dual_chunk_attention
@@ -20,7 +22,6 @@ from longreach.engine.pocket.corpus import (
     one_of_facts_prompt,
     pass_key_prompt,
 )
-from longreach.engine.pocket.evaluate import Answerer, evaluate
 from longreach.engine.pocket.model import PocketQwen2, PocketSizes
 from longreach.engine.pocket.text import HELD_OUT_NOUNS
 from longreach.engine.pocket.tokenizer import TURN_END_ID, build_tokenizer
@@ -62,16 +63,13 @@ def test_transformers_answers_the_demo_and_the_engine_agrees(tokenizer: Tokenize
     torch.testing.assert_close(logits, expected[0], atol=1e-3, rtol=1e-3)
 
 
-def test_the_demo_is_answered_far_beyond_the_trained_length(tokenizer: Tokenizer) -> None:
-    prompt, key = demo_prompt(tokenizer, 32768)
-    answerer = Answerer(CHECKPOINT, len(prompt), torch.bfloat16, CPU, sparse=True)
-    assert answerer.answer(prompt) == key
-
-
 def test_one_of_twelve_facts_with_new_names_is_found() -> None:
-    answerer = Answerer(CHECKPOINT, 4096, torch.bfloat16, CPU, sparse=True)
-    cell = evaluate(answerer, "1 of 12 facts", 4096, range(3))
-    assert (cell.right, cell.wrong) == (3, [])
+    answerer = InProcessAnswerer(CHECKPOINT, [Variant.DENSE], 4096 + 512, torch.float32)
+    facts = next(task for task in NEEDLES if task.name == "one-of-12-facts")
+    for seed in range(3):
+        prompt = facts.prompt(4096, seed, None, answerer.counter(""))
+        answer = answerer.answer("dense", prompt.content, 48, lambda _: None)
+        assert (answer.text, answer.prompt_tokens) == (prompt.expected[0], 4096)
 
 
 def test_the_training_model_is_the_engines_beyond_one_chunk() -> None:

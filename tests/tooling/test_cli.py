@@ -26,7 +26,7 @@ def main_error(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "ask", "config"])
+@pytest.mark.parametrize("command", ["serve", "demo", "ask", "config", "eval"])
 def test_help_teaches_with_an_example(command: str) -> None:
     status, output = run(command, "--help")
     assert status == 0

@@ -1,0 +1,385 @@
+"""The commands of `longreach eval`, all of which run in process as well.
+
+Whatever is slow to import is imported inside the commands, so that `--help` answers at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..errors import InvalidRequestError
+from ..pocket import CHECKPOINT
+
+if TYPE_CHECKING:
+    import torch
+
+    from .answerer import Answerer
+    from .subject import Subject
+    from .tasks import Task
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, help="A checkpoint folder; else the pocket's.")
+]
+Lengths = Annotated[str, typer.Option(help="Prompt tokens, as 2K,32K,1M or plain numbers.")]
+Variants = Annotated[
+    str, typer.Option(help="Which of dense,no-temperature,plain,sparse; not for an endpoint.")
+]
+Prompts = Annotated[int, typer.Option(min=1, help="Prompts in a cell.")]
+LongPrompts = Annotated[
+    int | None, typer.Option(min=1, help="Prompts in a cell above 131,072 tokens; else as many.")
+]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Prompts have this seed and those after it.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute: cuda or cpu; else cuda if there is one.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16 or float32; else the first on cuda, the last on cpu.")
+]
+Out = Annotated[Path, typer.Option(file_okay=False, help="The folder for results.")]
+
+Length = Annotated[str, typer.Option(help="Tokens of each text, as 64K.")]
+Text = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text; else made up.")
+]
+LastQueries = Annotated[
+    int | None, typer.Option(min=1, help="Queries that select; else the checkpoint's number.")
+]
+
+_ANSWER_ROOM = 512
+
+
+@app.callback()
+def evaluation() -> None:
+    """Measure how often a model is right, and what its sparse prefill loses."""
+
+
+@app.command()
+def needles(
+    context: typer.Context,
+    lengths: Lengths = "2K,8K,32K,64K",
+    depths: Annotated[str, typer.Option(help="0 (start) to 1 (end), or any.")] = "0,.25,.5,.75,1",
+    tasks: Annotated[
+        str, typer.Option(help="Which of pass-key,key-value,one-of-12-facts.")
+    ] = "pass-key,key-value",
+    variants: Variants = "dense,no-temperature,plain,sparse",
+    prompts: Prompts = 5,
+    long_prompts: LongPrompts = None,
+    first_seed: FirstSeed = 0,
+    checkpoint: Checkpoint = CHECKPOINT,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("results/needles"),
+) -> None:
+    """Ask for one fact hidden in a document, at every length and depth.
+
+    Writes prompts.jsonl, summary.json and picture.png; the same command goes on where it was
+    interrupted.
+
+        longreach eval needles --lengths 2K,8K,32K --prompts 10
+
+        longreach eval needles --tasks pass-key,one-of-12-facts --depths any --prompts 50
+    """
+    from .tasks import NEEDLES
+
+    chosen = _choose(tasks, NEEDLES)
+    answerer = _answerer(context, checkpoint, variants, lengths, device, dtype)
+    _run(answerer, chosen, lengths, _depths(depths), (prompts, long_prompts, first_seed), out)
+
+
+@app.command()
+def ruler(
+    context: typer.Context,
+    lengths: Lengths = "4K,8K,16K,32K",
+    tasks: Annotated[str, typer.Option(help="RULER's names, or all.")] = "all",
+    variants: Variants = "dense",
+    prompts: Prompts = 10,
+    long_prompts: LongPrompts = None,
+    first_seed: FirstSeed = 0,
+    checkpoint: Checkpoint = CHECKPOINT,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("results/ruler"),
+) -> None:
+    """Ask RULER's questions, as far as they need no download.
+
+    The tasks: niah_single_1, niah_multikey_2, niah_multikey_3, niah_multivalue, niah_multiquery,
+    vt, cwe, fwe.
+
+        longreach eval ruler --tasks niah_single_1,vt --lengths 4K,16K
+    """
+    from .ruler import RULER
+
+    chosen = RULER if tasks == "all" else _choose(tasks, RULER)
+    answerer = _answerer(context, checkpoint, variants, lengths, device, dtype)
+    _run(answerer, chosen, lengths, [None], (prompts, long_prompts, first_seed), out)
+
+
+@app.command()
+def recall(
+    context: typer.Context,
+    length: Length = "64K",
+    prompts: Prompts = 2,
+    text: Text = None,
+    first_seed: FirstSeed = 0,
+    last_queries: LastQueries = None,
+    checkpoint: Checkpoint = CHECKPOINT,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("results/recall"),
+) -> None:
+    """Measure how much of full attention each head keeps under sparse prefill.
+
+    Writes recall.json and recall.png. The text is made up unless a file is named.
+
+        longreach eval recall --length 64K
+
+        longreach eval recall --checkpoint Qwen2.5-7B-Instruct-1M --text book.txt --device cuda
+    """
+    from .in_process import CHUNK_TOKENS, dtype_name, fingerprint, name_of, sparsity_of
+    from .picture import draw_recall
+    from .recall import RecallReport, measure
+
+    seeds = range(first_seed, first_seed + prompts)
+    subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
+    sparsity = sparsity_of(checkpoint)
+    if last_queries is not None:
+        sparsity = replace(sparsity, last_queries=last_queries)
+    meter = measure(subject.model, sparsity, subject.prompts, CHUNK_TOKENS)
+    settings = {
+        "checkpoint": fingerprint(checkpoint),
+        "dtype": dtype_name(subject.model.dtype),
+        "device": subject.model.device.type,
+        "last_queries": str(sparsity.last_queries),
+    }
+    longest = max(map(len, subject.prompts))
+    measured = RecallReport(
+        name_of(checkpoint), settings, len(subject.prompts), longest, tuple(meter.heads())
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    measured.write(out / "recall.json")
+    Console().print(measured.table())
+    draw_recall(measured, out / "recall.png")
+
+
+@app.command()
+def calibrate(
+    context: typer.Context,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Mean recall to reach.")] = 0.95,
+    length: Length = "64K",
+    prompts: Prompts = 1,
+    text: Text = None,
+    first_seed: FirstSeed = 0,
+    start: Annotated[
+        str | None, typer.Option(help="VERTICALS,SLASHES to begin with; else the checkpoint's.")
+    ] = None,
+    most: Annotated[str, typer.Option(help="VERTICALS,SLASHES that no head grows beyond.")] = (
+        "4096,16384"
+    ),
+    checkpoint: Checkpoint = CHECKPOINT,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("results/calibrate"),
+) -> None:
+    """Grow sparse budgets until every head keeps enough of full attention.
+
+    Writes sparse_attention_config.json into the folder of --out, which may be the checkpoint's.
+
+        longreach eval calibrate --threshold 0.9 --length 64K
+    """
+    from ...kernels.sparse import HeadBudget
+    from ..pocket.export import write_budgets
+    from .calibration import Round, grow_budgets, uniform
+    from .in_process import CHUNK_TOKENS, sparsity_of
+
+    seeds = range(first_seed, first_seed + prompts)
+    subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
+    first = uniform(subject.model, *_pair(start)) if start else sparsity_of(checkpoint)
+    console = Console()
+
+    def show(done: Round) -> None:
+        mean = sum(each.mean for each in done.recalls) / len(done.recalls)
+        console.print(
+            f"mean recall {mean:.4f}, lowest {min(each.mean for each in done.recalls):.4f}; "
+            f"{len(done.wanting)} of {len(done.recalls)} heads are under {threshold}"
+        )
+
+    cap = HeadBudget(*_pair(most))
+    found = grow_budgets(subject.model, first, subject.prompts, threshold, cap, CHUNK_TOKENS, show)
+    for layer, heads in enumerate(zip(first.budgets, found.budgets, strict=True)):
+        for head, (old, new) in enumerate(zip(*heads, strict=True)):
+            if old != new:
+                console.print(
+                    f"layer {layer}, head {head}: verticals {old.verticals} to {new.verticals}, "
+                    f"slashes {old.slashes} to {new.slashes}"
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    write_budgets(out, [[(b.verticals, b.slashes) for b in layer] for layer in found.budgets])
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A folder that another command wrote.")],
+) -> None:
+    """Draw the picture and print the table of results that are there.
+
+    longreach eval report results/needles
+    """
+    from .records import read_records
+
+    settings, records = read_records(out / "prompts.jsonl")
+    if not records:
+        raise InvalidRequestError(f"{out} holds no answers yet; run the command that asks again")
+    _report(out, settings, records)
+
+
+def _run(
+    answerer: "Answerer",
+    tasks: "tuple[Task, ...]",
+    lengths: str,
+    depths: list[float | None],
+    prompts: tuple[int, int | None, int],
+    out: Path,
+) -> None:
+    from .records import RecordFile
+    from .running import Grid, run
+
+    count, long_count, first_seed = prompts
+    grid = Grid(tasks, _lengths(lengths), depths, count, long_count or count, first_seed)
+    settings = {"model": answerer.model, **answerer.settings}
+    file = RecordFile(out / "prompts.jsonl", settings)
+    run(answerer, grid, file, Console(stderr=True))
+    _report(out, settings, file.records)
+
+
+def _report(out: Path, settings: dict[str, str], records: list) -> None:
+    from .picture import draw
+    from .summary import Summary
+
+    summary = Summary.of(settings, records)
+    summary.write(out / "summary.json")
+    Console().print(summary.table())
+    draw(summary, out / "picture.png")
+
+
+def _answerer(
+    context: typer.Context,
+    checkpoint: Path,
+    variants: str,
+    lengths: str,
+    device: str | None,
+    dtype: str | None,
+) -> "Answerer":
+    """The endpoint that was named before the command, else the checkpoint in this process."""
+    connect: Callable[[], Answerer] | None = context.obj
+    if connect is not None:
+        _refuse_with_endpoint(context, "checkpoint", "variants", "device", "dtype")
+        return connect()
+    from .in_process import InProcessAnswerer, Variant
+
+    chosen = [_variant(name, Variant) for name in variants.split(",")]
+    most = max(_lengths(lengths)) + _ANSWER_ROOM
+    return InProcessAnswerer(checkpoint, chosen, most, *_where(device, dtype))
+
+
+def _refuse_with_endpoint(context: typer.Context, *names: str) -> None:
+    """Refuse what was asked for on the command line and an endpoint cannot give."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequestError(
+                f"--{name} is for checkpoints in this process; leave it out, or --endpoint"
+            )
+
+
+def _subject(
+    context: typer.Context,
+    checkpoint: Path,
+    length: str,
+    seeds: range,
+    text: Path | None,
+    device: str | None,
+    dtype: str | None,
+) -> "Subject":
+    from .subject import Subject
+
+    if context.obj is not None:
+        raise InvalidRequestError("an endpoint does not show its attention; leave --endpoint out")
+    [tokens] = _lengths(length)
+    where = _where(device, dtype)
+    if text is not None:
+        return Subject.of_file(checkpoint, text, tokens, *where)
+    return Subject.of_seeds(checkpoint, seeds, tokens, *where)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    try:
+        verticals, slashes = map(int, text.split(","))
+    except ValueError as error:
+        raise InvalidRequestError(f"{text} is no pair of numbers, as 64,128 is") from error
+    return verticals, slashes
+
+
+def _lengths(text: str) -> list[int]:
+    units = {"K": 1 << 10, "M": 1 << 20}
+    try:
+        return sorted(
+            int(each[:-1]) * units[each[-1].upper()] if each[-1].upper() in units else int(each)
+            for each in text.split(",")
+        )
+    except (ValueError, IndexError) as error:
+        raise InvalidRequestError(f"--lengths {text} are not lengths, as 2K,32K,1M are") from error
+
+
+def _depths(text: str) -> list[float | None]:
+    if text == "any":
+        return [None]
+    try:
+        depths = [float(each) for each in text.split(",")]
+    except ValueError as error:
+        raise InvalidRequestError(f"--depths {text} are not numbers, as 0,0.5,1 are") from error
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise InvalidRequestError(f"--depths {text} must lie between 0 (start) and 1 (end)")
+    return [*sorted(depths)]
+
+
+def _choose(text: str, tasks: "tuple[Task, ...]") -> "tuple[Task, ...]":
+    by_name = {task.name: task for task in tasks}
+    unknown = [name for name in text.split(",") if name not in by_name]
+    if unknown:
+        raise InvalidRequestError(f"no task is called {unknown[0]}; there are {', '.join(by_name)}")
+    return tuple(by_name[name] for name in text.split(","))
+
+
+def _variant(name: str, variants):
+    try:
+        return variants(name)
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"no variant is called {name}; there are {', '.join(variants)}"
+        ) from error
+
+
+def _where(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch.device]":
+    """Float type and device; many CPUs compute float32 faster than bfloat16."""
+    import torch
+
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InvalidRequestError(f"--device {device} is unknown; take cuda or cpu") from error
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    name = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
+    if name not in dtypes:
+        raise InvalidRequestError(f"--dtype {name} is not served; take bfloat16 or float32")
+    return dtypes[name], chosen
