@@ -26,6 +26,8 @@ from .sparsity import SparsityConfig
 from .transport import PageSender
 
 _CPU_ROWS = 16 * BLOCK_ROWS
+_FULL_ROWS = 128
+"""The last rows of a prompt attend to everything, under sparse attention too."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class _Chunk:
         with self.stages.time("communication"):
             pages = self._gather_pages(own)
             first, last = self._first_block, self._first_block + self._num_blocks
-            target = self._block_table.on(pages.device)[first:last]
+            target = self._block_table.on(pages.device)[first:last].long()
             self._pool.memory[number].index_copy_(0, target, pages)
         if self._sender is not None and self._model.heads.owns_kv:
             with self.stages.time("hand-off"):
@@ -323,11 +325,29 @@ class _Chunk:
             attended, lse = sparse.attention(
                 queries, self._blocks, pages, stride, self._scale, selections
             )
+            self._attend_in_full(queries, pages, attended, lse)
         if self._observer is not None:
             self._observer(
                 SparseAttention(number, queries, self._blocks, pages, stride, self._scale, lse)
             )
         return attended
+
+    def _attend_in_full(
+        self, queries: SegmentQueries, pages: LayerPages, attended: Tensor, lse: Tensor
+    ) -> None:
+        """Put full attention in place of sparse for the blocks that hold the prompt's end.
+
+        A question mostly stands there, and its own rows are those that cannot do without: see
+        engine/pocket/EXPERIMENTS.md.
+        """
+        first = (self._length - _FULL_ROWS) // BLOCK_ROWS
+        blocks = QueryBlocks(tuple(b for b in self._blocks.blocks if b >= first), self._end)
+        if blocks.num_rows == 0:
+            return
+        rows = slice(len(attended) - blocks.num_rows, len(attended))
+        attended[rows], lse[rows] = dual_chunk.attention(
+            queries.rows(rows), blocks, pages, self._model.positions.stride, self._scale
+        )
 
     def _select(
         self,
