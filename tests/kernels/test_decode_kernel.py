@@ -137,10 +137,16 @@ def test_lengths_around_chunk_borders(monkeypatch, tiling) -> None:
     check(step, lengths, 9, True, tiling)
 
 
-@pytest.mark.parametrize("group", [1, 2, 5, 7])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    [(torch.bfloat16, 128), (torch.float16, 64), (torch.float16, 128), (torch.float32, 64)],
+    ("group", "dtype", "head_dim"),
+    [
+        (1, torch.bfloat16, 128),
+        (2, torch.float16, 64),
+        (5, torch.float32, 64),
+        (7, torch.float16, 128),
+        (7, torch.bfloat16, 128),
+        (5, torch.bfloat16, 64),
+    ],
 )
 def test_head_groups_and_types(monkeypatch, group, dtype, head_dim) -> None:
     lengths = [300, 7]
