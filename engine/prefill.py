@@ -325,16 +325,15 @@ class _Chunk:
             attended, lse = sparse.attention(
                 queries, self._blocks, pages, stride, self._scale, selections
             )
-            self._attend_in_full(queries, pages, attended, lse)
         if self._observer is not None:
             self._observer(
                 SparseAttention(number, queries, self._blocks, pages, stride, self._scale, lse)
             )
+        with self.stages.time("attention"):
+            self._attend_in_full(queries, pages, attended)
         return attended
 
-    def _attend_in_full(
-        self, queries: SegmentQueries, pages: LayerPages, attended: Tensor, lse: Tensor
-    ) -> None:
+    def _attend_in_full(self, queries: SegmentQueries, pages: LayerPages, attended: Tensor) -> None:
         """Put full attention in place of sparse for the blocks that hold the prompt's end.
 
         A question mostly stands there, and its own rows are those that cannot do without: see
@@ -345,7 +344,7 @@ class _Chunk:
         if blocks.num_rows == 0:
             return
         rows = slice(len(attended) - blocks.num_rows, len(attended))
-        attended[rows], lse[rows] = dual_chunk.attention(
+        attended[rows], _ = dual_chunk.attention(
             queries.rows(rows), blocks, pages, self._model.positions.stride, self._scale
         )
 

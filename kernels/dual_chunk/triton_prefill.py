@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# Triton types a launch as the kernel itself, which has no parameter `num_warps`.
 """Dense dual chunk attention of a prefill chunk on a GPU, in one pass over paged K and V.
 
 One program computes 128 query rows of one head. It walks the keys segment by segment with one
@@ -5,9 +7,6 @@ softmax state, taking the query's rotation of each segment in turn, so nothing i
 and no key is copied. A tile of keys is a page (or half of one), read by the tensor memory
 accelerator straight from the page pool.
 """
-
-# Triton's language has no types that a checker could follow.
-# pyright: basic
 
 import math
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..dual_chunk.segments import QueryBlocks, SegmentQueries
 from ..pages import LayerPages
 from . import portable, portable_sums
-from .choose import by_bands, by_coverage, by_diagonals, widths_by_bands
+from .choose import FORCED_VERTICALS, by_bands, by_coverage, by_diagonals, widths_by_bands
 from .portable import visible_keys
 from .selections import NOTHING, HeadBudget, Selections, Sums
 
 __all__ = [
+    "FORCED_VERTICALS",
     "NOTHING",
     "HeadBudget",
     "Selections",

@@ -73,7 +73,7 @@ class Selections:
         cls, columns: Sequence[Sequence[int]], distances: Sequence[Sequence[int]]
     ) -> "Selections":
         """From rising columns and rising distances of each head."""
-        most_columns = round_up(max(1, *(len(each) for each in columns)))
+        most_columns = round_up(max(1, max(len(each) for each in columns)))
         most_distances = max(len(each) for each in distances)
         return cls(_filled_up(columns, most_columns), _filled_up(distances, most_distances))
 

@@ -1,12 +1,11 @@
+# pyright: reportCallIssue=false
+# Triton types a launch as the kernel itself, which has no parameter `num_warps`.
 """Sparse dual chunk attention on a GPU: whole tiles by their distance, and columns packed once.
 
 One program computes 128 query rows of one head, as in dense attention, over that block's list of
 tiles, and then over the head's columns, which were packed into pages of their own before: so both
 are read tile by tile, and nothing is gathered row by row while tensor cores wait.
 """
-
-# Triton's language has no types that a checker could follow.
-# pyright: basic
 
 import math
 

@@ -10,6 +10,7 @@ docs/kernels/selection.md.
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,9 +30,7 @@ _INTER, _SUCCESSIVE, _INTRA, _MIXED = range(4)
 
 
 @lru_cache(maxsize=16)
-def stretches(
-    first_position: int, rows: int, stride: int | None, device: torch.device
-) -> Tensor:
+def stretches(first_position: int, rows: int, stride: int | None, device: torch.device) -> Tensor:
     """Which pages belong together: int32 [n, 3] of first page, page after the last, and kind.
 
     All rows see all keys of a stretch under one rotation, the kind's; a page where that does not
@@ -49,7 +48,7 @@ def stretches(
     borders = np.concatenate(([0], np.flatnonzero(changes) + 1, [len(page)]))
     lines = [
         (first, min(first + _STRETCH, last), kinds[start])
-        for start, last in zip(borders[:-1], borders[1:], strict=True)
+        for start, last in pairwise(borders)
         for first in range(start, last, _STRETCH)
     ]
     return torch.tensor(np.array(lines), dtype=torch.int32, device=device)
@@ -86,7 +85,9 @@ def _mixed_logits(
     else:
         q = tl.load(intra + place, mask=exists, other=0.0)
         logits = tl.dot(q, k.T)
-    return tl.where(keys[None, :] <= positions[:, None], logits, -float("inf"))
+    # Rows that do not exist must not see past the end either, where anything lies.
+    seen = keys[None, :] <= tl.minimum(positions, last_position)[:, None]
+    return tl.where(seen, logits, -float("inf"))
 
 
 @triton.jit
@@ -183,8 +184,9 @@ def _sums_kernel(
         )  # fmt: skip
         if SUMS:
             _store_sums(
-                tl.trans(logits), own_lse, columns, bands, diagonals, first, num_pages, heads_of_pack,
-                pack_exists, first_position, rows, line, scale, heavy, ROWS, HEAVY, DIAGONALS,
+                tl.trans(logits), own_lse, columns, bands, diagonals, first, num_pages,
+                heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+                ROWS, HEAVY, DIAGONALS,
             )  # fmt: skip
         else:
             highest = tl.max(logits, 1) * scale
@@ -203,8 +205,9 @@ def _sums_kernel(
             number = tl.load(table + page + 1, mask=page + 1 < last, other=0)
             if SUMS:
                 _store_sums(
-                    tl.dot(k, q.T), own_lse, columns, bands, diagonals, page, num_pages, heads_of_pack,
-                    pack_exists, first_position, rows, line, scale, heavy, ROWS, HEAVY, DIAGONALS,
+                    tl.dot(k, q.T), own_lse, columns, bands, diagonals, page, num_pages,
+                    heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+                    ROWS, HEAVY, DIAGONALS,
                 )  # fmt: skip
             else:
                 logits = tl.dot(q, k.T)
@@ -255,7 +258,7 @@ def sums(
     check_layout(queries)
     length = first_position + rows
     num_pages = -(-length // BLOCK_ROWS)
-    padded_rows = max(16, triton.next_power_of_2(rows))
+    padded_rows = max(16, int(triton.next_power_of_2(rows)))
     packs = -(-group // (BLOCK_ROWS // padded_rows))
     first_kv_head = first_head // group
     last_kv_head = -(-(first_head + heads) // group)

@@ -9,12 +9,14 @@ from longreach.kernels import dual_chunk
 from longreach.kernels.dual_chunk import (
     KeyBounds,
     QueryBlocks,
+    SegmentQueries,
     Span,
     reference,
     split_at_chunks,
     triton_prefill,
 )
 
+from .poison import poison_fresh_memory
 from .problem import CHUNK, DEVICE, LOCAL, LOW_PRECISION, SCALE, make_problem, relative_error
 
 STRIDE = CHUNK - LOCAL
@@ -47,27 +49,44 @@ def test_dense_attention(length: int, blocks: tuple[int, ...], dual: bool) -> No
 
 @pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
 @pytest.mark.parametrize(
-    ("length", "blocks", "heads", "head_dim"),
+    ("length", "blocks", "heads", "kv_heads", "head_dim"),
     [
-        (1, (0,), (1, 1), 64),
-        (63, (0,), (5, 1), 128),
-        (247, (0, 1), (2, 1), 64),
-        (1000, (2, 7), (7, 1), 64),
+        (1, (0,), 1, 1, 64),
+        (63, (0,), 5, 1, 128),
+        (111, (0,), 4, 2, 64),
+        (247, (0, 1), 2, 1, 64),
+        (1000, (2, 7), 7, 1, 64),
+        (4097, (17, 32), 1, 1, 64),
     ],
 )
-def test_triton_prefill(length: int, blocks, heads, head_dim: int, chunk) -> None:
+def test_triton_prefill(
+    monkeypatch, length: int, blocks, heads: int, kv_heads: int, head_dim: int, chunk
+) -> None:
     problem = make_problem(
-        length, chunk is not None, *heads, head_dim, LOW_PRECISION, chunk or (CHUNK, LOCAL), DEVICE
-    )
+        length, chunk is not None, heads, kv_heads, head_dim, LOW_PRECISION,
+        chunk or (CHUNK, LOCAL), DEVICE,
+    )  # fmt: skip
     rows = QueryBlocks(blocks, length)
     expected, expected_lse = reference.attention(problem.logits, problem.v)
+    queries = problem.queries(rows)
+    poison_fresh_memory(monkeypatch)
     output, lse = triton_prefill.attention(
-        problem.queries(rows), rows, problem.pages,
-        None if chunk is None else chunk[0] - chunk[1], SCALE,
-    )  # fmt: skip
+        queries, rows, problem.pages, None if chunk is None else chunk[0] - chunk[1], SCALE
+    )
     where = rows.positions()
     assert relative_error(output, expected[where]) < 5e-3
-    torch.testing.assert_close(lse.cpu(), expected_lse[where].float(), rtol=5e-3, atol=5e-3)
+    assert relative_error(lse, expected_lse[where]) < 5e-3
+
+
+def test_rotations_of_different_layouts_are_refused() -> None:
+    problem = make_problem(128, dual=True, head_dim=64, dtype=LOW_PRECISION, device=DEVICE)
+    queries = problem.queries(QueryBlocks((0,), 128))
+    turned = queries.inter.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="same strides"):
+        triton_prefill.attention(
+            SegmentQueries(queries.intra, queries.successive, turned),
+            QueryBlocks((0,), 128), problem.pages, STRIDE, SCALE,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dual", [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longreach.kernels import sparse
-from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
+from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries, triton_prefill
 from longreach.kernels.dual_chunk.reference import attention as exact_attention
 from longreach.kernels.sparse import (
     HeadBudget,
@@ -20,6 +20,7 @@ from longreach.kernels.sparse import (
     triton_sums,
 )
 
+from .poison import poison_fresh_memory
 from .problem import (
     CHUNK,
     DEVICE,
@@ -43,15 +44,11 @@ def selections_below(length: int) -> Selections:
 
 
 def expected_attention(problem: Problem, selections: Selections):
-    masks = torch.stack(
-        [
-            reference.visible(
-                *(set(each.tolist()) for each in selections.of_head(head)), problem.length
-            )
-            for head in range(len(selections.columns))
-        ]
-    )
-    return exact_attention(problem.logits.masked_fill(~masks, -torch.inf), problem.v)
+    masks = []
+    for head in range(len(selections.columns)):
+        columns, distances = (set(each.tolist()) for each in selections.of_head(head))
+        masks.append(reference.visible(columns, distances, problem.length))
+    return exact_attention(problem.logits.masked_fill(~torch.stack(masks), -torch.inf), problem.v)
 
 
 def to_device(selections: Selections) -> Selections:
@@ -73,23 +70,59 @@ def test_portable_attention_sees_exactly_what_was_selected(length, blocks, dual:
     torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
-@pytest.mark.parametrize(("length", "blocks"), [(1000, (1, 4, 7)), (897, (6, 7)), (111, (0,))])
-def test_triton_attention_sees_exactly_what_was_selected(length, blocks, chunk) -> None:
-    problem = make_problem(
-        length, chunk is not None, head_dim=64, dtype=LOW_PRECISION,
-        chunk=chunk or (CHUNK, LOCAL), device=DEVICE,
-    )  # fmt: skip
-    selections = selections_below(length)
-    expected, expected_lse = expected_attention(problem, selections)
-    rows = QueryBlocks(blocks, length)
-    output, lse = triton_attention.attention(
+def triton_output(problem: Problem, rows: QueryBlocks, chunk, selections: Selections):
+    return triton_attention.attention(
         problem.queries(rows), rows, problem.pages,
         None if chunk is None else chunk[0] - chunk[1], SCALE, to_device(selections),
     )  # fmt: skip
+
+
+def low_precision_problem(length: int, chunk) -> Problem:
+    return make_problem(
+        length, chunk is not None, head_dim=64, dtype=LOW_PRECISION,
+        chunk=chunk or (CHUNK, LOCAL), device=DEVICE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
+@pytest.mark.parametrize(("length", "blocks"), [(1000, (1, 4, 7)), (897, (6, 7)), (111, (0,))])
+def test_triton_attention_sees_exactly_what_was_selected(
+    monkeypatch, length, blocks, chunk
+) -> None:
+    problem = low_precision_problem(length, chunk)
+    selections = selections_below(length)
+    expected, expected_lse = expected_attention(problem, selections)
+    rows = QueryBlocks(blocks, length)
+    poison_fresh_memory(monkeypatch)
+    output, lse = triton_output(problem, rows, chunk, selections)
     where = rows.positions()
     assert relative_error(output, expected[where]) < 5e-3
-    torch.testing.assert_close(lse.cpu(), expected_lse[where].float(), rtol=5e-3, atol=5e-3)
+    assert relative_error(lse, expected_lse[where]) < 5e-3
+
+
+def test_selecting_nothing_leaves_each_block_its_own_tile() -> None:
+    problem = low_precision_problem(300, (384, 128))
+    nothing = Selections.of([[]] * 4, [[0]] * 4)
+    expected, _ = expected_attention(problem, nothing)
+    rows = QueryBlocks((0, 1, 2), 300)
+    output, _ = triton_output(problem, rows, (384, 128), nothing)
+    assert relative_error(output, expected) < 5e-3
+
+
+def test_selecting_everything_is_dense_attention() -> None:
+    problem = low_precision_problem(600, (384, 128))
+    rows = QueryBlocks((3, 4), 600)
+    dense, dense_lse = triton_prefill.attention(
+        problem.queries(rows), rows, problem.pages, 256, SCALE
+    )
+    for everything in (
+        Selections.of([[]] * 4, [list(range(5))] * 4),
+        Selections.of([list(range(600))] * 4, [[0]] * 4),
+        Selections.of([list(range(600))] * 4, [list(range(5))] * 4),
+    ):
+        output, lse = triton_output(problem, rows, (384, 128), everything)
+        assert relative_error(output, dense.cpu()) < 2e-3
+        assert relative_error(lse, dense_lse.cpu()) < 1e-5
 
 
 @pytest.mark.parametrize("end", [1000, 1024])
