@@ -7,6 +7,7 @@ import torch
 
 from .cases import CASES, Result
 from .measure import Ceilings, Line, append, environment
+from .plot import plot
 
 
 def main() -> None:
@@ -16,7 +17,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path("docs/kernels/bench.csv"))
     parser.add_argument("--budgets", type=Path, help="a sparse_attention_config.json of the 7B")
     parser.add_argument("--commit", help="what to call the code, where there is no git")
+    parser.add_argument("--plot", type=Path, help="only draw the CSV file, as this picture")
     chosen = parser.parse_args()
+    if chosen.plot is not None:
+        plot(chosen.csv, chosen.plot)
+        return
     if not torch.cuda.is_available():
         parser.error("the kernels' benchmarks need a GPU; their tests run without one")
     device = torch.device("cuda")

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import elementwise, sparse
-from ..dual_chunk import triton_decode, triton_prefill
+from .. import dual_chunk, elementwise, sparse
+from ..dual_chunk import triton_decode
 from ..dual_chunk.decode_plan import DecodePlan
-from ..dual_chunk.segments import BLOCK_ROWS, QueryBlocks, Rotation, SegmentQueries
+from ..dual_chunk.segments import BLOCK_ROWS, Rotation, SegmentQueries
 from ..pages import PAGE_TOKENS
-from ..sparse import HeadBudget, Selections, Sums, triton_attention, triton_sums
+from ..sparse import HeadBudget, Selections, Sums
 from .measure import Ceilings, Run, Timing, captured
-from .setup import CHUNK_TOKENS, QWEN_7B, QWEN_14B, STRIDE, Layer, Shape, sdpa_baseline
+from .setup import CHUNK_TOKENS, QWEN_7B, QWEN_14B, STRIDE, Layer, sdpa_baseline
 
 LAST_QUERIES = 64
 MILLION = 2**20
@@ -68,11 +68,11 @@ def dense(device: torch.device, budgets: Path | None) -> Iterator[Result]:
         layer = Layer.random(shape, length, device)
         repeats = 9 if length == 2**17 else 3
         arguments = (layer.queries, layer.blocks, layer.pages, STRIDE, layer.scale)
-        output, lse = triton_prefill.attention(*arguments)
+        output, lse = dual_chunk.attention(*arguments)
         error = layer.error(output, lse)
         yield Result(
             "dense dual chunk prefill", where(layer),
-            Timing.of(lambda arguments=arguments: triton_prefill.attention(*arguments), repeats, 1),
+            Timing.of(lambda arguments=arguments: dual_chunk.attention(*arguments), repeats, 1),
             layer.flops, "TFLOP/s", error, "cuDNN", Timing.of(sdpa_baseline(layer), repeats, 1).p50,
         )  # fmt: skip
 
@@ -108,8 +108,9 @@ def attention_of(
             layer.queries, layer.blocks, layer.pages, STRIDE, layer.scale, selections,
         )  # fmt: skip
         if number == 0:
-            errors.append(layer.error(*triton_attention.attention(*arguments), selections))
-        timings.append(Timing.of(lambda a=arguments: triton_attention.attention(*a), 3, 1))
+            errors.append(layer.error(*sparse.attention(*arguments), selections))
+        run = captured(lambda a=arguments: sparse.attention(*a))
+        timings.append(Timing.of(run, 3, 1))
         densities.append(density(layer, selections))
     attending, covered = Timing.mean(timings), float(np.mean(densities))
     share = selecting.p50 / (selecting.p50 + attending.p50)
@@ -132,11 +133,11 @@ def adaptive(device: torch.device, budgets: Path | None) -> Iterator[Result]:
         selections = choose()
         dense_arguments = (layer.queries, layer.blocks, layer.pages, STRIDE, layer.scale)
         arguments = (*dense_arguments, selections)
-        _, full = triton_prefill.attention(*dense_arguments)
-        output, lse = triton_attention.attention(*arguments)
+        _, full = dual_chunk.attention(*dense_arguments)
+        output, lse = sparse.attention(*arguments)
         recall = (lse - full).exp()
-        selecting = Timing.of(choose, 9)
-        attending = Timing.of(lambda a=arguments: triton_attention.attention(*a), 9)
+        selecting = Timing.of(captured(choose), 9)
+        attending = Timing.of(captured(lambda a=arguments: sparse.attention(*a)), 9)
         covered = density(layer, selections)
         share = selecting.p50 / (selecting.p50 + attending.p50)
         yield Result(
@@ -286,7 +287,7 @@ def read_budgets(path: Path) -> list[list[HeadBudget]]:
 def last_sums(layer: Layer, heavy: float = float("inf")) -> Sums:
     """Of the chunk's last rows."""
     rows = slice(CHUNK_TOKENS - LAST_QUERIES, CHUNK_TOKENS)
-    return triton_sums.sums(
+    return sparse.sums(
         layer.queries.rows(rows), layer.length - LAST_QUERIES, layer.pages, 0, STRIDE,
         layer.scale, layer.shape.group, heavy,
     )  # fmt: skip
@@ -294,7 +295,7 @@ def last_sums(layer: Layer, heavy: float = float("inf")) -> Sums:
 
 def selection_time(layer: Layer, budgets: list[HeadBudget]) -> Timing:
     """Of everything between queries and lists."""
-    return Timing.of(lambda: sparse.by_bands(last_sums(layer), budgets), 5, 1)
+    return Timing.of(captured(lambda: sparse.by_bands(last_sums(layer), budgets)), 5, 1)
 
 
 def made_up(
@@ -379,4 +380,4 @@ CASES: dict[str, Bench] = {
     "elementwise": between_products,
 }
 
-__all__ = ["CASES", "QueryBlocks", "Result", "Shape"]
+__all__ = ["CASES", "Result"]

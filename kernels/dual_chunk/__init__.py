@@ -1,6 +1,7 @@
 """Dual chunk attention: positions, the definition, and dense attention over pages.
 
-On a GPU the Triton versions run, elsewhere the portable ones; both answer to `reference`.
+On a GPU the Gluon version runs where the GPU is Hopper and the case is its, else Triton's; on a CPU
+the portable one. All answer to `reference`.
 """
 
 from torch import Tensor
@@ -41,7 +42,10 @@ def attention(
         output [rows, heads, d] in the queries' type, log-sum-exp [rows, heads] float32.
     """
     if queries.intra.is_cuda:
-        from . import triton_prefill
+        from . import gluon_prefill, triton_prefill
 
-        return triton_prefill.attention(queries, blocks, pages, stride, scale)
+        version = triton_prefill
+        if gluon_prefill.supports(queries, pages, stride):
+            version = gluon_prefill
+        return version.attention(queries, blocks, pages, stride, scale)
     return portable.attention(queries, blocks, pages, stride, scale)

@@ -5,6 +5,7 @@ tiles, since attention computes tiles: a lone diagonal costs as much as 128 neig
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -91,12 +92,18 @@ def _heaviest(weights: Tensor, counts: Sequence[int], forced: int) -> Tensor:
 
     int64 [lines, most], filled up with `NOTHING`.
     """
-    counts = [min(max(count, forced), weights.shape[1]) for count in counts]
+    counts = tuple(min(max(count, forced), weights.shape[1]) for count in counts)
     most = max(counts)
     order = _with_forced(weights, forced).topk(most).indices
-    allowed = torch.tensor(counts, device=weights.device)[:, None]
+    allowed = _on_device(counts, weights.device)[:, None]
     rank = torch.arange(most, device=weights.device)
     return order.masked_fill_(rank >= allowed, NOTHING)
+
+
+@lru_cache(maxsize=1024)
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, so that a layer copies its budgets to the device once."""
+    return torch.tensor(counts, device=device)
 
 
 def _with_forced(weights: Tensor, forced: int) -> Tensor:

@@ -298,16 +298,25 @@ def sums(
 
 
 def _band_sums(parts: Tensor, first_position: int, num_pages: int) -> Tensor:
-    """Add what pages give to each band: page t's part j belongs to band base - t + j."""
-    base = first_position // BLOCK_ROWS - 1
-    result = parts.new_zeros(parts.shape[0], num_pages + 4)
+    """Add what pages give to each band."""
+    bands = torch.empty(len(parts), num_pages, dtype=torch.float32, device=parts.device)
+    _add_bands[(triton.cdiv(num_pages, 1024), len(parts))](
+        parts, bands, first_position // BLOCK_ROWS - 1, num_pages, BANDS=1024, num_warps=4
+    )
+    return bands
+
+
+@triton.jit
+def _add_bands(parts, bands, base, num_pages, BANDS: tl.constexpr):
+    """Page t's part j belongs to band base - t + j; bands below 0 hold masked pairs alone."""
+    head = tl.program_id(1).to(tl.int64)
+    band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)
+    total = tl.zeros([BANDS], tl.float32)
     for part in range(3):
-        # Falling pages are rising bands; bands below 0 hold masked pairs alone.
-        rising = parts[:, :, part].flip(1)
-        lowest = base - (num_pages - 1) + part
-        start = max(0, -lowest)
-        result[:, lowest + start : lowest + num_pages] += rising[:, start:]
-    return result[:, :num_pages]
+        page = base - band + part
+        here = (page >= 0) & (page < num_pages)
+        total += tl.load(parts + (head * num_pages + page) * 4 + part, mask=here, other=0.0)
+    tl.store(bands + head * num_pages + band, total, mask=band < num_pages)
 
 
 def _diagonal_sums(parts: Tensor, first_position: int, length: int) -> Tensor:
