@@ -256,6 +256,10 @@ def sums(
     """As the package's `sums`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     check_layout(queries)
+    # Scores only rank, so they may be made of what the tensor cores take.
+    inter, successive, intra = (
+        each.to(pages.memory.dtype) for each in (queries.inter, queries.successive, queries.intra)
+    )
     length = first_position + rows
     num_pages = -(-length // BLOCK_ROWS)
     padded_rows = max(16, int(triton.next_power_of_2(rows)))
@@ -274,7 +278,7 @@ def sums(
 
     def score(second_pass: bool) -> None:
         _sums_kernel[(len(work), (last_kv_head - first_kv_head) * packs)](
-            queries.inter, queries.successive, queries.intra, *queries.intra.stride()[:2],
+            inter, successive, intra, *intra.stride()[:2],
             page_tiles(pages.memory), pages.table.on(device), work, len(work), num_pages,
             first_position, rows, first_head, heads, first_kv_head, pages.num_kv_heads,
             stride or 1, scale * math.log2(math.e), heavy,

@@ -178,6 +178,16 @@ def test_triton_sums_are_those_of_the_definition(length, rows) -> None:
     check_sums(actual, problem, rows, 0.2, 1e-3)
 
 
+def test_queries_may_be_wider_than_keys() -> None:
+    problem = make_problem(300, dual=False, head_dim=64, dtype=LOW_PRECISION, device=DEVICE)
+    last = problem.last_queries(64)
+    wide = SegmentQueries(*(each.float() for each in (last.intra, last.successive, last.inter)))
+    narrow, same = (
+        triton_sums.sums(each, 236, problem.pages, 0, None, SCALE, 2) for each in (wide, last)
+    )
+    assert torch.equal(narrow.columns, same.columns)
+
+
 @pytest.mark.parametrize("chunk", [(200, 77), (384, 128)])
 @pytest.mark.parametrize(("length", "rows"), [(270, 64), (1000, 64), (555, 128)])
 def test_both_sum_alike_across_dual_chunks(length, rows, chunk) -> None:
