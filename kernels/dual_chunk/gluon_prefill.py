@@ -30,7 +30,7 @@ from .segments import QueryBlocks, SegmentQueries, span_table
 from .triton_prefill import check_layout
 
 STAGES = 3
-TURNS = True
+"""Pages of K and V in shared memory."""
 
 
 @gluon.constexpr_function
@@ -107,26 +107,28 @@ def softmax_step(logits, highest, total, scale):
     return weights, shrink, risen, total * shrink + gl.sum(weights, 1)
 
 
-@gluon.jit
-def _consume(
-    queries, where, out, q, borders, ring, turns,
-    HALF: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-):  # fmt: skip
-    """Attention of rows [64 HALF, 64 HALF + 64) of the block."""
-    intra, successive, inter = queries
-    output, lse, heads, scale = out
-    first_row, rows, row_stride = where
-    q = q.index(HALF)
-    k, v, k_full, k_empty, v_full, v_empty = ring
-    start, inter_end, successive_end = borders
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
-    dtype: gl.constexpr = k.dtype
-    first_row += 64 * HALF
-    rows -= 64 * HALF
+@gluon.constexpr_function
+def logits_layout():
+    """Of 64 rows against 128 keys."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
 
-    load_queries(q, intra, first_row, rows, row_stride, HEAD_DIM)
+
+@gluon.constexpr_function
+def result_layout(head_dim):
+    """Of 64 rows of results."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
+
+
+@gluon.jit
+def begin(q, ring, rows, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Softmax over the block's own tile; its weights meet their values with the next tile.
+
+    Returns:
+        accumulator [64, d], weights as an operand, highest [64] and total [64].
+    """
+    k, _, k_full, k_empty, _, _ = ring
+    LOGITS: gl.constexpr = logits_layout()
+    RESULT: gl.constexpr = result_layout(HEAD_DIM)
     blank = gl.zeros([64, 128], gl.float32, LOGITS)
     mbarrier.wait(k_full.index(0), 0)
     logits = warpgroup_mma(q, k.index(0).permute([1, 0]), blank, use_acc=False, is_async=True)
@@ -140,9 +142,89 @@ def _consume(
     highest = gl.max(logits, 1) * scale
     weights = gl.exp2(logits * scale - highest[:, None])
     total = gl.sum(weights, 1)
-    weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+    weights = gl.convert_layout(weights.to(k.dtype), gl.DotOperandLayout(0, RESULT, 2))
     accumulator = gl.zeros([64, HEAD_DIM], gl.float32, RESULT)
+    return accumulator, weights, highest, total
 
+
+@gluon.jit
+def attend_next(
+    accumulator, weights, highest, total, q, ring, turns, stage, phase, v_stage, v_phase, turn,
+    scale, seen, HALF: gl.constexpr, HEAD_DIM: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Softmax over the tile at `stage`, beside the product of the last tile's weights and values.
+
+    Args:
+        seen: with MASKED, whether each of the tile's keys is seen, [128].
+    """
+    k, v, k_full, k_empty, v_full, v_empty = ring
+    LOGITS: gl.constexpr = logits_layout()
+    RESULT: gl.constexpr = result_layout(HEAD_DIM)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
+    blank = gl.zeros([64, 128], gl.float32, LOGITS)
+    mbarrier.wait(k_full.index(stage), phase)
+    # The consumers issue in turns, so that one's softmax falls into the other's products.
+    mbarrier.wait(turns.index(HALF), turn)
+    keys = k.index(stage).permute([1, 0])
+    logits = warpgroup_mma(q, keys, blank, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
+    accumulator = warpgroup_mma(weights, v.index(v_stage), accumulator, is_async=True)
+    mbarrier.arrive(turns.index(1 - HALF), count=1)
+    logits = warpgroup_mma_wait(1, [logits])
+    if MASKED:
+        logits = gl.where(seen[None, :], logits, -float("inf"))
+    fresh, shrink, highest, total = softmax_step(logits, highest, total, scale)
+    fresh = gl.convert_layout(fresh.to(k.dtype), WEIGHTS)
+    # Long since passed. The assembler puts a wait for products as early as it can, so that
+    # softmax would follow it; past a branch it moves nothing.
+    mbarrier.wait(k_full.index(stage), phase)
+    accumulator, weights = warpgroup_mma_wait(0, [accumulator, fresh])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    mbarrier.arrive(v_empty.index(v_stage), count=1)
+    accumulator *= gl.convert_layout(shrink, gl.SliceLayout(1, RESULT))[:, None]
+    return accumulator, weights, highest, total
+
+
+@gluon.jit
+def finish(
+    accumulator, weights, highest, total, ring, v_stage, v_phase, out, first_row, rows,
+    HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """The last tile's values; then output and log-sum-exp are written."""
+    output, lse, heads, _ = out
+    _, v, _, _, v_full, _ = ring
+    LOGITS: gl.constexpr = logits_layout()
+    RESULT: gl.constexpr = result_layout(HEAD_DIM)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
+    accumulator = warpgroup_mma(weights, v.index(v_stage), accumulator, is_async=True)
+    accumulator = warpgroup_mma_wait(0, [accumulator])
+    divisor = gl.convert_layout(total, gl.SliceLayout(1, RESULT))
+    line = gl.arange(0, 64, gl.SliceLayout(1, RESULT))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, RESULT))
+    place = (first_row + line).to(gl.int64)[:, None] * (heads * HEAD_DIM) + dims[None, :]
+    normal = (accumulator / divisor[:, None]).to(v.dtype)
+    gl.store(output + place, normal, mask=(line < rows)[:, None])
+    line = gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
+    # From the base 2 back to e.
+    natural = (highest + gl.log2(total)) * 0.6931471805599453
+    gl.store(lse + first_row + line, natural, mask=line < rows)
+
+
+@gluon.jit
+def _consume(
+    queries, where, out, q, borders, ring, turns,
+    HALF: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attention of rows [64 HALF, 64 HALF + 64) of the block."""
+    intra, successive, inter = queries
+    scale = out[3]
+    first_row, rows, row_stride = where
+    q = q.index(HALF)
+    start, inter_end, successive_end = borders
+    first_row += 64 * HALF
+    rows -= 64 * HALF
+    load_queries(q, intra, first_row, rows, row_stride, HEAD_DIM)
+    accumulator, weights, highest, total = begin(q, ring, rows, scale, HALF, HEAD_DIM)
     v_stage, v_phase = 0, 0
     turn = 1 - HALF
     stage, phase = next_stage(0, 0, STAGES)
@@ -152,46 +234,20 @@ def _consume(
             rotated = successive if segment == 1 else inter
             load_queries(q, rotated, first_row, rows, row_stride, HEAD_DIM)
         for _ in range(first, last):
-            mbarrier.wait(k_full.index(stage), phase)
-            if TURNS:
-                mbarrier.wait(turns.index(HALF), turn)
-                turn ^= 1
-            keys = k.index(stage).permute([1, 0])
-            logits = warpgroup_mma(q, keys, blank, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            accumulator = warpgroup_mma(weights, v.index(v_stage), accumulator, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - HALF), count=1)
-            logits = warpgroup_mma_wait(1, [logits])
-            fresh, shrink, highest, total = softmax_step(logits, highest, total, scale)
-            fresh = gl.convert_layout(fresh.to(dtype), WEIGHTS)
-            # Long since passed. The assembler puts a wait for products as early as it can, so
-            # that softmax would follow it; past a branch it moves nothing.
-            mbarrier.wait(k_full.index(stage), phase)
-            accumulator, weights = warpgroup_mma_wait(0, [accumulator, fresh])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            mbarrier.arrive(v_empty.index(v_stage), count=1)
-            accumulator *= gl.convert_layout(shrink, gl.SliceLayout(1, RESULT))[:, None]
+            accumulator, weights, highest, total = attend_next(
+                accumulator, weights, highest, total, q, ring, turns, stage, phase,
+                v_stage, v_phase, turn, scale, 0, HALF, HEAD_DIM, False,
+            )  # fmt: skip
+            turn ^= 1
             v_stage, v_phase = stage, phase
             stage, phase = next_stage(stage, phase, STAGES)
-    mbarrier.wait(v_full.index(v_stage), v_phase)
-    accumulator = warpgroup_mma(weights, v.index(v_stage), accumulator, is_async=True)
-    accumulator = warpgroup_mma_wait(0, [accumulator])
-
-    divisor = gl.convert_layout(total, gl.SliceLayout(1, RESULT))
-    line = gl.arange(0, 64, gl.SliceLayout(1, RESULT))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, RESULT))
-    place = (first_row + line).to(gl.int64)[:, None] * (heads * HEAD_DIM) + dims[None, :]
-    normal = (accumulator / divisor[:, None]).to(dtype)
-    gl.store(output + place, normal, mask=(line < rows)[:, None])
-    line = gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
-    # From the base 2 back to e.
-    natural = (highest + gl.log2(total)) * 0.6931471805599453
-    gl.store(lse + first_row + line, natural, mask=line < rows)
+    finish(
+        accumulator, weights, highest, total, ring, v_stage, v_phase, out, first_row, rows, HEAD_DIM
+    )
 
 
 @gluon.jit
-def _load_own_values(memory, page, head, num_heads, rows, target, HEAD_DIM: gl.constexpr):
+def load_own_values(memory, page, head, num_heads, rows, target, HEAD_DIM: gl.constexpr):
     """V of a block's own tile; what lies past the sequence's end may be NaN and becomes 0."""
     LAYOUT: gl.constexpr = row_layout(HEAD_DIM)
     line = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
@@ -203,19 +259,8 @@ def _load_own_values(memory, page, head, num_heads, rows, target, HEAD_DIM: gl.c
 
 
 @gluon.jit
-def _prefill_kernel(
-    intra, successive, inter, row_stride, head_stride,
-    output, lse, memory, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-):  # fmt: skip
-    program = gl.program_id(0)
-    head = program // num_spans
-    kv_head = head // GROUP
-    # The last rows have the most keys: they go first, so that the end of the grid is short.
-    span = spans + (num_spans - 1 - program % num_spans) * 5
-    first_row, rows, start = gl.load(span), gl.load(span + 1), gl.load(span + 2)
-    inter_end, successive_end = gl.load(span + 3), gl.load(span + 4)
-
+def make_ring(kv, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory: both consumers' queries, the ring of K and V with its barriers, and turns."""
     dtype: gl.constexpr = kv.dtype
     q = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], kv.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, 128, HEAD_DIM], kv.layout)
@@ -233,8 +278,26 @@ def _prefill_kernel(
         mbarrier.init(v_empty.index(stage), count=2)
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
+    return q, (k, v, k_full, k_empty, v_full, v_empty), turns
+
+
+@gluon.jit
+def _prefill_kernel(
+    intra, successive, inter, row_stride, head_stride,
+    output, lse, memory, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    program = gl.program_id(0)
+    head = program // num_spans
+    kv_head = head // GROUP
+    # The last rows have the most keys: they go first, so that the end of the grid is short.
+    span = spans + (num_spans - 1 - program % num_spans) * 5
+    first_row, rows, start = gl.load(span), gl.load(span + 1), gl.load(span + 2)
+    inter_end, successive_end = gl.load(span + 3), gl.load(span + 4)
+
+    q, ring, turns = make_ring(kv, HEAD_DIM, STAGES)
     page = gl.load(table + start // 128)
-    _load_own_values(memory, page, kv_head, kv_heads, rows, v.index(0), HEAD_DIM)
+    load_own_values(memory, page, kv_head, kv_heads, rows, ring[1].index(0), HEAD_DIM)
 
     wide_head = head.to(gl.int64)
     intra += wide_head * head_stride
@@ -242,15 +305,14 @@ def _prefill_kernel(
     inter += wide_head * head_stride
     output += wide_head * HEAD_DIM
     lse += wide_head * num_rows
-    ring = (k, v, k_full, k_empty, v_full, v_empty)
     borders = (start, inter_end, successive_end)
     queries = (intra, successive, inter)
     out = (output, lse, heads, scale)
     where = (first_row, rows, row_stride)
     gl.warp_specialize(
         [
-            (_consume, (queries, where, out, q, borders, ring, turns, 0, HEAD_DIM, STAGES, TURNS)),
-            (_consume, (queries, where, out, q, borders, ring, turns, 1, HEAD_DIM, STAGES, TURNS)),
+            (_consume, (queries, where, out, q, borders, ring, turns, 0, HEAD_DIM, STAGES)),
+            (_consume, (queries, where, out, q, borders, ring, turns, 1, HEAD_DIM, STAGES)),
             (_produce, (kv, table, kv_head, kv_heads, borders, ring, STAGES)),
         ],
         [4, 1],
@@ -290,7 +352,7 @@ def attention(
         queries.intra, queries.successive, queries.inter, *queries.intra.stride()[:2],
         output, lse, pages.memory, page_tiles(pages.memory), pages.table.on(device), spans,
         scale * math.log2(math.e), len(spans), rows, heads, pages.num_kv_heads,
-        GROUP=heads // pages.num_kv_heads, HEAD_DIM=head_dim, STAGES=STAGES, TURNS=TURNS,
+        GROUP=heads // pages.num_kv_heads, HEAD_DIM=head_dim, STAGES=STAGES,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
     return output, lse.T

@@ -1,6 +1,7 @@
 """Vertical-slash sparse attention: selection, and attention over what was selected.
 
-On a GPU the Triton versions run, elsewhere the portable ones; both answer to `reference`.
+On a GPU the Gluon version of attention runs where the GPU is Hopper and the case is its, else
+Triton's; on a CPU the portable ones. All answer to `reference`.
 """
 
 import math
@@ -81,7 +82,11 @@ def attention(
     """
     arguments = (queries, blocks, pages, stride, scale, selections)
     if queries.intra.is_cuda:
-        from . import triton_attention
+        from ..dual_chunk import gluon_prefill
+        from . import gluon_attention, triton_attention
 
-        return triton_attention.attention(*arguments)
+        version = triton_attention
+        if gluon_prefill.supports(queries, pages, stride):
+            version = gluon_attention
+        return version.attention(*arguments)
     return portable.attention(*arguments)

@@ -42,21 +42,16 @@ def _attend_listed(
 
 @triton.jit
 def _attend_columns(
-    accumulator, highest, total, q, packed, tile_base, tiles, listed, block, first, last, scale,
+    accumulator, highest, total, q, packed, tile_base, seen, first, last, scale,
 ):  # fmt: skip
-    """Attention over the packed columns [first, last) of a head that lie in no listed tile.
-
-    Args:
-        tiles: which tile of the sequence each column is in. listed: by distance from the block.
-    """
+    """Attention over the packed columns [first, last) of a head, as far as the block sees them."""
     for tile in range(first // 128, tl.cdiv(last, 128)):
         column = tile * 128 + tl.arange(0, 128)
         inside = (column >= first) & (column < last)
-        distance = block - tl.load(tiles + column, mask=inside, other=0)
-        seen = inside & (tl.load(listed + distance, mask=inside, other=1) == 0)
+        here = tl.load(seen + column, mask=inside, other=0) != 0
         row = (tile_base + tile) * 256
         k = packed.load([row, 0])
-        logits = tl.where(seen[None, :], tl.dot(q, k.T), -float("inf"))
+        logits = tl.where(here[None, :], tl.dot(q, k.T), -float("inf"))
         risen = tl.maximum(highest, tl.max(logits, 1) * scale)
         weights = tl.exp2(logits * scale - risen[:, None])
         shrink = tl.exp2(highest - risen)
@@ -72,8 +67,7 @@ def _attend_columns(
 def _sparse_kernel(
     intra, successive, inter, row_stride, head_stride,
     output, lse, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,
-    distances, most_distances, listed, most_listed, tile_counts,
-    packed, column_tiles, most_columns, column_counts,
+    distances, most_distances, tile_counts, packed, most_columns, column_counts, seen,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DUAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -94,14 +88,13 @@ def _sparse_kernel(
 
     wide_head = head.to(tl.int64)
     distances += wide_head * most_distances
-    listed += wide_head * most_listed
     counts = tile_counts + (head * num_spans + number) * 3
     intra_tiles, successive_tiles = tl.load(counts), tl.load(counts + 1)
     inter_tiles = tl.load(counts + 2)
     counts = column_counts + (head * num_spans + number) * 3
     inter_columns, successive_columns = tl.load(counts), tl.load(counts + 1)
     intra_columns = tl.load(counts + 2)
-    column_tiles += wide_head * most_columns
+    seen += (wide_head * num_spans + number) * most_columns
     packed_base = head * (most_columns // 128)
 
     accumulator = tl.zeros([128, HEAD_DIM], tl.float32)
@@ -118,7 +111,7 @@ def _sparse_kernel(
         kv_head, kv_heads, scale, positions, successive_end, end, not ALIGNED,
     )  # fmt: skip
     accumulator, highest, total = _attend_columns(
-        accumulator, highest, total, q, packed, packed_base, column_tiles, listed, block,
+        accumulator, highest, total, q, packed, packed_base, seen,
         successive_columns, intra_columns, scale,
     )  # fmt: skip
     if DUAL:
@@ -131,7 +124,7 @@ def _sparse_kernel(
                 kv_head, kv_heads, scale, positions, inter_end, successive_end, not ALIGNED,
             )  # fmt: skip
             accumulator, highest, total = _attend_columns(
-                accumulator, highest, total, q, packed, packed_base, column_tiles, listed, block,
+                accumulator, highest, total, q, packed, packed_base, seen,
                 inter_columns, successive_columns, scale,
             )  # fmt: skip
         if inter_end > 0:
@@ -142,7 +135,7 @@ def _sparse_kernel(
                 kv_head, kv_heads, scale, positions, 0, inter_end, not ALIGNED,
             )  # fmt: skip
             accumulator, highest, total = _attend_columns(
-                accumulator, highest, total, q, packed, packed_base, column_tiles, listed, block,
+                accumulator, highest, total, q, packed, packed_base, seen,
                 0, inter_columns, scale,
             )  # fmt: skip
     store_result(
@@ -192,21 +185,20 @@ def attention(
     spans = span_table(blocks, stride, device)
     table = pages.table.on(device)
     columns, distances = selections.columns, selections.distances
-    listed = _is_listed(distances, -(-blocks.end // BLOCK_ROWS))
-    packed = _pack(pages, table, columns, group)
+    packed = pack(pages, table, columns, group)
     _sparse_kernel[(len(spans) * heads,)](
         queries.intra, queries.successive, queries.inter, *queries.intra.stride()[:2],
         output, lse, page_tiles(pages.memory), table, spans,
         scale * math.log2(math.e), len(spans), rows, heads, pages.num_kv_heads,
-        distances, distances.shape[1], listed, listed.shape[1], _tile_counts(distances, spans),
-        page_tiles(packed), columns >> 7, columns.shape[1], _column_counts(columns, spans),
+        distances, distances.shape[1], tile_counts(distances, spans), page_tiles(packed),
+        columns.shape[1], column_counts(columns, spans), seen_columns(selections, spans, blocks),
         GROUP=group, HEAD_DIM=head_dim, DUAL=stride is not None,
         ALIGNED=stride is None or stride % BLOCK_ROWS == 0, num_warps=8, num_stages=2,
     )  # fmt: skip
     return output, lse.T
 
 
-def _pack(pages: LayerPages, table: Tensor, columns: Tensor, group: int) -> Tensor:
+def pack(pages: LayerPages, table: Tensor, columns: Tensor, group: int) -> Tensor:
     """The chosen columns of each head as pages of their own, [heads * tiles, 1, 2, 128, d]."""
     heads, width = columns.shape
     head_dim = pages.memory.shape[-1]
@@ -218,14 +210,36 @@ def _pack(pages: LayerPages, table: Tensor, columns: Tensor, group: int) -> Tens
     return packed
 
 
-def _is_listed(distances: Tensor, num_tiles: int) -> Tensor:
-    """Whether a tile at each distance is listed: uint8 [heads, num_tiles + 1]."""
-    shape = (len(distances), num_tiles + 1)
-    listed = torch.zeros(shape, dtype=torch.uint8, device=distances.device)
-    return listed.scatter_(1, distances.clamp(max=num_tiles).long(), 1)
+def seen_columns(selections: Selections, spans: Tensor, blocks: QueryBlocks) -> Tensor:
+    """Which columns a span sees, uint8 [heads, spans, most columns]: those in no listed tile."""
+    columns, distances = selections.columns, selections.distances
+    heads, width = columns.shape
+    num_tiles = -(-blocks.end // BLOCK_ROWS)
+    listed = torch.zeros(heads, num_tiles + 1, dtype=torch.uint8, device=columns.device)
+    listed.scatter_(1, distances.clamp(max=num_tiles).long(), 1)
+    seen = torch.empty(heads, len(spans), width, dtype=torch.uint8, device=columns.device)
+    _see_columns[(len(spans), heads)](
+        columns, listed, spans, seen, width, num_tiles + 1, COLUMNS=1024, num_warps=4
+    )
+    return seen
 
 
-def _tile_counts(distances: Tensor, spans: Tensor) -> Tensor:
+@triton.jit
+def _see_columns(columns, listed, spans, seen, width, most_listed, COLUMNS: tl.constexpr):
+    span, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = tl.load(spans + span * 5 + 2) // 128
+    target = seen + (head * tl.num_programs(0) + span) * width
+    for first in range(0, width, COLUMNS):
+        place = first + tl.arange(0, COLUMNS)
+        exists = place < width
+        distance = block - tl.load(columns + head * width + place, mask=exists, other=0) // 128
+        is_listed = tl.load(
+            listed + head * most_listed + distance, mask=exists & (distance >= 0), other=1
+        )
+        tl.store(target + place, 1 - is_listed, mask=exists)
+
+
+def tile_counts(distances: Tensor, spans: Tensor) -> Tensor:
     """How many listed tiles reach into each span's intra segment, the two nearer ones, and all.
 
     int32 [heads, spans * 3].
@@ -238,7 +252,7 @@ def _tile_counts(distances: Tensor, spans: Tensor) -> Tensor:
     return torch.searchsorted(distances, values, right=True, out_int32=True)
 
 
-def _column_counts(columns: Tensor, spans: Tensor) -> Tensor:
+def column_counts(columns: Tensor, spans: Tensor) -> Tensor:
     """How many columns lie in each span's inter segment, the two farther ones, and before its tile.
 
     int32 [heads, spans * 3]. A dual chunk may begin within the span's own tile.
