@@ -1,5 +1,6 @@
-# pyright: reportCallIssue=false
-# Gluon types a launch as the kernel itself, which has no parameter `num_warps`.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+# Gluon's own annotations do not know that a kernel's constants are values when it is compiled.
 """Sparse dual chunk attention on Hopper: the schedule of dense attention, over lists of tiles.
 
 The same function as `triton_attention`. The producer walks a block's own tile, and then for each
@@ -37,7 +38,7 @@ from .triton_attention import column_counts, pack, seen_columns, tile_counts
 
 @gluon.jit
 def entries_of(segment, tiles):
-    """Entries [first, last) of a block's list: 0 intra without its own tile, 1 successive, 2 inter."""
+    """Entries [first, last) of a list: 0 intra without the own tile, 1 successive, 2 inter."""
     intra, successive, inter = tiles
     first = gl.where(segment == 0, 1, gl.where(segment == 1, intra, successive))
     last = gl.where(segment == 0, intra, gl.where(segment == 1, successive, inter))

@@ -1,5 +1,6 @@
-# pyright: reportCallIssue=false
-# Triton types a launch as the kernel itself, which has no parameter `num_warps`.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton types a launch as the kernel itself, which has no parameter `num_warps`, and a kernel's
+# `range` as if it never ended.
 """Sparse dual chunk attention on a GPU: whole tiles by their distance, and columns packed once.
 
 One program computes 128 query rows of one head, as in dense attention, over that block's list of

@@ -23,10 +23,17 @@ from ..dual_chunk.triton_prefill import check_layout, page_tiles
 from ..pages import LayerPages
 from .selections import Sums
 
+_LEAST_LINES = 64
+"""Rows of one product: one warpgroup's."""
+
 _STRETCH = 16
 """Pages that one program takes, at most."""
 
 _INTER, _SUCCESSIVE, _INTRA, _MIXED = range(4)
+
+_FIRST_PASS = {"num_stages": 1, "maxnreg": 128}
+_SECOND_PASS = {"num_stages": 1, "maxnreg": 168}
+"""So that several programs of four warps share a multiprocessor and hide each other's waits."""
 
 
 @lru_cache(maxsize=16)
@@ -57,9 +64,9 @@ def stretches(first_position: int, rows: int, stride: int | None, device: torch.
 @triton.jit
 def _mixed_logits(
     k, inter, successive, intra, place, exists, page, positions, first_position, last_position,
-    stride, DUAL: tl.constexpr,
+    stride, DUAL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Causal logits of rows over one page, [128, 128] float32.
+    """Causal logits of rows over one page, [LINES, 128] float32.
 
     Rows may lie in two dual chunks, and a page too: each product is made where any pair needs it.
     """
@@ -70,7 +77,7 @@ def _mixed_logits(
         first_successive_end = first_position // stride * stride
         last_successive_end = last_position // stride * stride
         low, high = page * 128, page * 128 + 128
-        logits = tl.full([128, 128], -float("inf"), tl.float32)
+        logits = tl.full([LINES, 128], -float("inf"), tl.float32)
         if low < last_successive_end - stride:
             q = tl.load(inter + place, mask=exists, other=0.0)
             logits = tl.where(keys[None, :] < inter_end[:, None], tl.dot(q, k.T), logits)
@@ -94,14 +101,14 @@ def _mixed_logits(
 def _store_sums(
     logits, own_lse, columns, bands, diagonals, page, num_pages, heads_of_pack, pack_exists,
     first_position, rows, line, scale, heavy,
-    ROWS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
+    LINES: tl.constexpr, ROWS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
 ):  # fmt: skip
     """Sum one page's attention, and write the sums.
 
     Args:
-        logits: [128 keys, 128 rows]: this way round, a thread holds most of a key's rows.
+        logits: [128 keys, LINES rows]: this way round, a thread holds most of a key's rows.
     """
-    PACK: tl.constexpr = 128 // ROWS
+    PACK: tl.constexpr = LINES // ROWS
     key = tl.arange(0, 128)
     weights = tl.exp2(logits * scale - own_lse[None, :])
     cell = heads_of_pack.to(tl.int64) * num_pages + page  # [PACK]
@@ -140,8 +147,8 @@ def _sums_kernel(
     inter, successive, intra, row_stride, head_stride, kv, table, work, num_stretches, num_pages,
     first_position, rows, first_head, num_heads, first_kv_head, kv_heads, stride, scale, heavy,
     stretch_lse, lse, columns, bands, diagonals,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, DUAL: tl.constexpr,
-    SUMS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
+    DUAL: tl.constexpr, SUMS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
 ):  # fmt: skip
     """One stretch of pages, and some of the query heads that share a KV head.
 
@@ -151,7 +158,7 @@ def _sums_kernel(
         columns: [heads, pages * 128]. bands: [heads, pages, 4], see `_band_sums`.
         diagonals: [heads, pages, 256], see `_diagonal_sums`; DIAGONALS only.
     """
-    PACK: tl.constexpr = 128 // ROWS
+    PACK: tl.constexpr = LINES // ROWS
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     stretch = tl.program_id(0)
     kv_head = first_kv_head + tl.program_id(1) // PACKS
@@ -163,7 +170,7 @@ def _sums_kernel(
     heads_of_pack = kv_head * GROUP + first_member + in_pack - first_head
     pack_exists = (first_member + in_pack < GROUP) & (heads_of_pack >= 0)
     pack_exists = pack_exists & (heads_of_pack < num_heads)
-    row = tl.arange(0, 128)
+    row = tl.arange(0, LINES)
     line = row % ROWS
     member = first_member + row // ROWS
     head = kv_head * GROUP + member - first_head
@@ -174,19 +181,19 @@ def _sums_kernel(
     if SUMS:
         own_lse = tl.load(lse + head * ROWS + line, mask=exists, other=float("inf"))
 
-    highest = tl.full([128], -float("inf"), tl.float32)
-    total = tl.zeros([128], tl.float32)
+    highest = tl.full([LINES], -float("inf"), tl.float32)
+    total = tl.zeros([LINES], tl.float32)
     if kind == 3:
         k = kv.load([(tl.load(table + first) * kv_heads + kv_head) * 256, 0])
         logits = _mixed_logits(
             k, inter, successive, intra, place, exists[:, None], first, positions,
-            first_position, last_position, stride, DUAL,
+            first_position, last_position, stride, DUAL, LINES,
         )  # fmt: skip
         if SUMS:
             _store_sums(
                 tl.trans(logits), own_lse, columns, bands, diagonals, first, num_pages,
                 heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
-                ROWS, HEAVY, DIAGONALS,
+                LINES, ROWS, HEAVY, DIAGONALS,
             )  # fmt: skip
         else:
             highest = tl.max(logits, 1) * scale
@@ -207,7 +214,7 @@ def _sums_kernel(
                 _store_sums(
                     tl.dot(k, q.T), own_lse, columns, bands, diagonals, page, num_pages,
                     heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
-                    ROWS, HEAVY, DIAGONALS,
+                    LINES, ROWS, HEAVY, DIAGONALS,
                 )  # fmt: skip
             else:
                 logits = tl.dot(q, k.T)
@@ -263,7 +270,8 @@ def sums(
     length = first_position + rows
     num_pages = -(-length // BLOCK_ROWS)
     padded_rows = max(16, int(triton.next_power_of_2(rows)))
-    packs = -(-group // (BLOCK_ROWS // padded_rows))
+    lines = max(_LEAST_LINES, padded_rows)
+    packs = -(-group // (lines // padded_rows))
     first_kv_head = first_head // group
     last_kv_head = -(-(first_head + heads) // group)
     device = queries.intra.device
@@ -283,9 +291,9 @@ def sums(
             first_position, rows, first_head, heads, first_kv_head, pages.num_kv_heads,
             stride or 1, scale * math.log2(math.e), heavy,
             stretch_lse, lse, columns, bands, diagonal_parts,
-            GROUP=group, HEAD_DIM=head_dim, ROWS=padded_rows, DUAL=stride is not None,
+            GROUP=group, HEAD_DIM=head_dim, LINES=lines, ROWS=padded_rows, DUAL=stride is not None,
             SUMS=second_pass, HEAVY=heavy < math.inf, DIAGONALS=diagonals,
-            num_warps=8, num_stages=2,
+            num_warps=lines // 16, **(_SECOND_PASS if second_pass else _FIRST_PASS),
         )  # fmt: skip
 
     score(second_pass=False)

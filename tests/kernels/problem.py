@@ -30,6 +30,7 @@ class Problem:
     pages: LayerPages
     positions: RotaryPositions
     logits: Tensor
+    scale: float
 
     @property
     def group(self) -> int:
@@ -55,6 +56,7 @@ def make_problem(
     dtype: torch.dtype = torch.float32,
     chunk: tuple[int, int] = (CHUNK, LOCAL),
     device: torch.device | None = None,
+    scale: float = SCALE,
 ) -> Problem:
     """Pages lie in a poisoned pool, in an order of their own."""
     generator = torch.Generator().manual_seed(length)
@@ -77,10 +79,24 @@ def make_problem(
         relative = reference.relative_positions(length, *chunk)
     else:
         relative = reference.plain_positions(length)
-    logits = reference.scores(q, k, relative, THETA, SCALE)
-    return Problem(
-        length, q.to(device), v, LayerPages.of(memory.to(device), table.tolist()), positions, logits
-    )
+    logits = reference.scores(q, k, relative, THETA, scale)
+    pages = LayerPages.of(memory.to(device), table.tolist())
+    return Problem(length, q.to(device), v, pages, positions, logits, scale)
+
+
+def make_small_problem(
+    length: int,
+    chunk: tuple[int, int] | None,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = LOW_PRECISION,
+) -> Problem:
+    """As kernels meet it: 16 bits, on the GPU where there is one, logits scaled as models do."""
+    return make_problem(
+        length, chunk is not None, heads, kv_heads, head_dim, dtype, chunk or (CHUNK, LOCAL),
+        DEVICE, head_dim**-0.5,
+    )  # fmt: skip
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

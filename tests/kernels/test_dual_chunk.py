@@ -17,7 +17,7 @@ from longreach.kernels.dual_chunk import (
 )
 
 from .poison import poison_fresh_memory
-from .problem import CHUNK, DEVICE, LOCAL, LOW_PRECISION, SCALE, make_problem, relative_error
+from .problem import CHUNK, LOCAL, SCALE, make_problem, make_small_problem, relative_error
 
 STRIDE = CHUNK - LOCAL
 
@@ -62,16 +62,13 @@ def test_dense_attention(length: int, blocks: tuple[int, ...], dual: bool) -> No
 def test_triton_prefill(
     monkeypatch, length: int, blocks, heads: int, kv_heads: int, head_dim: int, chunk
 ) -> None:
-    problem = make_problem(
-        length, chunk is not None, heads, kv_heads, head_dim, LOW_PRECISION,
-        chunk or (CHUNK, LOCAL), DEVICE,
-    )  # fmt: skip
+    problem = make_small_problem(length, chunk, heads, kv_heads, head_dim)
     rows = QueryBlocks(blocks, length)
     expected, expected_lse = reference.attention(problem.logits, problem.v)
     queries = problem.queries(rows)
     poison_fresh_memory(monkeypatch)
     output, lse = triton_prefill.attention(
-        queries, rows, problem.pages, None if chunk is None else chunk[0] - chunk[1], SCALE
+        queries, rows, problem.pages, None if chunk is None else chunk[0] - chunk[1], problem.scale
     )
     where = rows.positions()
     assert relative_error(output, expected[where]) < 5e-3
@@ -79,7 +76,7 @@ def test_triton_prefill(
 
 
 def test_rotations_of_different_layouts_are_refused() -> None:
-    problem = make_problem(128, dual=True, head_dim=64, dtype=LOW_PRECISION, device=DEVICE)
+    problem = make_small_problem(128, (CHUNK, LOCAL))
     queries = problem.queries(QueryBlocks((0,), 128))
     turned = queries.inter.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="same strides"):

@@ -20,7 +20,7 @@ from longreach.kernels.pages import LayerPages
 from longreach.kernels.sparse import Selections, gluon_attention, triton_attention
 
 from .poison import poison_fresh_memory
-from .problem import SCALE, make_problem, relative_error
+from .problem import make_small_problem, relative_error
 from .test_sparse import expected_attention, selections_below, to_device
 
 pytestmark = pytest.mark.skipif(
@@ -42,18 +42,17 @@ pytestmark = pytest.mark.skipif(
         (1153, (0, 3, 4, 9), (4, 2), 128),
     ],
 )
-def test_dense_attention(monkeypatch, length: int, blocks, heads, head_dim, chunk, dtype) -> None:
-    problem = make_problem(
-        length, chunk is not None, *heads, head_dim, dtype, chunk or (384, 128),
-        torch.device("cuda"),
-    )  # fmt: skip
+def test_dense_attention(
+    monkeypatch, length: int, blocks, heads: tuple[int, int], head_dim: int, chunk, dtype
+) -> None:
+    problem = make_small_problem(length, chunk, *heads, head_dim, dtype)
     stride = None if chunk is None else chunk[0] - chunk[1]
     rows = QueryBlocks(blocks, length)
     queries = problem.queries(rows)
     assert gluon_prefill.supports(queries, problem.pages, stride)
     expected, expected_lse = reference.attention(problem.logits, problem.v)
     poison_fresh_memory(monkeypatch)
-    output, lse = gluon_prefill.attention(queries, rows, problem.pages, stride, SCALE)
+    output, lse = gluon_prefill.attention(queries, rows, problem.pages, stride, problem.scale)
     where = rows.positions()
     assert relative_error(output, expected[where]) < 5e-3
     assert relative_error(lse, expected_lse[where]) < 5e-3
@@ -108,17 +107,19 @@ def test_unaligned_chunks_and_float32_are_not_supported() -> None:
 @pytest.mark.parametrize(("length", "blocks"), [(1000, (1, 4, 7)), (897, (6, 7)), (111, (0,))])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_sparse_attention(monkeypatch, length: int, blocks, chunk, head_dim: int) -> None:
-    problem = make_problem(
-        length, chunk is not None, head_dim=head_dim, dtype=torch.bfloat16,
-        chunk=chunk or (384, 128), device=torch.device("cuda"),
-    )  # fmt: skip
+    problem = make_small_problem(length, chunk, head_dim=head_dim)
     selections = selections_below(length)
     expected, expected_lse = expected_attention(problem, selections)
     rows = QueryBlocks(blocks, length)
     queries = problem.queries(rows)
     poison_fresh_memory(monkeypatch)
     output, lse = gluon_attention.attention(
-        queries, rows, problem.pages, None if chunk is None else 256, SCALE, to_device(selections)
+        queries,
+        rows,
+        problem.pages,
+        None if chunk is None else 256,
+        problem.scale,
+        to_device(selections),
     )
     where = rows.positions()
     assert relative_error(output, expected[where]) < 5e-3

@@ -25,10 +25,10 @@ from .problem import (
     CHUNK,
     DEVICE,
     LOCAL,
-    LOW_PRECISION,
     SCALE,
     Problem,
     make_problem,
+    make_small_problem,
     relative_error,
 )
 
@@ -73,14 +73,7 @@ def test_portable_attention_sees_exactly_what_was_selected(length, blocks, dual:
 def triton_output(problem: Problem, rows: QueryBlocks, chunk, selections: Selections):
     return triton_attention.attention(
         problem.queries(rows), rows, problem.pages,
-        None if chunk is None else chunk[0] - chunk[1], SCALE, to_device(selections),
-    )  # fmt: skip
-
-
-def low_precision_problem(length: int, chunk) -> Problem:
-    return make_problem(
-        length, chunk is not None, head_dim=64, dtype=LOW_PRECISION,
-        chunk=chunk or (CHUNK, LOCAL), device=DEVICE,
+        None if chunk is None else chunk[0] - chunk[1], problem.scale, to_device(selections),
     )  # fmt: skip
 
 
@@ -89,7 +82,7 @@ def low_precision_problem(length: int, chunk) -> Problem:
 def test_triton_attention_sees_exactly_what_was_selected(
     monkeypatch, length, blocks, chunk
 ) -> None:
-    problem = low_precision_problem(length, chunk)
+    problem = make_small_problem(length, chunk)
     selections = selections_below(length)
     expected, expected_lse = expected_attention(problem, selections)
     rows = QueryBlocks(blocks, length)
@@ -101,7 +94,7 @@ def test_triton_attention_sees_exactly_what_was_selected(
 
 
 def test_selecting_nothing_leaves_each_block_its_own_tile() -> None:
-    problem = low_precision_problem(300, (384, 128))
+    problem = make_small_problem(300, (384, 128))
     nothing = Selections.of([[]] * 4, [[0]] * 4)
     expected, _ = expected_attention(problem, nothing)
     rows = QueryBlocks((0, 1, 2), 300)
@@ -110,10 +103,10 @@ def test_selecting_nothing_leaves_each_block_its_own_tile() -> None:
 
 
 def test_selecting_everything_is_dense_attention() -> None:
-    problem = low_precision_problem(600, (384, 128))
+    problem = make_small_problem(600, (384, 128))
     rows = QueryBlocks((3, 4), 600)
     dense, dense_lse = triton_prefill.attention(
-        problem.queries(rows), rows, problem.pages, 256, SCALE
+        problem.queries(rows), rows, problem.pages, 256, problem.scale
     )
     for everything in (
         Selections.of([[]] * 4, [list(range(5))] * 4),
@@ -179,7 +172,7 @@ def test_triton_sums_are_those_of_the_definition(length, rows) -> None:
 
 
 def test_queries_may_be_wider_than_keys() -> None:
-    problem = make_problem(300, dual=False, head_dim=64, dtype=LOW_PRECISION, device=DEVICE)
+    problem = make_small_problem(300, None)
     last = problem.last_queries(64)
     wide = SegmentQueries(*(each.float() for each in (last.intra, last.successive, last.inter)))
     narrow, same = (
