@@ -45,11 +45,13 @@ class SparsityConfig:
             for number, layer in enumerate(layers)
         )
         keys = read_json(folder / "config.json").get("dual_chunk_attention_config") or {}
-        return cls(
-            budgets,
-            keys.get("sparse_attention_threshold", cls.threshold),
-            keys.get("sparse_attention_last_q", cls.last_queries),
-        )
+        last_queries = keys.get("sparse_attention_last_q", cls.last_queries)
+        if not 1 <= last_queries <= cls.last_queries:
+            raise CheckpointError(
+                f"{folder}/config.json: sparse_attention_last_q is {last_queries}; from 1 to "
+                f"{cls.last_queries} queries can choose what a chunk attends to"
+            )
+        return cls(budgets, keys.get("sparse_attention_threshold", cls.threshold), last_queries)
 
     def heads(self, layer: int, start: int, end: int) -> list[HeadBudget]:
         """Budgets of the query heads [start, end) of one layer."""

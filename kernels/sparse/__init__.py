@@ -45,13 +45,15 @@ def sums(
     """Score the last rows of a chunk against all keys up to them.
 
     Args:
-        queries: under continuous positions, each [rows, heads, d], at most 128 rows.
+        queries: under continuous positions, each [rows, heads, d], at most 64 rows.
         first_position: of the first row; the keys are those of [0, first_position + rows).
         first_head: which query head of `pages` is the queries' first.
         stride: tokens of one dual chunk, None for plain positions.
         scale: multiplies the logits.
         group: query heads that share a KV head.
-        heavy: columns that sum to so much are left out of the bands.
+        heavy: a column is heavy, and left out of the bands, if it sums to so much although no row
+            counts for more than an eighth of it: a key that only its own slash's row looks at
+            is none.
         diagonals: whether single diagonals are wanted too.
     """
     arguments = (queries, first_position, pages, first_head, stride, scale, group, heavy, diagonals)

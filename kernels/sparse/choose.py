@@ -63,15 +63,20 @@ def by_coverage(sums: Sums, heavy: float, coverage: float) -> Selections:
     a head that looks at little selects little.
 
     Args:
-        sums: made with this `heavy`.
-        heavy: columns of at least this sum are taken; there are at most rows / heavy of them.
+        sums: made with this `heavy`, so that they know which columns are.
+        heavy: see `sums`; there are at most rows / heavy such columns.
         coverage: of the last rows' attention, 0 to 1.
+
+    Raises:
+        ValueError: `sums` does not know heavy columns.
     """
+    if sums.heavy_columns is None:
+        raise ValueError("selecting by coverage needs sums made with a limit for heavy columns")
     most = int(sums.rows / heavy) + FORCED_VERTICALS
-    weights = _with_forced(sums.columns, FORCED_VERTICALS)
+    weights = _with_forced(sums.heavy_columns, FORCED_VERTICALS)
     values, order = weights.topk(min(most, weights.shape[1]))
-    columns = _sorted_columns(torch.where(values >= heavy, order, NOTHING))
-    found = torch.where(sums.columns >= heavy, sums.columns, 0.0).sum(1, keepdim=True)
+    columns = _sorted_columns(torch.where(values > 0, order, NOTHING))
+    found = sums.heavy_columns.sum(1, keepdim=True)
     values, order = _with_forced(sums.bands, 1).sort(1, descending=True)
     values[:, 0] = sums.bands[:, 0]
     before = found + values.cumsum(1) - values
@@ -128,4 +133,4 @@ def _marks(chosen: Tensor, size: int) -> Tensor:
 def _rising(chosen: Tensor, most: int) -> Tensor:
     """Where each line of `chosen`, bool [lines, size], is true: int32, filled up, `most` wide."""
     places = torch.arange(chosen.shape[1], dtype=torch.int32, device=chosen.device)
-    return torch.where(chosen, places, NOTHING).sort(1).values[:, :most]
+    return torch.where(chosen, places, NOTHING).sort(1).values[:, :most].contiguous()

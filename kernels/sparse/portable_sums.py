@@ -20,7 +20,7 @@ from ..dual_chunk.segments import (
     split_at_chunks,
 )
 from ..pages import LayerPages
-from .selections import Sums
+from .selections import HEAVY_ROWS, Sums
 
 _KEYS_AT_ONCE = 4096
 
@@ -39,11 +39,11 @@ def sums(
     """Score the last rows of a chunk against all keys up to them.
 
     Args:
-        queries: under continuous positions, each [rows, heads, d], at most 128 rows.
+        queries: under continuous positions, each [rows, heads, d].
         first_position: of the first row; the keys are those of [0, first_position + rows).
         first_head: which query head of `pages` is the queries' first.
         group: query heads that share a KV head.
-        heavy: columns that sum to so much are left out of the bands.
+        heavy: see the package's `sums`.
         diagonals: whether single diagonals are wanted too.
     """
     rows, heads, _ = queries.intra.shape
@@ -54,10 +54,12 @@ def sums(
             (first_head + head) // group, stride, scale,
         )  # fmt: skip
         parts.append(scorer.sums(scorer.log_sum_exp(), heavy, diagonals))
+    heavy_columns = [part.heavy_columns for part in parts if part.heavy_columns is not None]
     every_diagonal = [part.diagonals for part in parts if part.diagonals is not None]
     return Sums(
         torch.cat([part.columns for part in parts]),
         torch.cat([part.bands for part in parts]),
+        torch.cat(heavy_columns) if heavy < math.inf else None,
         torch.cat(every_diagonal) if diagonals else None,
         rows,
     )
@@ -119,6 +121,7 @@ class _Scorer:
     def sums(self, lse: Tensor, heavy: float, diagonals: bool) -> Sums:
         """Everything that is summed, of each head."""
         columns = torch.empty(self._heads, self._length, device=self._device)
+        heavy_columns = torch.zeros_like(columns) if heavy < math.inf else None
         # Distances of -(rows - 1) and more; negative ones hold masked keys alone, and no mass.
         shape = (self._heads, self._length + self._rows)
         light, every = (torch.zeros(shape, device=self._device) for _ in range(2))
@@ -127,12 +130,15 @@ class _Scorer:
             torch.sum(attention, 1, out=columns[:, start:end])
             if diagonals:
                 self._add_diagonals(every, attention, start)
-            if heavy < math.inf:
-                attention.masked_fill_((columns[:, None, start:end] >= heavy), 0.0)
+            if heavy_columns is not None:
+                shared = attention.clamp(max=heavy / HEAVY_ROWS).sum(1) >= heavy
+                heavy_columns[:, start:end] = columns[:, start:end] * shared
+                attention.masked_fill_(shared[:, None], 0.0)
             self._add_diagonals(light, attention, start)
         return Sums(
             columns,
             _by_band(light[:, self._rows :]),
+            heavy_columns,
             every[:, self._rows :] if diagonals else None,
             self._rows,
         )

@@ -14,6 +14,10 @@ NOTHING = 2**30
 """Fills lists of columns and distances up: greater than all of them, so that lists stay rising."""
 
 
+HEAVY_ROWS = 8
+"""A heavy column is one to many rows: none counts for more than one in so many towards it."""
+
+
 @dataclass(frozen=True)
 class HeadBudget:
     """Most verticals and slashes (single diagonals) that one head may choose."""
@@ -34,13 +38,15 @@ class Sums:
     Attributes:
         columns: float32 [heads, keys].
         bands: float32 [heads, ceil(keys / 128)]; band b holds the distances
-            [128 b, 128 (b + 1)) from query to key. Columns of `heavy` or more are left out.
+            [128 b, 128 (b + 1)) from query to key. Heavy columns are left out.
+        heavy_columns: `columns` where they are heavy, else 0; None where not asked for.
         diagonals: float32 [heads, keys], by single distances; None where not asked for.
         rows: how many were summed over.
     """
 
     columns: Tensor
     bands: Tensor
+    heavy_columns: Tensor | None
     diagonals: Tensor | None
     rows: int
 
@@ -62,6 +68,8 @@ class Selections:
     distances: Tensor
 
     def __post_init__(self) -> None:
+        if not (self.columns.is_contiguous() and self.distances.is_contiguous()):
+            raise ValueError("columns and distances must be contiguous: kernels count on it")
         if self.columns.shape[1] % BLOCK_ROWS or len(self.columns) != len(self.distances):
             raise ValueError(
                 f"columns {tuple(self.columns.shape)} and distances {tuple(self.distances.shape)} "

@@ -23,7 +23,7 @@ from ..dual_chunk.triton_prefill import check_layout, page_tiles
 from ..pages import LayerPages
 from .selections import Sums
 
-_LEAST_LINES = 64
+_LINES = 64
 """Rows of one product: one warpgroup's."""
 
 _STRETCH = 16
@@ -99,8 +99,8 @@ def _mixed_logits(
 
 @triton.jit
 def _store_sums(
-    logits, own_lse, columns, bands, diagonals, page, num_pages, heads_of_pack, pack_exists,
-    first_position, rows, line, scale, heavy,
+    logits, own_lse, columns, bands, heavy_columns, diagonals, page, num_pages,
+    heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
     LINES: tl.constexpr, ROWS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
 ):  # fmt: skip
     """Sum one page's attention, and write the sums.
@@ -126,7 +126,10 @@ def _store_sums(
         tl.store(place, tl.sum(skewed, 1), mask=pack_exists[:, None])
     light = tl.reshape(weights, [128, PACK, ROWS])
     if HEAVY:
-        is_light = column < heavy
+        shared = tl.reshape(tl.minimum(weights, heavy * 0.125), [128, PACK, ROWS])  # HEAVY_ROWS
+        is_light = tl.sum(shared, 2) < heavy
+        place = heavy_columns + cell[None, :] * 128 + key[:, None]
+        tl.store(place, tl.where(is_light, 0.0, column), mask=pack_exists[None, :])
         column = tl.where(is_light, column, 0.0)
         light = tl.where(is_light[:, :, None], light, 0.0)
     # Distances are 128 * (first page of rows - page) + offset; offsets of a page lie in
@@ -146,7 +149,7 @@ def _store_sums(
 def _sums_kernel(
     inter, successive, intra, row_stride, head_stride, kv, table, work, num_stretches, num_pages,
     first_position, rows, first_head, num_heads, first_kv_head, kv_heads, stride, scale, heavy,
-    stretch_lse, lse, columns, bands, diagonals,
+    stretch_lse, lse, columns, bands, heavy_columns, diagonals,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
     DUAL: tl.constexpr, SUMS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
 ):  # fmt: skip
@@ -155,14 +158,15 @@ def _sums_kernel(
     Args:
         stretch_lse: [heads, stretches, ROWS] out, in the first pass; lse: [heads, ROWS] in, in the
             second, SUMS; both to the base 2.
-        columns: [heads, pages * 128]. bands: [heads, pages, 4], see `_band_sums`.
+        columns, heavy_columns: [heads, pages * 128]. bands: [heads, pages, 4], see `_band_sums`.
         diagonals: [heads, pages, 256], see `_diagonal_sums`; DIAGONALS only.
     """
     PACK: tl.constexpr = LINES // ROWS
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
-    stretch = tl.program_id(0)
-    kv_head = first_kv_head + tl.program_id(1) // PACKS
-    first_member = tl.program_id(1) % PACKS * PACK
+    # Heads that share a page are neighbours in the grid, so that it is read from memory once.
+    kv_head = first_kv_head + tl.program_id(0) // PACKS
+    first_member = tl.program_id(0) % PACKS * PACK
+    stretch = tl.program_id(1)
     first, last = tl.load(work + stretch * 3), tl.load(work + stretch * 3 + 1)
     kind = tl.load(work + stretch * 3 + 2)
 
@@ -191,8 +195,8 @@ def _sums_kernel(
         )  # fmt: skip
         if SUMS:
             _store_sums(
-                tl.trans(logits), own_lse, columns, bands, diagonals, first, num_pages,
-                heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+                tl.trans(logits), own_lse, columns, bands, heavy_columns, diagonals, first,
+                num_pages, heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
                 LINES, ROWS, HEAVY, DIAGONALS,
             )  # fmt: skip
         else:
@@ -212,8 +216,8 @@ def _sums_kernel(
             number = tl.load(table + page + 1, mask=page + 1 < last, other=0)
             if SUMS:
                 _store_sums(
-                    tl.dot(k, q.T), own_lse, columns, bands, diagonals, page, num_pages,
-                    heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+                    tl.dot(k, q.T), own_lse, columns, bands, heavy_columns, diagonals, page,
+                    num_pages, heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
                     LINES, ROWS, HEAVY, DIAGONALS,
                 )  # fmt: skip
             else:
@@ -263,6 +267,8 @@ def sums(
     """As the package's `sums`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     check_layout(queries)
+    if rows > _LINES:
+        raise ValueError(f"{rows} rows are more than the {_LINES} that can be scored at once")
     # Scores only rank, so they may be made of what the tensor cores take.
     inter, successive, intra = (
         each.to(pages.memory.dtype) for each in (queries.inter, queries.successive, queries.intra)
@@ -270,8 +276,7 @@ def sums(
     length = first_position + rows
     num_pages = -(-length // BLOCK_ROWS)
     padded_rows = max(16, int(triton.next_power_of_2(rows)))
-    lines = max(_LEAST_LINES, padded_rows)
-    packs = -(-group // (lines // padded_rows))
+    packs = -(-group // (_LINES // padded_rows))
     first_kv_head = first_head // group
     last_kv_head = -(-(first_head + heads) // group)
     device = queries.intra.device
@@ -282,18 +287,20 @@ def sums(
 
     stretch_lse, lse = empty(heads, len(work), padded_rows), empty(heads, padded_rows)
     columns, bands = empty(heads, num_pages * BLOCK_ROWS), empty(heads, num_pages, 4)
+    is_asked = heavy < math.inf
+    heavy_columns = torch.empty_like(columns) if is_asked else columns
     diagonal_parts = empty(heads, num_pages, 256) if diagonals else bands
 
     def score(second_pass: bool) -> None:
-        _sums_kernel[(len(work), (last_kv_head - first_kv_head) * packs)](
+        _sums_kernel[((last_kv_head - first_kv_head) * packs, len(work))](
             inter, successive, intra, *intra.stride()[:2],
             page_tiles(pages.memory), pages.table.on(device), work, len(work), num_pages,
             first_position, rows, first_head, heads, first_kv_head, pages.num_kv_heads,
             stride or 1, scale * math.log2(math.e), heavy,
-            stretch_lse, lse, columns, bands, diagonal_parts,
-            GROUP=group, HEAD_DIM=head_dim, LINES=lines, ROWS=padded_rows, DUAL=stride is not None,
-            SUMS=second_pass, HEAVY=heavy < math.inf, DIAGONALS=diagonals,
-            num_warps=lines // 16, **(_SECOND_PASS if second_pass else _FIRST_PASS),
+            stretch_lse, lse, columns, bands, heavy_columns, diagonal_parts,
+            GROUP=group, HEAD_DIM=head_dim, LINES=_LINES, ROWS=padded_rows, DUAL=stride is not None,
+            SUMS=second_pass, HEAVY=is_asked, DIAGONALS=diagonals,
+            num_warps=4, **(_SECOND_PASS if second_pass else _FIRST_PASS),
         )  # fmt: skip
 
     score(second_pass=False)
@@ -304,6 +311,7 @@ def sums(
     return Sums(
         columns[:, :length],
         _band_sums(bands, first_position, num_pages),
+        heavy_columns[:, :length] if is_asked else None,
         _diagonal_sums(diagonal_parts, first_position, length) if diagonals else None,
         rows,
     )
