@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pages import PAGE_TOKENS
 from .decode_plan import DecodePlan
@@ -30,7 +29,6 @@ _LOG2_E = math.log2(math.e)
 class DecodeTiling:
     """How a program streams keys: `tokens` at once, up to `stages - 1` such tiles on the way.
 
-    `bulk`: by the tensor memory accelerator instead of by every thread's own copies.
     `resident`: programs that one multiprocessor is meant to run at the same time.
     """
 
@@ -38,7 +36,6 @@ class DecodeTiling:
     stages: int = 4
     warps: int = 4
     resident: int = 2
-    bulk: bool = False
 
 
 DEFAULT_TILING = DecodeTiling()
@@ -86,16 +83,11 @@ def decode_attention(
     items = len(plan.items)
     partial_output = torch.empty(items, heads, head_dim, dtype=torch.float32, device=memory.device)
     partial_lse = torch.empty(items, heads, dtype=torch.float32, device=memory.device)
-    rows = memory
-    if tiling.bulk:
-        flat = memory.view(-1, head_dim)
-        rows = TensorDescriptor.from_tensor(flat, [tiling.tokens, head_dim])
     _attend_items[(kv_heads, plan.programs)](
         queries.intra.contiguous(),
         queries.successive.contiguous(),
         queries.inter.contiguous(),
         memory,
-        rows,
         block_tables,
         plan.lengths,
         scales,
@@ -113,7 +105,6 @@ def decode_attention(
         PAGE=PAGE_TOKENS,
         TILE=tiling.tokens,
         STAGES=tiling.stages,
-        BULK=tiling.bulk,
         LOG2_E=_LOG2_E,
         num_warps=tiling.warps,
     )
@@ -140,7 +131,6 @@ def _attend_items(
     successive,
     inter,
     memory,
-    rows,
     block_tables,
     lengths,
     scales,
@@ -158,7 +148,6 @@ def _attend_items(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    BULK: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):
     """All items of one program: KV head by grid axis 0, so that neighbours read one page."""
@@ -203,42 +192,22 @@ def _attend_items(
                 query_rows = queries + sequence.to(tl.int64) * heads * HEAD_DIM
                 q = tl.load(query_rows + query_offsets, mask=exists[:, None], other=0.0)
                 first_tile = start // TILE * TILE
-                streamed = end
-                if BULK:
-                    # What lies behind a sequence's end may be NaN, and only pointers can mask it.
-                    streamed = end // TILE * TILE
                 page = tl.load(table + first_tile // PAGE)
-                for token in tl.range(first_tile, streamed, TILE, num_stages=STAGES):
+                for token in tl.range(first_tile, end, TILE, num_stages=STAGES):
                     position = token + in_tile
                     visible = (position >= start) & (position < end)
-                    if BULK:
-                        first_row = (page * kv_heads + kv_head) * (2 * PAGE) + token % PAGE
-                        k = rows.load([first_row, 0])
-                        v = rows.load([first_row + PAGE, 0])
-                    else:
-                        keys = head_memory + page.to(tl.int64) * page_stride
-                        keys += (token % PAGE) * HEAD_DIM
-                        k = tl.load(keys + tile_offsets)
-                        values = keys + PAGE * HEAD_DIM + tile_offsets
-                        v = tl.load(values, mask=(position < end)[:, None], other=0.0)
+                    keys = head_memory + page.to(tl.int64) * page_stride
+                    keys += (token % PAGE) * HEAD_DIM
+                    k = tl.load(keys + tile_offsets)
+                    values = keys + PAGE * HEAD_DIM + tile_offsets
+                    # What lies behind a sequence's end may be NaN, and 0 * NaN is not 0.
+                    v = tl.load(values, mask=(position < end)[:, None], other=0.0)
                     # The next tile's page number is on its way while this tile is computed.
                     following = token + TILE
                     page = tl.load(table + following // PAGE, mask=following < end, other=0)
                     highest, totals, output = _take_tile(
                         q, k, v, visible, scale, highest, totals, output
                     )
-                if BULK:  # noqa: SIM102
-                    if streamed < end:
-                        position = streamed + in_tile
-                        visible = (position >= start) & (position < end)
-                        keys = head_memory + page.to(tl.int64) * page_stride
-                        keys += (streamed % PAGE) * HEAD_DIM
-                        k = tl.load(keys + tile_offsets)
-                        values = keys + PAGE * HEAD_DIM + tile_offsets
-                        v = tl.load(values, mask=(position < end)[:, None], other=0.0)
-                        highest, totals, output = _take_tile(
-                            q, k, v, visible, scale, highest, totals, output
-                        )
 
         total = tl.sum(totals, 1)
         first_head = tl.cast(item, tl.int64) * heads + kv_head * GROUP
