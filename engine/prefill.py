@@ -258,6 +258,8 @@ class _Chunk:
             function(*(each[row : row + step] for each in (hidden, self._positions, *more)))
             for row in range(0, max(len(hidden), 1), max(step, 1))
         ]
+        if len(parts) == 1:
+            return list(parts[0])
         return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     def _last_logits(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SparsityConfig:
         )
         keys = read_json(folder / "config.json").get("dual_chunk_attention_config") or {}
         last_queries = keys.get("sparse_attention_last_q", cls.last_queries)
-        if not 1 <= last_queries <= cls.last_queries:
+        if not isinstance(last_queries, int) or not 1 <= last_queries <= cls.last_queries:
             raise CheckpointError(
                 f"{folder}/config.json: sparse_attention_last_q is {last_queries}; from 1 to "
                 f"{cls.last_queries} queries can choose what a chunk attends to"
@@ -61,10 +61,11 @@ class SparsityConfig:
 def _budget(path: Path, number: int, layer: Any, head: int) -> HeadBudget:
     try:
         pattern, verticals, slashes, _score = layer[str(head)]
+        budget = HeadBudget(int(verticals), int(slashes))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: layer {number} has no entry of four values for head {head}"
         ) from error
     if pattern != _PATTERN:
         raise CheckpointError(f"{path}: pattern {pattern!r} is not supported, only {_PATTERN!r}")
-    return HeadBudget(int(verticals), int(slashes))
+    return budget

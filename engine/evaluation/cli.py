@@ -53,7 +53,8 @@ Text = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text; else made up.")
 ]
 LastQueries = Annotated[
-    int | None, typer.Option(min=1, help="Queries that select; else the checkpoint's number.")
+    int | None,
+    typer.Option(min=1, max=64, help="Queries that select; else the checkpoint's number."),
 ]
 
 _ANSWER_ROOM = 512

@@ -54,8 +54,9 @@ class RecordFile:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[Record] = []
-        if path.exists() and path.stat().st_size:
+        if path.exists():
             _drop_cut_line(path)
+        if path.exists() and path.stat().st_size:
             found, self.records = read_records(path)
             _check_same(path, found, settings)
         else:
@@ -72,13 +73,14 @@ class RecordFile:
 
 
 def read_records(path: Path) -> tuple[dict[str, str], list[Record]]:
-    """Settings and records of a file.
+    """Settings and records of a file; a last line that was cut off is left out.
 
     Raises:
         ConfigurationError: it is missing, or no such file.
     """
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): an answer may hold what Unicode counts as a line's end.
+        first, *lines = path.read_bytes().split(b"\n")[:-1]
         head = json.loads(first)
         if head["format"] != _FORMAT:
             raise ConfigurationError(f"{path} has format {head['format']}, not {_FORMAT}")

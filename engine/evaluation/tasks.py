@@ -105,7 +105,7 @@ def _key_value(size: int, seed: int, depth: float | None) -> Prompt:
         depths[0] = depth
     filler = _filler(text.filler(chance), size)
     everything = "".join(filler)
-    while values[0] in everything or values[0] in values[1:]:
+    while values[0] in everything or any(values[0] in other for other in values[1:]):
         values[0] = _new_value(chance)
     facts = [f"The {name} is {value}. " for name, value in zip(names, values, strict=True)]
     document = hide(list(zip(depths, facts, strict=True)), filler)

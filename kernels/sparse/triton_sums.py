@@ -4,7 +4,7 @@
 
 Two passes over the keys, a page at a time; scores never leave the multiprocessor. The first leaves
 the log-sum-exp of every row over each stretch of pages; the second scores again, and sums what each
-row gives to each key. Query heads that share keys are rows of one product, 128 at a time. See
+row gives to each key. Heads that share keys read them at the same time. See
 docs/kernels/selection.md.
 """
 
@@ -133,7 +133,7 @@ def _store_sums(
         column = tl.where(is_light, column, 0.0)
         light = tl.where(is_light[:, :, None], light, 0.0)
     # Distances are 128 * (first page of rows - page) + offset; offsets of a page lie in
-    # [-127, 254], so a page gives to three neighbouring bands, and mostly to two.
+    # [-127, 190], so a page gives to three neighbouring bands, and mostly to two.
     phase = first_position % 128
     offset = tl.reshape(phase + line[None, :] - key[:, None], [128, PACK, ROWS])
     below = tl.sum(tl.sum(tl.where(offset < 0, light, 0.0), 2), 0)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,27 @@ def test_pictures_have_their_panels_and_a_number_in_every_cell(
     assert sum(len(each.texts) for each in axes.flat) == texts
     assert "parrot" in figure.get_suptitle()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_may_hold_what_unicode_counts_as_a_lines_end(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    parrot = Parrot()
+    file = RecordFile(path, parrot.settings)
+    run(parrot, grid(prompts=1), file, QUIET)
+    strange = replace(file.records[0], answered="one\u2028two\u0085three", seed=99)
+    file.append(strange)
+    assert read_records(path)[1][-1] == strange
+
+
+@pytest.mark.parametrize("kept", [20, 200])
+def test_what_a_killed_run_left_can_be_read_and_gone_on_with(tmp_path: Path, kept: int) -> None:
+    """Cut within the settings, or within a record."""
+    path = tmp_path / "prompts.jsonl"
+    parrot = Parrot()
+    run(parrot, grid(prompts=1), RecordFile(path, parrot.settings), QUIET)
+    path.write_bytes(path.read_bytes()[:kept])
+    if kept == 200:
+        assert read_records(path)[0] == parrot.settings
+    file = RecordFile(path, parrot.settings)
+    run(parrot, grid(prompts=1), file, QUIET)
+    assert read_records(path)[1] == file.records
