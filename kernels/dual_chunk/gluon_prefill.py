@@ -339,7 +339,7 @@ def attention(
     stride: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `portable.attention`, for tensors on one GPU that `supports` approves of."""
+    """As the package's `attention`, for tensors on one GPU that `supports` approves of."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
     check_layout(queries)

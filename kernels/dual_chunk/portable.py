@@ -43,17 +43,7 @@ def attention(
     stride: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of some query blocks over everything before them.
-
-    Args:
-        queries: rotated, each [rows, heads, d]; row r is the r-th row of `blocks`.
-        pages: K and V of tokens [0, blocks.end), the queries' own included.
-        stride: tokens of one dual chunk, None for plain positions.
-        scale: multiplies the logits.
-
-    Returns:
-        output [rows, heads, d] in the queries' type, log-sum-exp [rows, heads] float32.
-    """
+    """As the package's `attention`, for tensors on any device."""
     rows, heads, head_dim = queries.intra.shape
     result = PartialAttention(heads, rows, head_dim, queries.intra.device)
     intra, successive, inter = (

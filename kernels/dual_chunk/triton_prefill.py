@@ -154,7 +154,7 @@ def attention(
     stride: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `portable.attention`, for tensors on one GPU."""
+    """As the package's `attention`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
     output = queries.intra.new_empty(rows, heads, head_dim)

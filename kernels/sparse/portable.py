@@ -28,16 +28,7 @@ def attention(
     scale: float,
     selections: Selections,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of query blocks over the tiles and columns selected for each head.
-
-    Args:
-        queries: rotated, each [rows, heads, d]; row r is the r-th row of `blocks`.
-        pages: K and V of tokens [0, blocks.end), the queries' own included.
-        selections: see `visible_keys` for what they make visible.
-
-    Returns:
-        output [rows, heads, d] in the queries' type, log-sum-exp [rows, heads] float32.
-    """
+    """As the package's `attention`, for tensors on any device."""
     rows, heads, head_dim = queries.intra.shape
     output = torch.empty(
         heads, rows, head_dim, dtype=queries.intra.dtype, device=pages.memory.device

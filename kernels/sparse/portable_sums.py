@@ -36,16 +36,7 @@ def sums(
     heavy: float = math.inf,
     diagonals: bool = False,
 ) -> Sums:
-    """Score the last rows of a chunk against all keys up to them.
-
-    Args:
-        queries: under continuous positions, each [rows, heads, d].
-        first_position: of the first row; the keys are those of [0, first_position + rows).
-        first_head: which query head of `pages` is the queries' first.
-        group: query heads that share a KV head.
-        heavy: see the package's `sums`.
-        diagonals: whether single diagonals are wanted too.
-    """
+    """As the package's `sums`, for tensors on any device, and for any number of rows."""
     rows, heads, _ = queries.intra.shape
     parts: list[Sums] = []
     for head in range(heads):

@@ -174,7 +174,7 @@ def attention(
     scale: float,
     selections: Selections,
 ) -> tuple[Tensor, Tensor]:
-    """As `portable.attention`, for tensors on one GPU."""
+    """As the package's `attention`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
     check_layout(queries)
