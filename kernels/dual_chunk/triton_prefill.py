@@ -4,8 +4,8 @@
 
 One program computes 128 query rows of one head. It walks the keys segment by segment with one
 softmax state, taking the query's rotation of each segment in turn, so nothing is merged afterwards
-and no key is copied. A tile of keys is a page (or half of one), read by the tensor memory
-accelerator straight from the page pool.
+and no key is copied. A tile of keys is a page, read by the tensor memory accelerator
+straight from the page pool.
 """
 
 import math
@@ -56,20 +56,19 @@ def attend_tile(
 @triton.jit
 def attend_range(
     accumulator, highest, total, q, kv, table, head, num_heads, scale, positions, low, high,
-    MASKED: tl.constexpr, TILE_KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attention over all keys in [low, high); see `attend_tile`.
 
     Without MASKED, `low` and `high` are borders of tiles and no key lies after a query.
     """
-    PER_PAGE: tl.constexpr = 128 // TILE_KEYS
-    first, last = low // TILE_KEYS, tl.cdiv(high, TILE_KEYS)
+    first, last = low // 128, tl.cdiv(high, 128)
     # The next page's number is fetched while this page is worked on.
-    page = tl.load(table + first // PER_PAGE, mask=first < last, other=0)
+    page = tl.load(table + first, mask=first < last, other=0)
     for tile in range(first, last):
-        row = (page * num_heads + head) * 256 + tile % PER_PAGE * TILE_KEYS
-        page = tl.load(table + (tile + 1) // PER_PAGE, mask=tile + 1 < last, other=0)
-        keys = tile * TILE_KEYS + tl.arange(0, TILE_KEYS)
+        row = (page * num_heads + head) * 256
+        page = tl.load(table + tile + 1, mask=tile + 1 < last, other=0)
+        keys = tile * 128 + tl.arange(0, 128)
         accumulator, highest, total = attend_tile(
             accumulator, highest, total, q, kv, row, scale, keys, positions, low, high, MASKED
         )
@@ -96,7 +95,7 @@ def store_result(
 def _prefill_kernel(
     intra, successive, inter, row_stride, head_stride,
     output, lse, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_KEYS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     DUAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -122,25 +121,25 @@ def _prefill_kernel(
     own = start if ALIGNED else successive_end
     accumulator, highest, total = attend_range(
         accumulator, highest, total, q, kv, table, kv_head, kv_heads, scale, positions,
-        own, end, True, TILE_KEYS,
+        own, end, True,
     )  # fmt: skip
     if ALIGNED:
         accumulator, highest, total = attend_range(
             accumulator, highest, total, q, kv, table, kv_head, kv_heads, scale, positions,
-            successive_end, start, False, TILE_KEYS,
+            successive_end, start, False,
         )  # fmt: skip
     if DUAL:
         if successive_end > 0:
             q = tl.load(successive + place, mask=exists, other=0.0)
             accumulator, highest, total = attend_range(
                 accumulator, highest, total, q, kv, table, kv_head, kv_heads, scale, positions,
-                inter_end, successive_end, not ALIGNED, TILE_KEYS,
+                inter_end, successive_end, not ALIGNED,
             )  # fmt: skip
         if inter_end > 0:
             q = tl.load(inter + place, mask=exists, other=0.0)
             accumulator, highest, total = attend_range(
                 accumulator, highest, total, q, kv, table, kv_head, kv_heads, scale, positions,
-                0, inter_end, not ALIGNED, TILE_KEYS,
+                0, inter_end, not ALIGNED,
             )  # fmt: skip
     store_result(
         output, lse, accumulator, highest, total, first_row, rows, head, heads, num_rows, HEAD_DIM
@@ -167,21 +166,18 @@ def attention(
         queries.intra, queries.successive, queries.inter, *queries.intra.stride()[:2],
         output, lse, page_tiles(pages.memory), pages.table.on(device), spans,
         scale * math.log2(math.e), len(spans), rows, heads, pages.num_kv_heads,
-        GROUP=heads // pages.num_kv_heads, HEAD_DIM=head_dim, TILE_KEYS=TILE_KEYS,
+        GROUP=heads // pages.num_kv_heads, HEAD_DIM=head_dim,
         DUAL=stride is not None, ALIGNED=stride is None or stride % 128 == 0,
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return output, lse.T
 
 
-TILE_KEYS = 128
-
-
 def page_tiles(memory: Tensor) -> TensorDescriptor:
-    """Pages [pages, kv_heads, 2, 128, d] as rows of d, read a tile at a time."""
+    """Pages [pages, kv_heads, 2, 128, d] as rows of d, read 128 at a time."""
     head_dim = memory.shape[-1]
     rows = memory.numel() // head_dim
-    return TensorDescriptor(memory, [rows, head_dim], [head_dim, 1], [TILE_KEYS, head_dim])
+    return TensorDescriptor(memory, [rows, head_dim], [head_dim, 1], [128, head_dim])
 
 
 def check_layout(queries: SegmentQueries) -> None:
