@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..pages import LayerPages
 from .segments import QueryBlocks, SegmentQueries, span_table
-from .triton_prefill import check_layout
+from .triton_prefill import fresh_results
 
 STAGES = 3
 """Pages of K and V in shared memory."""
@@ -342,9 +342,7 @@ def attention(
     """As the package's `attention`, for tensors on one GPU that `supports` approves of."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    check_layout(queries)
-    output = queries.intra.new_empty(rows, heads, head_dim)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=device)
+    output, lse = fresh_results(queries)
     if rows == 0:
         return output, lse.T
     spans = span_table(blocks, stride, device)

@@ -156,12 +156,10 @@ def attention(
     """As the package's `attention`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    output = queries.intra.new_empty(rows, heads, head_dim)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=device)
+    output, lse = fresh_results(queries)
     if rows == 0:
         return output, lse.T
     spans = span_table(blocks, stride, device)
-    check_layout(queries)
     _prefill_kernel[(len(spans) * heads,)](
         queries.intra, queries.successive, queries.inter, *queries.intra.stride()[:2],
         output, lse, page_tiles(pages.memory), pages.table.on(device), spans,
@@ -178,6 +176,19 @@ def page_tiles(memory: Tensor) -> TensorDescriptor:
     head_dim = memory.shape[-1]
     rows = memory.numel() // head_dim
     return TensorDescriptor(memory, [rows, head_dim], [head_dim, 1], [128, head_dim])
+
+
+def fresh_results(queries: SegmentQueries) -> tuple[Tensor, Tensor]:
+    """Memory for output [rows, heads, d] and log-sum-exp [heads, rows].
+
+    Raises:
+        ValueError: the queries cannot be read, see `check_layout`.
+    """
+    check_layout(queries)
+    rows, heads, head_dim = queries.intra.shape
+    device = queries.intra.device
+    output = queries.intra.new_empty(rows, heads, head_dim)
+    return output, torch.empty(heads, rows, dtype=torch.float32, device=device)
 
 
 def check_layout(queries: SegmentQueries) -> None:

@@ -30,7 +30,7 @@ from ..dual_chunk.gluon_prefill import (
     page_tiles,
 )
 from ..dual_chunk.segments import QueryBlocks, SegmentQueries, span_table
-from ..dual_chunk.triton_prefill import check_layout
+from ..dual_chunk.triton_prefill import fresh_results
 from ..pages import LayerPages
 from .selections import Selections
 from .triton_attention import column_counts, pack, seen_columns, tile_counts
@@ -199,9 +199,7 @@ def attention(
     """As the package's `attention`, where `gluon_prefill.supports` approves."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    check_layout(queries)
-    output = queries.intra.new_empty(rows, heads, head_dim)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=device)
+    output, lse = fresh_results(queries)
     if rows == 0:
         return output, lse.T
     group = heads // pages.num_kv_heads

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dual_chunk.segments import BLOCK_ROWS, QueryBlocks, SegmentQueries, span_table
-from ..dual_chunk.triton_prefill import attend_tile, check_layout, page_tiles, store_result
+from ..dual_chunk.triton_prefill import attend_tile, fresh_results, page_tiles, store_result
 from ..pages import LayerPages
 from .selections import Selections
 
@@ -177,9 +177,7 @@ def attention(
     """As the package's `attention`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    check_layout(queries)
-    output = queries.intra.new_empty(rows, heads, head_dim)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=device)
+    output, lse = fresh_results(queries)
     if rows == 0:
         return output, lse.T
     group = heads // pages.num_kv_heads

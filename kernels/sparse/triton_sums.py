@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dual_chunk.segments import BLOCK_ROWS, KeyBounds, SegmentQueries
 from ..dual_chunk.triton_prefill import check_layout, page_tiles
 from ..pages import LayerPages
-from .selections import Sums
+from .selections import HEAVY_ROWS, Sums
 
 _LINES = 64
 """Rows of one product: one warpgroup's."""
@@ -101,6 +101,7 @@ def _mixed_logits(
 def _store_sums(
     logits, own_lse, columns, bands, heavy_columns, diagonals, page, num_pages,
     heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+    most_of_a_row,
     LINES: tl.constexpr, ROWS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
 ):  # fmt: skip
     """Sum one page's attention, and write the sums.
@@ -126,7 +127,7 @@ def _store_sums(
         tl.store(place, tl.sum(skewed, 1), mask=pack_exists[:, None])
     light = tl.reshape(weights, [128, PACK, ROWS])
     if HEAVY:
-        shared = tl.reshape(tl.minimum(weights, heavy * 0.125), [128, PACK, ROWS])  # HEAVY_ROWS
+        shared = tl.reshape(tl.minimum(weights, most_of_a_row), [128, PACK, ROWS])
         is_light = tl.sum(shared, 2) < heavy
         place = heavy_columns + cell[None, :] * 128 + key[:, None]
         tl.store(place, tl.where(is_light, 0.0, column), mask=pack_exists[None, :])
@@ -149,6 +150,7 @@ def _store_sums(
 def _sums_kernel(
     inter, successive, intra, row_stride, head_stride, kv, table, work, num_stretches, num_pages,
     first_position, rows, first_head, num_heads, first_kv_head, kv_heads, stride, scale, heavy,
+    most_of_a_row,
     stretch_lse, lse, columns, bands, heavy_columns, diagonals,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
     DUAL: tl.constexpr, SUMS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
@@ -197,6 +199,7 @@ def _sums_kernel(
             _store_sums(
                 tl.trans(logits), own_lse, columns, bands, heavy_columns, diagonals, first,
                 num_pages, heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+                most_of_a_row,
                 LINES, ROWS, HEAVY, DIAGONALS,
             )  # fmt: skip
         else:
@@ -218,6 +221,7 @@ def _sums_kernel(
                 _store_sums(
                     tl.dot(k, q.T), own_lse, columns, bands, heavy_columns, diagonals, page,
                     num_pages, heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
+                    most_of_a_row,
                     LINES, ROWS, HEAVY, DIAGONALS,
                 )  # fmt: skip
             else:
@@ -296,7 +300,7 @@ def sums(
             inter, successive, intra, *intra.stride()[:2],
             page_tiles(pages.memory), pages.table.on(device), work, len(work), num_pages,
             first_position, rows, first_head, heads, first_kv_head, pages.num_kv_heads,
-            stride or 1, scale * math.log2(math.e), heavy,
+            stride or 1, scale * math.log2(math.e), heavy, heavy / HEAVY_ROWS,
             stretch_lse, lse, columns, bands, heavy_columns, diagonal_parts,
             GROUP=group, HEAD_DIM=head_dim, LINES=_LINES, ROWS=padded_rows, DUAL=stride is not None,
             SUMS=second_pass, HEAVY=is_asked, DIAGONALS=diagonals,
