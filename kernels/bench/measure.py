@@ -3,12 +3,16 @@
 import csv
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import triton
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Run = Callable[[], object]
 
@@ -119,19 +123,19 @@ def environment(commit: str | None) -> dict[str, str]:
         )
         commit = found.stdout.strip() or "unknown"
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit,
     }
 
 
-def append(path: Path, lines: list[Line]) -> None:
-    """Add lines to the CSV file, which is made with its header where it is not there."""
+def append(path: Path, lines: "Sequence[DataclassInstance]") -> None:
+    """Add lines of one kind to the CSV file, made with its header where it is not there."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Line)])
+        writer = csv.DictWriter(file, [field.name for field in fields(lines[0])])
         if new:
             writer.writeheader()
         for line in lines:

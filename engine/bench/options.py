@@ -1,0 +1,122 @@
+"""The command line, checked."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigurationError
+from ..models import POCKET, RANDOM, ModelFiles
+from ..pages import PAGE_TOKENS
+from .subject import KV_CACHE_TYPES
+
+ATTENTIONS = ("sparse", "dense")
+_SUFFIXES = {"K": 2**10, "M": 2**20}
+_BATCHES = "1x2K,1x128K,1x1000000,8x128K,1x1000000+30x1K"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; `tokens` rise."""
+
+    what: str
+    name: str
+    files: ModelFiles
+    tokens: tuple[int, ...]
+    attentions: tuple[str, ...]
+    kv_cache: str
+    chunk_tokens: int
+    decode: int
+    batches: tuple[tuple[int, ...], ...]
+    baseline: bool
+    csv: Path
+    commit: str | None
+    seed: int
+
+    @property
+    def weights(self) -> str:
+        """Where they come from."""
+        return f"random, seed {self.seed}" if self.files.random else "checkpoint"
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Read and check a command line.
+
+    Raises:
+        CheckpointError: no such shape.
+        ConfigurationError: a length or a batch that is none.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m longreach.engine.bench",
+        description="Prefill and decode at a model's real size on this machine's device; "
+        "`scaling` predicts meshes of several GPUs from one rank's work.",
+    )
+    parser.add_argument("what", nargs="?", choices=["prompts", "scaling"], default="prompts")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--shape", default="qwen2.5-7b-1m", help="random weights of this shape")
+    which.add_argument("--checkpoint", help=f"a checkpoint folder, or {POCKET}")
+    parser.add_argument("--tokens", default="1000000", help="lengths, such as 32K,128K,1000000")
+    parser.add_argument("--attention", default="sparse", help="sparse, dense, or sparse,dense")
+    parser.add_argument("--kv-cache", choices=list(KV_CACHE_TYPES), default="bf16")
+    parser.add_argument("--chunk-tokens", default="32K")
+    parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
+    parser.add_argument("--batches", default=_BATCHES, help='decode only; "" for none')
+    parser.add_argument("--baseline", action="store_true", help="time cuDNN's attention as well")
+    parser.add_argument("--csv", type=Path, default=Path("docs/bench/engine.csv"))
+    parser.add_argument("--commit", help="what to call the code, where there is no git")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    name = given.checkpoint or RANDOM + given.shape
+    attentions = tuple(given.attention.split(","))
+    if not set(attentions) <= set(ATTENTIONS):
+        raise ConfigurationError(f"--attention {given.attention}: name {' or '.join(ATTENTIONS)}")
+    chunk_tokens = count(given.chunk_tokens)
+    if chunk_tokens % PAGE_TOKENS:
+        raise ConfigurationError(
+            f"--chunk-tokens is {chunk_tokens}; make it a multiple of {PAGE_TOKENS}"
+        )
+    if given.decode < 0:
+        raise ConfigurationError(f"--decode {given.decode}: take 0 or more")
+    return Options(
+        what=given.what,
+        name=name.removeprefix(RANDOM),
+        files=ModelFiles.of(name),
+        tokens=tuple(sorted({count(each) for each in given.tokens.split(",")})),
+        attentions=attentions,
+        kv_cache=given.kv_cache,
+        chunk_tokens=chunk_tokens,
+        decode=given.decode,
+        batches=tuple(batch(each) for each in given.batches.split(",") if each),
+        baseline=given.baseline,
+        csv=given.csv,
+        commit=given.commit,
+        seed=given.seed,
+    )
+
+
+def count(text: str) -> int:
+    """Tokens from "1000000", "32K" (of 1,024) or "1M" (of 1,048,576).
+
+    Raises:
+        ConfigurationError: it is no such number, or 0.
+    """
+    digits = text.strip().upper()
+    factor = _SUFFIXES.get(digits[-1:], 1)
+    digits = digits[:-1] if factor > 1 else digits
+    if not digits.isdecimal() or int(digits) == 0:
+        raise ConfigurationError(f"{text!r} is no number of tokens; write 1000000, 32K or 1M")
+    return int(digits) * factor
+
+
+def batch(text: str) -> tuple[int, ...]:
+    """Lengths from "8x128K" or "1x1M+30x1K".
+
+    Raises:
+        ConfigurationError: it is no such batch.
+    """
+    lengths: list[int] = []
+    for group in text.split("+"):
+        number, found, length = group.partition("x")
+        if not found or not number.strip().isdecimal():
+            raise ConfigurationError(f"{text!r} is no batch; write 8x128K or 1x1M+30x1K")
+        lengths += [count(length)] * int(number)
+    return tuple(lengths)
