@@ -1,4 +1,4 @@
-"""What others take: cuDNN's dense attention in the same run, and vLLM's figures as they were read."""
+"""What others take: cuDNN's dense attention in the same run, and vLLM's figures, as read."""
 
 from collections.abc import Mapping
 

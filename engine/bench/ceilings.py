@@ -11,7 +11,8 @@ import torch.nn.functional as functional
 from ...kernels.bench import measure
 from .work import Work
 
-_SQUARE = {"cuda": 8192, "cpu": 1024}
+_SQUARE = {"cuda": 8192, "cpu": 256}
+_MOST_ROWS = {"cuda": 2**20, "cpu": 256}
 _READ_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}
 
 
@@ -26,7 +27,7 @@ class Ceilings:
     @classmethod
     def measure(cls, work: Work, rows: int, dtype: torch.dtype, device: torch.device) -> "Ceilings":
         """Products of the model's own shapes have `rows` rows; each counts by its operations."""
-        size = _SQUARE[device.type]
+        size, rows = _SQUARE[device.type], min(rows, _MOST_ROWS[device.type])
         flops = [2.0 * rows * outputs * inputs for outputs, inputs in work.products]
         seconds = [
             _product_seconds(rows, outputs, inputs, dtype, device)

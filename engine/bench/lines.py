@@ -87,7 +87,7 @@ class Line:
         spent = ", ".join(f"{name} {s:.3f}" for name, s in stages.items() if s is not None)
         text = (
             f"TTFT {self.ttft:.3f} s, {self.tokens_per_second:,.0f} tokens/s, "
-            f"{self.floor_fraction:.3f} of the floor ({self.floor:.3f} s at density "
+            f"{self.floor_fraction:.3f} of the floor's speed ({self.floor:.3f} s at density "
             f"{self.density:.4f})\n  seconds: {spent} ({self.gaps_share:.1%})\n  "
             f"linear layers at {self.linear_fraction:.3f} of the matrix products' rate"
         )

@@ -14,7 +14,7 @@ from .fit import Fit, free_bytes
 from .lines import Line, Reporter
 from .options import Options
 from .running import run_batch, run_prompt, warm_up
-from .subject import Subject, load, load_subject, page_geometry
+from .subject import Subject, load, page_geometry
 from .work import Work
 
 
@@ -41,8 +41,8 @@ def measure(options: Options, device: torch.device) -> bool:
     baseline = DenseBaseline(config, longest, device) if options.baseline else None
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    subject = load_subject(
-        options.files, options.kv_cache, cached, options.chunk_tokens, options.seed, model
+    subject = Subject.of(
+        options.files, model, options.kv_cache, cached, options.chunk_tokens, options.seed
     )
     bytes_per_token = subject.pool.geometry.bytes_per_page / PAGE_TOKENS
     reporter = Reporter(

@@ -1,6 +1,6 @@
 """What is measured: a model, its pages, and how its prompts are cut."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,9 +32,17 @@ class Subject:
 
     @classmethod
     def of(
-        cls, files: ModelFiles, model: Qwen2, pool: PagePool, chunk_tokens: int, seed: int
+        cls,
+        files: ModelFiles,
+        model: Qwen2,
+        kv_cache: str,
+        tokens: int,
+        chunk_tokens: int,
+        seed: int,
     ) -> "Subject":
-        """With the budgets and the tokenizer that belong to the model."""
+        """With pages for so many tokens, zeroed: decode alone reads what nothing wrote."""
+        pool = PagePool(page_geometry(model.config, kv_cache), pages_for(tokens), model.device)
+        pool.memory.zero_()
         return cls(
             model, pool, SparsityConfig.from_folder(files.folder),
             TokenBytes(Tokenizer(files.tokenizer_folder).raw), chunk_tokens, seed,
@@ -60,21 +68,6 @@ def page_geometry(config: ModelConfig, kv_cache: str) -> PageGeometry:
     return PageGeometry(
         config.num_layers, config.num_kv_heads, config.head_dim, KV_CACHE_TYPES[kv_cache]
     )
-
-
-def load_subject(
-    files: ModelFiles,
-    kv_cache: str,
-    tokens: int,
-    chunk_tokens: int,
-    seed: int,
-    model: Qwen2,
-) -> Subject:
-    """Take pages for so many tokens, and zero them: decode may read what nothing wrote."""
-    geometry = replace(model.page_geometry, dtype=KV_CACHE_TYPES[kv_cache])
-    pool = PagePool(geometry, pages_for(tokens), model.device)
-    pool.memory.zero_()
-    return Subject.of(files, model, pool, chunk_tokens, seed)
 
 
 def load(files: ModelFiles, device: torch.device, seed: int) -> Qwen2:

@@ -1,0 +1,171 @@
+"""The engine's benchmark: what it counts, what it refuses, and one small run of all of it."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from longreach.engine.bench import prompts
+from longreach.engine.bench.__main__ import main
+from longreach.engine.bench.density import Density
+from longreach.engine.bench.fit import Fit
+from longreach.engine.bench.options import parse
+from longreach.engine.bench.subject import page_geometry
+from longreach.engine.bench.work import Work
+from longreach.engine.config import ModelConfig
+from longreach.engine.errors import CheckpointError, ConfigurationError, OutOfMemoryError
+from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.prefill import SparseAttention
+from longreach.engine.shapes import known_shapes
+from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
+from longreach.kernels.pages import LayerPages
+from longreach.kernels.sparse import Selections
+
+QWEN_7B = ModelConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
+QWEN_14B = ModelConfig.from_folder(known_shapes()["qwen2.5-14b-1m"])
+H200_BYTES, H100_BYTES = int(149e9), int(83e9)
+
+
+def fit(config: ModelConfig, kv_cache: str, free: int) -> Fit:
+    return Fit(Work(config), page_geometry(config, kv_cache), 32768, free)
+
+
+def test_the_floors_are_the_designs() -> None:
+    work = Work(QWEN_7B)
+    # /28 because nobody wants the last layer's rows.
+    assert work.linear_flops(2**20) == pytest.approx(1.37e16 * 27 / 28, rel=0.01)
+    assert work.attention_flops(2**20) == pytest.approx(2.2e17 * 27 / 28, rel=0.01)
+    assert work.weight_bytes == pytest.approx(15.2e9, rel=0.01)
+    assert work.decode_bytes([1_000_000], 57_344) == pytest.approx(14.1e9 + 57.3e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_cache", "free", "tokens"),
+    [
+        (QWEN_7B, "bf16", H100_BYTES, 1_000_064),
+        (QWEN_14B, "bf16", H200_BYTES, 2**19),
+        (QWEN_14B, "fp8", H200_BYTES, 1_000_064),
+    ],
+)
+def test_what_the_cards_are_meant_to_hold_fits(config, kv_cache, free, tokens) -> None:
+    fit(config, kv_cache, free).check(tokens)
+
+
+def test_too_long_a_prompt_is_refused_with_what_fits_and_what_helps() -> None:
+    with pytest.raises(ConfigurationError, match=r"196\.6 GB.*--kv-cache fp8") as refused:
+        fit(QWEN_14B, "bf16", H200_BYTES).check(1_000_064)
+    said = str(refused.value).split(" of 149.0 GB free ")[1]
+    fits = int(said.split()[0].replace(",", ""))
+    fit(QWEN_14B, "bf16", H200_BYTES).check(fits)
+    with pytest.raises(ConfigurationError) as refused:
+        fit(QWEN_14B, "fp8", H100_BYTES).check(1_000_064)
+    assert "fp8" not in str(refused.value)
+
+
+def test_too_small_a_device_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"15\.2 GB.*16\.0 GB free.*larger GPU"):
+        fit(QWEN_7B, "bf16", int(16e9)).check(128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens", "1G"], "no number of tokens"),
+        (["--tokens", "32K,0"], "no number of tokens"),
+        (["--attention", "full"], "sparse or dense"),
+        (["--batches", "8*1K"], "no batch"),
+        (["--chunk-tokens", "1000"], "multiple of 128"),
+        (["--decode", "-1"], "--decode"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        parse(arguments)
+
+
+def test_lengths_and_batches_are_read() -> None:
+    options = parse(["--tokens", "128K, 1m,32K,32768", "--batches", "2x1K+1x3"])
+    assert options.tokens == (32_768, 131_072, 2**20)
+    assert options.batches == ((1024, 1024, 3),)
+    assert options.files.random
+    with pytest.raises(CheckpointError, match=r"qwen2\.5-7b-1m"):
+        parse(["--shape", "qwen3"])
+
+
+def test_density_counts_whole_tiles_and_the_columns_before_them() -> None:
+    empty = torch.empty(0)
+    selections = Selections.of([[3, 300], [7]], [[0, 2], [0, 1, 3]])
+    seen = SparseAttention(
+        0, SegmentQueries(empty, empty, empty), QueryBlocks((2, 4), 5 * 128),
+        LayerPages.of(empty, [0]), None, 1.0, empty, selections,
+    )  # fmt: skip
+    density = Density(torch.device("cpu"))
+    density(seen)
+    density(seen)
+    tiles, columns = (2 + 2) + (2 + 3), (1 + 2) + (1 + 1)
+    assert density.of(1000.0) == 2 * 128 * (tiles * 128 + columns) / 1000
+    assert density.of(1000.0) == 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The pocket model, sparse from 512 tokens on."""
+    copied = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    config = json.loads((copied / "config.json").read_text())
+    config["dual_chunk_attention_config"]["sparse_attention_threshold"] = 512
+    (copied / "config.json").write_text(json.dumps(config))
+    return copied
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def arguments_of(folder: Path, path: Path) -> list[str]:
+    return [
+        "--checkpoint", str(folder), "--tokens", "1500,300", "--attention", "sparse,dense",
+        "--chunk-tokens", "512", "--decode", "3", "--batches", "1x200,1x2K+3x100",
+        "--csv", str(path), "--commit", "abc",
+    ]  # fmt: skip
+
+
+def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "new" / "engine.csv"
+    assert main(arguments_of(folder, path))
+    lines = lines_of(path)
+    assert [(line["tokens"], line["attention"]) for line in lines[:3]] == [
+        ("300", "dense"), ("1500", "sparse"), ("1500", "dense"),
+    ]  # fmt: skip
+    # The longest is cut to what the pages of the prompts hold, if memory does not suffice.
+    assert [line["case"] for line in lines[3:]] == [
+        "decode 1 x 200", "decode 1 x 2,048 + 3 x 100",
+    ]  # fmt: skip
+    for line in lines[:3]:
+        spent = float(line["linear"]) + float(line["attending"])
+        assert 0 < spent <= float(line["ttft"])
+        assert float(line["tpot"]) > 0
+        assert line["commit"] == "abc"
+    assert float(lines[2]["density"]) == 1.0
+    assert float(lines[1]["density"]) > 0
+    assert "TTFT" in capsys.readouterr().out
+
+
+def test_one_case_without_memory_does_not_end_the_others(
+    folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_prompt = prompts.run_prompt
+
+    def fails_when_sparse(subject, tokens, sparse, new_tokens):
+        if sparse:
+            raise OutOfMemoryError("the device ran out of memory; lower --tokens")
+        return run_prompt(subject, tokens, sparse, new_tokens)
+
+    monkeypatch.setattr(prompts, "run_prompt", fails_when_sparse)
+    path = tmp_path / "engine.csv"
+    assert not main(arguments_of(folder, path))
+    assert [line["attention"] for line in lines_of(path)] == ["dense"] * 4
+    assert "OutOfMemoryError: the device ran out of memory" in capsys.readouterr().out
