@@ -5,7 +5,7 @@ import sys
 import torch
 
 from ..errors import LongreachError
-from . import prompts
+from . import prompts, scaling
 from .options import parse
 
 
@@ -13,6 +13,9 @@ def main(arguments: list[str] | None = None) -> bool:
     """Measure, print, and add to a CSV file; whether every case could be run."""
     options = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.what == "scaling":
+        scaling.predict(options, device)
+        return True
     return prompts.measure(options, device)
 
 

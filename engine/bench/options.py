@@ -11,6 +11,8 @@ from .subject import KV_CACHE_TYPES
 
 ATTENTIONS = ("sparse", "dense")
 _SUFFIXES = {"K": 2**10, "M": 2**20}
+_MESHES = "1x1,1x2,1x4,1x8,2x4"
+_CSV = {"prompts": Path("docs/bench/engine.csv"), "scaling": Path("docs/bench/scaling.csv")}
 _BATCHES = "1x2K,1x128K,1x1000000,8x128K,1x1000000+30x1K"
 
 
@@ -31,6 +33,9 @@ class Options:
     csv: Path
     commit: str | None
     seed: int
+    meshes: tuple[tuple[int, int], ...]
+    link_gbs: float
+    latency_us: float
 
     @property
     def weights(self) -> str:
@@ -61,9 +66,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
     parser.add_argument("--batches", default=_BATCHES, help='decode only; "" for none')
     parser.add_argument("--baseline", action="store_true", help="time cuDNN's attention as well")
-    parser.add_argument("--csv", type=Path, default=Path("docs/bench/engine.csv"))
+    parser.add_argument("--csv", type=Path, help="to add to; else one in docs/bench")
     parser.add_argument("--commit", help="what to call the code, where there is no git")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--meshes", default=_MESHES, help="scaling: tensor x sequence parallel")
+    parser.add_argument("--link-gbs", type=float, default=450.0, help="scaling: GB/s each way")
+    parser.add_argument("--latency-us", type=float, default=20.0, help="scaling: of a collective")
     given = parser.parse_args(arguments)
     name = given.checkpoint or RANDOM + given.shape
     attentions = tuple(given.attention.split(","))
@@ -87,9 +95,12 @@ def parse(arguments: list[str] | None = None) -> Options:
         decode=given.decode,
         batches=tuple(batch(each) for each in given.batches.split(",") if each),
         baseline=given.baseline,
-        csv=given.csv,
+        csv=given.csv or _CSV[given.what],
         commit=given.commit,
         seed=given.seed,
+        meshes=tuple(mesh(each) for each in given.meshes.split(",")),
+        link_gbs=given.link_gbs,
+        latency_us=given.latency_us,
     )
 
 
@@ -120,3 +131,15 @@ def batch(text: str) -> tuple[int, ...]:
             raise ConfigurationError(f"{text!r} is no batch; write 8x128K or 1x1M+30x1K")
         lengths += [count(length)] * int(number)
     return tuple(lengths)
+
+
+def mesh(text: str) -> tuple[int, int]:
+    """Tensor parallel and sequence parallel ranks from "2x4".
+
+    Raises:
+        ConfigurationError: it is no such mesh.
+    """
+    tensor, _, sequence = text.strip().partition("x")
+    if not (tensor.isdecimal() and sequence.isdecimal() and int(tensor) and int(sequence)):
+        raise ConfigurationError(f"{text!r} is no mesh; write 1x8 or 2x4")
+    return int(tensor), int(sequence)

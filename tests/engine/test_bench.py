@@ -3,8 +3,10 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,17 +14,23 @@ from longreach.engine.bench import prompts
 from longreach.engine.bench.__main__ import main
 from longreach.engine.bench.density import Density
 from longreach.engine.bench.fit import Fit
+from longreach.engine.bench.lone_rank import LoneRank, exchanged
 from longreach.engine.bench.options import parse
+from longreach.engine.bench.scaling import Traffic, compute_seconds
 from longreach.engine.bench.subject import page_geometry
 from longreach.engine.bench.work import Work
 from longreach.engine.config import ModelConfig
 from longreach.engine.errors import CheckpointError, ConfigurationError, OutOfMemoryError
+from longreach.engine.mesh import Mesh
+from longreach.engine.pages import PagePool
 from longreach.engine.pocket import CHECKPOINT
-from longreach.engine.prefill import SparseAttention
+from longreach.engine.prefill import Prefiller, SparseAttention
+from longreach.engine.qwen2 import Qwen2
 from longreach.engine.shapes import known_shapes
+from longreach.engine.sparsity import SparsityConfig
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
 from longreach.kernels.pages import LayerPages
-from longreach.kernels.sparse import Selections
+from longreach.kernels.sparse import HeadBudget, Selections
 
 QWEN_7B = ModelConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
 QWEN_14B = ModelConfig.from_folder(known_shapes()["qwen2.5-14b-1m"])
@@ -127,8 +135,8 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 
 def arguments_of(folder: Path, path: Path) -> list[str]:
     return [
-        "--checkpoint", str(folder), "--tokens", "1500,300", "--attention", "sparse,dense",
-        "--chunk-tokens", "512", "--decode", "3", "--batches", "1x200,1x2K+3x100",
+        "--checkpoint", str(folder), "--tokens", "700,300", "--attention", "sparse,dense",
+        "--chunk-tokens", "384", "--decode", "3", "--batches", "1x200,1x1K+3x50",
         "--csv", str(path), "--commit", "abc",
     ]  # fmt: skip
 
@@ -138,11 +146,10 @@ def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     assert main(arguments_of(folder, path))
     lines = lines_of(path)
     assert [(line["tokens"], line["attention"]) for line in lines[:3]] == [
-        ("300", "dense"), ("1500", "sparse"), ("1500", "dense"),
+        ("300", "dense"), ("700", "sparse"), ("700", "dense"),
     ]  # fmt: skip
-    # The longest is cut to what the pages of the prompts hold, if memory does not suffice.
     assert [line["case"] for line in lines[3:]] == [
-        "decode 1 x 200", "decode 1 x 2,048 + 3 x 100",
+        "decode 1 x 200", "decode 1 x 1,024 + 3 x 50",
     ]  # fmt: skip
     for line in lines[:3]:
         spent = float(line["linear"]) + float(line["attending"])
@@ -169,3 +176,68 @@ def test_one_case_without_memory_does_not_end_the_others(
     assert not main(arguments_of(folder, path))
     assert [line["attention"] for line in lines_of(path)] == ["dense"] * 4
     assert "OutOfMemoryError: the device ran out of memory" in capsys.readouterr().out
+
+
+def test_long_sequences_of_a_batch_are_cut_to_what_fits() -> None:
+    # Each answer of 9 tokens and what is over take a page beside the prompt's.
+    assert prompts._shortened([1024, 128], 8, 20) == [1024, 128]
+    assert prompts._shortened([1024, 128], 8, 8) == [640, 128]
+    assert prompts._shortened([1024, 1024, 50], 8, 12) == [512, 512, 50]
+
+
+def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "scaling.csv"
+    assert main([
+        "scaling", "--checkpoint", str(folder), "--tokens", "900", "--chunk-tokens", "256",
+        "--meshes", "1x1,1x3,2x2", "--csv", str(path), "--link-gbs", "1", "--latency-us", "0",
+    ])  # fmt: skip
+    lines = lines_of(path)
+    assert [line["gpus"] for line in lines] == ["1", "3", "4"]
+    assert float(lines[0]["speedup_modelled"]) == 1
+    assert float(lines[0]["ttft_modelled"]) == float(lines[0]["compute_modelled"])
+    assert "measured" in capsys.readouterr().out
+
+
+def test_chunks_between_the_measured_ones_are_interpolated() -> None:
+    # 1, 2, 3 and half of a chunk that starts where the last one measured does.
+    assert compute_seconds(350, 100, [0, 200], [1.0, 3.0]) == pytest.approx(1 + 2 + 3 + 1.5)
+    assert compute_seconds(50, 100, [0], [1.0]) == 1.0
+
+
+def test_traffic_is_the_designs() -> None:
+    """52.6 GB sent by each of 8 GPUs at 2^20 tokens of the 7B."""
+    eight = Traffic.of(QWEN_7B, LoneRank(1, 8, 0), 2**20, 32768, 2)
+    assert eight.gathered_bytes == pytest.approx(52.6e9, rel=1e-3)
+    assert eight.reduced_bytes == 0
+    both = Traffic.of(QWEN_7B, LoneRank(2, 4, 0), 2**20, 32768, 2)
+    assert both.gathered_bytes == pytest.approx(60.1e9 / 2 * 3 / 4, rel=1e-3)
+    assert both.reduced_bytes == 2 * 27 * 2**20 / 4 * 3584 * 2
+
+
+def test_a_lone_rank_attends_to_what_all_ranks_would_have_selected(folder: Path) -> None:
+    """Whichever rank it is, its rows come out as they do in one process."""
+    sparsity = SparsityConfig.from_folder(folder)
+    assert sparsity is not None
+    sparsity = replace(sparsity, budgets=tuple(
+        tuple(HeadBudget(33 + 7 * head, 128) for head in range(4)) for _ in sparsity.budgets
+    ))  # fmt: skip
+    cpu = torch.device("cpu")
+    prompt = np.random.default_rng(0).integers(0, 250, 1024).astype(np.int32)
+    seen: dict[int, list[SparseAttention]] = {}
+    for rank in (-1, 0, 1):
+        mesh = LoneRank(1, 2, rank) if rank >= 0 else Mesh.single()
+        model = Qwen2.load(folder, mesh, torch.float32, cpu)
+        if isinstance(mesh, LoneRank):
+            recorded = [each.selections for each in seen[-1]]
+            mesh.exchanged.extend(exchanged(recorded, model.heads, sparsity, 1024))
+        pool = PagePool(model.page_geometry, 8, cpu)
+        prefiller = Prefiller(model, pool, sparsity, seen.setdefault(rank, []).append)
+        prefiller.admit("a", prompt)
+        prefiller.run_chunk("a", 0, 1024)
+    for rank in (0, 1):
+        for ours, whole in zip(seen[rank], seen[-1], strict=True):
+            for head in range(4):
+                for mine, theirs in zip(
+                    ours.selections.of_head(head), whole.selections.of_head(head), strict=True
+                ):
+                    assert mine.tolist() == theirs.tolist()
