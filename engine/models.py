@@ -44,7 +44,7 @@ class ModelFiles:
         folder = shapes.get(name.removeprefix(RANDOM))
         if folder is None:
             raise CheckpointError(
-                f"there is no shape for {name}; take one of "
+                f"there is no model {name}; take one of "
                 f"{', '.join(RANDOM + shape for shape in shapes)}"
             )
         return cls(folder, CHECKPOINT, random=True)

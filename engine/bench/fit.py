@@ -28,9 +28,20 @@ class Fit:
     chunk_tokens: int
     free: int
 
-    def most_tokens(self, wanted: int) -> int:
-        """Tokens of KV cache that fit beside weights and the activations of `wanted` tokens."""
-        return self._room(wanted) // self.geometry.bytes_per_page * PAGE_TOKENS
+    def most_tokens_beside(self, prompt: int) -> int:
+        """Tokens of KV cache that fit beside the weights and a prompt's activations."""
+        return self._room(prompt) // self.geometry.bytes_per_page * PAGE_TOKENS
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer that fit; 0 where the weights leave no room."""
+        few, many = 0, self.free // self.geometry.bytes_per_page
+        while few < many:
+            pages = -(-(few + many) // 2)
+            if pages * PAGE_TOKENS <= self.most_tokens_beside(pages * PAGE_TOKENS):
+                few = pages
+            else:
+                many = pages - 1
+        return few * PAGE_TOKENS
 
     def check(self, tokens: int) -> None:
         """Refuse a KV cache of so many tokens where it does not fit.
@@ -39,18 +50,18 @@ class Fit:
             ConfigurationError: it does not, or not even the weights do; says what would.
         """
         weights, free = self.work.weight_bytes / _GB, self.free / _GB
-        if self._room(PAGE_TOKENS) < self.geometry.bytes_per_page:
+        longest = self.longest()
+        if longest == 0:
             raise ConfigurationError(
                 f"the weights take {weights:.1f} GB and the device has {free:.1f} GB free, which "
                 "leaves no room for a chunk and its KV pages; take a smaller --shape or a larger "
                 "GPU"
             )
-        fits = self.most_tokens(tokens)
-        if tokens > fits:
+        if tokens > longest:
             pages = pages_for(tokens) * self.geometry.bytes_per_page / _GB
             raise ConfigurationError(
                 f"{tokens:,} tokens (prompt and answer) need {pages:.1f} GB of KV pages beside "
-                f"{weights:.1f} GB of weights, and of {free:.1f} GB free {max(fits, 0):,} tokens "
+                f"{weights:.1f} GB of weights, and of {free:.1f} GB free {longest:,} tokens "
                 f"would fit; {self._mends()}"
             )
 

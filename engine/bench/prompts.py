@@ -31,7 +31,7 @@ def measure(options: Options, device: torch.device) -> bool:
     longest = options.tokens[-1]
     cached = _kv_tokens(longest, options.decode)
     fit.check(cached)
-    most = fit.most_tokens(longest)
+    most = fit.most_tokens_beside(longest)
     wanted = [sum(_kv_tokens(n, options.decode) for n in batch) for batch in options.batches]
     cached = max(cached, min(most, max(wanted, default=0)))
 

@@ -129,6 +129,7 @@ def predict(options: Options, device: torch.device) -> None:
         owner = (pages_for(tokens) - 1) % sequence
         mesh = LoneRank(tensor, sequence, owner * tensor)
         starts, seconds = _time_rank(options, mesh, sparsity, device, recorder)
+        _give_back(device)
         line = _line(options, config, mesh, starts, seconds, alone)
         alone = line.ttft_modelled if alone is None else alone
         print(line.text(), flush=True)
@@ -169,6 +170,7 @@ def _time_rank(
         0, model.config.vocab_size, tokens, dtype=np.int32
     )
     pages = pool.allocate(pages_for(tokens))
+    prefiller = Prefiller(model, pool, sparsity, recorder)
     single = mesh.tensor_parallel == mesh.sequence_parallel == 1
     starts, seconds = _sampled_starts(tokens, options.chunk_tokens), []
     for start in starts:
@@ -177,16 +179,13 @@ def _time_rank(
         mesh.exchanged.clear()
         if not single and sparsity is not None and start in recorder.by_start:
             mesh.exchanged.extend(exchanged(recorder.by_start[start], model.heads, sparsity, end))
-        prefiller = Prefiller(model, pool, sparsity, recorder)
-        times = []
         # The first run of each compiles what may not have been met before.
+        times = []
         for _ in range(1 + _REPEATS):
             prefiller.admit("a", prompt, pages, done=start)
             times.append(_seconds(prefiller, start, end, device))
             prefiller.release("a")
         seconds.append(statistics.median(times[1:]))
-    del prefiller, model, pool
-    _give_back(device)
     return starts, seconds
 
 
