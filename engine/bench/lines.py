@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels.bench.measure import environment
-from .baseline import VLLM_TPOT_SECONDS, VLLM_TTFT_SECONDS, DenseBaseline
+from .baseline import VLLM_TPOT_MS, VLLM_TTFT_SECONDS, DenseBaseline
 from .ceilings import Ceilings
 from .running import BatchRun, PromptRun, settled
 from .work import Work
@@ -44,10 +44,10 @@ class Line:
     floor: float | None
     floor_fraction: float | None
     linear_fraction: float | None
-    tpot_p20: float | None
-    tpot: float | None
-    tpot_p80: float | None
-    tpot_floor: float | None
+    tpot_p20_ms: float | None
+    tpot_ms: float | None
+    tpot_p80_ms: float | None
+    tpot_floor_ms: float | None
     tpot_over_floor: float | None
     peak_gb: float | None
     activations_gb: float | None
@@ -57,7 +57,7 @@ class Line:
     cudnn_dense_attention: float | None
     attention_speedup: float | None
     vllm_ttft: float | None
-    vllm_tpot: float | None
+    vllm_tpot_ms: float | None
     gpu: str
     driver: str
     torch: str
@@ -69,7 +69,7 @@ class Line:
         parts = [f"{self.case}, {self.attention}, KV {self.kv_cache}:"]
         if self.ttft is not None:
             parts.append(self._prefill_text())
-        if self.tpot is not None:
+        if self.tpot_ms is not None:
             parts.append(self._decode_text())
         if self.peak_gb is not None:
             parts.append(
@@ -101,15 +101,15 @@ class Line:
         return text
 
     def _decode_text(self) -> str:
-        assert self.tpot is not None
-        assert self.tpot_p20 is not None
-        assert self.tpot_p80 is not None
+        assert self.tpot_ms is not None
+        assert self.tpot_p20_ms is not None
+        assert self.tpot_p80_ms is not None
         text = (
-            f"TPOT {self.tpot * 1e3:.2f} ms (p20 {self.tpot_p20 * 1e3:.2f}, "
-            f"p80 {self.tpot_p80 * 1e3:.2f}), {self.tpot_over_floor:.2f}x the bandwidth floor"
+            f"TPOT {self.tpot_ms:.2f} ms (p20 {self.tpot_p20_ms:.2f}, "
+            f"p80 {self.tpot_p80_ms:.2f}), {self.tpot_over_floor:.2f}x the bandwidth floor"
         )
-        if self.vllm_tpot is not None:
-            text += f", vLLM's {self.vllm_tpot * 1e3:.2f} ms"
+        if self.vllm_tpot_ms is not None:
+            text += f", vLLM's {self.vllm_tpot_ms:.2f} ms"
         return text
 
 
@@ -160,7 +160,7 @@ class Reporter:
             cudnn_dense_attention=dense,
             attention_speedup=None if dense is None else dense / attending,
             vllm_ttft=VLLM_TTFT_SECONDS.get(run.tokens) if self.vllm else None,
-            vllm_tpot=VLLM_TPOT_SECONDS.get(run.tokens) if self.vllm else None,
+            vllm_tpot_ms=VLLM_TPOT_MS.get(run.tokens) if self.vllm else None,
             **self._decoding([run.tokens], run.steps),
         )
 
@@ -171,25 +171,25 @@ class Reporter:
             case=f"decode {named(run.lengths)}",
             tokens=sum(run.lengths),
             attention="dense",
-            vllm_tpot=VLLM_TPOT_SECONDS.get(run.lengths[0]) if self.vllm and alone else None,
+            vllm_tpot_ms=VLLM_TPOT_MS.get(run.lengths[0]) if self.vllm and alone else None,
             **self._decoding(run.lengths, run.steps),
         )
 
     def _decoding(self, lengths: Sequence[int], steps: list[float]) -> dict[str, float | None]:
         if not steps:
             return {}
-        counted = settled(steps)
+        counted = [1e3 * seconds for seconds in settled(steps)]
         cuts = statistics.quantiles(counted, n=10, method="inclusive") if len(counted) > 1 else None
         median = statistics.median(counted)
         # On average half of the new tokens are there besides.
         grown = [length + len(steps) // 2 for length in lengths]
         read = self.work.decode_bytes(grown, self.kv_bytes_per_token)
-        floor = read / (self.ceilings.read * 1e9)
+        floor = read / (self.ceilings.read * 1e6)
         return {
-            "tpot_p20": cuts[1] if cuts else median,
-            "tpot": median,
-            "tpot_p80": cuts[7] if cuts else median,
-            "tpot_floor": floor,
+            "tpot_p20_ms": cuts[1] if cuts else median,
+            "tpot_ms": median,
+            "tpot_p80_ms": cuts[7] if cuts else median,
+            "tpot_floor_ms": floor,
             "tpot_over_floor": median / floor,
         }
 

@@ -1,6 +1,6 @@
 """Prompts of several lengths, and batches, one after the other in one process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -57,31 +57,34 @@ def measure(options: Options, device: torch.device) -> bool:
             append(options.csv, [case])
         else:
             failed = True
-            print(f"{type(case).__name__}: {case}", flush=True)
+            print(case, flush=True)
     return not failed
 
 
-def _cases(
-    options: Options, subject: Subject, reporter: Reporter
-) -> Iterator[Line | LongreachError]:
+def _cases(options: Options, subject: Subject, reporter: Reporter) -> Iterator[Line | str]:
     """A line of every case, or why there is none; one that fails does not end the others."""
     longest = options.tokens[-1]
     for attention in options.attentions:
-        try:
-            warm_up(subject, longest, attention == "sparse", min(options.decode, 4))
-        except LongreachError as error:
-            yield error
+        sparse = attention == "sparse"
+        yield from _tried(lambda s=sparse: warm_up(subject, longest, s, min(options.decode, 4)))
     for tokens, sparse in _prompts(options, subject):
-        try:
-            yield reporter.of_prompt(run_prompt(subject, tokens, sparse, options.decode))
-        except LongreachError as error:
-            yield error
+        yield from _tried(
+            lambda n=tokens, s=sparse: reporter.of_prompt(run_prompt(subject, n, s, options.decode))
+        )
     for batch in options.batches:
         lengths = _shortened(batch, options.decode, subject.pool.num_pages)
-        try:
-            yield reporter.of_batch(run_batch(subject, lengths, options.decode))
-        except LongreachError as error:
-            yield error
+        yield from _tried(
+            lambda each=lengths: reporter.of_batch(run_batch(subject, each, options.decode))
+        )
+
+
+def _tried(case: Callable[[], Line | None]) -> list[Line | str]:
+    """What came out, or what went wrong in words: an error itself would keep tensors alive."""
+    try:
+        line = case()
+    except LongreachError as error:
+        return [f"{type(error).__name__}: {error}"]
+    return [] if line is None else [line]
 
 
 def _prompts(options: Options, subject: Subject) -> list[tuple[int, bool]]:

@@ -154,7 +154,7 @@ def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     for line in lines[:3]:
         spent = float(line["linear"]) + float(line["attending"])
         assert 0 < spent <= float(line["ttft"])
-        assert float(line["tpot"]) > 0
+        assert float(line["tpot_ms"]) > 0
         assert line["commit"] == "abc"
     assert float(lines[2]["density"]) == 1.0
     assert float(lines[1]["density"]) > 0
