@@ -27,6 +27,7 @@ class Options:
     attentions: tuple[str, ...]
     kv_cache: str
     chunk_tokens: int
+    dense_up_to: int | None
     decode: int
     batches: tuple[tuple[int, ...], ...]
     baseline: bool
@@ -61,6 +62,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     which.add_argument("--checkpoint", help=f"a checkpoint folder, or {POCKET}")
     parser.add_argument("--tokens", default="1000000", help="lengths, such as 32K,128K,1000000")
     parser.add_argument("--attention", default="sparse", help="sparse, dense, or sparse,dense")
+    parser.add_argument("--dense-up-to", type=count, help="leave longer dense prompts out")
     parser.add_argument("--kv-cache", choices=list(KV_CACHE_TYPES), default="bf16")
     parser.add_argument("--chunk-tokens", default="32K")
     parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
@@ -92,6 +94,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         attentions=attentions,
         kv_cache=given.kv_cache,
         chunk_tokens=chunk_tokens,
+        dense_up_to=given.dense_up_to,
         decode=given.decode,
         batches=tuple(batch(each) for each in given.batches.split(",") if each),
         baseline=given.baseline,

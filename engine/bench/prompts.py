@@ -89,12 +89,17 @@ def _tried(case: Callable[[], Line | None]) -> list[Line | str]:
 
 def _prompts(options: Options, subject: Subject) -> list[tuple[int, bool]]:
     """Lengths and whether sparse; a prompt below the budgets' threshold is dense, and once so."""
+    most = options.dense_up_to
     asked = [
         (tokens, attention == "sparse" and subject.is_sparse(tokens))
         for tokens in options.tokens
         for attention in options.attentions
     ]
-    return list(dict.fromkeys(asked))
+    return [
+        (tokens, sparse)
+        for tokens, sparse in dict.fromkeys(asked)
+        if sparse or most is None or tokens <= most
+    ]
 
 
 def _shortened(batch: Sequence[int], new_tokens: int, num_pages: int) -> list[int]:

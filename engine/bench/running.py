@@ -6,7 +6,8 @@ and nothing is copied or held twice.
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,35 +83,32 @@ def warm_up(subject: Subject, longest: int, sparse: bool, new_tokens: int) -> No
 
 def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
     density = Density(subject.device)
-    prefiller = Prefiller(
-        subject.model, subject.pool, subject.sparsity if sparse else None, density
-    )
-    decoder = Decoder(subject.model, subject.pool, subject.token_bytes, 1)
     prompt = subject.prompt(tokens)
-    before = _start_counting_memory(subject.device)
-    try:
-        decoder.reserve(_request("a", prompt, new_tokens + 1))
-        _synchronize(subject.device)
-        started = time.perf_counter()
-        results = _prefill(subject, prefiller, prompt, decoder.block_table("a"))
-        prefilled = time.perf_counter()
-        logits = results[-1].logits
-        assert logits is not None
-        _check(decoder.start("a", logits.cpu().numpy()))
-        first_token = time.perf_counter()
-        prefiller.release("a")
-        stages = _add_up(results)
-        steps = _steps(decoder, subject.device)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the device ran out of memory at a prompt of {tokens:,} tokens; lower --chunk-tokens, "
-            "--tokens, or take --kv-cache fp8"
-        ) from error
-    finally:
-        prefiller.release("a")
-        decoder.cancel("a")
+    mends = "lower --chunk-tokens or --tokens, or take --kv-cache fp8"
+    with _memory_watched(f"a prompt of {tokens:,} tokens", mends):
+        sparsity = subject.sparsity if sparse else None
+        prefiller = Prefiller(subject.model, subject.pool, sparsity, density)
+        decoder = Decoder(subject.model, subject.pool, subject.token_bytes, 1)
+        before = _start_counting_memory(subject.device)
+        try:
+            decoder.reserve(_request("a", prompt, new_tokens + 1))
+            _synchronize(subject.device)
+            started = time.perf_counter()
+            results = _prefill(subject, prefiller, prompt, decoder.block_table("a"))
+            prefilled = time.perf_counter()
+            logits = results[-1].logits
+            assert logits is not None
+            _check(decoder.start("a", logits.cpu().numpy()))
+            first_token = time.perf_counter()
+            stages = _add_up(results)
+            prefiller.release("a")
+            steps = _steps(decoder, subject.device)
+        finally:
+            prefiller.release("a")
+            decoder.cancel("a")
     peak = torch.cuda.max_memory_allocated(subject.device) if before is not None else None
-    pairs = Work(subject.model.config).attention_flops(tokens) / 4 / subject.model.config.head_dim
+    config = subject.model.config
+    pairs = Work(config).attention_flops(tokens) / 4 / config.head_dim
     used = sparse and subject.is_sparse(tokens)
     return PromptRun(
         tokens, used, prefilled - started, first_token - started, stages,
@@ -137,24 +135,22 @@ def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> Batc
     Raises:
         OutOfMemoryError: with this batch; pages are free again.
     """
-    decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
     generator = np.random.default_rng(subject.seed)
     names = [str(number) for number in range(len(lengths))]
-    try:
-        for name, length in zip(names, lengths, strict=True):
-            decoder.reserve(_request(name, np.zeros(length, dtype=np.int32), new_tokens + 1))
-        for name in names:
-            logits = generator.standard_normal(subject.model.config.vocab_size, dtype=np.float32)
-            _check(decoder.start(name, logits))
-        return BatchRun(list(lengths), _steps(decoder, subject.device))
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the device ran out of memory at a batch of {len(lengths)}; take fewer sequences, or "
-            "--kv-cache fp8"
-        ) from error
-    finally:
-        for name in names:
-            decoder.cancel(name)
+    mends = "take fewer sequences, or --kv-cache fp8"
+    with _memory_watched(f"a batch of {len(lengths)}", mends):
+        decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
+        try:
+            for name, length in zip(names, lengths, strict=True):
+                prompt = np.zeros(length, dtype=np.int32)
+                decoder.reserve(_request(name, prompt, new_tokens + 1))
+            vocab = subject.model.config.vocab_size
+            for name in names:
+                _check(decoder.start(name, generator.standard_normal(vocab, dtype=np.float32)))
+            return BatchRun(list(lengths), _steps(decoder, subject.device))
+        finally:
+            for name in names:
+                decoder.cancel(name)
 
 
 def settled(steps: list[float]) -> list[float]:
@@ -171,6 +167,15 @@ def _steps(decoder: Decoder, device: torch.device) -> list[float]:
         _synchronize(device)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+@contextmanager
+def _memory_watched(case: str, mends: str) -> Iterator[None]:
+    """Tell of a device without memory in our own words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"the device ran out of memory at {case}; {mends}") from error
 
 
 def _check(outputs: Sequence[tuple[str, object]]) -> None:

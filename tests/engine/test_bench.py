@@ -17,10 +17,10 @@ from longreach.engine.bench.fit import Fit
 from longreach.engine.bench.lone_rank import LoneRank, exchanged
 from longreach.engine.bench.options import parse
 from longreach.engine.bench.scaling import Traffic, compute_seconds
-from longreach.engine.bench.subject import page_geometry
+from longreach.engine.bench.subject import Subject, load, page_geometry
 from longreach.engine.bench.work import Work
 from longreach.engine.config import ModelConfig
-from longreach.engine.errors import CheckpointError, ConfigurationError, OutOfMemoryError
+from longreach.engine.errors import CheckpointError, ConfigurationError
 from longreach.engine.mesh import Mesh
 from longreach.engine.pages import PagePool
 from longreach.engine.pocket import CHECKPOINT
@@ -28,6 +28,7 @@ from longreach.engine.prefill import Prefiller, SparseAttention
 from longreach.engine.qwen2 import Qwen2
 from longreach.engine.shapes import known_shapes
 from longreach.engine.sparsity import SparsityConfig
+from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
 from longreach.kernels.pages import LayerPages
 from longreach.kernels.sparse import HeadBudget, Selections
@@ -103,6 +104,13 @@ def test_lengths_and_batches_are_read() -> None:
         parse(["--shape", "qwen3"])
 
 
+def test_dense_prompts_that_would_take_too_long_are_left_out(folder: Path) -> None:
+    options = parse([*arguments_of(folder, folder), "--dense-up-to", "300"])
+    model = load(options.files, torch.device("cpu"), 0)
+    subject = Subject.of(options.files, model, "bf16", 256, 256, 0)
+    assert prompts._prompts(options, subject) == [(300, False), (700, True)]
+
+
 def test_density_counts_whole_tiles_and_the_columns_before_them() -> None:
     empty = torch.empty(0)
     selections = Selections.of([[3, 300], [7]], [[0, 2], [0, 1, 3]])
@@ -164,18 +172,17 @@ def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
 def test_one_case_without_memory_does_not_end_the_others(
     folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_prompt = prompts.run_prompt
+    """Nor does it keep its pages: the others need them all."""
 
-    def fails_when_sparse(subject, tokens, sparse, new_tokens):
-        if sparse:
-            raise OutOfMemoryError("the device ran out of memory; lower --tokens")
-        return run_prompt(subject, tokens, sparse, new_tokens)
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("as the allocator says it")
 
-    monkeypatch.setattr(prompts, "run_prompt", fails_when_sparse)
+    monkeypatch.setattr(sparse, "attention", fail)
     path = tmp_path / "engine.csv"
     assert not main(arguments_of(folder, path))
     assert [line["attention"] for line in lines_of(path)] == ["dense"] * 4
-    assert "OutOfMemoryError: the device ran out of memory" in capsys.readouterr().out
+    said = "OutOfMemoryError: the device ran out of memory at a prompt of 700 tokens; lower --chunk"
+    assert said in capsys.readouterr().out
 
 
 def test_long_sequences_of_a_batch_are_cut_to_what_fits() -> None:
