@@ -60,7 +60,9 @@ def parse(arguments: list[str] | None = None) -> Options:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--shape", default="qwen2.5-7b-1m", help="random weights of this shape")
     which.add_argument("--checkpoint", help=f"a checkpoint folder, or {POCKET}")
-    parser.add_argument("--tokens", default="1000000", help="lengths, such as 32K,128K,1000000")
+    parser.add_argument(
+        "--tokens", default="1000000", help='lengths, such as 32K,1000000; "" for none'
+    )
     parser.add_argument("--attention", default="sparse", help="sparse, dense, or sparse,dense")
     parser.add_argument("--dense-up-to", type=count, help="leave longer dense prompts out")
     parser.add_argument("--kv-cache", choices=list(KV_CACHE_TYPES), default="bf16")
@@ -86,11 +88,13 @@ def parse(arguments: list[str] | None = None) -> Options:
         )
     if given.decode < 0:
         raise ConfigurationError(f"--decode {given.decode}: take 0 or more")
+    if given.what == "scaling" and not given.tokens:
+        raise ConfigurationError("scaling needs a prompt; name its length with --tokens")
     return Options(
         what=given.what,
         name=name.removeprefix(RANDOM),
         files=ModelFiles.of(name),
-        tokens=tuple(sorted({count(each) for each in given.tokens.split(",")})),
+        tokens=tuple(sorted({count(each) for each in given.tokens.split(",") if each})),
         attentions=attentions,
         kv_cache=given.kv_cache,
         chunk_tokens=chunk_tokens,

@@ -28,7 +28,7 @@ def measure(options: Options, device: torch.device) -> bool:
     work = Work(config, torch.bfloat16.itemsize)
     geometry = page_geometry(config, options.kv_cache)
     fit = Fit(work, geometry, options.chunk_tokens, free_bytes(device))
-    longest = options.tokens[-1]
+    longest = max(options.tokens, default=0)
     cached = _kv_tokens(longest, options.decode)
     fit.check(cached)
     most = fit.most_tokens_beside(longest)
@@ -36,9 +36,9 @@ def measure(options: Options, device: torch.device) -> bool:
     cached = max(cached, min(most, max(wanted, default=0)))
 
     model = load(options.files, device, options.seed)
-    rows = min(options.chunk_tokens, longest)
+    rows = min(options.chunk_tokens, longest or options.chunk_tokens)
     ceilings = Ceilings.measure(work, rows, model.dtype, device)
-    baseline = DenseBaseline(config, longest, device) if options.baseline else None
+    baseline = DenseBaseline(config, longest, device) if options.baseline and longest else None
     if device.type == "cuda":
         torch.cuda.empty_cache()
     subject = Subject.of(
@@ -63,8 +63,8 @@ def measure(options: Options, device: torch.device) -> bool:
 
 def _cases(options: Options, subject: Subject, reporter: Reporter) -> Iterator[Line | str]:
     """A line of every case, or why there is none; one that fails does not end the others."""
-    longest = options.tokens[-1]
-    for attention in options.attentions:
+    longest = max(options.tokens, default=0)
+    for attention in options.attentions if longest else ():
         sparse = attention == "sparse"
         yield from _tried(lambda s=sparse: warm_up(subject, longest, s, min(options.decode, 4)))
     for tokens, sparse in _prompts(options, subject):

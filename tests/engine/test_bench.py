@@ -88,6 +88,8 @@ def test_too_small_a_device_is_refused() -> None:
         (["--batches", "8*1K"], "no batch"),
         (["--chunk-tokens", "1000"], "multiple of 128"),
         (["--decode", "-1"], "--decode"),
+        (["scaling", "--tokens", ""], "needs a prompt"),
+        (["scaling", "--meshes", "8"], "no mesh"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], said: str) -> None:
@@ -167,6 +169,16 @@ def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     assert float(lines[2]["density"]) == 1.0
     assert float(lines[1]["density"]) > 0
     assert "TTFT" in capsys.readouterr().out
+
+
+def test_batches_may_run_without_prompts(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "engine.csv"
+    arguments = arguments_of(folder, path)
+    arguments[arguments.index("--tokens") + 1] = ""
+    assert main(arguments)
+    assert [line["case"] for line in lines_of(path)] == [
+        "decode 1 x 200", "decode 1 x 1,024 + 3 x 50",
+    ]  # fmt: skip
 
 
 def test_one_case_without_memory_does_not_end_the_others(
