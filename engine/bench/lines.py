@@ -3,7 +3,7 @@
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...kernels.bench.measure import environment
@@ -126,7 +126,7 @@ class Reporter:
     chunk_tokens: int
     baseline: DenseBaseline | None
     vllm: bool
-    commit: str | None
+    named: Mapping[str, str]
 
     def of_prompt(self, run: PromptRun) -> Line:
         """A prompt, and what was decoded after it."""
@@ -202,8 +202,7 @@ class Reporter:
             "matmul_tflops": self.ceilings.products,
             "matmul_square_tflops": self.ceilings.square,
             "read_gbs": self.ceilings.read,
-            "driver": driver_version(),
-            **environment(self.commit),
+            **self.named,
         }
         unknown = dict.fromkeys(Line.__dataclass_fields__)
         return Line(**{**unknown, **common, **measured})  # pyright: ignore[reportArgumentType]
@@ -220,7 +219,12 @@ def named(lengths: Sequence[int]) -> str:
     return " + ".join(f"{count} x {length:,}" for count, length in groups)
 
 
-def driver_version() -> str:
+def run_environment(commit: str | None) -> dict[str, str]:
+    """The last columns of every line: the GPU, its driver, versions, and the code."""
+    return {"driver": _driver_version(), **environment(commit)}
+
+
+def _driver_version() -> str:
     """Of the first GPU; "none" where nothing can say."""
     if shutil.which("nvidia-smi") is None:
         return "none"

@@ -11,7 +11,7 @@ from ..pages import PAGE_TOKENS, pages_for
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
 from .fit import Fit, free_bytes
-from .lines import Line, Reporter
+from .lines import Line, Reporter, run_environment
 from .options import Options
 from .running import run_batch, run_prompt, warm_up
 from .subject import Subject, load, page_geometry
@@ -35,6 +35,7 @@ def measure(options: Options, device: torch.device) -> bool:
     wanted = [sum(_kv_tokens(n, options.decode) for n in batch) for batch in options.batches]
     cached = max(cached, min(most, max(wanted, default=0)))
 
+    named = run_environment(options.commit)
     model = load(options.files, device, options.seed)
     rows = min(options.chunk_tokens, longest or options.chunk_tokens)
     ceilings = Ceilings.measure(work, rows, model.dtype, device)
@@ -47,7 +48,7 @@ def measure(options: Options, device: torch.device) -> bool:
     bytes_per_token = subject.pool.geometry.bytes_per_page / PAGE_TOKENS
     reporter = Reporter(
         work, ceilings, options.name, options.weights, options.kv_cache, bytes_per_token,
-        options.chunk_tokens, baseline, options.name == VLLM_MODEL, options.commit,
+        options.chunk_tokens, baseline, options.name == VLLM_MODEL, named,
     )  # fmt: skip
     _say_what_is_measured(options, ceilings, subject)
     failed = False

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...kernels.bench.measure import append, environment
+from ...kernels.bench.measure import append
 from ...kernels.sparse import Selections
 from ..config import ModelConfig
 from ..pages import PagePool, pages_for
@@ -24,7 +24,7 @@ from ..qwen2 import HeadShare
 from ..random_weights import load_model
 from ..sparsity import SparsityConfig
 from .fit import Fit, free_bytes
-from .lines import driver_version
+from .lines import run_environment
 from .lone_rank import LoneRank, exchanged
 from .options import Options
 from .subject import page_geometry
@@ -251,8 +251,7 @@ def _line(
         efficiency_modelled=speedup / gpus,
         link_gbs_assumed=options.link_gbs,
         latency_us_assumed=options.latency_us,
-        driver=driver_version(),
-        **environment(options.commit),
+        **run_environment(options.commit),
     )
 
 

@@ -1,6 +1,7 @@
 """Timing, ceilings of the device, and lines of the table."""
 
 import csv
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -117,6 +118,8 @@ class Line:
 
 def environment(commit: str | None) -> dict[str, str]:
     """The last columns of every line."""
+    if commit is None and shutil.which("git") is None:
+        commit = "unknown"
     if commit is None:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
