@@ -62,7 +62,7 @@ class PrefillRank:
         from ..engine.mesh import Mesh
         from ..engine.pages import PagePool, pages_for
         from ..engine.prefill import Prefiller
-        from ..engine.qwen2 import Qwen2
+        from ..engine.random_weights import load_model
         from ..engine.sparsity import SparsityConfig
 
         settings, prefill = self._settings, self._settings.prefill
@@ -74,10 +74,10 @@ class PrefillRank:
             init_method,
             backend="nccl" if prefill.gpus_per_rank else "gloo",
         )
-        folder = settings.model.folder
-        model = Qwen2.load(folder, mesh, getattr(torch, settings.model.dtype), device)
+        files = settings.model.files
+        model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
         pool = PagePool(model.page_geometry, pages_for(prefill.kv_cache_tokens), device)
-        sparsity = SparsityConfig.from_folder(folder) if prefill.sparse else None
+        sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
 
     def ping(self) -> None:

@@ -135,6 +135,19 @@ class Decoder:
             self._pool.share(table[:shared])
         self._reservations[request.request_id] = _Reservation(request, tables)
 
+    def block_table(self, request_id: str) -> list[int]:
+        """The pages of a request's first choice, its prompt's first.
+
+        A prefiller on the same pool writes them itself, and then nothing is handed over.
+
+        Raises:
+            InvalidRequestError: nothing is reserved under that name.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None:
+            raise InvalidRequestError(f"request {request_id} has no pages; reserve them first")
+        return reservation.block_tables[0]
+
     def receive(
         self, request_id: str, layer: int, first_page: int, first_kv_head: int, pages: Tensor
     ) -> None:

@@ -7,7 +7,7 @@ its blocks, all ranks gather them, and so each rank's pages hold the whole promp
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -48,6 +48,7 @@ class SparseAttention:
 
     `queries` are rotated, each [rows, heads, d]; `lse` is float32 [rows, heads]. Pages hold the
     layer's keys up to the chunk's end, as long as the observer that is given this runs.
+    `selections` are those of this rank's heads.
     """
 
     layer: int
@@ -57,6 +58,7 @@ class SparseAttention:
     stride: int | None
     scale: float
     lse: Tensor
+    selections: Selections
 
 
 Observer = Callable[[SparseAttention], None]
@@ -106,8 +108,18 @@ class Prefiller:
         self._observer = observer
         self._admitted: dict[str, _Admitted] = {}
 
-    def admit(self, request_id: str, prompt: Tokens) -> None:
-        """Reserve pages for a prompt.
+    def admit(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        pages: Sequence[int] | None = None,
+        done: int = 0,
+    ) -> None:
+        """Reserve pages for a prompt, or take those that a decoder on the same pool reserved.
+
+        Args:
+            pages: held by someone else for the whole prompt, who then finds K and V in them.
+            done: tokens whose K and V lie in `pages` already; the first chunk starts there.
 
         Raises:
             OutOfPagesError: they are not free now; nothing was reserved.
@@ -117,7 +129,12 @@ class Prefiller:
             raise InvalidRequestError("a prompt needs at least one token")
         if request_id in self._admitted:
             raise InvalidRequestError(f"request {request_id} is being prefilled already")
-        self._admitted[request_id] = _Admitted(prompt, self._pool.allocate(pages_for(len(prompt))))
+        if pages is None:
+            held = self._pool.allocate(pages_for(len(prompt)))
+        else:
+            held = list(pages[: pages_for(len(prompt))])
+            self._pool.share(held)
+        self._admitted[request_id] = _Admitted(prompt, held, done)
 
     def release(self, request_id: str) -> None:
         """Give the pages of a request back, finished or not; unknown requests are no error."""
@@ -329,7 +346,9 @@ class _Chunk:
             )
         if self._observer is not None:
             self._observer(
-                SparseAttention(number, queries, self._blocks, pages, stride, self._scale, lse)
+                SparseAttention(
+                    number, queries, self._blocks, pages, stride, self._scale, lse, selections
+                )
             )
         with self.stages.time("attention"):
             self._attend_in_full(queries, pages, attended)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .checkpoint import CheckpointReader
+from .checkpoint import CheckpointReader, WeightSource
 from .config import DualChunk, ModelConfig
 from .mesh import Mesh
 from .pages import PageGeometry
@@ -168,14 +168,32 @@ class Qwen2:
             ConfigurationError: the mesh does not divide the model.
         """
         config = ModelConfig.from_folder(folder)
-        share = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
+        config.check_tensor_parallel(mesh.tensor_parallel)
         with CheckpointReader(folder) as reader:
-            loader = _Loader(config, mesh, share, reader, dtype, device)
-            layers = [loader.layer(number) for number in range(config.num_layers)]
-            shape = (config.vocab_size, config.hidden_size)
-            embedding = loader.read("model.embed_tokens.weight", shape)
-            head = embedding if config.tie_word_embeddings else loader.read("lm_head.weight", shape)
-            return cls(config, mesh, layers, embedding, loader.norm("model.norm.weight"), head)
+            return cls.from_weights(config, reader, mesh, dtype, device)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: ModelConfig,
+        source: WeightSource,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "Qwen2":
+        """Take this rank's share of weights from wherever they come.
+
+        Raises:
+            CheckpointError: the source lacks a tensor, or has another shape.
+            ConfigurationError: the mesh does not divide the model.
+        """
+        share = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
+        loader = _Loader(config, mesh, share, source, dtype, device)
+        layers = [loader.layer(number) for number in range(config.num_layers)]
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = loader.read("model.embed_tokens.weight", shape)
+        head = embedding if config.tie_word_embeddings else loader.read("lm_head.weight", shape)
+        return cls(config, mesh, layers, embedding, loader.norm("model.norm.weight"), head)
 
     def with_dual_chunk(self, dual_chunk: DualChunk | None) -> "Qwen2":
         """The same weights, not copied, under other positions; None makes them plain."""
@@ -199,11 +217,11 @@ class _Loader:
         config: ModelConfig,
         mesh: Mesh,
         share: HeadShare,
-        reader: CheckpointReader,
+        source: WeightSource,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._config, self._mesh, self._reader = config, mesh, reader
+        self._config, self._mesh, self._source = config, mesh, source
         self._dtype, self._device = dtype, device
         head_dim = config.head_dim
         self._query_rows = slice(share.first_head * head_dim, share.last_head * head_dim)
@@ -214,7 +232,7 @@ class _Loader:
     def read(
         self, name: str, shape: tuple[int, ...], rows: slice | None = None, axis: int = 0
     ) -> Tensor:
-        tensor = self._reader.read(name, shape, rows, axis)
+        tensor = self._source.read(name, shape, rows, axis)
         return tensor.to(device=self._device, dtype=self._dtype).contiguous()
 
     def norm(self, name: str) -> RMSNorm:
