@@ -19,11 +19,21 @@ from .messages import ChosenToken, SamplingParameters, TokenLogprob, Tokens
 Logits = npt.NDArray[np.float32]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
+_DAMAGED = "the model's logits are not finite; its KV pages are damaged"
 
 
 def fresh_seed() -> int:
     """A seed for a request that brought none."""
     return secrets.randbits(64)
+
+
+def best_token(logits: Logits) -> ChosenToken:
+    """The token with the highest logit, the lowest id among equals, and its log-probability.
+
+    The latter is NaN where the logits hold NaN, or nothing but infinities.
+    """
+    token = int(np.argmax(logits))
+    return ChosenToken(token, float(logits[token]) - _log_sum_exp(logits))
 
 
 class Sampler:
@@ -43,6 +53,32 @@ class Sampler:
         self._bias_ids = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
         self._bias = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float32)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the best token and its log-probability are all that this sampler would look at.
+
+        Who has found them need not bring the logits: see `accept`.
+        """
+        return (
+            self._sampling.temperature == 0
+            and self._penalties is None
+            and not len(self._bias_ids)
+            and not self._sampling.top_logprobs
+        )
+
+    def accept(self, best: ChosenToken) -> ChosenToken:
+        """Choose the next token where `takes_best`, as `choose` would.
+
+        Args:
+            best: `best_token` of the logits.
+
+        Raises:
+            FloatingPointError: as `choose`.
+        """
+        if not math.isfinite(best.logprob):
+            raise FloatingPointError(_DAMAGED)
+        return best
+
     def choose(self, logits: Logits) -> ChosenToken:
         """Choose the next token, and count it.
 
@@ -54,7 +90,7 @@ class Sampler:
         """
         normalizer = _log_sum_exp(logits)
         if not math.isfinite(normalizer):
-            raise FloatingPointError("the model's logits are not finite; its KV pages are damaged")
+            raise FloatingPointError(_DAMAGED)
         token = self._sample(self._adjusted(logits))
         if self._penalties is not None:
             self._penalties.count(token)
