@@ -6,7 +6,6 @@ choice is finished, when its pages go back.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch

@@ -53,8 +53,8 @@ class DecodeStep(ABC):
 
         Returns:
             for each row its best token, the lowest id among equals, where `takes_best`, with the
-            model's own log-probability, which is NaN where the logits are not finite; else its
-            logits, float32 [vocab], the caller's own.
+            model's own log-probability, which is not finite where the logits are not; else its
+            logits, float32 [vocab], which the next step may overwrite.
 
         Raises:
             torch.OutOfMemoryError: the device's memory does not suffice for these rows.

@@ -30,7 +30,7 @@ def fresh_seed() -> int:
 def best_token(logits: Logits) -> ChosenToken:
     """The token with the highest logit, the lowest id among equals, and its log-probability.
 
-    The latter is NaN where the logits hold NaN, or nothing but infinities.
+    The latter is not finite where the logits hold NaN, or nothing but infinities.
     """
     token = int(np.argmax(logits))
     return ChosenToken(token, float(logits[token]) - _log_sum_exp(logits))
