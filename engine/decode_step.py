@@ -96,9 +96,10 @@ class PortableStep(DecodeStep):
         positions = torch.tensor([row.length for row in rows], device=model.device)
         tokens = torch.zeros(self._max_batch, dtype=torch.int64, device=model.device)
         tokens[: len(rows)] = torch.tensor([row.token for row in rows], device=model.device)
+        tables = [row.table.pages.tolist() for row in rows]
         hidden = model.embed(tokens)
         for number, layer in enumerate(model.layers):
-            attended = self._attend(number, layer, hidden, rows, positions)
+            attended = self._attend(number, layer, hidden, rows, tables, positions)
             hidden = layer.finish(hidden, attended)
         logits = model.logits(hidden)[: len(rows)].cpu().numpy()
         return [
@@ -112,6 +113,7 @@ class PortableStep(DecodeStep):
         layer: Layer,
         hidden: Tensor,
         rows: Sequence[StepRow],
+        tables: Sequence[Sequence[int]],
         positions: Tensor,
     ) -> Tensor:
         """Write the new K and V, and attend: [max_batch, heads, d], zero beyond the batch."""
@@ -122,13 +124,13 @@ class PortableStep(DecodeStep):
         queries = rotary.queries(q[:count], positions)
         memory = self._pool.memory[number]
         attended = torch.zeros_like(q)
-        for index, row in enumerate(rows):
+        for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
             one = slice(index, index + 1)
-            write_pages(memory, row.table.pages, row.length, keys[one], v[one])
+            write_pages(memory, table, row.length, keys[one], v[one])
             attended[one] = dual_chunk.decode_attention(
                 queries.rows(one),
                 memory,
-                row.table.pages,
+                table,
                 row.length + 1,
                 rotary.stride,
                 rotary.softmax_scale(row.length + 1),

@@ -118,13 +118,17 @@ class Sampler:
         # Subtracting first keeps a tiny temperature from overflowing.
         scaled = (logits.astype(np.float64) - best) / sampling.temperature
         candidates = _kept_by_top_k_and_top_p(scaled, sampling.top_k, sampling.top_p)
+        left = scaled if candidates is None else scaled[candidates]
         if sampling.min_p > 0:
-            candidates = candidates[scaled[candidates] >= math.log(sampling.min_p)]
-        cumulative = np.cumsum(np.exp(scaled[candidates]))
+            kept = np.flatnonzero(left >= math.log(sampling.min_p))
+            left = left[kept]
+            candidates = kept if candidates is None else candidates[kept]
+        # In place: fresh memory for a whole vocabulary costs as much as the sums.
+        cumulative = np.cumsum(np.exp(left, out=left), out=left)
         drawn = self._generator.random() * cumulative[-1]
         # A draw that rounds up to the total belongs to the last candidate.
-        index = min(np.searchsorted(cumulative, drawn, side="right"), len(candidates) - 1)
-        return int(candidates[index])
+        index = min(int(np.searchsorted(cumulative, drawn, side="right")), len(left) - 1)
+        return index if candidates is None else int(candidates[index])
 
 
 class _Penalties:
@@ -168,14 +172,14 @@ class _Penalties:
 
 def _kept_by_top_k_and_top_p(
     scaled: npt.NDArray[np.float64], top_k: int, top_p: float
-) -> npt.NDArray[np.int64]:
-    """Token ids left by top-k, then by top-p; best first when either is on, else by id.
+) -> npt.NDArray[np.int64] | None:
+    """Token ids left by top-k, then by top-p, best first; None for all, when both are off.
 
     Top-p keeps the shortest run of best tokens whose probability reaches `top_p`, at least one.
     """
     top_k = min(top_k, len(scaled))
     if top_p >= 1:
-        return _best(scaled, top_k) if top_k else np.arange(len(scaled))
+        return _best(scaled, top_k) if top_k else None
     # Sorting a whole vocabulary is slow, and its few best tokens nearly always reach top_p.
     ids = _best(scaled, top_k or _FIRST_SORTED)
     cumulative = np.cumsum(np.exp(scaled[ids]))

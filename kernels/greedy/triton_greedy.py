@@ -13,7 +13,7 @@ _BLOCK = 4096
 def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """As the package's; rows may lie apart."""
     count, vocab = logits.shape
-    blocks = triton.cdiv(vocab, _BLOCK)
+    blocks = -(-vocab // _BLOCK)
     device = logits.device
     maxima = torch.empty(count, blocks, dtype=torch.float32, device=device)
     sums = torch.empty_like(maxima)

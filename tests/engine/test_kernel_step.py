@@ -162,7 +162,7 @@ def test_a_batch_that_grows_over_page_borders_and_changes(dual_folder: Path) -> 
     """One object serves all steps: tables, plan and unused rows must follow."""
     portable, kernels = make_sides(load(dual_folder))
     first, second, third = make_rows([126, 254, 40], takes_best=True)
-    batches = [[first, second]] * 4 + [[second, third, first]] * 2 + [[third]] * 2 + [[first]]
+    batches = [[first, second]] * 3 + [[second, third, first]] * 2 + [[third], [first]]
     lengths = {id(row.table): row.length for row in (first, second, third)}
     tables = {
         id(row.table): BlockTable.of([*row.table.pages, 20 + index])
@@ -214,14 +214,12 @@ class Engine:
 def joining_and_leaving(engine: Engine) -> dict[tuple[str, int], list[int]]:
     """Requests of all kinds that come and go; the tokens of each choice."""
     decoder = engine.decoder
-    outputs = engine.start("long", 380, max_tokens=20)
+    outputs = engine.start("long", 380, max_tokens=9)
+    outputs += engine.start("two", 127, choices=2, max_tokens=3, temperature=1.0, seed=3)
     outputs += decoder.step()
-    outputs += engine.start("two", 127, choices=2, temperature=1.0, seed=3)
-    for _ in range(3):
-        outputs += decoder.step()
     outputs += engine.start("waits", 20, max_tokens=4)
     outputs += engine.start("leaves", 254, max_tokens=9)
-    for _ in range(6):
+    for _ in range(4):
         outputs += decoder.step()
     decoder.cancel("leaves")
     while decoder.has_work:
@@ -237,10 +235,11 @@ def joining_and_leaving(engine: Engine) -> dict[tuple[str, int], list[int]]:
 def test_a_decoder_on_kernels_finishes_what_it_started(dual_folder: Path) -> None:
     tokens = joining_and_leaving(Engine(load(dual_folder), eager))
     assert {name: len(each) for name, each in tokens.items() if name[0] != "leaves"} == {
-        ("long", 0): 20, ("two", 0): 6, ("two", 1): 6, ("waits", 0): 4,
+        ("long", 0): 9, ("two", 0): 3, ("two", 1): 3, ("waits", 0): 4,
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # in the interpreter
 def test_one_damaged_request_fails_alone_on_kernels(dual_folder: Path) -> None:
     engine = Engine(load(dual_folder), eager)
     engine.start("good", 40)
