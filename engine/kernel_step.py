@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ..kernels import elementwise, greedy
+from ..kernels import elementwise, greedy, matvec
 from ..kernels.dual_chunk.decode_plan import DecodePlan
 from ..kernels.dual_chunk.segments import Rotation
 from ..kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
@@ -67,9 +67,10 @@ def eager(launch: Launch) -> Launch:
 def captured(device: torch.device) -> Capture:
     """Capture launches as CUDA graphs, which share their memory: run one at a time."""
     memory = torch.cuda.graph_pool_handle()
+    # One for all graphs: for every stream, matrix products take memory of their own.
+    stream = torch.cuda.Stream(device)
 
     def capture(launch: Launch) -> Launch:
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # Kernels are compiled and loaded, and libraries make up their minds, before capture.
@@ -237,21 +238,23 @@ class _Launches:
     def __init__(self, model: Qwen2, pool: PagePool, tables: Tensor, inputs: _Inputs) -> None:
         self._model, self._pool = model, pool
         self._tables, self._inputs = tables, inputs
+        # Libraries' matrix products are made for many rows.
+        self._linear = matvec.linear if len(tables) == 1 else functional.linear
 
     def __call__(self) -> StepResults:
-        model = self._model
+        model, linear = self._model, self._linear
         rotations = model.positions.query_rotations(self._inputs.positions)
         residual = model.embed(self._inputs.tokens)
         norms = [layer.input_norm for layer in model.layers] + [model.norm]
         normed = elementwise.rms_norm(residual, norms[0].weight, norms[0].epsilon)
         for number, layer in enumerate(model.layers):
             attended = self._attend(number, layer, normed, rotations)
-            projected = functional.linear(attended.flatten(1), layer.output_weight)
+            projected = linear(attended.flatten(1), layer.output_weight)
             normed, residual = _add_norm(layer.mlp_norm, projected, residual)
-            activated = elementwise.swiglu(functional.linear(normed, layer.gate_up_weight))
-            down = functional.linear(activated, layer.down_weight)
+            activated = elementwise.swiglu(linear(normed, layer.gate_up_weight))
+            down = linear(activated, layer.down_weight)
             normed, residual = _add_norm(norms[number + 1], down, residual)
-        logits = functional.linear(normed, model.head)
+        logits = linear(normed, model.head)
         return StepResults(logits, *greedy.best_tokens(logits))
 
     def _attend(
@@ -263,12 +266,18 @@ class _Launches:
     ) -> Tensor:
         """Write the new K and V, and attend: [rows, heads, d], zero for a row that is not used."""
         inputs, memory = self._inputs, self._pool.memory[number]
-        k, v = layer.keys_values(normed)
+        queries = self._linear(normed, layer.query_weight, layer.query_bias)
+        keys_values = self._linear(normed, layer.key_value_weight, layer.key_value_bias)
+        q = queries.unflatten(-1, (-1, layer.head_dim))
+        k, v = keys_values.unflatten(-1, (2, -1, layer.head_dim)).unbind(1)
         elementwise.write_pages(memory, inputs.slots, k, v, rotations[0])
-        queries = elementwise.rotate_queries(layer.queries(normed), *rotations)
-        stride = self._model.positions.stride
         attended, _ = decode_attention(
-            queries, memory, self._tables, inputs.plan, stride, inputs.scales
+            elementwise.rotate_queries(q, *rotations),
+            memory,
+            self._tables,
+            inputs.plan,
+            self._model.positions.stride,
+            inputs.scales,
         )
         return attended
 

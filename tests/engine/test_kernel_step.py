@@ -19,9 +19,10 @@ from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, Sam
 from longreach.engine.pages import PagePool, pages_for
 from longreach.engine.pocket.tokenizer import build_tokenizer
 from longreach.engine.qwen2 import Qwen2
-from longreach.kernels import elementwise, greedy
+from longreach.kernels import elementwise, greedy, matvec
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.greedy import triton_greedy
+from longreach.kernels.matvec import triton_matvec
 from longreach.kernels.pages import BlockTable
 
 from ..kernels.interpreter import mend_bfloat16, mend_loop_bounds
@@ -49,6 +50,7 @@ def kernels_for_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, all of the step's kernels instead of their definitions."""
     monkeypatch.setattr(elementwise, "_version", lambda tensor: triton_elementwise)
     monkeypatch.setattr(greedy, "best_tokens", triton_greedy.best_tokens)
+    monkeypatch.setattr(matvec, "linear", triton_matvec.linear)
 
 
 @pytest.fixture(scope="module", params=[DUAL_CHUNK, None], ids=["dual chunks", "plain"])
@@ -73,7 +75,7 @@ class Side:
     step: DecodeStep
 
 
-def make_sides(model: Qwen2, counts: Sequence[int] = (2, MAX_BATCH)) -> tuple[Side, Side]:
+def make_sides(model: Qwen2, counts: Sequence[int] = (1, 2, MAX_BATCH)) -> tuple[Side, Side]:
     """The portable step and the kernels', whose pools hold the same: random, behind it NaN."""
     pools = [PagePool(model.page_geometry, POOL_PAGES, DEVICE) for _ in range(2)]
     torch.manual_seed(0)
@@ -153,9 +155,10 @@ def test_logits_and_pages_are_those_of_the_portable_step(
     check_same(portable, kernels, rows, 1e-4)
 
 
-def test_in_bfloat16(dual_folder: Path) -> None:
+@pytest.mark.parametrize("lengths", [[300, 128, 20], [129]], ids=str)
+def test_in_bfloat16(dual_folder: Path, lengths: list[int]) -> None:
     portable, kernels = make_sides(load(dual_folder, torch.bfloat16))
-    check_same(portable, kernels, make_rows([300, 128, 20]), 0.04)
+    check_same(portable, kernels, make_rows(lengths), 0.04)
 
 
 def test_a_batch_that_grows_over_page_borders_and_changes(dual_folder: Path) -> None:
