@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dual_chunk.segments import Rotation, SegmentQueries, rotation
-from .config import ModelConfig
+from .config import DualChunk, ModelConfig
 
 
 class RotaryPositions:
@@ -37,14 +37,37 @@ class RotaryPositions:
         if self._dual_chunk is None:
             rotated = self._rotation(positions).apply(q)
             return SegmentQueries(rotated, rotated, rotated)
-        size, stride = self._dual_chunk.chunk_size, self._dual_chunk.stride
-        offsets = positions % stride
-        farthest = torch.full_like(positions, size)
+        intra, successive, inter = self._query_positions(self._dual_chunk, positions)
         return SegmentQueries(
-            self._rotation(offsets).apply(q),
-            self._rotation(torch.clamp(offsets + stride, max=size)).apply(q),
-            self._rotation(farthest).apply(q),
+            self._rotation(intra).apply(q),
+            self._rotation(successive).apply(q),
+            self._rotation(inter).apply(q),
         )
+
+    def query_rotations(self, positions: Tensor) -> tuple[Rotation, Rotation, Rotation]:
+        """What `queries` rotates by: intra, successive, inter; plain positions have one object.
+
+        The first is what `keys` rotates by, too. All angles are computed at once, for steps of few
+        rows, where launches are what takes time.
+        """
+        if self._dual_chunk is None:
+            plain = self._rotation(positions)
+            return plain, plain, plain
+        every = self._rotation(torch.cat(self._query_positions(self._dual_chunk, positions)))
+        intra, successive, inter = (
+            Rotation(cosine, sine)
+            for cosine, sine in zip(every.cosine.chunk(3), every.sine.chunk(3), strict=True)
+        )
+        return intra, successive, inter
+
+    def _query_positions(
+        self, dual_chunk: DualChunk, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where queries of each segment pretend to stand."""
+        size, stride = dual_chunk.chunk_size, dual_chunk.stride
+        offsets = positions % stride
+        successive = torch.clamp(offsets + stride, max=size)
+        return offsets, successive, torch.full_like(positions, size)
 
     def selection_queries(self, q: Tensor, positions: Tensor) -> SegmentQueries:
         """Rotate q as the selection of sparse attention sees it: positions go on without a clamp.

@@ -66,13 +66,13 @@ class RMSNorm:
     """Root mean square norm (arXiv 1910.07467), computed in float32."""
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight = weight
-        self._epsilon = epsilon
+        self.weight = weight
+        self.epsilon = epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
         wide = hidden.float()
         variance = wide.square().mean(-1, keepdim=True)
-        return self._weight * (wide * torch.rsqrt(variance + self._epsilon)).to(hidden.dtype)
+        return self.weight * (wide * torch.rsqrt(variance + self.epsilon)).to(hidden.dtype)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Qwen2:
         self.positions = RotaryPositions(config)
         self.heads = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
         self._embedding = embedding
-        self._norm = norm
-        self._head = head
+        self.norm = norm
+        self.head = head
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +198,7 @@ class Qwen2:
     def with_dual_chunk(self, dual_chunk: DualChunk | None) -> "Qwen2":
         """The same weights, not copied, under other positions; None makes them plain."""
         config = replace(self.config, dual_chunk=dual_chunk)
-        return Qwen2(config, self.mesh, self.layers, self._embedding, self._norm, self._head)
+        return Qwen2(config, self.mesh, self.layers, self._embedding, self.norm, self.head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[n] int64 to [n, hidden]."""
@@ -206,7 +206,7 @@ class Qwen2:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: [n, hidden] to float32 [n, vocab]."""
-        return functional.linear(self._norm(hidden), self._head).float()
+        return functional.linear(self.norm(hidden), self.head).float()
 
 
 class _Loader:

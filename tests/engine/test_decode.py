@@ -205,7 +205,7 @@ def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
         engine.reserve(name, prompt)
         outputs += engine.decoder.start(name, engine.hand_off(name, prompt))
     table = engine.decoder._reservations["bad"].block_tables[0]
-    engine.pool.memory[:, table[0]] = torch.nan
+    engine.pool.memory[:, int(table.pages[0])] = torch.nan
     while engine.decoder.has_work:
         outputs += engine.decoder.step()
     assert tokens_by_choice(outputs, "good") == alone
