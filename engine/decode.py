@@ -297,23 +297,24 @@ class Decoder:
         positions = torch.tensor([s.length for s in batch], device=model.device)
         tokens = torch.zeros(self._max_batch, dtype=torch.int64, device=model.device)
         tokens[: len(batch)] = torch.tensor([s.next_token for s in batch], device=model.device)
-        hidden = model.embed(tokens)
+        residual = model.embed(tokens)
+        normed = model.layers[0].input_norm(residual)
         for number, layer in enumerate(model.layers):
-            attended = self._attend(number, layer, hidden, batch, positions)
-            hidden = layer.finish(hidden, attended)
-        logits = model.logits(hidden)[: len(batch)].cpu().numpy()
+            attended = self._attend(number, layer, normed, batch, positions)
+            normed, residual = layer.finish(attended, residual, model.norm_after(number))
+        logits = model.logits(normed)[: len(batch)].cpu().numpy()
         return [np.ascontiguousarray(row) for row in logits]
 
     def _attend(
         self,
         number: int,
         layer: Layer,
-        hidden: Tensor,
+        normed: Tensor,
         batch: Sequence[_Sequence],
         positions: Tensor,
     ) -> Tensor:
         """Write the new K and V, and attend: [max_batch, heads, d], zero beyond the batch."""
-        q, k, v = layer.project(hidden)
+        q, k, v = layer.project(normed)
         rotary = self._model.positions
         count = len(batch)
         keys = rotary.keys(k[:count], positions)
