@@ -117,16 +117,11 @@ class PrefillRank:
         )
 
     def _compute(self, chunk: Chunk, sender: "ObjectStoreSender") -> "ChunkResult":
-        import torch
-
         try:
             return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, sender)
-        except torch.OutOfMemoryError as error:
+        except OutOfMemoryError:
             self.release(chunk.request_id)
-            raise OutOfMemoryError(
-                f"a prefill rank ran out of memory at tokens {chunk.start} to {chunk.end} of a "
-                "prompt; lower prefill.chunk_tokens or prefill.kv_cache_tokens"
-            ) from error
+            raise
 
     def release(self, request_id: str) -> None:
         """Forget a request, finished or not; unknown ones are no error."""

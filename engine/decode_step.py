@@ -97,11 +97,12 @@ class PortableStep(DecodeStep):
         tokens = torch.zeros(self._max_batch, dtype=torch.int64, device=model.device)
         tokens[: len(rows)] = torch.tensor([row.token for row in rows], device=model.device)
         tables = [row.table.pages.tolist() for row in rows]
-        hidden = model.embed(tokens)
+        residual = model.embed(tokens)
+        normed = model.layers[0].input_norm(residual)
         for number, layer in enumerate(model.layers):
-            attended = self._attend(number, layer, hidden, rows, tables, positions)
-            hidden = layer.finish(hidden, attended)
-        logits = model.logits(hidden)[: len(rows)].cpu().numpy()
+            attended = self._attend(number, layer, normed, rows, tables, positions)
+            normed, residual = layer.finish(attended, residual, model.norm_after(number))
+        logits = model.logits(normed)[: len(rows)].cpu().numpy()
         return [
             best_token(own) if row.takes_best else np.ascontiguousarray(own)
             for row, own in zip(rows, logits, strict=True)
@@ -111,13 +112,13 @@ class PortableStep(DecodeStep):
         self,
         number: int,
         layer: Layer,
-        hidden: Tensor,
+        normed: Tensor,
         rows: Sequence[StepRow],
         tables: Sequence[Sequence[int]],
         positions: Tensor,
     ) -> Tensor:
         """Write the new K and V, and attend: [max_batch, heads, d], zero beyond the batch."""
-        q, k, v = layer.project(hidden)
+        q, k, v = layer.project(normed)
         rotary = self._model.positions
         count = len(rows)
         keys = rotary.keys(k[:count], positions)

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..kernels import elementwise, greedy, matvec
 from ..kernels.dual_chunk.decode_plan import DecodePlan
-from ..kernels.dual_chunk.segments import Rotation
 from ..kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
 from ..kernels.pages import BlockTable
 from .decode_step import DecodeStep, Outcome, StepRow
 from .errors import ConfigurationError
 from .messages import ChosenToken
 from .pages import PAGE_TOKENS, PagePool, pages_for
-from .qwen2 import Layer, Qwen2, RMSNorm
+from .positions import Rotations
+from .qwen2 import Layer, Qwen2
 
 
 @dataclass(frozen=True)
@@ -243,17 +243,16 @@ class _Launches:
 
     def __call__(self) -> StepResults:
         model, linear = self._model, self._linear
-        rotations = model.positions.query_rotations(self._inputs.positions)
+        rotations = model.positions.rotations(self._inputs.positions)
         residual = model.embed(self._inputs.tokens)
-        norms = [layer.input_norm for layer in model.layers] + [model.norm]
-        normed = elementwise.rms_norm(residual, norms[0].weight, norms[0].epsilon)
+        normed = model.layers[0].input_norm(residual)
         for number, layer in enumerate(model.layers):
             attended = self._attend(number, layer, normed, rotations)
             projected = linear(attended.flatten(1), layer.output_weight)
-            normed, residual = _add_norm(layer.mlp_norm, projected, residual)
+            normed, residual = layer.mlp_norm.add(projected, residual)
             activated = elementwise.swiglu(linear(normed, layer.gate_up_weight))
             down = linear(activated, layer.down_weight)
-            normed, residual = _add_norm(norms[number + 1], down, residual)
+            normed, residual = model.norm_after(number).add(down, residual)
         logits = linear(normed, model.head)
         return StepResults(logits, *greedy.best_tokens(logits))
 
@@ -262,17 +261,14 @@ class _Launches:
         number: int,
         layer: Layer,
         normed: Tensor,
-        rotations: tuple[Rotation, Rotation, Rotation],
+        rotations: Rotations,
     ) -> Tensor:
         """Write the new K and V, and attend: [rows, heads, d], zero for a row that is not used."""
         inputs, memory = self._inputs, self._pool.memory[number]
-        queries = self._linear(normed, layer.query_weight, layer.query_bias)
-        keys_values = self._linear(normed, layer.key_value_weight, layer.key_value_bias)
-        q = queries.unflatten(-1, (-1, layer.head_dim))
-        k, v = keys_values.unflatten(-1, (2, -1, layer.head_dim)).unbind(1)
-        elementwise.write_pages(memory, inputs.slots, k, v, rotations[0])
+        q, k, v = layer.split(self._linear(normed, layer.qkv_weight, layer.qkv_bias))
+        elementwise.write_pages(memory, inputs.slots, k, v, rotations.intra)
         attended, _ = decode_attention(
-            elementwise.rotate_queries(q, *rotations),
+            rotations.rotate(q),
             memory,
             self._tables,
             inputs.plan,
@@ -280,10 +276,6 @@ class _Launches:
             inputs.scales,
         )
         return attended
-
-
-def _add_norm(norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return elementwise.add_rms_norm(x, residual, norm.weight, norm.epsilon)
 
 
 def _slot(row: StepRow) -> int:

@@ -174,7 +174,7 @@ def _memory_watched(case: str, mends: str) -> Iterator[None]:
     """Tell of a device without memory in our own words."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, OutOfMemoryError) as error:
         raise OutOfMemoryError(f"the device ran out of memory at {case}; {mends}") from error
 
 

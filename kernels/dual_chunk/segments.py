@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..transfer import without_waiting
+
 BLOCK_ROWS = 128
 
 
@@ -162,4 +164,4 @@ def span_table(blocks: QueryBlocks, stride: int | None, device: torch.device) ->
         for part in split_at_chunks(span, stride):
             bounds = KeyBounds.of(part.start, stride)
             lines.append((part.first_row, part.rows, part.start, bounds.inter, bounds.successive))
-    return torch.tensor(lines, dtype=torch.int32, device=device).view(-1, 5)
+    return without_waiting(torch.tensor(lines, dtype=torch.int32).view(-1, 5), device)
