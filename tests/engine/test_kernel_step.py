@@ -25,7 +25,7 @@ from longreach.kernels.greedy import triton_greedy
 from longreach.kernels.matvec import triton_matvec
 from longreach.kernels.pages import BlockTable
 
-from ..kernels.interpreter import mend_bfloat16, mend_loop_bounds
+from ..kernels import conftest  # noqa: F401  # mends Triton's interpreter
 from ..kernels.poison import poison_fresh_memory
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
 
@@ -36,13 +36,6 @@ PROGRAMS = 3
 STRIDE = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
 
 on_gpus = pytest.mark.skipif(DEVICE.type == "cpu", reason="graphs are captured on GPUs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def mended_interpreter() -> None:
-    if DEVICE.type == "cpu":
-        mend_bfloat16()
-        mend_loop_bounds()
 
 
 @pytest.fixture(autouse=True)
