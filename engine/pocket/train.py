@@ -32,11 +32,11 @@ STAGES = (
     Stage(1024, 126, 800, filler=(0.4, 0.9), questions=5, most_facts=10),
     Stage(2048, 63, 1600, filler=(0.6, 1.0), questions=6, most_facts=12),
     Stage(7168, 18, 1400, (0.7, 1.0), questions=20, most_facts=32, tail=1792, near=0.3),
-    Stage(14336, 9, 1000, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
-    Stage(32256, 4, 600, (0.8, 1.0), questions=48, most_facts=64, tail=1792, near=0.5),
+    Stage(14336, 9, 800, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
+    Stage(32256, 4, 450, (0.8, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
     Stage(2048, 63, 100, filler=(0.6, 1.0), questions=6, most_facts=12),
-    Stage(64512, 2, 400, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=0.8),
-    Stage(129024, 1, 450, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=1.0),
+    Stage(64512, 2, 250, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=0.8),
+    Stage(129024, 1, 150, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=1.0),
 )
 SPARSE_BUDGET = (64, 128)
 """Verticals and slashes of every head; what larger ones change is in EXPERIMENTS.md."""
