@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from longreach.kernels import sparse
@@ -266,6 +268,44 @@ def test_bands_keep_what_must_be_kept_within_the_budget() -> None:
     for each in columns:
         assert each[:30].tolist() == list(range(30))
         assert (np.diff(each) > 0).all()
+
+
+def check_heaviest(chosen: list[int], weights: Tensor, count: int, forced: int) -> None:
+    """The first `forced`, and as many others as budgets allow, none lighter than one left out."""
+    size = len(weights)
+    assert len(set(chosen)) == len(chosen) == min(max(count, forced), size)
+    assert set(range(min(forced, size))) <= set(chosen)
+    others = torch.zeros(size, dtype=torch.bool)
+    others[chosen] = True
+    taken, left = weights[forced:][others[forced:]], weights[forced:][~others[forced:]]
+    if len(taken) and len(left):
+        assert taken.min() >= left.max()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), length=st.integers(1, 700), levels=st.sampled_from([1, 3, 50, 10**6]))
+def test_what_is_chosen_is_forced_or_among_the_heaviest(data, length: int, levels: int) -> None:
+    """Few levels make many equals, any of which may be taken."""
+    seed = data.draw(st.integers(0, 2**32))
+    budgets = data.draw(
+        st.lists(
+            st.builds(HeadBudget, st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=7
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tiles = -(-length // 128)
+    columns = torch.randint(levels, (len(budgets), length), generator=generator).float()
+    # Of bands only what they touch is seen, so none are equal.
+    bands = torch.stack([torch.randperm(tiles, generator=generator) for _ in budgets]).float()
+    chosen = sparse.by_bands(Sums(columns, bands, None, None, 64), budgets)
+    widths = sparse.widths_by_bands(budgets, length)
+    assert (chosen.columns.shape[1], chosen.distances.shape[1]) == widths
+    for head, budget in enumerate(budgets):
+        own_columns, distances = chosen.of_head(head)
+        check_heaviest(own_columns.tolist(), columns[head], budget.verticals, 30)
+        order = [0, *(b for b in bands[head].argsort(descending=True).tolist() if b)]
+        touched = {b + more for b in order[: budget.bands] for more in (0, 1)}
+        assert distances.tolist() == sorted(b for b in touched if b < tiles)
 
 
 def test_diagonals_are_chosen_as_published() -> None:
