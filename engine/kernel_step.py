@@ -122,7 +122,7 @@ class KernelStep(DecodeStep):
             self._tokens = _host_memory(device, max_batch, dtype=torch.int32)
             self._logprobs = _host_memory(device, max_batch, dtype=torch.float32)
             self._logits = _host_memory(
-                device, max_batch, model.config.vocab_size, dtype=torch.float32
+                device, max_batch, model.config.vocab_size, dtype=model.dtype
             )
             self._batches: list[tuple[_Batch, Launch]] = []
             # The largest first: what it leaves free, smaller ones use.
@@ -153,18 +153,22 @@ class KernelStep(DecodeStep):
                 self._held[index] = row.table
 
     def _read(self, rows: Sequence[StepRow], results: StepResults) -> list[Outcome]:
-        """Bring what each row wants to the host; everything is waited for once."""
+        """Bring what each row wants to the host; everything is waited for once.
+
+        Nothing is allocated on the device: a step that failed here would leave its inputs under
+        way, and the next would write over them. So logits become float32 on the host.
+        """
         count = len(rows)
         self._tokens[:count].copy_(results.tokens[:count], non_blocking=True)
         self._logprobs[:count].copy_(results.logprobs[:count], non_blocking=True)
         for index, row in enumerate(rows):
             if not row.takes_best:
-                self._logits[index].copy_(results.logits[index].float(), non_blocking=True)
+                self._logits[index].copy_(results.logits[index], non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         best = zip(self._tokens[:count].tolist(), self._logprobs[:count].tolist(), strict=True)
         return [
-            ChosenToken(token, logprob) if row.takes_best else self._logits[index].numpy()
+            ChosenToken(token, logprob) if row.takes_best else self._logits[index].float().numpy()
             for index, (row, (token, logprob)) in enumerate(zip(rows, best, strict=True))
         ]
 

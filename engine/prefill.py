@@ -117,15 +117,22 @@ class Prefiller:
 
         Args:
             pages: held by someone else for the whole prompt, who then finds K and V in them.
-            done: tokens whose K and V lie in `pages` already; the first chunk starts there.
+            done: tokens whose K and V lie in `pages` already, whole pages of them; the first chunk
+                starts there.
 
         Raises:
             PromptTooLongError: the prompt is larger than all pages together.
             OutOfPagesError: they are not free now; nothing was reserved.
-            InvalidRequestError: no tokens, or a request of that name is admitted already.
+            InvalidRequestError: no tokens, too few pages, no place to go on at, or a request of
+                that name is admitted already.
         """
         if len(prompt) == 0:
             raise InvalidRequestError("a prompt needs at least one token")
+        if done % PAGE_TOKENS or not 0 <= done < len(prompt):
+            raise InvalidRequestError(
+                f"prefill goes on at a multiple of {PAGE_TOKENS} within the prompt's {len(prompt)} "
+                f"tokens, not at {done}"
+            )
         if request_id in self._admitted:
             raise InvalidRequestError(f"request {request_id} is being prefilled already")
         if pages_for(len(prompt)) > self._pool.num_pages:
@@ -134,10 +141,13 @@ class Prefiller:
                 f"{self._pool.num_pages * PAGE_TOKENS}; shorten it or raise "
                 "prefill.kv_cache_tokens"
             )
+        needed = pages_for(len(prompt))
         if pages is None:
-            held = self._pool.allocate(pages_for(len(prompt)))
+            held = self._pool.allocate(needed)
+        elif len(pages) < needed:
+            raise InvalidRequestError(f"the prompt needs {needed} pages, not {len(pages)}")
         else:
-            held = list(pages[: pages_for(len(prompt))])
+            held = list(pages[:needed])
             self._pool.share(held)
         self._admitted[request_id] = _Admitted(prompt, held, BlockTable.of(held), done)
 

@@ -103,6 +103,29 @@ class LayerPages:
         return self.memory.index_select(0, torch.from_numpy(pages).to(self.memory.device))
 
 
+def check_pages(memory: Tensor, pages_apart: bool = False) -> None:
+    """Refuse memory that kernels, which count from its first element, would misread.
+
+    Args:
+        memory: one layer's pages.
+        pages_apart: whether the kernel is told how far apart pages are, and so takes a view of
+            some of the KV heads.
+
+    Raises:
+        ValueError: it is not [pages, kv_heads, 2, 128, d], or elements are not where they should.
+    """
+    if memory.ndim != 5 or memory.shape[2:4] != (2, PAGE_TOKENS):
+        raise ValueError(
+            f"pages must be [pages, kv_heads, 2, {PAGE_TOKENS}, d], not {list(memory.shape)}"
+        )
+    part = memory[:1] if pages_apart else memory
+    if not part.is_contiguous():
+        raise ValueError(
+            f"pages of strides {memory.stride()} are not contiguous, and kernels count on it; "
+            "pass one layer of a pool, or a contiguous copy"
+        )
+
+
 def write_pages(
     memory: Tensor, block_table: Sequence[int], start: int, k: Tensor, v: Tensor
 ) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks
+from ...kernels.transfer import without_waiting
 from ..prefill import SparseAttention
 
 
@@ -35,7 +36,6 @@ class Density:
     def _block_numbers(self, blocks: QueryBlocks) -> Tensor:
         if blocks is not self._blocks:
             self._blocks = blocks
-            self._numbers = torch.tensor(
-                blocks.blocks, dtype=torch.int32, device=self._pairs.device
-            )
+            numbers = torch.tensor(blocks.blocks, dtype=torch.int32)
+            self._numbers = without_waiting(numbers, self._pairs.device)
         return self._numbers

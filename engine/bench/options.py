@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
     Raises:
         CheckpointError: no such shape.
-        ConfigurationError: a length or a batch that is none.
+        ConfigurationError: a value that is none of its option's.
     """
     parser = argparse.ArgumentParser(
         prog="python -m longreach.engine.bench",
@@ -90,6 +90,10 @@ def parse(arguments: list[str] | None = None) -> Options:
         raise ConfigurationError(f"--decode {given.decode}: take 0 or more")
     if given.what == "scaling" and not given.tokens:
         raise ConfigurationError("scaling needs a prompt; name its length with --tokens")
+    if not given.link_gbs > 0:
+        raise ConfigurationError(f"--link-gbs {given.link_gbs}: take more than 0")
+    if not given.latency_us >= 0:
+        raise ConfigurationError(f"--latency-us {given.latency_us}: take 0 or more")
     return Options(
         what=given.what,
         name=name.removeprefix(RANDOM),
@@ -134,7 +138,7 @@ def batch(text: str) -> tuple[int, ...]:
     lengths: list[int] = []
     for group in text.split("+"):
         number, found, length = group.partition("x")
-        if not found or not number.strip().isdecimal():
+        if not found or not number.strip().isdecimal() or not int(number):
             raise ConfigurationError(f"{text!r} is no batch; write 8x128K or 1x1M+30x1K")
         lengths += [count(length)] * int(number)
     return tuple(lengths)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..pages import LayerPages
+from ..pages import LayerPages, check_pages
 from .segments import QueryBlocks, SegmentQueries, span_table
 from .triton_prefill import fresh_results
 
@@ -358,6 +358,7 @@ def attention(
 
 def page_tiles(memory: Tensor) -> TensorDescriptor:
     """Pages [pages, kv_heads, 2, 128, d] as rows of d, read 128 at a time."""
+    check_pages(memory)
     head_dim = memory.shape[-1]
     rows = memory.numel() // head_dim
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -14,7 +14,7 @@ Qwen2.5-1M (arXiv 2501.15383).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -45,9 +45,9 @@ def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     return Rotation(angles.cos(), angles.sin())
 
 
-@lru_cache(maxsize=16)
+@cache
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Radians a position, float32 [head_dim / 2]; kept, since every step asks for the same."""
+    """Radians a position, float32 [head_dim / 2]; kept for good: CUDA graphs hold its address."""
     # Whoever asks first may be in inference mode, and whoever asks next may not.
     with torch.inference_mode(False):
         exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)

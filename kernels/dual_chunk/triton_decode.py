@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS
+from ..pages import PAGE_TOKENS, check_pages
 from .decode_plan import DecodePlan
 from .segments import SegmentQueries
 
@@ -76,6 +76,7 @@ def decode_attention(
         0 and -inf where a sequence is empty.
     """
     batch, heads, head_dim = queries.intra.shape
+    check_pages(memory, pages_apart=True)
     kv_heads = memory.shape[1]
     if plan.batch != batch:
         raise ValueError(f"a plan for {plan.batch} rows does not fit {batch} queries")

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation, SegmentQueries
-from ..pages import PAGE_TOKENS
+from ..pages import PAGE_TOKENS, check_pages
 
 _NORM_ELEMENTS = 2048
 _SWIGLU_COLUMNS = 2048
@@ -95,6 +95,7 @@ def rotate_queries(
 
 def write_pages(memory: Tensor, slots: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> None:
     """Rotated K, and V, at the slots."""
+    check_pages(memory, pages_apart=True)
     count, kv_heads, head_dim = k.shape
     if count:
         _write_pages[(triton.cdiv(count * kv_heads, _ROTATED_ROWS),)](

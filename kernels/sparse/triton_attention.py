@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..dual_chunk.segments import BLOCK_ROWS, QueryBlocks, SegmentQueries, span_table
 from ..dual_chunk.triton_prefill import attend_tile, fresh_results, page_tiles, store_result
-from ..pages import LayerPages
+from ..pages import LayerPages, check_pages
 from .selections import Selections
 
 
@@ -199,6 +199,7 @@ def attention(
 
 def pack(pages: LayerPages, table: Tensor, columns: Tensor, group: int) -> Tensor:
     """The chosen columns of each head as pages of their own, [heads * tiles, 1, 2, 128, d]."""
+    check_pages(pages.memory)
     heads, width = columns.shape
     head_dim = pages.memory.shape[-1]
     packed = pages.memory.new_empty(heads * width // BLOCK_ROWS, 1, 2, BLOCK_ROWS, head_dim)

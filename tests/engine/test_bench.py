@@ -86,10 +86,13 @@ def test_too_small_a_device_is_refused() -> None:
         (["--tokens", "32K,0"], "no number of tokens"),
         (["--attention", "full"], "sparse or dense"),
         (["--batches", "8*1K"], "no batch"),
+        (["--batches", "0x1K"], "no batch"),
         (["--chunk-tokens", "1000"], "multiple of 128"),
         (["--decode", "-1"], "--decode"),
         (["scaling", "--tokens", ""], "needs a prompt"),
         (["scaling", "--meshes", "8"], "no mesh"),
+        (["scaling", "--link-gbs", "0"], "--link-gbs"),
+        (["scaling", "--latency-us", "-1"], "--latency-us"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], said: str) -> None:

@@ -175,6 +175,16 @@ def test_prefill_goes_on_where_pages_are_filled_already(dual_chunk_folder: Path)
     second = Prefiller(engine.prefill.model, engine.pool, None)
     second.admit("a", prompt, pages, done=128)
     first.release("a")
+    free = engine.pool.num_free
+    for held, done, said in (
+        (pages, 100, "multiple of 128"),
+        (pages, -128, "multiple of 128"),
+        (pages, 384, "multiple of 128"),
+        (pages[:2], 128, "needs 3 pages, not 2"),
+    ):
+        with pytest.raises(InvalidRequestError, match=said):
+            second.admit("b", prompt, held, done=done)
+    assert engine.pool.num_free == free
     logits = second.run_chunk("a", 128, 300).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 

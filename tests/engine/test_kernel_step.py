@@ -274,6 +274,20 @@ def test_the_step_is_what_the_device_needs(dual_folder: Path) -> None:
 
 
 @on_gpus
+def test_a_captured_step_takes_no_memory_and_so_cannot_lack_it(dual_folder: Path) -> None:
+    """Else it might fail while its inputs are still on their way, and the next overwrite them."""
+    model = load(dual_folder, torch.bfloat16)
+    pool = PagePool(model.page_geometry, POOL_PAGES, DEVICE)
+    pool.memory.normal_()
+    step = KernelStep(model, pool, row_counts(2), PROGRAMS, captured(DEVICE))
+    rows = [*make_rows([30], takes_best=True), *make_rows([31])]
+    step.run(rows)
+    before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+    step.run(rows)
+    assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
+
+
+@on_gpus
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_captured_steps_choose_what_launched_ones_do(dual_folder: Path, dtype: torch.dtype) -> None:
     model = load(dual_folder, dtype)

@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries, triton_prefill
@@ -188,26 +191,63 @@ def test_queries_may_be_wider_than_keys() -> None:
     assert torch.equal(narrow.columns, same.columns)
 
 
-@pytest.mark.parametrize("chunk", [(200, 77), (384, 128)])
-@pytest.mark.parametrize(("length", "rows"), [(270, 64), (1000, 64), (555, 40)])
-def test_both_sum_alike_across_dual_chunks(length, rows, chunk) -> None:
-    problem = make_problem(length, dual=True, chunk=chunk)
-    where = (problem.last_queries(rows), length - rows, problem.pages)
-    expected = portable_sums.sums(*where, 0, chunk[0] - chunk[1], SCALE, 2, 0.2, True)
-    problem = make_problem(length, dual=True, chunk=chunk, device=DEVICE)
-    # Two of the four heads, as a rank of a gang would.
-    last = problem.last_queries(rows).heads(slice(1, 3))
-    actual = triton_sums.sums(
-        last, length - rows, problem.pages, 1, chunk[0] - chunk[1], SCALE, 2, 0.2, True
+def last_weights(problem: Problem, rows: int, stride: int) -> Tensor:
+    """What the last rows look at across dual chunks, float64 [heads, rows, keys]."""
+    keys, _ = problem.pages.read(0, problem.length)
+    keys = keys.double().repeat_interleave(problem.group, 0)
+    key, query = torch.arange(problem.length), torch.arange(problem.length)[-rows:, None]
+    apart = query // stride - key // stride
+    last = problem.last_queries(rows)
+    intra, successive, inter = (
+        torch.einsum("rhd,hkd->hrk", each.double(), keys) * problem.scale
+        for each in (last.intra, last.successive, last.inter)
     )
+    logits = torch.where(apart == 0, intra, torch.where(apart == 1, successive, inter))
+    return logits.masked_fill(key > query, -torch.inf).softmax(-1)
+
+
+def clear_limit(weights: Tensor) -> float:
+    """A limit for heavy columns that some reach and some do not, and none lies near.
+
+    Which side of the limit a column lies on must not be up to the order of float sums.
+    """
+    best, margin = math.nan, 0.0
+    for limit in np.geomspace(0.02, 4, 400):
+        reached = weights.clamp(max=limit / 8).sum(1) / limit
+        nearest = float((reached - 1).abs().min())
+        if nearest > margin and (reached >= 1).sum() >= 2:
+            best, margin = float(limit), nearest
+    assert margin > 0.01
+    return best
+
+
+@pytest.mark.parametrize("chunk", [(200, 77), (384, 128)])
+@pytest.mark.parametrize(
+    ("length", "rows", "group"),
+    [(270, 64, 2), (1000, 64, 2), (555, 40, 2), (270, 64, 7), (300, 20, 5), (450, 12, 7)],
+)
+def test_both_sum_alike_across_dual_chunks(length, rows, group, chunk) -> None:
+    stride = chunk[0] - chunk[1]
+    # Some of the heads of both KV heads, as a rank of a gang would.
+    heads = slice(group - 1, 2 * group - 1)
+    problem = make_problem(length, dual=True, heads=2 * group, chunk=chunk)
+    heavy = clear_limit(last_weights(problem, rows, stride)[heads])
+    where = (problem.last_queries(rows), length - rows, problem.pages)
+    expected = portable_sums.sums(*where, 0, stride, SCALE, group, heavy, True)
+    problem = make_problem(length, dual=True, heads=2 * group, chunk=chunk, device=DEVICE)
+    actual = triton_sums.sums(
+        problem.last_queries(rows).heads(heads), length - rows, problem.pages, heads.start, stride,
+        SCALE, group, heavy, True,
+    )  # fmt: skip
     for one, other in (
         (actual.columns, expected.columns),
         (actual.bands, expected.bands),
+        (actual.heavy_columns, expected.heavy_columns),
         (actual.diagonals, expected.diagonals),
     ):
         assert one is not None
         assert other is not None
-        torch.testing.assert_close(one.cpu(), other[1:3], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.cpu(), other[heads], rtol=1e-3, atol=1e-3)
 
 
 def random_sums(length: int, heads: int = 3) -> Sums:
@@ -228,6 +268,44 @@ def test_bands_keep_what_must_be_kept_within_the_budget() -> None:
     for each in columns:
         assert each[:30].tolist() == list(range(30))
         assert (np.diff(each) > 0).all()
+
+
+def check_heaviest(chosen: list[int], weights: Tensor, count: int, forced: int) -> None:
+    """The first `forced`, and as many others as budgets allow, none lighter than one left out."""
+    size = len(weights)
+    assert len(set(chosen)) == len(chosen) == min(max(count, forced), size)
+    assert set(range(min(forced, size))) <= set(chosen)
+    others = torch.zeros(size, dtype=torch.bool)
+    others[chosen] = True
+    taken, left = weights[forced:][others[forced:]], weights[forced:][~others[forced:]]
+    if len(taken) and len(left):
+        assert taken.min() >= left.max()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), length=st.integers(1, 700), levels=st.sampled_from([1, 3, 50, 10**6]))
+def test_what_is_chosen_is_forced_or_among_the_heaviest(data, length: int, levels: int) -> None:
+    """Few levels make many equals, any of which may be taken."""
+    seed = data.draw(st.integers(0, 2**32))
+    budgets = data.draw(
+        st.lists(
+            st.builds(HeadBudget, st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=7
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tiles = -(-length // 128)
+    columns = torch.randint(levels, (len(budgets), length), generator=generator).float()
+    # Of bands only what they touch is seen, so none are equal.
+    bands = torch.stack([torch.randperm(tiles, generator=generator) for _ in budgets]).float()
+    chosen = sparse.by_bands(Sums(columns, bands, None, None, 64), budgets)
+    widths = sparse.widths_by_bands(budgets, length)
+    assert (chosen.columns.shape[1], chosen.distances.shape[1]) == widths
+    for head, budget in enumerate(budgets):
+        own_columns, distances = chosen.of_head(head)
+        check_heaviest(own_columns.tolist(), columns[head], budget.verticals, 30)
+        order = [0, *(b for b in bands[head].argsort(descending=True).tolist() if b)]
+        touched = {b + more for b in order[: budget.bands] for more in (0, 1)}
+        assert distances.tolist() == sorted(b for b in touched if b < tiles)
 
 
 def test_diagonals_are_chosen_as_published() -> None:
