@@ -47,7 +47,7 @@ def random_keys_values(count: int, kv_heads: int, head_dim: int, dtype: torch.dt
 
 
 def assert_rounded(actual: Tensor, exact: Tensor, largest: Tensor) -> None:
-    """To the nearest e4m3 value of a scale that fits `largest`; twice rounded float32 is allowed."""
+    """To the nearest e4m3 value of a scale that fits `largest`, after rounding to float32."""
     smallest_step = largest / 448 * 2 * 2.0**-10
     allowed = exact.abs() * HALF_STEP * 1.001 + smallest_step * 1.001
     assert ((actual.double() - exact).abs() <= allowed).all()
