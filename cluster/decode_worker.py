@@ -107,10 +107,11 @@ class DecodeWorker:
         """Take handed-off pages."""
         from .object_store import from_bytes
 
-        for layer, first_page, first_kv_head, data in runs:
-            pages = from_bytes(data, self._dtype)
-            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages)
-            self._sink.add(metrics.HANDOFF_BYTES, data.nbytes)
+        for layer, first_page, first_kv_head, data, page_scales in runs:
+            pages, scales = from_bytes(data, page_scales, self._dtype)
+            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages, scales)
+            size = data.nbytes + (0 if scales is None else scales.nbytes)
+            self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def answer(
         self, request_id: str, logits: "Logits"
@@ -246,5 +247,6 @@ def _make_decoder(settings: Settings, dtype: Any) -> "Decoder":
     folder = settings.model.folder
     device = torch.device("cuda" if settings.decode.gpus else "cpu")
     model = Qwen2.load(folder, Mesh.single(), dtype, device)
-    pool = PagePool(model.page_geometry, pages_for(settings.decode.kv_cache_tokens), device)
+    geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+    pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
     return Decoder(model, pool, TokenBytes(Tokenizer(folder).raw), settings.decode.max_batch)

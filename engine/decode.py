@@ -136,7 +136,13 @@ class Decoder:
         self._reservations[request.request_id] = _Reservation(request, tables)
 
     def receive(
-        self, request_id: str, layer: int, first_page: int, first_kv_head: int, pages: Tensor
+        self,
+        request_id: str,
+        layer: int,
+        first_page: int,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None = None,
     ) -> None:
         """Put handed-off pages in their place; the arguments are `PageSender.push`'s.
 
@@ -147,14 +153,13 @@ class Decoder:
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
         table = reservation.block_tables[0][first_page : first_page + len(pages)]
-        memory = self._pool.memory[layer]
-        heads = slice(first_kv_head, first_kv_head + pages.shape[1])
-        if len(table) != len(pages) or memory[:1, heads].shape[1:] != pages.shape[1:]:
+        index = torch.tensor(table, device=self._pool.memory.device, dtype=torch.int64)
+        try:
+            self._pool.put(layer, index, first_kv_head, pages, scales)
+        except TransferError as error:
             raise TransferError(
-                f"request {request_id}: pages of shape {tuple(pages.shape)} do not fit at page "
-                f"{first_page}, KV head {first_kv_head}"
-            )
-        memory[:, heads].index_copy_(0, torch.tensor(table, device=memory.device), pages)
+                f"request {request_id}, page {first_page}, KV head {first_kv_head}: {error}"
+            ) from error
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:
