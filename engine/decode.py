@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import dual_chunk
+from ..kernels import dual_chunk, quantized
 from ..kernels.pages import write_pages
 from .detokenizer import Detokenizer, TokenBytes
 from .errors import (
@@ -321,13 +321,12 @@ class Decoder:
         q, k, v = layer.project(hidden)
         rotary = self._model.positions
         count = len(batch)
-        keys = rotary.keys(k[:count], positions)
         queries = rotary.queries(q[:count], positions)
-        memory = self._pool.memory[number]
+        memory, page_scales = self._pool.memory[number], self._pool.layer_scales(number)
+        self._write(number, k[:count], v[:count], batch, positions)
         attended = torch.zeros_like(q)
         for row, sequence in enumerate(batch):
             one = slice(row, row + 1)
-            write_pages(memory, sequence.block_table, sequence.length, keys[one], v[one])
             attended[one] = dual_chunk.decode_attention(
                 queries.rows(one),
                 memory,
@@ -335,8 +334,28 @@ class Decoder:
                 sequence.length + 1,
                 rotary.stride,
                 rotary.softmax_scale(sequence.length + 1),
+                page_scales,
             )
         return attended
+
+    def _write(
+        self, number: int, k: Tensor, v: Tensor, batch: Sequence[_Sequence], positions: Tensor
+    ) -> None:
+        """Put each sequence's new K and V, [n, kv_heads, d] and not rotated, into its page."""
+        memory, page_scales = self._pool.memory[number], self._pool.layer_scales(number)
+        rotation = self._model.positions.key_rotation(positions)
+        if page_scales is not None:
+            slots = [
+                s.block_table[s.length // PAGE_TOKENS] * PAGE_TOKENS + s.length % PAGE_TOKENS
+                for s in batch
+            ]
+            where = torch.tensor(slots, device=k.device)
+            quantized.append_tokens(memory, page_scales, where, k, v, rotation)
+            return
+        keys = rotation.apply(k)
+        for row, sequence in enumerate(batch):
+            one = slice(row, row + 1)
+            write_pages(memory, sequence.block_table, sequence.length, keys[one], v[one])
 
 
 def pages_needed(request: GenerationRequest) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels import dual_chunk, sparse
+from ..kernels import dual_chunk, quantized, sparse
 from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
 from ..kernels.pages import BlockTable, LayerPages, to_pages
 from ..kernels.sparse import NOTHING, Selections
@@ -105,6 +105,10 @@ class Prefiller:
         self._sparsity = sparsity
         self._observer = observer
         self._admitted: dict[str, _Admitted] = {}
+        # Attention reads pages of 8 bits widened, a layer at a time.
+        self._scratch = (
+            torch.empty_like(pool.memory[0], dtype=model.dtype) if pool.geometry.quantized else None
+        )
 
     def admit(self, request_id: str, prompt: Tokens) -> None:
         """Reserve pages for a prompt.
@@ -141,8 +145,9 @@ class Prefiller:
         """
         admitted = self._next_chunk_of(request_id, start, end)
         chunk = _Chunk(
-            self._model, self._pool, self._sparsity, admitted, start, end, sender, self._observer
-        )
+            self._model, self._pool, self._sparsity, admitted, start, end, sender,
+            self._observer, self._scratch,
+        )  # fmt: skip
         logits = chunk.run()
         admitted.done = end
         return ChunkResult(logits, dict(chunk.stages.seconds))
@@ -178,7 +183,9 @@ class _Chunk:
         end: int,
         sender: PageSender | None,
         observer: Observer | None,
+        scratch: Tensor | None,
     ) -> None:
+        self._scratch = scratch
         self._model, self._mesh, self._pool = model, model.mesh, pool
         self._sender, self._observer = sender, observer
         self._start, self._end = start, end
@@ -207,11 +214,12 @@ class _Chunk:
 
     def _run_layer(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
         with self.stages.time("linear"):
-            pages, *rotated = self._map_rows(
+            *pages, intra, successive, inter = self._map_rows(
                 lambda hidden, positions: self._project(layer, hidden, positions), hidden
             )
-        self._store(number, pages)
-        attended = self._attend(number, layer, hidden, SegmentQueries(*rotated))
+        self._store(number, *pages)
+        queries = SegmentQueries(intra, successive, inter)
+        attended = self._attend(number, layer, hidden, queries)
         with self.stages.time("linear"):
             [hidden] = self._map_rows(
                 lambda hidden, _, attended: (layer.finish(hidden, attended),), hidden, attended
@@ -221,20 +229,32 @@ class _Chunk:
     def _project(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """This rank's pages of whole blocks of rows, and their queries under three rotations."""
         q, k, v = layer.project(hidden)
-        rotations = self._model.positions
-        pages = to_pages(rotations.keys(k, positions), v)
-        queries = rotations.queries(q, positions)
-        return pages, queries.intra, queries.successive, queries.inter
+        queries = self._model.positions.queries(q, positions)
+        pages = self._to_pages(k, v, positions)
+        return *pages, queries.intra, queries.successive, queries.inter
+
+    def _to_pages(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Pages of whole blocks of rows, as the pool keeps them, and their scales if any."""
+        rotation = self._model.positions.key_rotation(positions)
+        if self._scratch is None:
+            return (to_pages(rotation.apply(k), v),)
+        rows, kv_heads, head_dim = k.shape
+        shape = (pages_for(rows), kv_heads, 2, PAGE_TOKENS, head_dim)
+        pages = torch.empty(shape, dtype=self._pool.memory.dtype, device=k.device)
+        scales = torch.empty(shape[:3], device=k.device)
+        order = torch.arange(len(pages), device=k.device)
+        quantized.narrow_pages(pages, scales, order, k, v, rotation)
+        return pages, scales
 
     def _run_last_layer(self, hidden: Tensor) -> Tensor | None:
         """Of the last layer only K and V are wanted, and the prompt's last row."""
         number = len(self._model.layers) - 1
         layer = self._model.layers[number]
         with self.stages.time("linear"):
-            [pages] = self._map_rows(
+            pages = self._map_rows(
                 lambda hidden, positions: self._project_keys(layer, hidden, positions), hidden
             )
-        self._store(number, pages)
+        self._store(number, *pages)
         if self._end < self._length:
             return None
         logits = torch.zeros(self._model.config.vocab_size, device=self._model.device)
@@ -242,9 +262,8 @@ class _Chunk:
             logits = self._last_logits(number, layer, hidden[-1:])
         return self._mesh.sum_over_sequence_ranks(logits)
 
-    def _project_keys(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor]:
-        k, v = layer.keys_values(layer.input_norm(hidden))
-        return (to_pages(self._model.positions.keys(k, positions), v),)
+    def _project_keys(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return self._to_pages(*layer.keys_values(layer.input_norm(hidden)), positions)
 
     def _map_rows(
         self, function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, *more: Tensor
@@ -274,20 +293,22 @@ class _Chunk:
                 self._length,
                 model.positions.stride,
                 self._scale,
+                self._pool.layer_scales(number),
             )
         with self.stages.time("linear"):
             return model.logits(layer.finish(hidden, attended))[0]
 
-    def _store(self, number: int, own: Tensor) -> None:
+    def _store(self, number: int, own: Tensor, own_scales: Tensor | None = None) -> None:
         """Put all ranks' pages of this chunk into the pool, and hand this rank's share off."""
         with self.stages.time("communication"):
             pages = self._gather_pages(own)
+            scales = None if own_scales is None else self._gather_pages(own_scales)
             first, last = self._first_block, self._first_block + self._num_blocks
             target = self._block_table.on(pages.device)[first:last].long()
-            self._pool.memory[number].index_copy_(0, target, pages)
+            self._pool.put(number, target, 0, pages, scales)
         if self._sender is not None and self._model.heads.owns_kv:
             with self.stages.time("hand-off"):
-                self._hand_off(self._sender, number, pages)
+                self._hand_off(self._sender, number, pages, scales)
 
     def _gather_pages(self, own: Tensor) -> Tensor:
         """Every rank's pages of this chunk in their order, [blocks, kv_heads, 2, 128, d]."""
@@ -297,23 +318,28 @@ class _Chunk:
         most = -(-self._num_blocks // ranks)
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own
-        gathered = self._mesh.gather_over_sequence_ranks(padded)
+        # Bytes, where a page has 8 bits: collectives know no e4m3.
+        bits = torch.uint8 if own.itemsize == 1 else own.dtype
+        gathered = self._mesh.gather_over_sequence_ranks(padded.view(bits)).view(own.dtype)
         # The chunk's first block need not be rank 0's: begin with the rank whose it is.
         turned = gathered.roll(-(self._first_block % ranks), dims=0)
         return turned.transpose(0, 1).flatten(0, 1)[: self._num_blocks]
 
-    def _hand_off(self, sender: PageSender, number: int, pages: Tensor) -> None:
+    def _hand_off(
+        self, sender: PageSender, number: int, pages: Tensor, scales: Tensor | None
+    ) -> None:
         """Push the contiguous part of the chunk's pages that falls to this rank."""
         ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
         first = self._num_blocks * rank // ranks
         last = self._num_blocks * (rank + 1) // ranks
         if first < last:
             first_kv_head = self._model.heads.first_kv_head
-            sender.push(number, self._first_block + first, first_kv_head, pages[first:last])
+            part = None if scales is None else scales[first:last]
+            sender.push(number, self._first_block + first, first_kv_head, pages[first:last], part)
 
     def _attend(self, number: int, layer: Layer, hidden: Tensor, queries: SegmentQueries) -> Tensor:
         """Attention of this rank's rows, [n, heads, d]."""
-        pages = LayerPages(self._pool.memory[number], self._block_table)
+        pages = self._read_pages(number)
         stride = self._model.positions.stride
         if self._sparsity is None:
             with self.stages.time("attention"):
@@ -334,6 +360,17 @@ class _Chunk:
         with self.stages.time("attention"):
             self._attend_in_full(queries, pages, attended)
         return attended
+
+    def _read_pages(self, number: int) -> LayerPages:
+        """One layer's pages up to the chunk's end, in a type that attention reads."""
+        memory, scales = self._pool.memory[number], self._pool.layer_scales(number)
+        if scales is None or self._scratch is None:
+            return LayerPages(memory, self._block_table)
+        count = pages_for(self._end)
+        with self.stages.time("page writes"):
+            table = self._block_table.on(memory.device)[:count]
+            quantized.widen_pages(memory, scales, table, self._scratch[:count])
+        return LayerPages(self._scratch, BlockTable.of(range(count)))
 
     def _attend_in_full(self, queries: SegmentQueries, pages: LayerPages, attended: Tensor) -> None:
         """Put full attention in place of sparse for the blocks that hold the prompt's end.

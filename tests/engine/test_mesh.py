@@ -29,7 +29,14 @@ class RecordingSender(PageSender):
 
     pushed: list[tuple[int, int, int, Tensor]] = field(default_factory=list)
 
-    def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
+    def push(
+        self,
+        layer: int,
+        first_page: int,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
         self.pushed.append((layer, first_page, first_kv_head, pages.clone()))
 
     def flush(self) -> None:
