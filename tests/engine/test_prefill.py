@@ -139,3 +139,12 @@ def test_wrong_calls_are_refused_and_cost_nothing(dual_chunk: Path) -> None:
     prefiller.release("one")
     prefiller.release("one")
     assert local.pool.num_free == local.pool.num_pages
+
+
+def test_pages_of_8_bits_are_the_same_for_every_chunk_size(dual_chunk: Path) -> None:
+    prompt = prompt_of(1000)
+    narrow = engine(dual_chunk, kv_cache_dtype="fp8_e4m3")
+    whole = narrow.logits(prompt)
+    torch.testing.assert_close(narrow.logits(prompt, 384), whole, rtol=2e-2, atol=2e-2)
+    exact = engine(dual_chunk).logits(prompt)
+    assert 0 < (whole - exact).norm() < 0.2 * exact.norm()
