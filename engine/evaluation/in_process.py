@@ -75,12 +75,13 @@ class InProcessAnswerer(Answerer):
         self._tokenizer = Tokenizer(folder)
         model = Qwen2.load(folder, Mesh.single(), dtype, self._device)
         # One prompt at a time, so that all variants share the pages on either side.
+        formats: set[KVCacheDtype] = {_kv_cache_dtype(variant) for variant in variants}
         pools = {
             name: [
                 PagePool(model.page_geometry.kept_as(name), pages_for(max_tokens), self._device)
                 for _ in range(2)
             ]
-            for name in sorted({_kv_cache_dtype(variant) for variant in variants})
+            for name in formats
         }
         token_bytes = TokenBytes(self._tokenizer.raw)
         self._engines = {}
