@@ -241,12 +241,13 @@ def _make_decoder(settings: Settings, dtype: Any) -> "Decoder":
     from ..engine.detokenizer import TokenBytes
     from ..engine.mesh import Mesh
     from ..engine.pages import PagePool, pages_for
-    from ..engine.qwen2 import Qwen2
+    from ..engine.random_weights import load_model
     from ..engine.tokenizer import Tokenizer
 
-    folder = settings.model.folder
+    files = settings.model.files
     device = torch.device("cuda" if settings.decode.gpus else "cpu")
-    model = Qwen2.load(folder, Mesh.single(), dtype, device)
+    model = load_model(files, Mesh.single(), dtype, device)
     geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
     pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
-    return Decoder(model, pool, TokenBytes(Tokenizer(folder).raw), settings.decode.max_batch)
+    token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
+    return Decoder(model, pool, token_bytes, settings.decode.max_batch)

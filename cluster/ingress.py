@@ -87,7 +87,7 @@ def api_builder(
     def build() -> FastAPI:
         return build_api(
             settings.ingress_limits,
-            Tokenizer(settings.model.folder),
+            Tokenizer(settings.model.files.tokenizer_folder),
             DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
             Metrics(metrics_directory, "ingress", settings.model.name),
             partial(render, metrics_directory),

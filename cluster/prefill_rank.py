@@ -62,7 +62,7 @@ class PrefillRank:
         from ..engine.mesh import Mesh
         from ..engine.pages import PagePool, pages_for
         from ..engine.prefill import Prefiller
-        from ..engine.qwen2 import Qwen2
+        from ..engine.random_weights import load_model
         from ..engine.sparsity import SparsityConfig
 
         settings, prefill = self._settings, self._settings.prefill
@@ -74,11 +74,11 @@ class PrefillRank:
             init_method,
             backend="nccl" if prefill.gpus_per_rank else "gloo",
         )
-        folder = settings.model.folder
-        model = Qwen2.load(folder, mesh, getattr(torch, settings.model.dtype), device)
+        files = settings.model.files
+        model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
         geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
-        sparsity = SparsityConfig.from_folder(folder) if prefill.sparse else None
+        sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
 
     def ping(self) -> None:
@@ -118,16 +118,11 @@ class PrefillRank:
         )
 
     def _compute(self, chunk: Chunk, sender: "ObjectStoreSender") -> "ChunkResult":
-        import torch
-
         try:
             return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, sender)
-        except torch.OutOfMemoryError as error:
+        except OutOfMemoryError:
             self.release(chunk.request_id)
-            raise OutOfMemoryError(
-                f"a prefill rank ran out of memory at tokens {chunk.start} to {chunk.end} of a "
-                "prompt; lower prefill.chunk_tokens or prefill.kv_cache_tokens"
-            ) from error
+            raise
 
     def release(self, request_id: str) -> None:
         """Forget a request, finished or not; unknown ones are no error."""

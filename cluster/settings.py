@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..engine.config import KVCacheDtype, ModelConfig
 from ..engine.errors import CheckpointError, ConfigurationError
-from ..engine.pocket import CHECKPOINT
+from ..engine.models import ModelFiles
 from ..engine.tokenizer import Tokenizer
 from .rest.limits import IngressLimits
 
 PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
-POCKET = "pocket"
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -31,8 +30,9 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """Which checkpoint, under which name, in which type.
 
-    `path` is a Hugging Face checkpoint folder, or "pocket" for the bundled model. `kv_cache_dtype`
-    is how KV pages are kept, on every rank and worker: "auto" is `dtype`.
+    `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
+    shape of engine/shapes for random weights of a real model's sizes. `kv_cache_dtype` is how KV
+    pages are kept, on every rank and worker: "auto" is `dtype`.
     """
 
     path: str
@@ -41,9 +41,18 @@ class ModelSettings(_Section):
     kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
+    def files(self) -> ModelFiles:
+        """Where the model's parts lie.
+
+        Raises:
+            CheckpointError: no shape of that name.
+        """
+        return ModelFiles.of(self.path)
+
+    @property
     def folder(self) -> Path:
-        """The checkpoint's folder."""
-        return CHECKPOINT if self.path == POCKET else Path(self.path)
+        """With the model's configuration."""
+        return self.files.folder
 
 
 class LimitSettings(_Section):
@@ -250,7 +259,7 @@ def check_model(settings: Settings) -> None:
         )
     model.check_tensor_parallel(settings.prefill.tensor_parallel)
     # One such token in a prompt would end a whole gang.
-    tokens = Tokenizer(settings.model.folder).vocab_size
+    tokens = Tokenizer(settings.model.files.tokenizer_folder).vocab_size
     if tokens > model.vocab_size:
         raise CheckpointError(
             f"{settings.model.folder}: its tokenizer has ids up to {tokens - 1} and its embedding "

@@ -4,6 +4,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,6 +14,16 @@ from .errors import CheckpointError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+
+
+class WeightSource(Protocol):
+    """Whatever a model's tensors come from."""
+
+    def read(
+        self, name: str, shape: tuple[int, ...], rows: slice | None = None, axis: int = 0
+    ) -> Tensor:
+        """The tensor `name` of `shape`; only `rows` along `axis` where given."""
+        ...
 
 
 class CheckpointReader:

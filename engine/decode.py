@@ -6,15 +6,13 @@ choice is finished, when its pages go back.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import dual_chunk, quantized
-from ..kernels.pages import write_pages
+from ..kernels.pages import BlockTable
+from .decode_step import DecodeStep, Outcome, StepRow, make_step
 from .detokenizer import Detokenizer, TokenBytes
 from .errors import (
     GenerationError,
@@ -25,7 +23,7 @@ from .errors import (
 )
 from .messages import ChosenToken, Delta, GenerationRequest
 from .pages import PAGE_TOKENS, PagePool, pages_for
-from .qwen2 import Layer, Qwen2
+from .qwen2 import Qwen2
 from .sampler import Logits, Sampler, fresh_seed
 
 Output = tuple[str, Delta | GenerationError]
@@ -38,7 +36,7 @@ class _Sequence:
 
     request_id: str
     choice: int
-    block_table: list[int]
+    block_table: BlockTable
     length: int
     sampler: Sampler
     detokenizer: Detokenizer
@@ -51,7 +49,7 @@ class _Reservation:
     """The pages of one request: its sequences' block tables, shared ones counted in each."""
 
     request: GenerationRequest
-    block_tables: list[list[int]]
+    block_tables: list[BlockTable]
     sequences: list[_Sequence] = field(default_factory=list)
 
     @property
@@ -68,15 +66,25 @@ class Decoder:
         pool: of the model's geometry.
         token_bytes: of the model's tokenizer.
         max_batch: sequences in one step; more than that wait their turn.
+        step: of this model, this pool and `max_batch`; by default the one for the model's device.
+
+    Raises:
+        ConfigurationError: the device's memory does not suffice for a step of `max_batch`.
     """
 
     def __init__(
-        self, model: Qwen2, pool: PagePool, token_bytes: TokenBytes, max_batch: int
+        self,
+        model: Qwen2,
+        pool: PagePool,
+        token_bytes: TokenBytes,
+        max_batch: int,
+        step: DecodeStep | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
         self._token_bytes = token_bytes
         self._max_batch = max_batch
+        self._step = step or make_step(model, pool, max_batch)
         self._reservations: dict[str, _Reservation] = {}
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
@@ -132,8 +140,21 @@ class Decoder:
         tables = _block_tables(request, pages)
         shared = len(request.prompt) // PAGE_TOKENS
         for table in tables[1:]:
-            self._pool.share(table[:shared])
+            self._pool.share(table.pages[:shared].tolist())
         self._reservations[request.request_id] = _Reservation(request, tables)
+
+    def block_table(self, request_id: str) -> list[int]:
+        """The pages of a request's first choice, its prompt's first.
+
+        A prefiller on the same pool writes them itself, and then nothing is handed over.
+
+        Raises:
+            InvalidRequestError: nothing is reserved under that name.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None:
+            raise InvalidRequestError(f"request {request_id} has no pages; reserve them first")
+        return reservation.block_tables[0].pages.tolist()
 
     def receive(
         self,
@@ -152,10 +173,10 @@ class Decoder:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
-        table = reservation.block_tables[0][first_page : first_page + len(pages)]
-        index = torch.tensor(table, device=self._pool.memory.device, dtype=torch.int64)
+        table = reservation.block_tables[0].on(self._pool.memory.device)
+        table = table[first_page : first_page + len(pages)]
         try:
-            self._pool.put(layer, index, first_kv_head, pages, scales)
+            self._pool.put(layer, table.long(), first_kv_head, pages, scales)
         except TransferError as error:
             raise TransferError(
                 f"request {request_id}, page {first_page}, KV head {first_kv_head}: {error}"
@@ -197,15 +218,15 @@ class Decoder:
             return []
         batch = list(self._running)
         try:
-            logits = self._forward(batch)
+            outcomes = self._step.run([_row_of(sequence) for sequence in batch])
         except torch.OutOfMemoryError:
             # No sequence has grown: the next step writes the same K and V to the same places.
             return [self._give_up(batch[-1].request_id, len(batch))]
         outputs: list[Output] = []
-        for sequence, row in zip(batch, logits, strict=True):
+        for sequence, outcome in zip(batch, outcomes, strict=True):
             sequence.length += 1
             if sequence.request_id in self._reservations:
-                outputs.extend(self._sample(sequence, row))
+                outputs.extend(self._sample(sequence, outcome))
         return outputs
 
     def cancel(self, request_id: str) -> None:
@@ -217,7 +238,7 @@ class Decoder:
         self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
         held = [s.block_table for s in reservation.sequences]
         for table in held if reservation.started else reservation.block_tables:
-            self._pool.release(table)
+            self._pool.release(table.pages.tolist())
 
     def _give_up(self, request_id: str, sequences: int) -> Output:
         """End a request for want of memory."""
@@ -234,7 +255,7 @@ class Decoder:
         if rest:
             first, *others = reservation.block_tables
             for table in others:
-                self._pool.copy_page(first[full], table[full])
+                self._pool.copy_page(int(first.pages[full]), int(table.pages[full]))
 
     def _make_sequences(self, reservation: _Reservation) -> list[_Sequence]:
         request = reservation.request
@@ -252,10 +273,12 @@ class Decoder:
             for choice, table in enumerate(reservation.block_tables)
         ]
 
-    def _sample(self, sequence: _Sequence, logits: Logits) -> list[Output]:
+    def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
+        sampler = sequence.sampler
         try:
-            chosen = sequence.sampler.choose(logits)
+            best = isinstance(outcome, ChosenToken)
+            chosen = sampler.accept(outcome) if best else sampler.choose(outcome)
         except FloatingPointError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, GenerationError(str(error)))]
@@ -288,74 +311,14 @@ class Decoder:
         reservation.sequences.remove(sequence)
         if sequence in self._running:
             self._running.remove(sequence)
-        self._pool.release(sequence.block_table)
+        self._pool.release(sequence.block_table.pages.tolist())
         if not reservation.sequences:
             del self._reservations[sequence.request_id]
 
-    def _forward(self, batch: Sequence[_Sequence]) -> list[Logits]:
-        """Logits of one more token of each sequence, whose K and V are written on the way.
 
-        The batch is filled up with rows of zeros: a matrix product's rounding may depend on how
-        many rows it has, and an answer must not depend on what else is in the batch.
-        """
-        model = self._model
-        positions = torch.tensor([s.length for s in batch], device=model.device)
-        tokens = torch.zeros(self._max_batch, dtype=torch.int64, device=model.device)
-        tokens[: len(batch)] = torch.tensor([s.next_token for s in batch], device=model.device)
-        hidden = model.embed(tokens)
-        for number, layer in enumerate(model.layers):
-            attended = self._attend(number, layer, hidden, batch, positions)
-            hidden = layer.finish(hidden, attended)
-        logits = model.logits(hidden)[: len(batch)].cpu().numpy()
-        return [np.ascontiguousarray(row) for row in logits]
-
-    def _attend(
-        self,
-        number: int,
-        layer: Layer,
-        hidden: Tensor,
-        batch: Sequence[_Sequence],
-        positions: Tensor,
-    ) -> Tensor:
-        """Write the new K and V, and attend: [max_batch, heads, d], zero beyond the batch."""
-        q, k, v = layer.project(hidden)
-        rotary = self._model.positions
-        count = len(batch)
-        queries = rotary.queries(q[:count], positions)
-        memory, page_scales = self._pool.memory[number], self._pool.layer_scales(number)
-        self._write(number, k[:count], v[:count], batch, positions)
-        attended = torch.zeros_like(q)
-        for row, sequence in enumerate(batch):
-            one = slice(row, row + 1)
-            attended[one] = dual_chunk.decode_attention(
-                queries.rows(one),
-                memory,
-                sequence.block_table,
-                sequence.length + 1,
-                rotary.stride,
-                rotary.softmax_scale(sequence.length + 1),
-                page_scales,
-            )
-        return attended
-
-    def _write(
-        self, number: int, k: Tensor, v: Tensor, batch: Sequence[_Sequence], positions: Tensor
-    ) -> None:
-        """Put each sequence's new K and V, [n, kv_heads, d] and not rotated, into its page."""
-        memory, page_scales = self._pool.memory[number], self._pool.layer_scales(number)
-        rotation = self._model.positions.key_rotation(positions)
-        if page_scales is not None:
-            slots = [
-                s.block_table[s.length // PAGE_TOKENS] * PAGE_TOKENS + s.length % PAGE_TOKENS
-                for s in batch
-            ]
-            where = torch.tensor(slots, device=k.device)
-            quantized.append_tokens(memory, page_scales, where, k, v, rotation)
-            return
-        keys = rotation.apply(k)
-        for row, sequence in enumerate(batch):
-            one = slice(row, row + 1)
-            write_pages(memory, sequence.block_table, sequence.length, keys[one], v[one])
+def _row_of(sequence: _Sequence) -> StepRow:
+    takes_best = sequence.sampler.takes_best
+    return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best)
 
 
 def pages_needed(request: GenerationRequest) -> int:
@@ -368,12 +331,12 @@ def pages_needed(request: GenerationRequest) -> int:
     return shared + request.sampling.choices * (whole - shared)
 
 
-def _block_tables(request: GenerationRequest, pages: list[int]) -> list[list[int]]:
+def _block_tables(request: GenerationRequest, pages: list[int]) -> list[BlockTable]:
     """A block table for each choice; all begin with the same pages."""
     shared = len(request.prompt) // PAGE_TOKENS
     choices = request.sampling.choices
     own = (len(pages) - shared) // choices
     return [
-        pages[:shared] + pages[shared + choice * own : shared + (choice + 1) * own]
+        BlockTable.of(pages[:shared] + pages[shared + choice * own : shared + (choice + 1) * own])
         for choice in range(choices)
     ]

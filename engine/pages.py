@@ -49,6 +49,14 @@ class PageGeometry:
         scales = _SCALE_BYTES if self.quantized else 0
         return planes * (PAGE_TOKENS * self.head_dim * self.dtype.itemsize + scales)
 
+    def scratch_bytes_per_page(self, itemsize: int) -> int:
+        """Bytes that prefill takes beside each page: one layer of it in numbers of `itemsize`.
+
+        0 where attention reads pages as they are.
+        """
+        numbers = self.num_kv_heads * 2 * PAGE_TOKENS * self.head_dim
+        return numbers * itemsize if self.quantized else 0
+
     def kept_as(self, kv_cache_dtype: KVCacheDtype) -> "PageGeometry":
         """The same pages in another format; "auto" keeps the model's type."""
         return self if kv_cache_dtype == "auto" else replace(self, dtype=torch.float8_e4m3fn)
@@ -139,7 +147,8 @@ class PagePool:
         """Copy whole pages in, as `PageSender.push` has them.
 
         Args:
-            table: int64 [n], where each goes.
+            table: int64 [n] on the pool's device, where each goes.
+            pages: on any device, as `scales`.
 
         Raises:
             TransferError: they are of another format, or do not fit in.
@@ -156,9 +165,15 @@ class PagePool:
             raise TransferError(f"pages of shape {tuple(pages.shape)} do not fit in")
         # PyTorch's index functions do not take every 8-bit type: copy bits.
         bits = torch.uint8 if self.geometry.quantized else pages.dtype
-        target.view(bits).index_copy_(0, table, pages.view(bits))
+        target.view(bits).index_copy_(0, table, pages.to(target.device).view(bits))
         if scales is not None and self.scales is not None:
-            self.scales[layer][:, heads].index_copy_(0, table, scales)
+            self.scales[layer][:, heads].index_copy_(0, table, scales.to(target.device))
+
+    def clear(self) -> None:
+        """Fill all pages with zeros."""
+        self.memory.zero_()
+        if self.scales is not None:
+            self.scales.fill_(1.0)
 
     def _free_runs(self) -> list[tuple[int, int]]:
         """Maximal half-open ranges [start, end) of free pages."""

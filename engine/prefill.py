@@ -5,24 +5,27 @@ The rows of a chunk are dealt to the sequence ranks in blocks of 128; each rank 
 its blocks, all ranks gather them, and so each rank's pages hold the whole prompt for its KV heads.
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..kernels import dual_chunk, quantized, sparse
 from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
-from ..kernels.pages import BlockTable, LayerPages, to_pages
-from ..kernels.sparse import NOTHING, Selections
-from .errors import InvalidRequestError
+from ..kernels.pages import BlockTable, LayerPages
+from ..kernels.sparse import Selections
+from ..kernels.transfer import without_waiting
+from .chunk_pages import ChunkPages
+from .errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
 from .messages import Tokens
 from .pages import PAGE_TOKENS, PagePool, pages_for
-from .qwen2 import Layer, Qwen2
+from .qwen2 import Qwen2
+from .selection import ChunkSelector
 from .sparsity import SparsityConfig
+from .stages import Stages
 from .transport import PageSender
 
 _CPU_ROWS = 16 * BLOCK_ROWS
@@ -35,11 +38,20 @@ class ChunkResult:
     """What came out of one chunk.
 
     `logits` are those after the prompt's last token, float32 [vocab] on every rank, once the chunk
-    reaches the prompt's end, else None. `stages` are seconds by what they were spent on.
+    reaches the prompt's end, else None.
     """
 
     logits: Tensor | None
-    stages: dict[str, float]
+    _stages: Stages
+
+    @cached_property
+    def stages(self) -> dict[str, float]:
+        """Seconds by what they were spent on; on a GPU, returns when the chunk is computed.
+
+        Keys: linear, attention, selection, elementwise, page writes, communication, hand-off. A
+        chunk's time that is in none of them went to launches and the host.
+        """
+        return self._stages.seconds()
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class SparseAttention:
 
     `queries` are rotated, each [rows, heads, d]; `lse` is float32 [rows, heads]. Pages hold the
     layer's keys up to the chunk's end, as long as the observer that is given this runs.
+    `selections` are those of this rank's heads.
     """
 
     layer: int
@@ -57,6 +70,7 @@ class SparseAttention:
     stride: int | None
     scale: float
     lse: Tensor
+    selections: Selections
 
 
 Observer = Callable[[SparseAttention], None]
@@ -68,22 +82,8 @@ class _Admitted:
 
     prompt: Tokens
     pages: list[int]
+    block_table: BlockTable
     done: int = 0
-
-
-@dataclass
-class _Stages:
-    """Adds up seconds by stage."""
-
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - started
 
 
 class Prefiller:
@@ -105,15 +105,23 @@ class Prefiller:
         self._sparsity = sparsity
         self._observer = observer
         self._admitted: dict[str, _Admitted] = {}
-        # Attention reads pages of 8 bits widened, a layer at a time.
-        self._scratch = (
-            torch.empty_like(pool.memory[0], dtype=model.dtype) if pool.geometry.quantized else None
-        )
+        self._widened = _widened(pool, model.dtype) if pool.geometry.quantized else None
 
-    def admit(self, request_id: str, prompt: Tokens) -> None:
-        """Reserve pages for a prompt.
+    def admit(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        pages: Sequence[int] | None = None,
+        done: int = 0,
+    ) -> None:
+        """Reserve pages for a prompt, or take those that a decoder on the same pool reserved.
+
+        Args:
+            pages: held by someone else for the whole prompt, who then finds K and V in them.
+            done: tokens whose K and V lie in `pages` already; the first chunk starts there.
 
         Raises:
+            PromptTooLongError: the prompt is larger than all pages together.
             OutOfPagesError: they are not free now; nothing was reserved.
             InvalidRequestError: no tokens, or a request of that name is admitted already.
         """
@@ -121,7 +129,18 @@ class Prefiller:
             raise InvalidRequestError("a prompt needs at least one token")
         if request_id in self._admitted:
             raise InvalidRequestError(f"request {request_id} is being prefilled already")
-        self._admitted[request_id] = _Admitted(prompt, self._pool.allocate(pages_for(len(prompt))))
+        if pages_for(len(prompt)) > self._pool.num_pages:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens and prefill has room for "
+                f"{self._pool.num_pages * PAGE_TOKENS}; shorten it or raise "
+                "prefill.kv_cache_tokens"
+            )
+        if pages is None:
+            held = self._pool.allocate(pages_for(len(prompt)))
+        else:
+            held = list(pages[: pages_for(len(prompt))])
+            self._pool.share(held)
+        self._admitted[request_id] = _Admitted(prompt, held, BlockTable.of(held), done)
 
     def release(self, request_id: str) -> None:
         """Give the pages of a request back, finished or not; unknown requests are no error."""
@@ -142,15 +161,30 @@ class Prefiller:
 
         Raises:
             InvalidRequestError: no such request, or not its next chunk.
+            OutOfMemoryError: the device had too little. The request is as it was before, and its
+                pages are held until it is released; other ranks may wait in a collective.
         """
         admitted = self._next_chunk_of(request_id, start, end)
+        try:
+            result = self._compute(admitted, start, end, sender)
+        except torch.OutOfMemoryError as error:
+            # Whoever keeps the error must not keep the chunk's activations with it.
+            traceback.clear_frames(error.__traceback__)
+            raise OutOfMemoryError(
+                f"prefill ran out of memory at tokens {start} to {end} of a prompt; lower "
+                "prefill.chunk_tokens or prefill.kv_cache_tokens"
+            ) from error
+        admitted.done = end
+        return result
+
+    def _compute(
+        self, admitted: _Admitted, start: int, end: int, sender: PageSender | None
+    ) -> ChunkResult:
         chunk = _Chunk(
             self._model, self._pool, self._sparsity, admitted, start, end, sender,
-            self._observer, self._scratch,
+            self._observer, self._widened,
         )  # fmt: skip
-        logits = chunk.run()
-        admitted.done = end
-        return ChunkResult(logits, dict(chunk.stages.seconds))
+        return ChunkResult(chunk.run(), chunk.stages)
 
     def _next_chunk_of(self, request_id: str, start: int, end: int) -> _Admitted:
         admitted = self._admitted.get(request_id)
@@ -183,271 +217,222 @@ class _Chunk:
         end: int,
         sender: PageSender | None,
         observer: Observer | None,
-        scratch: Tensor | None,
+        widened: LayerPages | None,
     ) -> None:
-        self._scratch = scratch
         self._model, self._mesh, self._pool = model, model.mesh, pool
+        self._widened = widened
         self._sender, self._observer = sender, observer
-        self._start, self._end = start, end
-        self._length = len(admitted.prompt)
-        self._prompt = admitted.prompt
-        self._table = admitted.pages
-        self._block_table = BlockTable.of(admitted.pages)
+        self._end, self._length = end, len(admitted.prompt)
+        self._table = admitted.block_table
         self._scale = model.positions.softmax_scale(self._length)
-        use_sparse = sparsity is not None and self._length > sparsity.threshold
-        self._sparsity = sparsity if use_sparse else None
+        self.stages = Stages.on(model.device)
         every = range(start // BLOCK_ROWS, pages_for(end))
-        self._num_blocks = len(every)
-        self._first_block = every.start
-        own = [b for b in every if b % self._mesh.sequence_parallel == self._mesh.sequence_rank]
-        self._blocks = QueryBlocks(tuple(own), end)
-        self._positions = self._blocks.positions(model.device)
-        self.stages = _Stages()
+        own = tuple(b for b in every if self._owner_of(b) == self._mesh.sequence_rank)
+        self._blocks = QueryBlocks(own, end)
+        positions = self._blocks.positions()
+        self._tokens = without_waiting(
+            torch.from_numpy(admitted.prompt[positions.numpy()]), model.device
+        )
+        self._rotations = model.positions.rotations(
+            without_waiting(positions, model.device), range(start, end)
+        )
+        self._pages = ChunkPages(
+            pool, self._mesh, admitted.pages[every.start : every.stop], every.start, own,
+            len(positions),
+        )  # fmt: skip
+        self._steps = _steps(len(positions), model.device)
+        self._selector = None
+        if sparsity is not None and self._length > sparsity.threshold:
+            self._selector = ChunkSelector(
+                model, sparsity, positions.numpy(), start, end, self._scale, self.stages
+            )
 
     def run(self) -> Tensor | None:
+        """Logits [vocab] after the prompt's last token, None before its end."""
         with self.stages.time("linear"):
-            tokens = torch.from_numpy(self._prompt[self._positions.cpu().numpy()])
-            hidden = self._model.embed(tokens.to(self._model.device, torch.int64))
-        for number, layer in enumerate(self._model.layers[:-1]):
-            hidden = self._run_layer(number, layer, hidden)
-        return self._run_last_layer(hidden)
+            residual = self._model.embed(self._tokens)
+        with self.stages.time("elementwise"):
+            normed = self._model.layers[0].input_norm(residual)
+        hidden = [normed, residual]
+        del normed, residual
+        for number in range(len(self._model.layers) - 1):
+            self._run_layer(number, hidden)
+        return self._run_last_layer(*hidden)
 
-    def _run_layer(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
+    def _run_layer(self, number: int, hidden: list[Tensor]) -> None:
+        """Put what comes out in place of what goes in: normed rows, and the residual stream.
+
+        The list is emptied at once, so that nothing outlives its use.
+        """
+        residual = hidden.pop()
+        queries, last = self._project(number, hidden.pop())
+        self._share_pages(number)
+        attended = self._attend(number, queries, last)
+        del queries
+        layer, next_norm = self._model.layers[number], self._model.norm_after(number)
+        hidden += self._by_rows(
+            lambda rows: layer.finish(attended[rows], residual[rows], next_norm, self.stages)
+        )
+
+    def _project(self, number: int, normed: Tensor) -> tuple[SegmentQueries, Tensor | None]:
+        """Write this rank's K and V; its rotated queries, and the selector's last queries."""
+        parts = self._by_rows(lambda rows: self._project_rows(number, normed, rows))
+        last = None
+        if self._selector is not None:
+            last = self._selector.last_queries(self._model.layers[number], normed)
+        return SegmentQueries(*parts), last
+
+    def _project_rows(
+        self, number: int, normed: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write K and V of some of this rank's rows; their queries under three rotations."""
         with self.stages.time("linear"):
-            *pages, intra, successive, inter = self._map_rows(
-                lambda hidden, positions: self._project(layer, hidden, positions), hidden
-            )
-        self._store(number, *pages)
-        queries = SegmentQueries(intra, successive, inter)
-        attended = self._attend(number, layer, hidden, queries)
-        with self.stages.time("linear"):
-            [hidden] = self._map_rows(
-                lambda hidden, _, attended: (layer.finish(hidden, attended),), hidden, attended
-            )
-        return hidden
+            q, k, v = self._model.layers[number].project(normed[rows])
+        rotations = self._rotations.rows(rows)
+        with self.stages.time("elementwise"):
+            queries = rotations.rotate(q)
+        with self.stages.time("page writes"):
+            self._pages.write(number, rows, k, v, rotations.intra)
+        return queries.intra, queries.successive, queries.inter
 
-    def _project(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """This rank's pages of whole blocks of rows, and their queries under three rotations."""
-        q, k, v = layer.project(hidden)
-        queries = self._model.positions.queries(q, positions)
-        pages = self._to_pages(k, v, positions)
-        return *pages, queries.intra, queries.successive, queries.inter
-
-    def _to_pages(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Pages of whole blocks of rows, as the pool keeps them, and their scales if any."""
-        rotation = self._model.positions.key_rotation(positions)
-        if self._scratch is None:
-            return (to_pages(rotation.apply(k), v),)
-        rows, kv_heads, head_dim = k.shape
-        shape = (pages_for(rows), kv_heads, 2, PAGE_TOKENS, head_dim)
-        pages = torch.empty(shape, dtype=self._pool.memory.dtype, device=k.device)
-        scales = torch.empty(shape[:3], device=k.device)
-        order = torch.arange(len(pages), device=k.device)
-        quantized.narrow_pages(pages, scales, order, k, v, rotation)
-        return pages, scales
-
-    def _run_last_layer(self, hidden: Tensor) -> Tensor | None:
+    def _run_last_layer(self, normed: Tensor, residual: Tensor) -> Tensor | None:
         """Of the last layer only K and V are wanted, and the prompt's last row."""
         number = len(self._model.layers) - 1
-        layer = self._model.layers[number]
-        with self.stages.time("linear"):
-            pages = self._map_rows(
-                lambda hidden, positions: self._project_keys(layer, hidden, positions), hidden
-            )
-        self._store(number, *pages)
+        for rows in self._steps:
+            with self.stages.time("linear"):
+                k, v = self._model.layers[number].keys_values(normed[rows])
+            with self.stages.time("page writes"):
+                self._pages.write(number, rows, k, v, self._rotations.rows(rows).intra)
+        self._share_pages(number)
         if self._end < self._length:
             return None
         logits = torch.zeros(self._model.config.vocab_size, device=self._model.device)
-        if self._owner_of(self._length - 1) == self._mesh.sequence_rank:
-            logits = self._last_logits(number, layer, hidden[-1:])
-        return self._mesh.sum_over_sequence_ranks(logits)
+        if self._owner_of((self._length - 1) // BLOCK_ROWS) == self._mesh.sequence_rank:
+            logits = self._last_logits(number, normed[-1:], residual[-1:])
+        with self.stages.time("communication"):
+            return self._mesh.sum_over_sequence_ranks(logits)
 
-    def _project_keys(self, layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        return self._to_pages(*layer.keys_values(layer.input_norm(hidden)), positions)
-
-    def _map_rows(
-        self, function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, *more: Tensor
-    ) -> list[Tensor]:
-        """Call function(hidden, positions, *more) on a few blocks of rows at a time.
-
-        What a whole chunk leaves in between outgrows a CPU's caches; a GPU wants all rows at once.
-        """
-        step = len(hidden) if hidden.is_cuda else _CPU_ROWS
-        parts = [
-            function(*(each[row : row + step] for each in (hidden, self._positions, *more)))
-            for row in range(0, max(len(hidden), 1), max(step, 1))
-        ]
-        if len(parts) == 1:
-            return list(parts[0])
-        return [torch.cat(results) for results in zip(*parts, strict=True)]
-
-    def _last_logits(self, number: int, layer: Layer, hidden: Tensor) -> Tensor:
-        """Logits [vocab] after the prompt's last token, whose hidden state is [1, hidden]."""
-        model = self._model
+    def _last_logits(self, number: int, normed: Tensor, residual: Tensor) -> Tensor:
+        """Logits [vocab] after the prompt's last token, whose hidden states are [1, hidden]."""
+        model, layer = self._model, self._model.layers[number]
+        pages = self._readable_pages(number)
         with self.stages.time("attention"):
-            q = layer.queries(layer.input_norm(hidden))
             attended = dual_chunk.decode_attention(
-                model.positions.queries(q, self._positions[-1:]),
-                self._pool.memory[number],
-                self._table,
+                self._rotations.rows(slice(-1, None)).rotate(layer.queries(normed)),
+                pages.memory,
+                pages.table.pages.tolist(),
                 self._length,
                 model.positions.stride,
                 self._scale,
-                self._pool.layer_scales(number),
             )
+        normed, _ = layer.finish(attended, residual, model.norm_after(number), self.stages)
         with self.stages.time("linear"):
-            return model.logits(layer.finish(hidden, attended))[0]
+            return model.logits(normed)[0]
 
-    def _store(self, number: int, own: Tensor, own_scales: Tensor | None = None) -> None:
-        """Put all ranks' pages of this chunk into the pool, and hand this rank's share off."""
-        with self.stages.time("communication"):
-            pages = self._gather_pages(own)
-            scales = None if own_scales is None else self._gather_pages(own_scales)
-            first, last = self._first_block, self._first_block + self._num_blocks
-            target = self._block_table.on(pages.device)[first:last].long()
-            self._pool.put(number, target, 0, pages, scales)
+    def _by_rows(self, function: Callable[[slice], tuple[Tensor, ...]]) -> list[Tensor]:
+        """Call a function on a few blocks of rows at a time, and join its results.
+
+        What a whole chunk leaves in between outgrows a CPU's caches; a GPU wants all rows at once.
+        """
+        parts = [function(rows) for rows in self._steps]
+        if len(parts) == 1:
+            return list(parts[0])
+        joined: dict[int, Tensor] = {}  # Results that are one tensor stay one.
+        for results in zip(*parts, strict=True):
+            if id(results[0]) not in joined:
+                joined[id(results[0])] = torch.cat(results)
+        return [joined[id(result)] for result in parts[0]]
+
+    def _share_pages(self, number: int) -> None:
+        """Make this chunk's pages of one layer whole, and hand this rank's share of them off."""
+        if self._mesh.sequence_parallel > 1:
+            with self.stages.time("communication"):
+                self._pages.gather(number)
         if self._sender is not None and self._model.heads.owns_kv:
             with self.stages.time("hand-off"):
-                self._hand_off(self._sender, number, pages, scales)
+                share = self._pages.share(number)
+                if share is not None:
+                    first_page, pages, scales = share
+                    first_kv_head = self._model.heads.first_kv_head
+                    self._sender.push(number, first_page, first_kv_head, pages, scales)
 
-    def _gather_pages(self, own: Tensor) -> Tensor:
-        """Every rank's pages of this chunk in their order, [blocks, kv_heads, 2, 128, d]."""
-        ranks = self._mesh.sequence_parallel
-        if ranks == 1:
-            return own
-        most = -(-self._num_blocks // ranks)
-        padded = own.new_zeros(most, *own.shape[1:])
-        padded[: len(own)] = own
-        # Bytes, where a page has 8 bits: collectives know no e4m3.
-        bits = torch.uint8 if own.itemsize == 1 else own.dtype
-        gathered = self._mesh.gather_over_sequence_ranks(padded.view(bits)).view(own.dtype)
-        # The chunk's first block need not be rank 0's: begin with the rank whose it is.
-        turned = gathered.roll(-(self._first_block % ranks), dims=0)
-        return turned.transpose(0, 1).flatten(0, 1)[: self._num_blocks]
-
-    def _hand_off(
-        self, sender: PageSender, number: int, pages: Tensor, scales: Tensor | None
-    ) -> None:
-        """Push the contiguous part of the chunk's pages that falls to this rank."""
-        ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
-        first = self._num_blocks * rank // ranks
-        last = self._num_blocks * (rank + 1) // ranks
-        if first < last:
-            first_kv_head = self._model.heads.first_kv_head
-            part = None if scales is None else scales[first:last]
-            sender.push(number, self._first_block + first, first_kv_head, pages[first:last], part)
-
-    def _attend(self, number: int, layer: Layer, hidden: Tensor, queries: SegmentQueries) -> Tensor:
-        """Attention of this rank's rows, [n, heads, d]."""
-        pages = self._read_pages(number)
-        stride = self._model.positions.stride
-        if self._sparsity is None:
-            with self.stages.time("attention"):
-                attended, _ = dual_chunk.attention(
-                    queries, self._blocks, pages, stride, self._scale
-                )
-                return attended
-        with self.stages.time("selection"):
-            selections = self._select(number, layer, hidden, pages, self._sparsity)
-        with self.stages.time("attention"):
-            attended, lse = sparse.attention(
-                queries, self._blocks, pages, stride, self._scale, selections
+    def _attend(self, number: int, queries: SegmentQueries, last: Tensor | None) -> Tensor:
+        """Attention of this rank's rows, [n, heads, d]; `last` are the selector's last queries."""
+        pages = self._readable_pages(number)
+        if self._selector is None or last is None:
+            return self._attend_in_full(queries, self._blocks, pages)
+        selections = self._selector.choose(number, last, pages)
+        sparse_blocks, full_blocks = self._split_blocks()
+        border = sparse_blocks.num_rows
+        if self._observer is None:
+            attended, _ = self._attend_sparsely(
+                queries.rows(slice(0, border)), sparse_blocks, pages, selections
             )
-        if self._observer is not None:
+        else:
+            attended, lse = self._attend_sparsely(queries, self._blocks, pages, selections)
+            stride = self._model.positions.stride
             self._observer(
-                SparseAttention(number, queries, self._blocks, pages, stride, self._scale, lse)
+                SparseAttention(
+                    number, queries, self._blocks, pages, stride, self._scale, lse, selections
+                )
             )
-        with self.stages.time("attention"):
-            self._attend_in_full(queries, pages, attended)
-        return attended
+        if not full_blocks.blocks:
+            return attended
+        full = self._attend_in_full(queries.rows(slice(border, None)), full_blocks, pages)
+        return torch.cat((attended[:border], full))
 
-    def _read_pages(self, number: int) -> LayerPages:
-        """One layer's pages up to the chunk's end, in a type that attention reads."""
+    def _readable_pages(self, number: int) -> LayerPages:
+        """One layer's pages up to the chunk's end, in a type that attention reads.
+
+        Pages of 8 bits are widened, once for all blocks of rows, into memory that the next layer
+        uses again.
+        """
         memory, scales = self._pool.memory[number], self._pool.layer_scales(number)
-        if scales is None or self._scratch is None:
-            return LayerPages(memory, self._block_table)
+        if scales is None or self._widened is None:
+            return LayerPages(memory, self._table)
         count = pages_for(self._end)
         with self.stages.time("page writes"):
-            table = self._block_table.on(memory.device)[:count]
-            quantized.widen_pages(memory, scales, table, self._scratch[:count])
-        return LayerPages(self._scratch, BlockTable.of(range(count)))
+            table = self._table.on(memory.device)[:count]
+            quantized.widen_pages(memory, scales, table, self._widened.memory[:count])
+        return self._widened
 
-    def _attend_in_full(self, queries: SegmentQueries, pages: LayerPages, attended: Tensor) -> None:
-        """Put full attention in place of sparse for the blocks that hold the prompt's end.
+    def _split_blocks(self) -> tuple[QueryBlocks, QueryBlocks]:
+        """This rank's blocks that attend sparsely, and those that hold the prompt's end.
 
-        A question mostly stands there, and its own rows are those that cannot do without: see
-        engine/pocket/EXPERIMENTS.md.
+        A question mostly stands there, and its own rows are those that cannot do without full
+        attention: see engine/pocket/EXPERIMENTS.md.
         """
         first = (self._length - _FULL_ROWS) // BLOCK_ROWS
-        blocks = QueryBlocks(tuple(b for b in self._blocks.blocks if b >= first), self._end)
-        if blocks.num_rows == 0:
-            return
-        rows = slice(len(attended) - blocks.num_rows, len(attended))
-        attended[rows], _ = dual_chunk.attention(
-            queries.rows(rows), blocks, pages, self._model.positions.stride, self._scale
-        )
+        sparse_blocks = tuple(b for b in self._blocks.blocks if b < first)
+        full_blocks = self._blocks.blocks[len(sparse_blocks) :]
+        return QueryBlocks(sparse_blocks, self._end), QueryBlocks(full_blocks, self._end)
 
-    def _select(
-        self,
-        number: int,
-        layer: Layer,
-        hidden: Tensor,
-        pages: LayerPages,
-        sparsity: SparsityConfig,
-    ) -> Selections:
-        """What each head attends to; heads are dealt to the sequence ranks, results shared."""
-        share = self._model.heads
-        rows = min(sparsity.last_queries, self._end - self._start)
-        first_position = self._end - rows
-        last = self._last_queries(layer, hidden, first_position)
-        where = torch.arange(first_position, self._end, device=last.device)
-        queries = self._model.positions.selection_queries(last, where)
-        budgets = sparsity.heads(number, share.first_head, share.last_head)
-        ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
-        own = slice(share.num_heads * rank // ranks, share.num_heads * (rank + 1) // ranks)
-        chosen = None
-        if own.start < own.stop:
-            sums = sparse.sums(
-                queries.heads(own), first_position, pages, own.start,
-                self._model.positions.stride, self._scale, share.num_heads // share.num_kv_heads,
-            )  # fmt: skip
-            chosen = sparse.by_bands(sums, budgets[own])
-        if ranks == 1:
-            assert chosen is not None
-            return chosen
-        return self._exchange(chosen, own, sparse.widths_by_bands(budgets, self._end))
+    def _attend_sparsely(
+        self, queries: SegmentQueries, blocks: QueryBlocks, pages: LayerPages, chosen: Selections
+    ) -> tuple[Tensor, Tensor]:
+        stride = self._model.positions.stride
+        with self.stages.time("attention"):
+            return sparse.attention(queries, blocks, pages, stride, self._scale, chosen)
 
-    def _exchange(
-        self, chosen: Selections | None, own: slice, widths: tuple[int, int]
-    ) -> Selections:
-        """All heads' selections on every sequence rank, from each rank's heads `own`.
+    def _attend_in_full(
+        self, queries: SegmentQueries, blocks: QueryBlocks, pages: LayerPages
+    ) -> Tensor:
+        stride = self._model.positions.stride
+        with self.stages.time("attention"):
+            return dual_chunk.attention(queries, blocks, pages, stride, self._scale)[0]
 
-        Each rank fills in its heads and leaves the others 0, so a sum is an exchange.
-        """
-        heads, device = self._model.heads.num_heads, self._model.device
-        shared = torch.zeros(heads, sum(widths), dtype=torch.int32, device=device)
-        if chosen is not None:
-            shared[own] = torch.cat(
-                [
-                    torch.nn.functional.pad(each, (0, width - each.shape[1]), value=NOTHING)
-                    for each, width in zip((chosen.columns, chosen.distances), widths, strict=True)
-                ],
-                1,
-            )
-        columns, distances = self._mesh.sum_over_sequence_ranks(shared).split(widths, 1)
-        return Selections(columns.contiguous(), distances.contiguous())
+    def _owner_of(self, block: int) -> int:
+        """The sequence rank that holds a block's rows."""
+        return block % self._mesh.sequence_parallel
 
-    def _last_queries(self, layer: Layer, hidden: Tensor, first_position: int) -> Tensor:
-        """Queries of the chunk's rows from `first_position` on, [rows, heads, d] float32.
 
-        They are projected once more here, by whichever ranks hold them: 64 rows cost nothing.
-        """
-        held = self._positions >= first_position
-        q = layer.queries(layer.input_norm(hidden[held]))
-        last = q.new_zeros(self._end - first_position, *q.shape[1:], dtype=torch.float32)
-        last[self._positions[held] - first_position] = q.float()
-        return self._mesh.sum_over_sequence_ranks(last)
+def _widened(pool: PagePool, dtype: torch.dtype) -> LayerPages:
+    """Room for one layer of all pages in a type that attention reads, in a sequence's order."""
+    memory = torch.empty_like(pool.memory[0], dtype=dtype)
+    return LayerPages(memory, BlockTable.of(range(pool.num_pages)))
 
-    def _owner_of(self, position: int) -> int:
-        """The sequence rank that holds this row."""
-        return position // BLOCK_ROWS % self._mesh.sequence_parallel
+
+def _steps(num_rows: int, device: torch.device) -> list[slice]:
+    """Which rows are computed at once; at least one step, of no rows where there are none."""
+    step = _CPU_ROWS if device.type == "cpu" else max(num_rows, 1)
+    return [slice(row, min(row + step, num_rows)) for row in range(0, max(num_rows, 1), step)]

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .checkpoint import CheckpointReader
+from ..kernels import elementwise
+from .checkpoint import CheckpointReader, WeightSource
 from .config import DualChunk, ModelConfig
 from .mesh import Mesh
 from .pages import PageGeometry
 from .positions import RotaryPositions
+from .stages import UNTIMED, Stages
 
 
 @dataclass(frozen=True)
@@ -62,30 +64,35 @@ class HeadShare:
         return self.last_kv_head - self.first_kv_head
 
 
+@dataclass(frozen=True)
 class RMSNorm:
     """Root mean square norm (arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight = weight
-        self._epsilon = epsilon
+    weight: Tensor
+    epsilon: float
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
-        variance = wide.square().mean(-1, keepdim=True)
-        return self._weight * (wide * torch.rsqrt(variance + self._epsilon)).to(hidden.dtype)
+        """[n, hidden] to the same, normed."""
+        return elementwise.rms_norm(hidden, self.weight, self.epsilon)
+
+    def add(self, more: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm of residual + more, and that sum, each [n, hidden]."""
+        return elementwise.add_rms_norm(more, residual, self.weight, self.epsilon)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's share of weights on this rank."""
+    """One decoder layer's share of weights on this rank.
+
+    Hidden states come as a pair: the residual stream, and that normed for what is next.
+    """
 
     mesh: Mesh
     head_dim: int
+    num_heads: int
     input_norm: RMSNorm
-    query_weight: Tensor
-    query_bias: Tensor
-    key_value_weight: Tensor  # [2 * kv_heads * d, hidden]: keys, then values
-    key_value_bias: Tensor
+    qkv_weight: Tensor  # [(heads + 2 * kv_heads) * d, hidden]: queries, keys, values
+    qkv_bias: Tensor
     output_weight: Tensor
     mlp_norm: RMSNorm
     gate_up_weight: Tensor  # [2 * intermediate, hidden]: gate, then up
@@ -93,32 +100,71 @@ class Layer:
 
     def queries(self, normed: Tensor) -> Tensor:
         """[n, hidden] after `input_norm` to [n, heads, d], not rotated."""
-        q = functional.linear(normed, self.query_weight, self.query_bias)
+        rows = slice(0, self.num_heads * self.head_dim)
+        q = functional.linear(normed, self.qkv_weight[rows], self.qkv_bias[rows])
         return q.unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, hidden] after `input_norm` to K and V, each [n, kv_heads, d], not rotated."""
-        both = functional.linear(normed, self.key_value_weight, self.key_value_bias)
+        """[n, hidden] after `input_norm` to K and V, each [n, kv_heads, d], not rotated.
+
+        They are views, with rows apart.
+        """
+        rows = slice(self.num_heads * self.head_dim, None)
+        both = functional.linear(normed, self.qkv_weight[rows], self.qkv_bias[rows])
         k, v = both.unflatten(-1, (2, -1, self.head_dim)).unbind(1)
         return k, v
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm and QKV: [n, hidden] to q [n, heads, d], k and v [n, kv_heads, d]."""
-        normed = self.input_norm(hidden)
-        return self.queries(normed), *self.keys_values(normed)
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, hidden] after `input_norm` to q [n, heads, d], k and v [n, kv_heads, d].
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        They are views of one tensor, with rows apart.
+        """
+        return self.split(functional.linear(normed, self.qkv_weight, self.qkv_bias))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of [n, (heads + 2 * kv_heads) * d], as `project` returns them."""
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        kv_heads = (heads.shape[1] - self.num_heads) // 2
+        q, k, v = heads.split_with_sizes((self.num_heads, kv_heads, kv_heads), 1)
+        return q, k, v
+
+    def finish(
+        self, attended: Tensor, residual: Tensor, next_norm: RMSNorm, stages: Stages = UNTIMED
+    ) -> tuple[Tensor, Tensor]:
         """Output projection and MLP, with their residuals.
 
         Args:
-            hidden: what went into the layer, [n, hidden].
             attended: this rank's heads, [n, heads, d].
+            residual: what went into the layer, not normed, [n, hidden].
+            next_norm: of what comes after this layer.
+
+        Returns:
+            Hidden states [n, hidden], normed by `next_norm`; and as they are, the new residual.
         """
-        attended = functional.linear(attended.flatten(1), self.output_weight)
-        hidden = hidden + self.mesh.sum_over_tensor_ranks(attended)
-        gate, up = functional.linear(self.mlp_norm(hidden), self.gate_up_weight).chunk(2, dim=-1)
-        down = functional.linear(functional.silu(gate) * up, self.down_weight)
-        return hidden + self.mesh.sum_over_tensor_ranks(down)
+        with stages.time("linear"):
+            attended = functional.linear(attended.flatten(1), self.output_weight)
+        normed, residual = self._add(attended, residual, self.mlp_norm, stages)
+        with stages.time("linear"):
+            gate_up = functional.linear(normed, self.gate_up_weight)
+        # What is not needed any more is let go of at once: gate and up are the widest there is.
+        del attended, normed
+        with stages.time("elementwise"):
+            activated = elementwise.swiglu(gate_up)
+        del gate_up
+        with stages.time("linear"):
+            down = functional.linear(activated, self.down_weight)
+        del activated
+        return self._add(down, residual, next_norm, stages)
+
+    def _add(
+        self, partial: Tensor, residual: Tensor, norm: RMSNorm, stages: Stages
+    ) -> tuple[Tensor, Tensor]:
+        """Sum a product over the tensor ranks, add it to the residual, and norm that."""
+        if self.mesh.tensor_parallel > 1:
+            with stages.time("communication"):
+                partial = self.mesh.sum_over_tensor_ranks(partial)
+        with stages.time("elementwise"):
+            return norm.add(partial, residual)
 
 
 class Qwen2:
@@ -139,8 +185,8 @@ class Qwen2:
         self.positions = RotaryPositions(config)
         self.heads = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
         self._embedding = embedding
-        self._norm = norm
-        self._head = head
+        self.norm = norm
+        self.head = head
 
     @property
     def device(self) -> torch.device:
@@ -168,27 +214,50 @@ class Qwen2:
             ConfigurationError: the mesh does not divide the model.
         """
         config = ModelConfig.from_folder(folder)
-        share = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
+        config.check_tensor_parallel(mesh.tensor_parallel)
         with CheckpointReader(folder) as reader:
-            loader = _Loader(config, mesh, share, reader, dtype, device)
-            layers = [loader.layer(number) for number in range(config.num_layers)]
-            shape = (config.vocab_size, config.hidden_size)
-            embedding = loader.read("model.embed_tokens.weight", shape)
-            head = embedding if config.tie_word_embeddings else loader.read("lm_head.weight", shape)
-            return cls(config, mesh, layers, embedding, loader.norm("model.norm.weight"), head)
+            return cls.from_weights(config, reader, mesh, dtype, device)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: ModelConfig,
+        source: WeightSource,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "Qwen2":
+        """Take this rank's share of weights from wherever they come.
+
+        Raises:
+            CheckpointError: the source lacks a tensor, or has another shape.
+            ConfigurationError: the mesh does not divide the model.
+        """
+        share = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
+        loader = _Loader(config, mesh, share, source, dtype, device)
+        layers = [loader.layer(number) for number in range(config.num_layers)]
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = loader.read("model.embed_tokens.weight", shape)
+        head = embedding if config.tie_word_embeddings else loader.read("lm_head.weight", shape)
+        return cls(config, mesh, layers, embedding, loader.norm("model.norm.weight"), head)
 
     def with_dual_chunk(self, dual_chunk: DualChunk | None) -> "Qwen2":
         """The same weights, not copied, under other positions; None makes them plain."""
         config = replace(self.config, dual_chunk=dual_chunk)
-        return Qwen2(config, self.mesh, self.layers, self._embedding, self._norm, self._head)
+        return Qwen2(config, self.mesh, self.layers, self._embedding, self.norm, self.head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[n] int64 to [n, hidden]."""
         return functional.embedding(tokens, self._embedding)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: [n, hidden] to float32 [n, vocab]."""
-        return functional.linear(self._norm(hidden), self._head).float()
+    def norm_after(self, number: int) -> RMSNorm:
+        """The norm that follows on a layer: the next layer's, or the final one."""
+        last = number == len(self.layers) - 1
+        return self.norm if last else self.layers[number + 1].input_norm
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """The head: [n, hidden] after the final norm to float32 [n, vocab]."""
+        return functional.linear(normed, self.head).float()
 
 
 class _Loader:
@@ -199,13 +268,14 @@ class _Loader:
         config: ModelConfig,
         mesh: Mesh,
         share: HeadShare,
-        reader: CheckpointReader,
+        source: WeightSource,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._config, self._mesh, self._reader = config, mesh, reader
+        self._config, self._mesh, self._source = config, mesh, source
         self._dtype, self._device = dtype, device
         head_dim = config.head_dim
+        self._num_heads = share.num_heads
         self._query_rows = slice(share.first_head * head_dim, share.last_head * head_dim)
         self._kv_rows = slice(share.first_kv_head * head_dim, share.last_kv_head * head_dim)
         columns = config.intermediate_size // mesh.tensor_parallel
@@ -214,7 +284,7 @@ class _Loader:
     def read(
         self, name: str, shape: tuple[int, ...], rows: slice | None = None, axis: int = 0
     ) -> Tensor:
-        tensor = self._reader.read(name, shape, rows, axis)
+        tensor = self._source.read(name, shape, rows, axis)
         return tensor.to(device=self._device, dtype=self._dtype).contiguous()
 
     def norm(self, name: str) -> RMSNorm:
@@ -228,10 +298,15 @@ class _Loader:
         kv_width = config.num_kv_heads * config.head_dim
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
 
-        def key_value(kind: str, *columns: int) -> Tensor:
+        def qkv(kind: str, *columns: int) -> Tensor:
+            shares = (
+                ("q_proj", width, self._query_rows),
+                ("k_proj", kv_width, self._kv_rows),
+                ("v_proj", kv_width, self._kv_rows),
+            )
             parts = [
-                self.read(f"{attention}.{name}.{kind}", (kv_width, *columns), self._kv_rows)
-                for name in ("k_proj", "v_proj")
+                self.read(f"{attention}.{name}.{kind}", (size, *columns), rows)
+                for name, size, rows in shares
             ]
             return torch.cat(parts)
 
@@ -242,11 +317,10 @@ class _Loader:
         return Layer(
             mesh=self._mesh,
             head_dim=config.head_dim,
+            num_heads=self._num_heads,
             input_norm=self.norm(f"{prefix}.input_layernorm.weight"),
-            query_weight=self.read(f"{attention}.q_proj.weight", (width, hidden), self._query_rows),
-            query_bias=self.read(f"{attention}.q_proj.bias", (width,), self._query_rows),
-            key_value_weight=key_value("weight", hidden),
-            key_value_bias=key_value("bias"),
+            qkv_weight=qkv("weight", hidden),
+            qkv_bias=qkv("bias"),
             output_weight=self.read(
                 f"{attention}.o_proj.weight", (hidden, width), self._query_rows, axis=1
             ),

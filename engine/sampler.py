@@ -19,11 +19,21 @@ from .messages import ChosenToken, SamplingParameters, TokenLogprob, Tokens
 Logits = npt.NDArray[np.float32]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
+_DAMAGED = "the model's logits are not finite; its KV pages are damaged"
 
 
 def fresh_seed() -> int:
     """A seed for a request that brought none."""
     return secrets.randbits(64)
+
+
+def best_token(logits: Logits) -> ChosenToken:
+    """The token with the highest logit, the lowest id among equals, and its log-probability.
+
+    The latter is not finite where the logits hold NaN, or nothing but infinities.
+    """
+    token = int(np.argmax(logits))
+    return ChosenToken(token, float(logits[token]) - _log_sum_exp(logits))
 
 
 class Sampler:
@@ -43,6 +53,32 @@ class Sampler:
         self._bias_ids = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
         self._bias = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float32)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the best token and its log-probability are all that this sampler would look at.
+
+        Who has found them need not bring the logits: see `accept`.
+        """
+        return (
+            self._sampling.temperature == 0
+            and self._penalties is None
+            and not len(self._bias_ids)
+            and not self._sampling.top_logprobs
+        )
+
+    def accept(self, best: ChosenToken) -> ChosenToken:
+        """Choose the next token where `takes_best`, as `choose` would.
+
+        Args:
+            best: `best_token` of the logits.
+
+        Raises:
+            FloatingPointError: as `choose`.
+        """
+        if not math.isfinite(best.logprob):
+            raise FloatingPointError(_DAMAGED)
+        return best
+
     def choose(self, logits: Logits) -> ChosenToken:
         """Choose the next token, and count it.
 
@@ -54,7 +90,7 @@ class Sampler:
         """
         normalizer = _log_sum_exp(logits)
         if not math.isfinite(normalizer):
-            raise FloatingPointError("the model's logits are not finite; its KV pages are damaged")
+            raise FloatingPointError(_DAMAGED)
         token = self._sample(self._adjusted(logits))
         if self._penalties is not None:
             self._penalties.count(token)
@@ -82,13 +118,17 @@ class Sampler:
         # Subtracting first keeps a tiny temperature from overflowing.
         scaled = (logits.astype(np.float64) - best) / sampling.temperature
         candidates = _kept_by_top_k_and_top_p(scaled, sampling.top_k, sampling.top_p)
+        left = scaled if candidates is None else scaled[candidates]
         if sampling.min_p > 0:
-            candidates = candidates[scaled[candidates] >= math.log(sampling.min_p)]
-        cumulative = np.cumsum(np.exp(scaled[candidates]))
+            kept = np.flatnonzero(left >= math.log(sampling.min_p))
+            left = left[kept]
+            candidates = kept if candidates is None else candidates[kept]
+        # In place: fresh memory for a whole vocabulary costs as much as the sums.
+        cumulative = np.cumsum(np.exp(left, out=left), out=left)
         drawn = self._generator.random() * cumulative[-1]
         # A draw that rounds up to the total belongs to the last candidate.
-        index = min(np.searchsorted(cumulative, drawn, side="right"), len(candidates) - 1)
-        return int(candidates[index])
+        index = min(int(np.searchsorted(cumulative, drawn, side="right")), len(left) - 1)
+        return index if candidates is None else int(candidates[index])
 
 
 class _Penalties:
@@ -132,14 +172,14 @@ class _Penalties:
 
 def _kept_by_top_k_and_top_p(
     scaled: npt.NDArray[np.float64], top_k: int, top_p: float
-) -> npt.NDArray[np.int64]:
-    """Token ids left by top-k, then by top-p; best first when either is on, else by id.
+) -> npt.NDArray[np.int64] | None:
+    """Token ids left by top-k, then by top-p, best first; None for all, when both are off.
 
     Top-p keeps the shortest run of best tokens whose probability reaches `top_p`, at least one.
     """
     top_k = min(top_k, len(scaled))
     if top_p >= 1:
-        return _best(scaled, top_k) if top_k else np.arange(len(scaled))
+        return _best(scaled, top_k) if top_k else None
     # Sorting a whole vocabulary is slow, and its few best tokens nearly always reach top_p.
     ids = _best(scaled, top_k or _FIRST_SORTED)
     cumulative = np.cumsum(np.exp(scaled[ids]))

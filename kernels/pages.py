@@ -69,6 +69,21 @@ class LayerPages:
         )
         return k, v
 
+    def read_into(self, scratch: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V of tokens [start, end) in the scratch's type: views of it, [kv_heads, n, d] each.
+
+        One pass, and no fresh memory, where `read` would be followed by a conversion.
+
+        Args:
+            scratch: [2, kv_heads, pages, 128, d] with room for every page that is touched.
+        """
+        first, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
+        used = scratch[:, :, : last - first]
+        used.copy_(self._pages(first, last).permute(2, 1, 0, 3, 4))
+        offset = start - first * PAGE_TOKENS
+        k, v = used.flatten(2, 3)[:, :, offset : offset + end - start].unbind(0)
+        return k, v
+
     def read_keys(self, kv_head: int, start: int, end: int) -> Tensor:
         """K of one head, [end - start, d]."""
         first, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
@@ -100,7 +115,11 @@ class LayerPages:
 
 
 def write_pages(
-    memory: Tensor, block_table: Sequence[int], start: int, k: Tensor, v: Tensor
+    memory: Tensor,
+    block_table: Sequence[int] | npt.NDArray[np.int64],
+    start: int,
+    k: Tensor,
+    v: Tensor,
 ) -> None:
     """Write K and V of tokens [start, start + n), each [n, kv_heads, d], into one layer's memory.
 

@@ -1,14 +1,19 @@
 """Timing, ceilings of the device, and lines of the table."""
 
 import csv
+import shutil
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import triton
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Run = Callable[[], object]
 
@@ -113,25 +118,27 @@ class Line:
 
 def environment(commit: str | None) -> dict[str, str]:
     """The last columns of every line."""
+    if commit is None and shutil.which("git") is None:
+        commit = "unknown"
     if commit is None:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         )
         commit = found.stdout.strip() or "unknown"
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit,
     }
 
 
-def append(path: Path, lines: list[Line]) -> None:
-    """Add lines to the CSV file, which is made with its header where it is not there."""
+def append(path: Path, lines: "Sequence[DataclassInstance]") -> None:
+    """Add lines of one kind to the CSV file, made with its header where it is not there."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Line)])
+        writer = csv.DictWriter(file, [field.name for field in fields(lines[0])])
         if new:
             writer.writeheader()
         for line in lines:

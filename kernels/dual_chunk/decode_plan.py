@@ -45,9 +45,18 @@ class DecodePlan:
             batch: rows of the step, unused ones included.
             programs: of each KV head; best a multiple of what runs at the same time.
         """
-        sizes = [batch, batch + 1, programs + 1, (batch + programs) * 3]
-        storage = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        lengths, sequence_items, program_items, items = storage.split(sizes)
+        storage = torch.zeros(cls.size(batch, programs), dtype=torch.int32, device=device)
+        return cls.over(storage, batch, programs)
+
+    @staticmethod
+    def size(batch: int, programs: int) -> int:
+        """Numbers in the storage of such a plan."""
+        return sum(_sizes(batch, programs))
+
+    @classmethod
+    def over(cls, storage: Tensor, batch: int, programs: int) -> "DecodePlan":
+        """A plan in a tensor that is there: int32 [size], which says what the plan is."""
+        lengths, sequence_items, program_items, items = storage.split(_sizes(batch, programs))
         return cls(storage, lengths, sequence_items, program_items, items.view(-1, 3))
 
     @property
@@ -76,6 +85,11 @@ class DecodePlan:
         written = np.concatenate([part.ravel() for part in parts])
         plan[: len(written)] = written
         self.storage.copy_(torch.from_numpy(plan), non_blocking=True)
+
+
+def _sizes(batch: int, programs: int) -> list[int]:
+    """Of a plan's parts, in their order."""
+    return [batch, batch + 1, programs + 1, (batch + programs) * 3]
 
 
 def _share_out(pages: _Integers, programs: int) -> tuple[_Integers, _Integers, _Integers]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..pages import BlockTable, LayerPages
+from ..pages import PAGE_TOKENS, BlockTable, LayerPages
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
 _KEYS_AT_ONCE = 65536
@@ -149,12 +149,15 @@ def decode_attention(
         (queries.successive, bounds.inter, bounds.successive),
         (queries.intra, bounds.successive, length),
     )
+    most = -(-min(_DECODE_KEYS_AT_ONCE, length) // PAGE_TOKENS) + 1
+    scratch = torch.empty(2, kv_heads, most, PAGE_TOKENS, head_dim, device=memory.device)
     for q, start, end in segments:
         grouped = q[0].float().view(kv_heads, heads // kv_heads, head_dim) * scale
         for first in range(start, end, _DECODE_KEYS_AT_ONCE):
-            k, v = pages.read(first, min(first + _DECODE_KEYS_AT_ONCE, end))
-            logits = grouped @ k.float().transpose(1, 2)  # [kv_heads, group, n]
+            last = min(first + _DECODE_KEYS_AT_ONCE, end)
+            k, v = pages.read_into(scratch, first, last)
+            logits = grouped @ k.transpose(1, 2)  # [kv_heads, group, n]
             lse = logits.logsumexp(-1, keepdim=True)
-            output = (logits - lse).exp() @ v.float()
+            output = (logits - lse).exp() @ v
             result.merge(slice(0, 1), output.view(heads, 1, head_dim), lse.view(heads, 1))
     return result.output.transpose(0, 1).to(queries.intra.dtype)

@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..transfer import without_waiting
+
 BLOCK_ROWS = 128
 
 
@@ -39,10 +41,17 @@ class Rotation:
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     """The rotary embedding's angles (arXiv 2104.09864) at `positions`, int64 [n]."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = 1.0 / theta ** (exponents / head_dim)
-    angles = positions.float()[:, None] * frequencies[None, :]
+    angles = positions.float()[:, None] * _frequencies(head_dim, theta, positions.device)[None, :]
     return Rotation(angles.cos(), angles.sin())
+
+
+@lru_cache(maxsize=16)
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Radians a position, float32 [head_dim / 2]; kept, since every step asks for the same."""
+    # Whoever asks first may be in inference mode, and whoever asks next may not.
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+        return 1.0 / theta ** (exponents / head_dim)
 
 
 @dataclass(frozen=True)
@@ -155,4 +164,4 @@ def span_table(blocks: QueryBlocks, stride: int | None, device: torch.device) ->
         for part in split_at_chunks(span, stride):
             bounds = KeyBounds.of(part.start, stride)
             lines.append((part.first_row, part.rows, part.start, bounds.inter, bounds.successive))
-    return torch.tensor(lines, dtype=torch.int32, device=device).view(-1, 5)
+    return without_waiting(torch.tensor(lines, dtype=torch.int32).view(-1, 5), device)

@@ -98,8 +98,9 @@ def _heaviest(weights: Tensor, counts: Sequence[int], forced: int) -> Tensor:
     int64 [lines, most], filled up with `NOTHING`.
     """
     counts = tuple(min(max(count, forced), weights.shape[1]) for count in counts)
-    most = max(counts)
-    order = _with_forced(weights, forced).topk(most).indices
+    most, forced = max(counts), min(forced, weights.shape[1])
+    always = torch.arange(forced, device=weights.device).expand(len(weights), -1)
+    order = torch.cat((always, weights[:, forced:].topk(most - forced).indices + forced), 1)
     allowed = _on_device(counts, weights.device)[:, None]
     rank = torch.arange(most, device=weights.device)
     return order.masked_fill_(rank >= allowed, NOTHING)

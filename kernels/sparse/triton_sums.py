@@ -21,6 +21,7 @@ from torch import Tensor
 from ..dual_chunk.segments import BLOCK_ROWS, KeyBounds, SegmentQueries
 from ..dual_chunk.triton_prefill import check_layout, page_tiles
 from ..pages import LayerPages
+from ..transfer import without_waiting
 from .selections import HEAVY_ROWS, Sums
 
 _LINES = 64
@@ -58,7 +59,7 @@ def stretches(first_position: int, rows: int, stride: int | None, device: torch.
         for start, last in pairwise(borders)
         for first in range(start, last, _STRETCH)
     ]
-    return torch.tensor(np.array(lines), dtype=torch.int32, device=device)
+    return without_waiting(torch.tensor(np.array(lines), dtype=torch.int32), device)
 
 
 @triton.jit

@@ -20,6 +20,9 @@ from longreach.cluster.settings import (
     parse_settings,
 )
 from longreach.engine import pages
+from longreach.engine.bench.fit import Fit
+from longreach.engine.bench.subject import page_geometry
+from longreach.engine.bench.work import Work
 from longreach.engine.config import ModelConfig
 from longreach.engine.decode import pages_needed
 from longreach.engine.errors import CheckpointError, ConfigurationError
@@ -52,6 +55,36 @@ def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
         geometry = pages.PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
         expected = 3 * geometry.kept_as(settings.model.kv_cache_dtype).bytes_per_page
         assert kv_bytes(settings, model, 2 * PAGE_TOKENS + 1) == expected
+
+
+@pytest.mark.parametrize("path", sorted(LAPTOP.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_can_run(path: Path) -> None:
+    load_settings(path)
+
+
+def test_the_7b_on_one_gpu_fits_into_its_memory_twice() -> None:
+    """Weights and pages of prefill and of decode, and a chunk's activations."""
+    settings = load_settings(LAPTOP.parent / "one-gpu-7b.yaml")
+    assert settings.model.files.random
+    assert settings.prefill.gpus_per_rank + settings.decode.gpus <= 1
+    work = Work(ModelConfig.from_folder(settings.model.folder))
+    geometry = page_geometry(work.config, "bf16")
+    decode_pages = pages.pages_for(settings.decode.kv_cache_tokens) * geometry.bytes_per_page
+    card = 149_000_000_000
+    left = card - work.weight_bytes - decode_pages - (1 << 30)
+    longest = Fit(work, geometry, settings.prefill.chunk_tokens, left).longest()
+    assert settings.prefill.kv_cache_tokens <= longest
+
+
+def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> None:
+    raw["model"]["path"] = "random/qwen2.5-7b"
+    with pytest.raises(CheckpointError, match=r"random/qwen2\.5-7b-1m"):
+        check_model(parse_settings(raw))
+    raw["model"]["path"] = "random/qwen2.5-7b-1m"
+    with pytest.raises(ConfigurationError, match="1010000 positions"):
+        check_model(parse_settings(raw))
+    raw["limits"]["max_model_len"] = 1_000_000
+    check_model(parse_settings(raw))
 
 
 def test_pages_are_as_long_as_the_engine_says() -> None:

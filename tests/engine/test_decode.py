@@ -22,6 +22,7 @@ from longreach.engine.local import DirectSender, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.pages import PagePool
 from longreach.engine.pocket.tokenizer import build_tokenizer
+from longreach.engine.prefill import Prefiller
 from longreach.engine.sampler import Sampler
 from longreach.kernels import dual_chunk
 
@@ -138,6 +139,46 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(dual_chunk_folde
     assert engine.decoder.usage == 0
 
 
+def test_a_prefiller_on_the_same_pool_writes_where_decode_reads(dual_chunk_folder: Path) -> None:
+    prompt = make_prompt(300)
+    engine = Engine(dual_chunk_folder)
+    expected = engine.generate("apart", prompt)[0]
+    prefiller = Prefiller(engine.prefill.model, engine.pool, None)
+    with pytest.raises(InvalidRequestError, match="reserve"):
+        engine.decoder.block_table("shared")
+    engine.reserve("shared", prompt)
+    free = engine.pool.num_free
+    prefiller.admit(
+        "shared", np.array(prompt, dtype=np.int32), engine.decoder.block_table("shared")
+    )
+    prefiller.run_chunk("shared", 0, 128)
+    logits = prefiller.run_chunk("shared", 128, 300).logits
+    assert logits is not None
+    prefiller.release("shared")
+    assert engine.pool.num_free == free
+    outputs = engine.decoder.start("shared", logits.numpy())
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    assert tokens_by_choice(outputs, "shared")[0] == expected
+    assert engine.pool.num_free == POOL_PAGES
+
+
+def test_prefill_goes_on_where_pages_are_filled_already(dual_chunk_folder: Path) -> None:
+    prompt = np.array(make_prompt(300), dtype=np.int32)
+    engine = Engine(dual_chunk_folder)
+    expected = engine.prefill.logits(prompt)
+    engine.reserve("a", prompt.tolist())
+    pages = engine.decoder.block_table("a")
+    first = Prefiller(engine.prefill.model, engine.pool, None)
+    first.admit("a", prompt, pages)
+    first.run_chunk("a", 0, 128)
+    second = Prefiller(engine.prefill.model, engine.pool, None)
+    second.admit("a", prompt, pages, done=128)
+    first.release("a")
+    logits = second.run_chunk("a", 128, 300).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_ends_at_end_token_stop_string_and_length(dual_chunk_folder: Path) -> None:
     engine = Engine(dual_chunk_folder)
     prompt = make_prompt(40)
@@ -164,7 +205,7 @@ def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
         engine.reserve(name, prompt)
         outputs += engine.decoder.start(name, engine.hand_off(name, prompt))
     table = engine.decoder._reservations["bad"].block_tables[0]
-    engine.pool.memory[:, table[0]] = torch.nan
+    engine.pool.memory[:, int(table.pages[0])] = torch.nan
     while engine.decoder.has_work:
         outputs += engine.decoder.step()
     assert tokens_by_choice(outputs, "good") == alone

@@ -1,15 +1,24 @@
 """Prefill against transformers, against the definition, and against itself cut differently."""
 
+import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from longreach.engine.errors import InvalidRequestError, OutOfPagesError
+from longreach.engine.errors import (
+    InvalidRequestError,
+    OutOfMemoryError,
+    OutOfPagesError,
+    PromptTooLongError,
+)
 from longreach.engine.local import LocalPrefill
 from longreach.engine.messages import Tokens
+from longreach.kernels import elementwise, sparse
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint, oracle_logits
 
@@ -124,13 +133,15 @@ def test_requests_may_take_turns_and_leave_no_page(dual_chunk: Path) -> None:
 def test_wrong_calls_are_refused_and_cost_nothing(dual_chunk: Path) -> None:
     local = engine(dual_chunk)
     prefiller = local.prefiller
-    with pytest.raises(OutOfPagesError):
+    with pytest.raises(PromptTooLongError, match=r"1281 .* 1280.*raise prefill\.kv_cache_tokens"):
         prefiller.admit("huge", prompt_of(1281))
     with pytest.raises(InvalidRequestError, match="at least one"):
         prefiller.admit("empty", prompt_of(0))
     prefiller.admit("one", prompt_of(500))
     with pytest.raises(InvalidRequestError, match="already"):
         prefiller.admit("one", prompt_of(5))
+    with pytest.raises(OutOfPagesError):
+        prefiller.admit("not now", prompt_of(1280))
     for start, end in ((128, 256), (0, 100), (0, 501), (0, 0)):
         with pytest.raises(InvalidRequestError):
             prefiller.run_chunk("one", start, end)
@@ -148,3 +159,77 @@ def test_pages_of_8_bits_are_the_same_for_every_chunk_size(dual_chunk: Path) -> 
     torch.testing.assert_close(narrow.logits(prompt, 384), whole, rtol=2e-2, atol=2e-2)
     exact = engine(dual_chunk).logits(prompt)
     assert 0 < (whole - exact).norm() < 0.2 * exact.norm()
+
+
+def test_too_little_memory_for_a_chunk_costs_that_chunk_alone(
+    dual_chunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = engine(dual_chunk)
+    prefiller, prompt = local.prefiller, prompt_of(600)
+    expected = local.logits(prompt, 384)
+    prefiller.admit("one", prompt)
+    prefiller.run_chunk("one", 0, 384)
+
+    def fail(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(elementwise, "swiglu", fail)
+        with pytest.raises(OutOfMemoryError, match=r"384 to 600 .* lower prefill\.chunk_tokens"):
+            prefiller.run_chunk("one", 384, 600)
+    again = prefiller.run_chunk("one", 384, 600).logits
+    assert again is not None
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+    prefiller.release("one")
+    assert local.pool.num_free == local.pool.num_pages
+    torch.testing.assert_close(local.logits(prompt, 384), expected, rtol=0, atol=0)
+
+
+def test_a_failed_chunk_leaves_no_activations_with_its_error(
+    dual_chunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = engine(dual_chunk)
+    local.prefiller.admit("one", prompt_of(600))
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(gate_up: torch.Tensor) -> Any:
+        seen.append(weakref.ref(gate_up))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(elementwise, "swiglu", fail)
+    with pytest.raises(OutOfMemoryError) as caught:
+        local.prefiller.run_chunk("one", 0, 600)
+    assert caught.value.__cause__ is not None
+    assert [reference() for reference in seen] == [None]
+
+
+def test_stages_tell_where_a_chunks_time_went(tmp_path: Path) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    local = engine(make_checkpoint(tmp_path, keys, sparse=(40, 128)))
+    local.prefiller.admit("one", prompt_of(1000))
+    started = time.perf_counter()
+    stages = local.prefiller.run_chunk("one", 0, 1000).stages
+    elapsed = time.perf_counter() - started
+    wanted = {"linear", "attention", "selection", "elementwise", "page writes"}
+    assert wanted <= stages.keys() <= wanted | {"communication", "hand-off"}
+    assert all(seconds >= 0 for seconds in stages.values())
+    assert sum(stages.values()) <= elapsed
+
+
+@pytest.mark.parametrize("length", [1000, 1024])
+def test_no_row_is_computed_both_sparsely_and_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    local = engine(make_checkpoint(tmp_path, keys, sparse=(40, 128)))
+    blocks: list[int] = []
+    attention = sparse.attention
+
+    def spy(queries: Any, which: Any, *others: Any) -> Any:
+        blocks.extend(which.blocks)
+        return attention(queries, which, *others)
+
+    monkeypatch.setattr(sparse, "attention", spy)
+    local.logits(prompt_of(length))
+    full = (length - 128) // 128
+    assert sorted(set(blocks)) == list(range(full))

@@ -1,6 +1,7 @@
 """Sampling against definitions written down once more, in float64 and without shortcuts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.engine.messages import SamplingParameters, Tokens
-from longreach.engine.sampler import Logits, Sampler
+from longreach.engine.sampler import Logits, Sampler, best_token
 
 VOCAB = 50
 NO_PROMPT: Tokens = np.empty(0, dtype=np.int32)
@@ -141,3 +142,32 @@ def test_damaged_logits_are_refused(value: float) -> None:
         make_sampler().choose(logits)
     with pytest.raises(FloatingPointError):
         make_sampler().choose(np.full(VOCAB, -np.inf, dtype=np.float32))
+
+
+def test_greedy_without_extras_takes_the_best_token_as_it_is_told() -> None:
+    """Whoever computed the logits may find it: the lowest id among equals, as on the host."""
+    logits = make_logits()
+    logits[[31, 8, 40]] = logits.max() + 1
+    sampler = make_sampler(temperature=0, top_p=0.5, top_logprobs=0)
+    assert sampler.takes_best
+    assert sampler.accept(best_token(logits)) == sampler.choose(logits)
+    assert best_token(logits).token_id == 8
+    logits[4] = np.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sampler.accept(best_token(logits))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.1},
+        {"top_logprobs": 1},
+        {"logit_bias": ((3, 1.0),)},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_everything_else_needs_the_logits(sampling: dict[str, Any]) -> None:
+    assert not make_sampler(**{"temperature": 0, **sampling}).takes_best

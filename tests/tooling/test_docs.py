@@ -1,11 +1,13 @@
 """The reference pages say what the code says."""
 
 import json
+from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
 
 from longreach.cluster import metrics as m
 from longreach.cluster.settings import Settings
+from longreach.engine.bench.lines import Line
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -47,3 +49,10 @@ def test_every_setting_is_documented_with_its_default() -> None:
             default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
             expected.append([f"| `{name}.{key}`", default.replace('"', "")])
     assert documented == expected
+
+
+def test_every_column_of_the_engines_benchmark_is_explained() -> None:
+    first_cells = " ".join(row.split(" | ")[0] for row in table("one-gpu.md", "| column"))
+    names = [field.name for field in fields(Line)]
+    measured = names[names.index("ttft") : names.index("gpu")]
+    assert {name for name in measured if f"`{name}`" not in first_cells} == set()

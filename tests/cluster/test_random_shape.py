@@ -1,0 +1,70 @@
+"""A shape with random weights, as a prefill rank and a decode worker serve it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.cluster.decode_worker import _make_decoder
+from longreach.cluster.prefill_rank import PrefillRank
+from longreach.cluster.scheduler import Chunk
+from longreach.cluster.settings import Settings, check_model
+from longreach.engine import models
+from longreach.engine.local import DirectSender
+from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
+from longreach.engine.pocket import CHECKPOINT
+
+from .conftest import make_settings
+
+NAMES = ("config.json", "generation_config.json", "sparse_attention_config.json")
+
+
+class Sender(DirectSender):
+    """As a rank knows it."""
+
+    failure = None
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a shape as small as the pocket model: no weights and no tokenizer in its folder."""
+    for name in NAMES:
+        shutil.copy(CHECKPOINT / name, tmp_path / name)
+    monkeypatch.setattr(models, "known_shapes", lambda: {"small": tmp_path})
+    made = make_settings(1)
+    sizes = {"sequence_parallel": 1, "kv_cache_tokens": 2048}
+    return made.model_copy(
+        update={
+            "model": made.model.model_copy(update={"path": "random/small"}),
+            "prefill": made.prefill.model_copy(update=sizes),
+            "decode": made.decode.model_copy(update={"kv_cache_tokens": 2048}),
+        }
+    )
+
+
+def test_prefill_and_decode_make_up_the_same_weights(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second token is the one that prefilling the first would have brought."""
+    check_model(settings)
+    decoder = _make_decoder(settings, torch.float32)
+    monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: Sender(decoder, given[2]))
+    rank = PrefillRank(settings, 0)
+    rank.join("")
+
+    def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:
+        sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        decoder.reserve(GenerationRequest(name, prompt, sampling, 0.0))
+        logits = rank.run_chunk(Chunk(name, 0, len(prompt), True), prompt, None).logits
+        assert logits is not None
+        outputs = decoder.start(name, logits)
+        while decoder.has_work:
+            outputs += decoder.step()
+        return [o.tokens[0].token_id for _, o in outputs if isinstance(o, Delta)]
+
+    prompt = np.random.default_rng(0).integers(0, 256, 300).astype(np.int32)
+    first, second = run("a", prompt, 2)
+    assert run("b", np.append(prompt, np.int32(first)), 1) == [second]
