@@ -3,8 +3,9 @@
 A number is its page's scale times an e4m3 value (arXiv 2209.05433). Scales are powers of two, so
 that scaling loses nothing: widened to bfloat16 a page has exactly the numbers that decode computes
 with, and a page that outgrows its scale is scaled anew without being rounded again, but for numbers
-under 1 / 28672 of the largest. An exact scale of amax / 448 would gain nothing: e4m3 is a floating
-format, whose relative error does not depend on the scale.
+under 1 / 28672 of the largest. e4m3 is a floating format, whose relative error hardly depends on
+its scale: exact ones of amax / 448 gain nothing on random numbers, and a tenth of the error where a
+few channels are far larger than the others. See docs/kernels/quantized.md.
 
 On GPUs each function is one kernel; elsewhere it is its definition.
 """

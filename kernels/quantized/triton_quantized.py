@@ -154,6 +154,8 @@ def _append_row(
     dtype = rows.dtype.element_ty
     if offset > 0:
         before = tl.load(scale_place)
+        # No warp may put the new scale there before all have read the old one.
+        tl.debug_barrier()
         if scale > before:
             row = tl.arange(0, PAGE)[:, None]
             every = tl.arange(0, 2 * HALF)[None, :]
