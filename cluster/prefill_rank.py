@@ -64,6 +64,7 @@ class PrefillRank:
         from ..engine.prefill import Prefiller
         from ..engine.random_weights import load_model
         from ..engine.sparsity import SparsityConfig
+        from ..engine.warm_up import warm_up_prefill
 
         settings, prefill = self._settings, self._settings.prefill
         device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
@@ -80,6 +81,10 @@ class PrefillRank:
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
+        if prefill.gpus_per_rank:
+            longest = settings.limits.max_model_len
+            stride = model.positions.stride
+            warm_up_prefill(self._prefiller, longest, prefill.chunk_tokens, stride)
 
     def ping(self) -> None:
         """Answer, if alive."""

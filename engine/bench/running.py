@@ -17,6 +17,7 @@ from ..decode import Decoder
 from ..errors import GenerationError, OutOfMemoryError
 from ..messages import GenerationRequest, SamplingParameters, Tokens
 from ..prefill import ChunkResult, Prefiller
+from ..warm_up import warm_up_prefill
 from .density import Density
 from .subject import Subject
 from .work import Work
@@ -74,11 +75,10 @@ def run_prompt(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> 
 
 
 def warm_up(subject: Subject, longest: int, sparse: bool, new_tokens: int) -> None:
-    """Compile what a prompt needs, by one that is as short as can be."""
-    tokens = 2 * subject.chunk_tokens
-    if sparse and subject.sparsity is not None:
-        tokens = max(tokens, subject.sparsity.threshold + 1)
-    _run_once(subject, min(tokens, longest), sparse, new_tokens)
+    """Compile what prompts need, and let libraries make up their minds."""
+    prefiller = Prefiller(subject.model, subject.pool, subject.sparsity if sparse else None)
+    warm_up_prefill(prefiller, longest, subject.chunk_tokens, subject.model.positions.stride)
+    _run_once(subject, min(subject.chunk_tokens, longest), sparse, new_tokens)
 
 
 def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:

@@ -231,13 +231,23 @@ def calibrate(
 @app.command()
 def report(
     out: Annotated[Path, typer.Argument(help="A folder that another command wrote.")],
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of the same settings, whose answers are added to it."),
+    ] = None,
 ) -> None:
     """Draw the picture and print the table of results that are there.
 
-    longreach eval report results/needles
-    """
-    from .records import read_records
+    Several processes, on several GPUs, may share a grid by --first-seed: name their folders.
 
+        longreach eval report results/needles
+
+        longreach eval report results/needles results/needles-2 results/needles-3
+    """
+    from .records import add_records, read_records
+
+    for other in more or ():
+        add_records(out / "prompts.jsonl", other / "prompts.jsonl")
     settings, records = read_records(out / "prompts.jsonl")
     if not records:
         raise InvalidRequestError(f"{out} holds no answers yet; run the command that asks again")

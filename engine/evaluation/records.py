@@ -94,6 +94,21 @@ def read_records(path: Path) -> tuple[dict[str, str], list[Record]]:
     return head["settings"], [_with_tuple(record) for record in records]
 
 
+def add_records(path: Path, source: Path) -> None:
+    """Add the records of another file, except prompts that are there already.
+
+    Raises:
+        ConfigurationError: one of them is missing or no such file, or their settings differ.
+    """
+    settings, records = read_records(source)
+    read_records(path)
+    file = RecordFile(path, settings)
+    known = {record.key for record in file.records}
+    for record in records:
+        if record.key not in known:
+            file.append(record)
+
+
 def _with_tuple(record: Record) -> Record:
     return Record(**{**record.__dict__, "expected": tuple(record.expected)})
 

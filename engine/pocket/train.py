@@ -2,9 +2,8 @@
 
 Stages from short documents that are nearly all facts to long ones that are nearly all filler:
 recall is learned where most tokens reward it, and then stretched. Trained on long documents from
-the start, the model learns nothing. The last stages go beyond one dual chunk, and a second, shorter
-cycle goes through those once more. An interrupted run goes on where its state was last saved when
-it is started again with the same folder.
+the start, the model learns nothing. The last stages go beyond one dual chunk. An interrupted run
+goes on where its state was last saved when it is started again with the same folder.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,54 +24,24 @@ from .corpus import Stage, make_batch
 from .export import write_checkpoint
 from .model import PocketQwen2, PocketSizes
 
-
-@dataclass(frozen=True)
-class Cycle:
-    """Stages under one course of the learning rate: up to `peak_rate`, and straight down."""
-
-    peak_rate: float
-    stages: tuple[Stage, ...]
-
-    @property
-    def steps(self) -> int:
-        """Of all stages."""
-        return sum(stage.steps for stage in self.stages)
-
-
 # 4, 8, 18, 36 and 72 dual chunks at the end. Every batch has as many tokens, so that layers compile
 # once.
-_LONG_STAGES = (
+STAGES = (
+    Stage(256, 504, 1000, filler=(0.0, 0.3), questions=3, most_facts=6),
+    Stage(512, 252, 600, filler=(0.2, 0.6), questions=4, most_facts=8),
+    Stage(1024, 126, 800, filler=(0.4, 0.9), questions=5, most_facts=10),
+    Stage(2048, 63, 1600, filler=(0.6, 1.0), questions=6, most_facts=12),
     Stage(7168, 18, 1400, (0.7, 1.0), questions=20, most_facts=32, tail=1792, near=0.3),
-    Stage(14336, 9, 1000, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
-    Stage(32256, 4, 600, (0.8, 1.0), questions=48, most_facts=64, tail=1792, near=0.5),
+    Stage(14336, 9, 800, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
+    Stage(32256, 4, 450, (0.8, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
     Stage(2048, 63, 100, filler=(0.6, 1.0), questions=6, most_facts=12),
-    Stage(64512, 2, 400, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=0.8),
-    Stage(129024, 1, 450, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=1.0),
-)
-
-
-def _again(*steps: int) -> tuple[Stage, ...]:
-    """The long stages with so many steps each."""
-    pairs = zip(_LONG_STAGES, steps, strict=True)
-    return tuple(replace(stage, steps=count) for stage, count in pairs)
-
-
-CYCLES = (
-    Cycle(
-        1.5e-3,
-        (
-            Stage(256, 504, 1000, filler=(0.0, 0.3), questions=3, most_facts=6),
-            Stage(512, 252, 600, filler=(0.2, 0.6), questions=4, most_facts=8),
-            Stage(1024, 126, 800, filler=(0.4, 0.9), questions=5, most_facts=10),
-            Stage(2048, 63, 1600, filler=(0.6, 1.0), questions=6, most_facts=12),
-            *_LONG_STAGES,
-        ),
-    ),
-    Cycle(7e-4, _again(700, 500, 400, 200, 350, 800)),
+    Stage(64512, 2, 250, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=0.8),
+    Stage(129024, 1, 150, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=1.0),
 )
 SPARSE_BUDGET = (64, 128)
 """Verticals and slashes of every head; what larger ones change is in EXPERIMENTS.md."""
 
+_PEAK_RATE = 1.5e-3
 _LAST_RATE = 2e-5
 _WARM_UP = 200
 _OTHER_WEIGHT = 0.1
@@ -109,7 +78,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Trainer:
-    """Trains through all stages; `folder` holds what an interrupted run goes on from.
+    """Trains through the stages; `folder` holds what an interrupted run goes on from.
 
     Args:
         workers: processes that make batches; with none they are made in between.
@@ -118,22 +87,22 @@ class Trainer:
     def __init__(
         self,
         folder: Path,
-        cycles: tuple[Cycle, ...] = CYCLES,
+        stages: tuple[Stage, ...] = STAGES,
         sizes: PocketSizes | None = None,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self._folder, self._cycles, self._seed, self._workers = folder, cycles, seed, workers
+        self._folder, self._stages, self._seed, self._workers = folder, stages, seed, workers
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = PocketQwen2(sizes or PocketSizes()).to(self._device)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         self._optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-            lr=cycles[0].peak_rate, betas=(0.9, 0.95), fused=self._device.type == "cuda",
+            lr=_PEAK_RATE, betas=(0.9, 0.95), fused=self._device.type == "cuda",
         )  # fmt: skip
-        self._total_steps = sum(cycle.steps for cycle in cycles)
+        self._total_steps = sum(stage.steps for stage in stages)
         self._step = 0
         if self._device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -149,7 +118,7 @@ class Trainer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._restore()
         end = 0
-        for number, stage in enumerate(stage for cycle in self._cycles for stage in cycle.stages):
+        for number, stage in enumerate(self._stages):
             end += stage.steps
             if self._step >= end:
                 continue
@@ -238,16 +207,10 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         """Warm-up, then a straight fall: the long stages come late, and need what is left."""
-        cycle = self._cycles[0]
-        for cycle in self._cycles:
-            if step <= cycle.steps:
-                break
-            step -= cycle.steps
-        peak = cycle.peak_rate
         if step < _WARM_UP:
-            return peak * step / _WARM_UP
-        done = (step - _WARM_UP) / max(1, cycle.steps - _WARM_UP)
-        return peak + (_LAST_RATE - peak) * done
+            return _PEAK_RATE * step / _WARM_UP
+        done = (step - _WARM_UP) / max(1, self._total_steps - _WARM_UP)
+        return _PEAK_RATE + (_LAST_RATE - _PEAK_RATE) * done
 
     @property
     def _state_file(self) -> Path:

@@ -281,7 +281,7 @@ def make_ring(kv, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
     return q, (k, v, k_full, k_empty, v_full, v_empty), turns
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_spans", "num_rows"])
 def _prefill_kernel(
     intra, successive, inter, row_stride, head_stride,
     output, lse, memory, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,

@@ -91,7 +91,7 @@ def store_result(
     tl.store(lse + head.to(tl.int64) * num_rows + row, natural, mask=line < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_spans", "num_rows"])
 def _prefill_kernel(
     intra, successive, inter, row_stride, head_stride,
     output, lse, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,

@@ -154,7 +154,7 @@ def _warps(elements: int, tensor: Tensor) -> int:
     return max(1, elements * tensor.element_size() // (_BYTES_AT_ONCE * _WARP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _norm(
     x,
     residual,
@@ -251,7 +251,7 @@ def _rotate_queries(
         _store_rotated(inter + target, first, second, cosine, sine, exists, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _write_pages(
     memory,
     slots,

@@ -135,7 +135,7 @@ def _consume(
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_spans", "num_rows", "most_distances"])
 def _sparse_kernel(
     intra, successive, inter, row_stride, head_stride,
     output, lse, memory, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads, order,

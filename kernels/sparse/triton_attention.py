@@ -64,7 +64,7 @@ def _attend_columns(
     return accumulator, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_spans", "num_rows", "most_distances"])
 def _sparse_kernel(
     intra, successive, inter, row_stride, head_stride,
     output, lse, kv, table, spans, scale, num_spans, num_rows, heads, kv_heads,
@@ -223,7 +223,7 @@ def seen_columns(selections: Selections, spans: Tensor, blocks: QueryBlocks) -> 
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_listed"])
 def _see_columns(columns, listed, spans, seen, width, most_listed, COLUMNS: tl.constexpr):
     span, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = tl.load(spans + span * 5 + 2) // 128

@@ -147,7 +147,7 @@ def _store_sums(
     tl.store(bands + cell * 4 + 2, above, mask=pack_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stretches", "num_pages", "first_position", "rows"])
 def _sums_kernel(
     inter, successive, intra, row_stride, head_stride, kv, table, work, num_stretches, num_pages,
     first_position, rows, first_head, num_heads, first_kv_head, kv_heads, stride, scale, heavy,
@@ -237,7 +237,7 @@ def _sums_kernel(
         tl.store(stretch_lse + cell, highest + tl.log2(tl.maximum(total, 1e-30)), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stretches", "rows"])
 def _combine_kernel(
     stretch_lse, lse, num_stretches, rows, ROWS: tl.constexpr, STRETCHES: tl.constexpr
 ):  # fmt: skip
@@ -331,7 +331,7 @@ def _band_sums(parts: Tensor, first_position: int, num_pages: int) -> Tensor:
     return bands
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "num_pages"])
 def _add_bands(parts, bands, base, num_pages, BANDS: tl.constexpr):
     """Page t's part j belongs to band base - t + j; bands below 0 hold masked pairs alone."""
     head = tl.program_id(1).to(tl.int64)

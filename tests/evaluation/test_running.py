@@ -14,7 +14,7 @@ from longreach.engine.errors import ConfigurationError, InvalidRequestError, Lon
 from longreach.engine.evaluation import picture
 from longreach.engine.evaluation.answerer import Answer, Answerer, OnProgress, TokenCount
 from longreach.engine.evaluation.intervals import wilson
-from longreach.engine.evaluation.records import RecordFile, read_records
+from longreach.engine.evaluation.records import RecordFile, add_records, read_records
 from longreach.engine.evaluation.ruler import RULER
 from longreach.engine.evaluation.running import Grid, run
 from longreach.engine.evaluation.summary import Summary
@@ -56,6 +56,7 @@ class Parrot(Answerer):
 
 
 QUIET = Console(quiet=True)
+SAME = {"model": "parrot"}
 
 
 def grid(prompts: int = 2, **changes) -> Grid:
@@ -212,3 +213,27 @@ def test_what_a_killed_run_left_can_be_read_and_gone_on_with(tmp_path: Path, kep
     file = RecordFile(path, parrot.settings)
     run(parrot, grid(prompts=1), file, QUIET)
     assert read_records(path)[1] == file.records
+
+
+def test_folders_of_several_processes_become_one(tmp_path: Path) -> None:
+    for folder, first_seed in (("a", 0), ("b", 1), ("c", 3)):
+        grid = Grid(NEEDLES[:1], [1000], [None], 2, 2, first_seed)
+        run(Parrot(), grid, RecordFile(tmp_path / folder / "prompts.jsonl", SAME), QUIET)
+    app = [sys.executable, "-m", "longreach.engine.evaluation", "report"]
+    folders = [str(tmp_path / name) for name in "abc"]
+    subprocess.run([*app, *folders], check=True, capture_output=True)
+    _, records = read_records(tmp_path / "a" / "prompts.jsonl")
+    good = [record.seed for record in records if record.variant == "good"]
+    assert good == [0, 1, 2, 3, 4]
+    assert len({record.key for record in records}) == len(records)
+
+
+def test_results_under_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    grid = Grid(NEEDLES[:1], [1000], [None], 1, 1, 0)
+    paths = [tmp_path / name / "prompts.jsonl" for name in "ab"]
+    for path, settings in zip(paths, (SAME, {"model": "other"}), strict=True):
+        run(Parrot(), grid, RecordFile(path, settings), QUIET)
+    before = paths[0].read_bytes()
+    with pytest.raises(ConfigurationError, match="other settings"):
+        add_records(*paths)
+    assert paths[0].read_bytes() == before

@@ -25,7 +25,7 @@ from longreach.engine.pocket.corpus import (
 from longreach.engine.pocket.model import PocketQwen2, PocketSizes
 from longreach.engine.pocket.text import HELD_OUT_NOUNS
 from longreach.engine.pocket.tokenizer import TURN_END_ID, build_tokenizer
-from longreach.engine.pocket.train import CYCLES, Cycle, Trainer
+from longreach.engine.pocket.train import STAGES, Trainer
 from longreach.engine.tokenizer import Tokenizer
 from longreach.kernels.dual_chunk import reference
 
@@ -84,7 +84,7 @@ def test_the_training_model_is_the_engines_beyond_one_chunk() -> None:
     torch.testing.assert_close(trained, served, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stage", CYCLES[0].stages[:7], ids=lambda stage: f"length-{stage.length}")
+@pytest.mark.parametrize("stage", STAGES[:7], ids=lambda stage: f"length-{stage.length}")
 def test_the_corpus_is_seeded_and_whole_text(stage: Stage) -> None:
     one, same, other = (make_batch(few(stage), seed, 3) for seed in (0, 0, 1))
     assert (one.tokens == same.tokens).all()
@@ -97,7 +97,7 @@ def test_the_corpus_is_seeded_and_whole_text(stage: Stage) -> None:
 
 
 def test_answers_end_their_turn_and_names_for_evaluation_are_new() -> None:
-    batch = make_batch(few(CYCLES[0].stages[3]), 0, 0)
+    batch = make_batch(few(STAGES[3]), 0, 0)
     assert (batch.recalled & (batch.tokens == TURN_END_ID)).any()
     text = bytes(np.where(batch.tokens < 256, batch.tokens, 10).astype(np.uint8).ravel()).decode()
     assert not any(noun in text.lower() for noun in HELD_OUT_NOUNS)
@@ -124,9 +124,7 @@ def tiny_trainer(folder: Path) -> Trainer:
         hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8, chunk_size=64, local_size=8
     )
     long = Stage(300, 2, 2, (0.5, 0.9), 2, 3, tail=56, near=0.5)
-    return Trainer(
-        folder, (Cycle(1e-3, (Stage(64, 2, 2, (0.0, 0.3), 1, 1),)), Cycle(1e-3, (long,))), sizes
-    )
+    return Trainer(folder, (Stage(64, 2, 2, (0.0, 0.3), 1, 1), long), sizes)
 
 
 def test_training_that_ran_out_of_time_goes_on_as_if_it_had_not(
