@@ -41,8 +41,8 @@ def append_tokens(
     after = torch.maximum(before, needed)
     row = torch.arange(PAGE_TOKENS, device=slots.device)[None, None, None, :, None]
     offset = offsets[:, None, None, None, None]
-    held = memory[pages].float() * (before / after)[..., None, None]
-    held = torch.where(row < offset, held, memory[pages].float())
+    values = _get(memory, pages)
+    held = torch.where(row < offset, values * (before / after)[..., None, None], values)
     fresh = tokens / after[..., None]
     scales[pages] = after
     _put(memory, pages, torch.where(row == offset, fresh[:, :, :, None], held))
@@ -51,10 +51,15 @@ def append_tokens(
 def widen_pages(memory: Tensor, scales: Tensor, table: Tensor, out: Tensor) -> None:
     """Values times scales."""
     pages = table.long()
-    out.copy_(memory[pages].float() * scales[pages][..., None, None])
+    out.copy_(_get(memory, pages) * scales[pages][..., None, None])
+
+
+def _get(memory: Tensor, pages: Tensor) -> Tensor:
+    """In float32. PyTorch's index functions do not take e4m3 everywhere, so bytes are moved."""
+    return memory.view(torch.uint8)[pages].view(memory.dtype).float()
 
 
 def _put(memory: Tensor, pages: Tensor, values: Tensor) -> None:
-    """Round to e4m3. PyTorch's index functions do not take that type, so that bytes are put."""
+    """Round to e4m3."""
     rounded = values.clamp(-LARGEST, LARGEST).to(memory.dtype)
     memory.view(torch.uint8)[pages] = rounded.view(torch.uint8)

@@ -97,7 +97,7 @@ def _store_page(target, first, second, scale_place, HALF: tl.constexpr):
     tl.store(target + HALF, (second * reciprocal).to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _narrow_pages(
     memory,
     scales,
