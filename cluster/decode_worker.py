@@ -107,10 +107,11 @@ class DecodeWorker:
         """Take handed-off pages."""
         from .object_store import from_bytes
 
-        for layer, first_page, first_kv_head, data in runs:
-            pages = from_bytes(data, self._dtype)
-            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages)
-            self._sink.add(metrics.HANDOFF_BYTES, data.nbytes)
+        for layer, first_page, first_kv_head, data, page_scales in runs:
+            pages, scales = from_bytes(data, page_scales, self._dtype)
+            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages, scales)
+            size = data.nbytes + (0 if scales is None else scales.nbytes)
+            self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def answer(
         self, request_id: str, logits: "Logits"
@@ -246,6 +247,7 @@ def _make_decoder(settings: Settings, dtype: Any) -> "Decoder":
     files = settings.model.files
     device = torch.device("cuda" if settings.decode.gpus else "cpu")
     model = load_model(files, Mesh.single(), dtype, device)
-    pool = PagePool(model.page_geometry, pages_for(settings.decode.kv_cache_tokens), device)
+    geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+    pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
     token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
     return Decoder(model, pool, token_bytes, settings.decode.max_batch)

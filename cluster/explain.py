@@ -9,6 +9,7 @@ from ..engine.pages import PAGE_TOKENS, pages_for
 from .settings import Settings
 
 _FP16_BYTES = 2
+_SCALE_BYTES = 4
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -23,9 +24,12 @@ def explain(settings: Settings) -> RenderableType:
 
 
 def kv_bytes(settings: Settings, model: ModelConfig, tokens: int) -> int:
-    """Memory of a KV cache for so many tokens, all heads, in whole pages."""
-    scale = _DTYPE_BYTES[settings.model.dtype] / _FP16_BYTES
-    return int(pages_for(tokens) * PAGE_TOKENS * model.kv_bytes_per_token_fp16 * scale)
+    """Memory of a KV cache for so many tokens, all heads, in whole pages, scales included."""
+    pages, values = pages_for(tokens), model.kv_bytes_per_token_fp16 // _FP16_BYTES
+    if settings.model.kv_cache_dtype == "fp8_e4m3":
+        scales = values // model.head_dim * _SCALE_BYTES
+        return pages * (PAGE_TOKENS * values + scales)
+    return pages * PAGE_TOKENS * values * _DTYPE_BYTES[settings.model.dtype]
 
 
 def _summary(settings: Settings, model: ModelConfig) -> Text:
@@ -39,13 +43,19 @@ def _summary(settings: Settings, model: ModelConfig) -> Text:
     return Text(
         f"{settings.model.name}, from {settings.model.folder}\n"
         f"{model.num_layers} layers, {model.num_heads} query and {model.num_kv_heads} KV heads of "
-        f"{model.head_dim}, {settings.model.dtype}, {attention}\n"
+        f"{model.head_dim}, {_types(settings)}, {attention}\n"
         f"prompt and answer together up to {limits.max_model_len:,} tokens, "
         f"the answer up to {limits.max_output_tokens:,}; "
         f"up to {limits.max_queued_requests} requests wait, the next is told to come back\n"
         f"endpoint http://{settings.ingress.host}:{settings.ingress.port}/v1, "
         + ("API keys wanted\n" if settings.ingress.api_keys_file else "open to all who reach it\n")
     )
+
+
+def _types(settings: Settings) -> str:
+    model = settings.model
+    pages = "" if model.kv_cache_dtype == "auto" else f" with KV pages in {model.kv_cache_dtype}"
+    return model.dtype + pages
 
 
 def _processes(settings: Settings, model: ModelConfig) -> Table:

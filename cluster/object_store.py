@@ -10,8 +10,9 @@ from torch import Tensor
 from ..engine.errors import TransferError
 from ..engine.transport import PageSender
 
-PageRun = tuple[int, int, int, Any]
-"""Layer, first page, first KV head, and the pages `as_bytes`, as `PageSender.push` has them."""
+PageRun = tuple[int, int, int, Any, Any]
+"""Layer, first page, first KV head, the pages `as_bytes`, and their scales or None, as
+`PageSender.push` has them."""
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -42,12 +43,21 @@ class ObjectStoreSender(PageSender):
         """Why the hand-off failed, if it did and it is known yet."""
         return self._failure
 
-    def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
+    def push(
+        self,
+        layer: int,
+        first_page: int,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
         data = as_bytes(pages)
+        own = None if scales is None else scales.detach().cpu().numpy().copy()
         whole = data.nbytes >= _MESSAGE_BYTES
         # What is sent at once is copied by being sent.
-        self._collected.append((layer, first_page, first_kv_head, data if whole else data.copy()))
-        self._collected_bytes += data.nbytes
+        sent = data if whole else data.copy()
+        self._collected.append((layer, first_page, first_kv_head, sent, own))
+        self._collected_bytes += data.nbytes + (0 if own is None else own.nbytes)
         if self._collected_bytes >= _MESSAGE_BYTES:
             self._send()
 
@@ -97,6 +107,12 @@ def as_bytes(pages: Tensor) -> Any:
     return pages.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
-def from_bytes(data: Any, dtype: torch.dtype) -> Tensor:
-    """What `as_bytes` was given; shares the memory."""
-    return torch.from_numpy(data).view(dtype)
+def from_bytes(data: Any, scales: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What `as_bytes` was given, and the scales that came with it; shares the memory.
+
+    Args:
+        dtype: of pages without scales; those with scales are float8_e4m3fn.
+    """
+    if scales is None:
+        return torch.from_numpy(data).view(dtype), None
+    return torch.from_numpy(data).view(torch.float8_e4m3fn), torch.from_numpy(scales)

@@ -77,7 +77,8 @@ class PrefillRank:
         )
         files = settings.model.files
         model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
-        pool = PagePool(model.page_geometry, pages_for(prefill.kv_cache_tokens), device)
+        geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+        pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
         if prefill.gpus_per_rank:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..engine.config import ModelConfig
+from ..engine.config import KVCacheDtype, ModelConfig
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.models import ModelFiles
 from ..engine.tokenizer import Tokenizer
@@ -31,12 +31,14 @@ class ModelSettings(_Section):
     """Which checkpoint, under which name, in which type.
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
-    shape of engine/shapes for random weights of a real model's sizes.
+    shape of engine/shapes for random weights of a real model's sizes. `kv_cache_dtype` is how KV
+    pages are kept, on every rank and worker: "auto" is `dtype`.
     """
 
     path: str
     name: Annotated[str, Field(min_length=1)]
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
     def files(self) -> ModelFiles:

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import elementwise
+from ..kernels import elementwise, quantized
 from ..kernels.dual_chunk.segments import Rotation
 from ..kernels.transfer import without_waiting
 from .mesh import Mesh
-from .pages import PAGE_TOKENS, PagePool, consecutive_runs
+from .pages import PAGE_TOKENS, PagePool, consecutive_runs, pages_for
 
 
 class ChunkPages:
@@ -18,6 +18,8 @@ class ChunkPages:
 
     One rank alone writes into the pool at once. Several write their own blocks into a buffer, and
     gather all of them. The rest of a prompt's last page is zeros.
+
+    Pages of 8 bits are written whole, so rows begin where a page does.
     """
 
     def __init__(
@@ -37,14 +39,18 @@ class ChunkPages:
         table = np.asarray(pages, dtype=np.int64)
         # Own blocks lie one after another in the buffer, at their pages in the pool.
         places = table[own] if ranks == 1 else np.arange(len(own))
+        self._places = without_waiting(torch.from_numpy(places), device)
         slots = (places[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()[:num_rows]
         self._slots = without_waiting(torch.from_numpy(slots), device)
-        if ranks == 1 and num_rows % PAGE_TOKENS:
+        if ranks == 1 and num_rows % PAGE_TOKENS and not pool.geometry.quantized:
             pool.memory[:, pages[-1]].zero_()
         self._buffer: Tensor | None = None
+        self._buffer_scales: Tensor | None = None
         if ranks > 1:
             most = -(-len(table) // ranks)
             self._buffer = pool.memory.new_zeros(most, *pool.memory.shape[2:])
+            if pool.scales is not None:
+                self._buffer_scales = pool.scales.new_ones(most, *pool.scales.shape[2:])
             blocks = np.arange(len(table))
             # Block b of the prompt is rank b % ranks's, and that rank's first is its place 0.
             order = (first_block + blocks) % ranks * most + blocks // ranks
@@ -56,26 +62,44 @@ class ChunkPages:
 
     def write(self, layer: int, rows: slice, k: Tensor, v: Tensor, rotation: Rotation) -> None:
         """Rotate K of some of this rank's rows, and write K and V, each [n, kv_heads, d]."""
-        memory = self._pool.memory[layer] if self._buffer is None else self._buffer
-        elementwise.write_pages(memory, self._slots[rows], k, v, rotation)
+        memory, scales = self._pool.memory[layer], self._pool.layer_scales(layer)
+        if self._buffer is not None:
+            memory, scales = self._buffer, self._buffer_scales
+        if scales is None:
+            elementwise.write_pages(memory, self._slots[rows], k, v, rotation)
+        else:
+            pages = self._places[rows.start // PAGE_TOKENS : pages_for(rows.stop)]
+            quantized.narrow_pages(memory, scales, pages, k, v, rotation)
 
     def gather(self, layer: int) -> None:
         """Put what all ranks wrote into this rank's pool; collective where there are several."""
         if self._buffer is None:
             return
-        gathered = self._mesh.gather_over_sequence_ranks(self._buffer).flatten(0, 1)
-        self._pool.memory[layer].index_copy_(0, self._targets, gathered[self._order])
+        pages = self._gathered(self._buffer)
+        scales = None if self._buffer_scales is None else self._gathered(self._buffer_scales)
+        self._pool.put(layer, self._targets, 0, pages, scales)
 
-    def share(self, layer: int) -> tuple[int, Tensor] | None:
+    def _gathered(self, own: Tensor) -> Tensor:
+        """What all ranks have of something, in the prompt's order."""
+        # Neither collectives nor PyTorch's index functions take every 8-bit type: bits are moved.
+        bits = torch.uint8 if own.itemsize == 1 else own.dtype
+        every = self._mesh.gather_over_sequence_ranks(own.view(bits)).flatten(0, 1)
+        return every[self._order].view(own.dtype)
+
+    def share(self, layer: int) -> tuple[int, Tensor, Tensor | None] | None:
         """The contiguous part that this rank hands off: its first page in the prompt, and pages.
 
-        [n, kv_heads, 2, 128, d], a view where they are neighbours in the pool; None where there
-        are fewer pages than ranks, and none is left for this one.
+        [n, kv_heads, 2, 128, d], a view where they are neighbours in the pool, and their scales
+        where pages are of 8 bits; None where there are fewer pages than ranks, and none is left for
+        this one.
         """
         if self._share.start == self._share.stop:
             return None
-        pages = self._pool.memory[layer][self._shared_pages]
-        return self._first_block + self._share.start, pages
+        memory, scales = self._pool.memory[layer], self._pool.layer_scales(layer)
+        bits = torch.uint8 if memory.itemsize == 1 else memory.dtype
+        pages = memory.view(bits)[self._shared_pages].view(memory.dtype)
+        shared = None if scales is None else scales[self._shared_pages]
+        return self._first_block + self._share.start, pages, shared
 
 
 def _share_of(mesh: Mesh, count: int) -> slice:

@@ -3,11 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import CheckpointError, ConfigurationError
 
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
+
+KVCacheDtype = Literal["auto", "fp8_e4m3"]
+"""How KV pages are kept: in the model's type, or as e4m3 with scales."""
 
 
 @dataclass(frozen=True)

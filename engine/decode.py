@@ -157,7 +157,13 @@ class Decoder:
         return reservation.block_tables[0].pages.tolist()
 
     def receive(
-        self, request_id: str, layer: int, first_page: int, first_kv_head: int, pages: Tensor
+        self,
+        request_id: str,
+        layer: int,
+        first_page: int,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None = None,
     ) -> None:
         """Put handed-off pages in their place; the arguments are `PageSender.push`'s.
 
@@ -167,16 +173,14 @@ class Decoder:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
-        memory = self._pool.memory[layer]
-        table = reservation.block_tables[0].on(memory.device)
+        table = reservation.block_tables[0].on(self._pool.memory.device)
         table = table[first_page : first_page + len(pages)]
-        heads = slice(first_kv_head, first_kv_head + pages.shape[1])
-        if len(table) != len(pages) or memory[:1, heads].shape[1:] != pages.shape[1:]:
+        try:
+            self._pool.put(layer, table.long(), first_kv_head, pages, scales)
+        except TransferError as error:
             raise TransferError(
-                f"request {request_id}: pages of shape {tuple(pages.shape)} do not fit at page "
-                f"{first_page}, KV head {first_kv_head}"
-            )
-        memory[:, heads].index_copy_(0, table.long(), pages.to(memory.device))
+                f"request {request_id}, page {first_page}, KV head {first_kv_head}: {error}"
+            ) from error
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import dual_chunk
+from ..kernels import dual_chunk, quantized
 from ..kernels.pages import BlockTable, write_pages
 from .messages import ChosenToken
-from .pages import PagePool
+from .pages import PAGE_TOKENS, PagePool
 from .qwen2 import Layer, Qwen2
 from .sampler import Logits, best_token
 
@@ -34,6 +34,12 @@ class StepRow:
     length: int
     table: BlockTable
     takes_best: bool
+
+    @property
+    def slot(self) -> int:
+        """Where the token's K and V go: page * 128 + offset."""
+        page, offset = divmod(self.length, PAGE_TOKENS)
+        return int(self.table.pages[page]) * PAGE_TOKENS + offset
 
 
 class DecodeStep(ABC):
@@ -121,19 +127,33 @@ class PortableStep(DecodeStep):
         q, k, v = layer.project(normed)
         rotary = self._model.positions
         count = len(rows)
-        keys = rotary.keys(k[:count], positions)
         queries = rotary.queries(q[:count], positions)
-        memory = self._pool.memory[number]
+        self._write(number, k[:count], v[:count], rows, positions)
         attended = torch.zeros_like(q)
         for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
             one = slice(index, index + 1)
-            write_pages(memory, table, row.length, keys[one], v[one])
             attended[one] = dual_chunk.decode_attention(
                 queries.rows(one),
-                memory,
+                self._pool.memory[number],
                 table,
                 row.length + 1,
                 rotary.stride,
                 rotary.softmax_scale(row.length + 1),
+                self._pool.layer_scales(number),
             )
         return attended
+
+    def _write(
+        self, number: int, k: Tensor, v: Tensor, rows: Sequence[StepRow], positions: Tensor
+    ) -> None:
+        """Put each row's new K and V, [n, kv_heads, d] and not rotated, into its page."""
+        memory, scales = self._pool.memory[number], self._pool.layer_scales(number)
+        rotation = self._model.positions.key_rotation(positions)
+        if scales is not None:
+            slots = torch.tensor([row.slot for row in rows], device=k.device)
+            quantized.append_tokens(memory, scales, slots, k, v, rotation)
+            return
+        keys = rotation.apply(k)
+        for index, row in enumerate(rows):
+            one = slice(index, index + 1)
+            write_pages(memory, row.table.pages, row.length, keys[one], v[one])

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ..kernels import elementwise, greedy, matvec
+from ..kernels import elementwise, greedy, matvec, quantized
 from ..kernels.dual_chunk.decode_plan import DecodePlan
 from ..kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
 from ..kernels.pages import BlockTable
 from .decode_step import DecodeStep, Outcome, StepRow
 from .errors import ConfigurationError
 from .messages import ChosenToken
-from .pages import PAGE_TOKENS, PagePool, pages_for
+from .pages import PagePool, pages_for
 from .positions import Rotations
 from .qwen2 import Layer, Qwen2
 
@@ -220,7 +220,7 @@ class _Batch:
         )
         tokens[:count] = [row.token for row in rows]
         positions[:count] = [row.length for row in rows]
-        slots[:count] = [_slot(row) for row in rows]
+        slots[:count] = [row.slot for row in rows]
         slots[count:] = -1
         host.scales.numpy()[:count] = scales
         self._plan([row.length + 1 for row in rows])
@@ -270,7 +270,11 @@ class _Launches:
         """Write the new K and V, and attend: [rows, heads, d], zero for a row that is not used."""
         inputs, memory = self._inputs, self._pool.memory[number]
         q, k, v = layer.split(self._linear(normed, layer.qkv_weight, layer.qkv_bias))
-        elementwise.write_pages(memory, inputs.slots, k, v, rotations.intra)
+        scales = self._pool.layer_scales(number)
+        if scales is None:
+            elementwise.write_pages(memory, inputs.slots, k, v, rotations.intra)
+        else:
+            quantized.append_tokens(memory, scales, inputs.slots, k, v, rotations.intra)
         attended, _ = decode_attention(
             rotations.rotate(q),
             memory,
@@ -278,13 +282,9 @@ class _Launches:
             inputs.plan,
             self._model.positions.stride,
             inputs.scales,
+            page_scales=scales,
         )
         return attended
-
-
-def _slot(row: StepRow) -> int:
-    page, offset = divmod(row.length, PAGE_TOKENS)
-    return int(row.table.pages[page]) * PAGE_TOKENS + offset
 
 
 def _host_memory(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:

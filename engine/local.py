@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .config import KVCacheDtype
 from .decode import Decoder
 from .mesh import Mesh
 from .messages import Tokens
@@ -30,10 +31,12 @@ class LocalPrefill:
         device: torch.device | None = None,
         sparse: bool = True,
         mesh: Mesh | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         device = device or torch.device("cpu")
         self.model = Qwen2.load(folder, mesh or Mesh.single(), dtype, device)
-        self.pool = PagePool(self.model.page_geometry, pages_for(max_tokens), device)
+        geometry = self.model.page_geometry.kept_as(kv_cache_dtype)
+        self.pool = PagePool(geometry, pages_for(max_tokens), device)
         sparsity = SparsityConfig.from_folder(folder) if sparse else None
         self.prefiller = Prefiller(self.model, self.pool, sparsity)
 
@@ -59,8 +62,15 @@ class DirectSender(PageSender):
         self._decoder = decoder
         self._request_id = request_id
 
-    def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
-        self._decoder.receive(self._request_id, layer, first_page, first_kv_head, pages)
+    def push(
+        self,
+        layer: int,
+        first_page: int,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
+        self._decoder.receive(self._request_id, layer, first_page, first_kv_head, pages, scales)
 
     def flush(self) -> None:
         """Nothing is ever under way."""

@@ -3,6 +3,7 @@
 A page holds 128 tokens of one layer, head-major:
 
     pool.memory  [layers, pages, kv_heads, 2 (K, V), 128, head_dim]
+    pool.scales  [layers, pages, kv_heads, 2] for pages of 8 bits; see `kernels.quantized`
 
 Keys lie rotated at their own position within their dual chunk; see `kernels.dual_chunk`.
 Page p of a sequence holds its tokens [128 p, 128 (p + 1)) in every layer, so one block table
@@ -10,12 +11,16 @@ serves all layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..kernels.pages import PAGE_TOKENS
-from .errors import OutOfPagesError
+from .config import KVCacheDtype
+from .errors import OutOfPagesError, TransferError
+
+_SCALE_BYTES = 4
 
 
 def pages_for(tokens: int) -> int:
@@ -33,10 +38,28 @@ class PageGeometry:
     dtype: torch.dtype
 
     @property
+    def quantized(self) -> bool:
+        """Whether pages hold e4m3 values, with scales beside them."""
+        return self.dtype == torch.float8_e4m3fn
+
+    @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page in all layers."""
-        elements = self.num_layers * self.num_kv_heads * 2 * PAGE_TOKENS * self.head_dim
-        return elements * self.dtype.itemsize
+        """Bytes of one page in all layers, its scales included."""
+        planes = self.num_layers * self.num_kv_heads * 2
+        scales = _SCALE_BYTES if self.quantized else 0
+        return planes * (PAGE_TOKENS * self.head_dim * self.dtype.itemsize + scales)
+
+    def scratch_bytes_per_page(self, itemsize: int) -> int:
+        """Bytes that prefill takes beside each page: one layer of it in numbers of `itemsize`.
+
+        0 where attention reads pages as they are.
+        """
+        numbers = self.num_kv_heads * 2 * PAGE_TOKENS * self.head_dim
+        return numbers * itemsize if self.quantized else 0
+
+    def kept_as(self, kv_cache_dtype: KVCacheDtype) -> "PageGeometry":
+        """The same pages in another format; "auto" keeps the model's type."""
+        return self if kv_cache_dtype == "auto" else replace(self, dtype=torch.float8_e4m3fn)
 
 
 class PagePool:
@@ -54,6 +77,11 @@ class PagePool:
             geometry.num_layers, num_pages, geometry.num_kv_heads, 2, PAGE_TOKENS,
             geometry.head_dim, dtype=geometry.dtype, device=device,
         )  # fmt: skip
+        self.scales = (
+            torch.empty(self.memory.shape[:4], dtype=torch.float32, device=device)
+            if geometry.quantized
+            else None
+        )
         self._holders = [0] * num_pages
         self._free = num_pages
 
@@ -101,6 +129,51 @@ class PagePool:
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in every layer."""
         self.memory[:, target].copy_(self.memory[:, source])
+        if self.scales is not None:
+            self.scales[:, target] = self.scales[:, source]
+
+    def layer_scales(self, layer: int) -> Tensor | None:
+        """float32 [pages, kv_heads, 2] of one layer, where pages are of 8 bits."""
+        return None if self.scales is None else self.scales[layer]
+
+    def put(
+        self,
+        layer: int,
+        table: Tensor,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None,
+    ) -> None:
+        """Copy whole pages in, as `PageSender.push` has them.
+
+        Args:
+            table: int64 [n] on the pool's device, where each goes.
+            pages: on any device, as `scales`.
+
+        Raises:
+            TransferError: they are of another format, or do not fit in.
+        """
+        if pages.dtype != self.memory.dtype or (scales is None) != (self.scales is None):
+            raise TransferError(
+                f"KV pages came as {_name(pages.dtype)} and are kept as "
+                f"{_name(self.memory.dtype)} here; give both sides the same model.dtype and "
+                "model.kv_cache_dtype"
+            )
+        heads = slice(first_kv_head, first_kv_head + pages.shape[1])
+        target = self.memory[layer][:, heads]
+        if len(table) != len(pages) or target.shape[1:] != pages.shape[1:]:
+            raise TransferError(f"pages of shape {tuple(pages.shape)} do not fit in")
+        # PyTorch's index functions do not take every 8-bit type: copy bits.
+        bits = torch.uint8 if self.geometry.quantized else pages.dtype
+        target.view(bits).index_copy_(0, table, pages.to(target.device).view(bits))
+        if scales is not None and self.scales is not None:
+            self.scales[layer][:, heads].index_copy_(0, table, scales.to(target.device))
+
+    def clear(self) -> None:
+        """Fill all pages with zeros."""
+        self.memory.zero_()
+        if self.scales is not None:
+            self.scales.fill_(1.0)
 
     def _free_runs(self) -> list[tuple[int, int]]:
         """Maximal half-open ranges [start, end) of free pages."""
@@ -113,6 +186,11 @@ class PagePool:
                 runs.append((start, page))
                 start = None
         return runs
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _fitting_first(count: int):

@@ -57,9 +57,11 @@ class RotaryPositions:
 
     def keys(self, k: Tensor, positions: Tensor) -> Tensor:
         """Rotate k [n, kv_heads, d] for the cache; `positions` int64 [n] in the sequence."""
-        if self.stride is not None:
-            positions = positions % self.stride
-        return self._rotation(positions).apply(k)
+        return self.key_rotation(positions).apply(k)
+
+    def key_rotation(self, positions: Tensor) -> Rotation:
+        """What `keys` rotates by."""
+        return self._rotation(positions if self.stride is None else positions % self.stride)
 
     def queries(self, q: Tensor, positions: Tensor) -> SegmentQueries:
         """Rotate q [n, heads, d] for each segment, as attention sees it."""

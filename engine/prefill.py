@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..kernels import dual_chunk, sparse
+from ..kernels import dual_chunk, quantized, sparse
 from ..kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
 from ..kernels.pages import BlockTable, LayerPages
 from ..kernels.sparse import Selections
@@ -105,6 +105,7 @@ class Prefiller:
         self._sparsity = sparsity
         self._observer = observer
         self._admitted: dict[str, _Admitted] = {}
+        self._widened = _widened(pool, model.dtype) if pool.geometry.quantized else None
 
     def admit(
         self,
@@ -190,8 +191,9 @@ class Prefiller:
         self, admitted: _Admitted, start: int, end: int, sender: PageSender | None
     ) -> ChunkResult:
         chunk = _Chunk(
-            self._model, self._pool, self._sparsity, admitted, start, end, sender, self._observer
-        )
+            self._model, self._pool, self._sparsity, admitted, start, end, sender,
+            self._observer, self._widened,
+        )  # fmt: skip
         return ChunkResult(chunk.run(), chunk.stages)
 
     def _next_chunk_of(self, request_id: str, start: int, end: int) -> _Admitted:
@@ -225,8 +227,10 @@ class _Chunk:
         end: int,
         sender: PageSender | None,
         observer: Observer | None,
+        widened: LayerPages | None,
     ) -> None:
         self._model, self._mesh, self._pool = model, model.mesh, pool
+        self._widened = widened
         self._sender, self._observer = sender, observer
         self._end, self._length = end, len(admitted.prompt)
         self._table = admitted.block_table
@@ -321,11 +325,12 @@ class _Chunk:
     def _last_logits(self, number: int, normed: Tensor, residual: Tensor) -> Tensor:
         """Logits [vocab] after the prompt's last token, whose hidden states are [1, hidden]."""
         model, layer = self._model, self._model.layers[number]
+        pages = self._readable_pages(number)
         with self.stages.time("attention"):
             attended = dual_chunk.decode_attention(
                 self._rotations.rows(slice(-1, None)).rotate(layer.queries(normed)),
-                self._pool.memory[number],
-                self._table.pages.tolist(),
+                pages.memory,
+                pages.table.pages.tolist(),
                 self._length,
                 model.positions.stride,
                 self._scale,
@@ -357,13 +362,13 @@ class _Chunk:
             with self.stages.time("hand-off"):
                 share = self._pages.share(number)
                 if share is not None:
-                    first_page, pages = share
+                    first_page, pages, scales = share
                     first_kv_head = self._model.heads.first_kv_head
-                    self._sender.push(number, first_page, first_kv_head, pages)
+                    self._sender.push(number, first_page, first_kv_head, pages, scales)
 
     def _attend(self, number: int, queries: SegmentQueries, last: Tensor | None) -> Tensor:
         """Attention of this rank's rows, [n, heads, d]; `last` are the selector's last queries."""
-        pages = LayerPages(self._pool.memory[number], self._table)
+        pages = self._readable_pages(number)
         if self._selector is None or last is None:
             return self._attend_in_full(queries, self._blocks, pages)
         selections = self._selector.choose(number, last, pages)
@@ -385,6 +390,21 @@ class _Chunk:
             return attended
         full = self._attend_in_full(queries.rows(slice(border, None)), full_blocks, pages)
         return torch.cat((attended[:border], full))
+
+    def _readable_pages(self, number: int) -> LayerPages:
+        """One layer's pages up to the chunk's end, in a type that attention reads.
+
+        Pages of 8 bits are widened, once for all blocks of rows, into memory that the next layer
+        uses again.
+        """
+        memory, scales = self._pool.memory[number], self._pool.layer_scales(number)
+        if scales is None or self._widened is None:
+            return LayerPages(memory, self._table)
+        count = pages_for(self._end)
+        with self.stages.time("page writes"):
+            table = self._table.on(memory.device)[:count]
+            quantized.widen_pages(memory, scales, table, self._widened.memory[:count])
+        return self._widened
 
     def _split_blocks(self) -> tuple[QueryBlocks, QueryBlocks]:
         """This rank's blocks that attend sparsely, and those that hold the prompt's end.
@@ -414,6 +434,12 @@ class _Chunk:
     def _owner_of(self, block: int) -> int:
         """The sequence rank that holds a block's rows."""
         return block % self._mesh.sequence_parallel
+
+
+def _widened(pool: PagePool, dtype: torch.dtype) -> LayerPages:
+    """Room for one layer of all pages in a type that attention reads, in a sequence's order."""
+    memory = torch.empty_like(pool.memory[0], dtype=dtype)
+    return LayerPages(memory, BlockTable.of(range(pool.num_pages)))
 
 
 def _steps(num_rows: int, device: torch.device) -> list[slice]:

@@ -14,7 +14,14 @@ class PageSender(ABC):
     """One prefill rank's way to one decode replica, for one request."""
 
     @abstractmethod
-    def push(self, layer: int, first_page: int, first_kv_head: int, pages: Tensor) -> None:
+    def push(
+        self,
+        layer: int,
+        first_page: int,
+        first_kv_head: int,
+        pages: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
         """Start sending consecutive pages of one layer; may block while too much is under way.
 
         Args:
@@ -22,6 +29,7 @@ class PageSender(ABC):
             first_page: index within the sequence, not within any pool.
             first_kv_head: the model-wide index of the first KV head in `pages`.
             pages: [n, kv_heads, 2, 128, head_dim]. The caller may overwrite it after return.
+            scales: of pages of 8 bits, float32 [n, kv_heads, 2]; see `kernels.quantized`.
         """
 
     @abstractmethod

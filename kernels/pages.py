@@ -36,10 +36,14 @@ class BlockTable:
 
 @dataclass(frozen=True)
 class LayerPages:
-    """One layer's memory, and the table of a sequence. Keys lie rotated."""
+    """One layer's memory, and the table of a sequence. Keys lie rotated.
+
+    Pages of 8 bits have scales (see `quantized`), and are read in float32.
+    """
 
     memory: Tensor  # [pages, kv_heads, 2, 128, head_dim]
     table: BlockTable
+    scales: Tensor | None = None  # float32 [pages, kv_heads, 2]
 
     @classmethod
     def of(cls, memory: Tensor, block_table: Sequence[int]) -> "LayerPages":
@@ -93,11 +97,18 @@ class LayerPages:
         pages = self.table.pages[tokens >> 7]
         rows = ((pages * self.num_kv_heads + kv_head) * 2) * PAGE_TOKENS + (tokens & 127)
         index = torch.from_numpy(rows).to(flat.device)
-        return flat.index_select(0, index), flat.index_select(0, index + PAGE_TOKENS)
+        k, v = flat.index_select(0, index), flat.index_select(0, index + PAGE_TOKENS)
+        if self.scales is None:
+            return k, v
+        own = self.scales[torch.from_numpy(pages).to(flat.device), kv_head]
+        return k.float() * own[:, :1], v.float() * own[:, 1:]
 
     def _pages(self, first: int, last: int) -> Tensor:
         """Pages [first, last) of the sequence; a view where they are neighbours in memory."""
         pages = self.table.pages[first:last]
+        if self.scales is not None:
+            index = torch.from_numpy(pages).to(self.memory.device)
+            return self.memory[index].float() * self.scales[index][..., None, None]
         if pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all():
             return self.memory[int(pages[0]) : int(pages[-1]) + 1]
         return self.memory.index_select(0, torch.from_numpy(pages).to(self.memory.device))
@@ -127,7 +138,11 @@ def check_pages(memory: Tensor, pages_apart: bool = False) -> None:
 
 
 def write_pages(
-    memory: Tensor, block_table: Sequence[int], start: int, k: Tensor, v: Tensor
+    memory: Tensor,
+    block_table: Sequence[int] | npt.NDArray[np.int64],
+    start: int,
+    k: Tensor,
+    v: Tensor,
 ) -> None:
     """Write K and V of tokens [start, start + n), each [n, kv_heads, d], into one layer's memory.
 

@@ -30,11 +30,11 @@ class Fit:
 
     def most_tokens_beside(self, prompt: int) -> int:
         """Tokens of KV cache that fit beside the weights and a prompt's activations."""
-        return self._room(prompt) // self.geometry.bytes_per_page * PAGE_TOKENS
+        return self._room(prompt) // self._bytes_per_page * PAGE_TOKENS
 
     def longest(self) -> int:
         """Tokens of the longest prompt and answer that fit; 0 where the weights leave no room."""
-        few, many = 0, self.free // self.geometry.bytes_per_page
+        few, many = 0, self.free // self._bytes_per_page
         while few < many:
             pages = -(-(few + many) // 2)
             if pages * PAGE_TOKENS <= self.most_tokens_beside(pages * PAGE_TOKENS):
@@ -58,12 +58,18 @@ class Fit:
                 "GPU"
             )
         if tokens > longest:
-            pages = pages_for(tokens) * self.geometry.bytes_per_page / _GB
+            pages = pages_for(tokens) * self._bytes_per_page / _GB
             raise ConfigurationError(
                 f"{tokens:,} tokens (prompt and answer) need {pages:.1f} GB of KV pages beside "
                 f"{weights:.1f} GB of weights, and of {free:.1f} GB free {longest:,} tokens "
                 f"would fit; {self._mends()}"
             )
+
+    @property
+    def _bytes_per_page(self) -> int:
+        """With what prefill takes beside it."""
+        scratch = self.geometry.scratch_bytes_per_page(self.work.itemsize)
+        return self.geometry.bytes_per_page + scratch
 
     def _room(self, tokens: int) -> int:
         taken = self.work.weight_bytes + self.work.activation_bytes(tokens, self.chunk_tokens)

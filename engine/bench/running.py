@@ -76,8 +76,11 @@ def run_prompt(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> 
 
 def warm_up(subject: Subject, longest: int, sparse: bool, new_tokens: int) -> None:
     """Compile what prompts need, and let libraries make up their minds."""
-    prefiller = Prefiller(subject.model, subject.pool, subject.sparsity if sparse else None)
-    warm_up_prefill(prefiller, longest, subject.chunk_tokens, subject.model.positions.stride)
+    warm_up_prefill(
+        # Not kept: each prefiller has memory of its own where pages are of 8 bits.
+        Prefiller(subject.model, subject.pool, subject.sparsity if sparse else None),
+        longest, subject.chunk_tokens, subject.model.positions.stride,
+    )  # fmt: skip
     _run_once(subject, min(subject.chunk_tokens, longest), sparse, new_tokens)
 
 

@@ -42,7 +42,7 @@ class Subject:
     ) -> "Subject":
         """With pages for so many tokens, zeroed: decode alone reads what nothing wrote."""
         pool = PagePool(page_geometry(model.config, kv_cache), pages_for(tokens), model.device)
-        pool.memory.zero_()
+        pool.clear()
         return cls(
             model, pool, SparsityConfig.from_folder(files.folder),
             TokenBytes(Tokenizer(files.tokenizer_folder).raw), chunk_tokens, seed,

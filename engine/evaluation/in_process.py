@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import DualChunk
+from ..config import DualChunk, KVCacheDtype
 from ..decode import Decoder
 from ..detokenizer import TokenBytes
 from ..errors import ConfigurationError
@@ -31,13 +31,14 @@ _HASHED_BYTES = 1 << 20
 
 class Variant(StrEnum):
     """Dense Dual Chunk Attention with its temperature, the same without one or without dual
-    chunks, and sparse prefill with both.
+    chunks, sparse prefill with both, and dense attention over KV pages of 8 bits.
     """
 
     DENSE = "dense"
     NO_TEMPERATURE = "no-temperature"
     PLAIN = "plain"
     SPARSE = "sparse"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,20 @@ class InProcessAnswerer(Answerer):
         self._tokenizer = Tokenizer(folder)
         model = Qwen2.load(folder, Mesh.single(), dtype, self._device)
         # One prompt at a time, so that all variants share the pages on either side.
-        prefill_pool, decode_pool = (
-            PagePool(model.page_geometry, pages_for(max_tokens), self._device) for _ in range(2)
-        )
+        formats: set[KVCacheDtype] = {_kv_cache_dtype(variant) for variant in variants}
+        pools = {
+            name: [
+                PagePool(model.page_geometry.kept_as(name), pages_for(max_tokens), self._device)
+                for _ in range(2)
+            ]
+            for name in formats
+        }
         token_bytes = TokenBytes(self._tokenizer.raw)
         self._engines = {}
         for variant in variants:
             changed = model.with_dual_chunk(_dual_chunk(folder, model.config.dual_chunk, variant))
             sparsity = sparsity_of(folder) if variant is Variant.SPARSE else None
+            prefill_pool, decode_pool = pools[_kv_cache_dtype(variant)]
             self._engines[variant] = _Engine(
                 Prefiller(changed, prefill_pool, sparsity),
                 Decoder(changed, decode_pool, token_bytes, max_batch=1),
@@ -171,6 +178,10 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(0, size - _HASHED_BYTES))
             digest.update(file.read(_HASHED_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _kv_cache_dtype(variant: Variant) -> KVCacheDtype:
+    return "fp8_e4m3" if variant is Variant.FP8 else "auto"
 
 
 def _dual_chunk(folder: Path, own: DualChunk | None, variant: Variant) -> DualChunk | None:

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import dual_chunk, elementwise, sparse
+from .. import dual_chunk, elementwise, quantized, sparse
 from ..dual_chunk import triton_decode
 from ..dual_chunk.decode_plan import DecodePlan
-from ..dual_chunk.segments import BLOCK_ROWS, Rotation, SegmentQueries
+from ..dual_chunk.segments import BLOCK_ROWS, Rotation, SegmentQueries, rotation
 from ..pages import PAGE_TOKENS
 from ..sparse import HeadBudget, Selections, Sums
 from .measure import Ceilings, Run, Timing, captured
@@ -153,7 +153,14 @@ def adaptive(device: torch.device, budgets: Path | None) -> Iterator[Result]:
 def decode(device: torch.device, budgets: Path | None) -> Iterator[Result]:
     """One step of one layer, as a CUDA graph."""
     layer = Layer.random(QWEN_7B, MILLION, device)
-    shape = layer.shape
+    yield from decode_steps("paged decode", layer, layer.memory, None)
+
+
+def decode_steps(
+    name_of_all: str, layer: Layer, memory: Tensor, page_scales: Tensor | None
+) -> Iterator[Result]:
+    """Over these pages, which hold the numbers of the layer's."""
+    shape, device = layer.shape, memory.device
     cases = {
         "1 x 1M": [MILLION],
         "8 x 128K": [2**17] * 8,
@@ -172,14 +179,56 @@ def decode(device: torch.device, budgets: Path | None) -> Iterator[Result]:
             len(lengths), triton_decode.programs_per_kv_head(shape.kv_heads, device), device
         )
         plan.refresh(lengths)
-        arguments = (queries, layer.memory, tables, plan, STRIDE, scales)
+        arguments = (queries, memory, tables, plan, STRIDE, scales, None, page_scales)
         output, _ = triton_decode.decode_attention(*arguments)
         error = decode_error(layer, queries, tables, lengths, output)
-        size = sum(lengths) * shape.kv_heads * 2 * shape.head_dim * 2
+        size = sum(lengths) * shape.kv_heads * 2 * shape.head_dim * memory.itemsize
         run = captured(lambda a=arguments: triton_decode.decode_attention(*a))
         yield Result(
-            "paged decode", f"{shape.name}, {name}", Timing.of(run, 30, 3), size, "GB/s", error
+            name_of_all, f"{shape.name}, {name}", Timing.of(run, 30, 3), size, "GB/s", error
         )
+
+
+def pages_of_8_bits(device: torch.device, budgets: Path | None) -> Iterator[Result]:
+    """Decode over a million tokens of them; a chunk narrowed; a million tokens widened."""
+    layer = Layer.random(QWEN_7B, MILLION, device)
+    shape = layer.shape
+    largest = layer.memory.abs().amax((-2, -1)).float()
+    scales = quantized.reference.scale_for(largest)
+    wide_scales = scales.to(layer.memory.dtype)[..., None, None]
+    memory = (layer.memory / wide_scales).to(torch.float8_e4m3fn)
+    layer = replace(layer, memory=memory.to(layer.memory.dtype) * wide_scales)
+    yield from decode_steps("paged decode, e4m3", layer, memory, scales)
+
+    table, wide = layer.table.on(device), torch.empty_like(layer.memory)
+    quantized.widen_pages(memory, scales, table, wide)
+    expected = layer.memory[table.long()]
+    error = float((wide.float() - expected.float()).norm() / expected.float().norm())
+    del expected
+    run = captured(lambda: quantized.widen_pages(memory, scales, table, wide))
+    yield Result(
+        "widen e4m3 pages", f"{shape.name}, 1M", Timing.of(run, 20), 3 * memory.numel(),
+        "GB/s r+w", error,
+    )  # fmt: skip
+
+    rows = CHUNK_TOKENS
+    k, v = torch.randn(2, rows, shape.kv_heads, shape.head_dim, device=device).bfloat16().unbind()
+    turn = rotation(torch.arange(rows, device=device), shape.head_dim, 1e7)
+    pages = torch.randperm(rows // PAGE_TOKENS, device=device)
+    held = []
+    for version in (quantized, quantized.reference):
+        version.narrow_pages(memory, scales, pages, k, v, turn)
+        out = torch.empty_like(layer.memory[: len(pages)])
+        quantized.widen_pages(memory, scales, pages.int(), out)
+        held.append(out.float())
+    run = captured(lambda: quantized.narrow_pages(memory, scales, pages, k, v, turn))
+    yield Result(
+        "rotate and narrow to e4m3 pages", f"{rows} rows of the 7B", Timing.of(run, 20),
+        6 * k.numel(), "GB/s r+w", float((held[0] - held[1]).norm() / held[1].norm()),
+        "PyTorch", Timing.of(
+            lambda: quantized.reference.narrow_pages(memory, scales, pages, k, v, turn), 5
+        ).p50,
+    )  # fmt: skip
 
 
 def decode_error(
@@ -377,6 +426,7 @@ CASES: dict[str, Bench] = {
     "sparse": sparse_prefill,
     "adaptive": adaptive,
     "decode": decode,
+    "quantized": pages_of_8_bits,
     "elementwise": between_products,
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS, LayerPages
+from ..pages import PAGE_TOKENS, BlockTable, LayerPages
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
 _KEYS_AT_ONCE = 65536
@@ -127,18 +127,20 @@ def decode_attention(
     length: int,
     stride: int | None,
     scale: float,
+    page_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token, the last of `length`, whose K and V already lie in its page.
 
     Args:
         queries: rotated for position length - 1, each [1, heads, d].
         memory: one layer's pages, [pages, kv_heads, 2, 128, d].
+        page_scales: float32 [pages, kv_heads, 2] where pages are of 8 bits; see `quantized`.
 
     Returns:
         [1, heads, d] in the queries' type.
     """
     _, heads, head_dim = queries.intra.shape
-    pages = LayerPages.of(memory, block_table)
+    pages = LayerPages(memory, BlockTable.of(block_table), page_scales)
     kv_heads = pages.num_kv_heads
     result = PartialAttention(heads, 1, head_dim, memory.device)
     bounds = KeyBounds.of(length - 1, stride)

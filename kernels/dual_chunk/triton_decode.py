@@ -5,6 +5,10 @@
 The first kernel streams pages and leaves a partial result an item of the plan; the second merges
 a sequence's partial results by their log-sum-exp. Heads that share keys are rows of one tile.
 Both compute in float32 and to the base 2. See docs/kernels/decode.md.
+
+Pages of 8 bits are multiplied as float16, into which they convert in one instruction a pair and
+without loss: queries are brought into its range by a power of two, and weights, at most 2^15, use
+it whole. Scales of pages multiply results, not elements.
 """
 
 import math
@@ -16,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pages import PAGE_TOKENS, check_pages
+from ..triton_scales import scale_for
 from .decode_plan import DecodePlan
 from .segments import SegmentQueries
 
@@ -39,6 +44,8 @@ class DecodeTiling:
 
 
 DEFAULT_TILING = DecodeTiling()
+QUANTIZED_TILING = DecodeTiling(tokens=128)
+"""As many bytes on the way as with 64 tokens of 16 bits, and one tile a page and scale."""
 
 
 def programs_per_kv_head(
@@ -56,7 +63,8 @@ def decode_attention(
     plan: DecodePlan,
     stride: int | None,
     scales: Tensor,
-    tiling: DecodeTiling = DEFAULT_TILING,
+    tiling: DecodeTiling | None = None,
+    page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last token of each sequence, whose K and V already lie in its page.
 
@@ -65,11 +73,14 @@ def decode_attention(
 
     Args:
         queries: rotated for each sequence's last position, each [batch, heads, d].
-        memory: one layer's pages, [pages, kv_heads, 2, 128, d].
+        memory: one layer's pages, [pages, kv_heads, 2, 128, d], in the queries' type, or
+            float8_e4m3fn with `page_scales`.
         block_tables: int32 [batch, n].
         plan: of the same batch.
         stride: tokens of one dual chunk, None for plain positions.
         scales: what each sequence's logits are multiplied by, float32 [batch].
+        tiling: None for what suits the pages' type.
+        page_scales: float32 [pages, kv_heads, 2]; see `quantized`.
 
     Returns:
         output [batch, heads, d] in the queries' type and log-sum-exp [batch, heads] float32;
@@ -80,6 +91,10 @@ def decode_attention(
     kv_heads = memory.shape[1]
     if plan.batch != batch:
         raise ValueError(f"a plan for {plan.batch} rows does not fit {batch} queries")
+    quantized = page_scales is not None
+    if quantized != (memory.dtype == torch.float8_e4m3fn):
+        raise ValueError(f"pages of {memory.dtype} need {'no ' if quantized else ''}scales")
+    tiling = tiling or (QUANTIZED_TILING if quantized else DEFAULT_TILING)
     group = heads // kv_heads
     items = len(plan.items)
     partial_output = torch.empty(items, heads, head_dim, dtype=torch.float32, device=memory.device)
@@ -89,6 +104,7 @@ def decode_attention(
         queries.successive.contiguous(),
         queries.inter.contiguous(),
         memory,
+        page_scales,
         block_tables,
         plan.lengths,
         scales,
@@ -97,6 +113,7 @@ def decode_attention(
         partial_output,
         partial_lse,
         memory.stride(0),
+        page_scales.stride(0) if page_scales is not None else 0,
         block_tables.stride(0),
         _NO_CHUNKS if stride is None else stride,
         kv_heads,
@@ -107,6 +124,7 @@ def decode_attention(
         TILE=tiling.tokens,
         STAGES=tiling.stages,
         LOG2_E=_LOG2_E,
+        QUANTIZED=quantized,
         num_warps=tiling.warps,
     )
     output = torch.empty_like(queries.intra, memory_format=torch.contiguous_format)
@@ -132,6 +150,7 @@ def _attend_items(
     successive,
     inter,
     memory,
+    page_scales,
     block_tables,
     lengths,
     scales,
@@ -140,6 +159,7 @@ def _attend_items(
     partial_output,
     partial_lse,
     page_stride,
+    page_scale_stride,
     table_stride,
     chunk_stride,
     kv_heads,
@@ -150,6 +170,7 @@ def _attend_items(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     LOG2_E: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
     """All items of one program: KV head by grid axis 0, so that neighbours read one page."""
     kv_head = tl.program_id(0)
@@ -192,6 +213,12 @@ def _attend_items(
             if start < end:
                 query_rows = queries + sequence.to(tl.int64) * heads * HEAD_DIM
                 q = tl.load(query_rows + query_offsets, mask=exists[:, None], other=0.0)
+                logit_scale = scale
+                if QUANTIZED:
+                    wide = q.to(tl.float32)
+                    q_scale, reciprocal = scale_for(tl.max(tl.abs(wide), 1, keep_dims=True))
+                    q = (wide * reciprocal).to(_narrow_type(q.dtype))
+                    logit_scale = q_scale * scale
                 first_tile = start // TILE * TILE
                 page = tl.load(table + first_tile // PAGE)
                 for token in tl.range(first_tile, end, TILE, num_stages=STAGES):
@@ -203,11 +230,17 @@ def _attend_items(
                     values = keys + PAGE * HEAD_DIM + tile_offsets
                     # What lies behind a sequence's end may be NaN, and 0 * NaN is not 0.
                     v = tl.load(values, mask=(position < end)[:, None], other=0.0)
+                    tile_scale = logit_scale
+                    v_scale = 1.0
+                    if QUANTIZED:
+                        own_scales = page_scales + page.to(tl.int64) * page_scale_stride
+                        tile_scale = logit_scale * tl.load(own_scales + kv_head * 2)
+                        v_scale = tl.load(own_scales + kv_head * 2 + 1)
                     # The next tile's page number is on its way while this tile is computed.
                     following = token + TILE
                     page = tl.load(table + following // PAGE, mask=following < end, other=0)
                     highest, totals, output = _take_tile(
-                        q, k, v, visible, scale, highest, totals, output
+                        q, k, v, visible, tile_scale, v_scale, highest, totals, output, QUANTIZED
                     )
 
         total = tl.sum(totals, 1)
@@ -220,20 +253,34 @@ def _attend_items(
         tl.store(partial_lse + first_head + row, highest + tl.log2(total), mask=exists)
 
 
+@triton.constexpr_function
+def _narrow_type(dtype):
+    """What 8-bit pages are multiplied as, for queries of a type."""
+    return tl.float32 if dtype == tl.float32 else tl.float16
+
+
 @triton.jit
-def _take_tile(q, k, v, visible, scale, highest, totals, output):
+def _take_tile(q, k, v, visible, scale, v_scale, highest, totals, output, QUANTIZED: tl.constexpr):
     """Add one tile of keys to the running softmax; at least one of them is visible.
 
     `totals` [rows, tile] is summed over the tile only at the end: warps split a tile's keys, and
     would have to wait for each other.
     """
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
     logits = tl.where(visible[None, :], logits, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(logits, 1))
+    peaks = tl.max(logits, 1)
+    if QUANTIZED:
+        # Weights up to 2^15: the small ones would be lost below float16's least number.
+        peaks -= 15.0
+    new_highest = tl.maximum(highest, peaks)
     weights = tl.exp2(logits - new_highest[:, None])
     shrink = tl.exp2(highest - new_highest)[:, None]
     totals = totals * shrink + weights
-    output = tl.dot(weights.to(v.dtype), v, output * shrink, input_precision="ieee")
+    if QUANTIZED:
+        added = tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        output = output * shrink + added * v_scale
+    else:
+        output = tl.dot(weights.to(v.dtype), v, output * shrink, input_precision="ieee")
     return new_highest, totals, output
 
 

@@ -45,10 +45,13 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     )
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
 def test_prefill_and_decode_make_up_the_same_weights(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str
 ) -> None:
     """The second token is the one that prefilling the first would have brought."""
+    model = settings.model.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
+    settings = settings.model_copy(update={"model": model})
     check_model(settings)
     decoder = _make_decoder(settings, torch.float32)
     monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: Sender(decoder, given[2]))

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from longreach.cluster.explain import kv_bytes
 from longreach.cluster.settings import (
     PAGE_TOKENS,
     check_model,
@@ -42,6 +44,17 @@ def test_the_laptop_configuration_serves_a_million_tokens() -> None:
     assert settings.model.folder.is_dir()
     assert settings.prefill.num_ranks == 2
     assert settings.ingress_limits.max_model_len == settings.limits.max_model_len
+
+
+def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
+    for name in ("auto", "fp8_e4m3"):
+        raw["model"]["kv_cache_dtype"] = name
+        settings = parse_settings(raw)
+        model = ModelConfig.from_folder(settings.model.folder)
+        dtype = getattr(torch, settings.model.dtype)
+        geometry = pages.PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
+        expected = 3 * geometry.kept_as(settings.model.kv_cache_dtype).bytes_per_page
+        assert kv_bytes(settings, model, 2 * PAGE_TOKENS + 1) == expected
 
 
 @pytest.mark.parametrize("path", sorted(LAPTOP.parent.glob("*.yaml")), ids=lambda path: path.stem)
@@ -89,6 +102,7 @@ def test_pages_are_as_long_as_the_engine_says() -> None:
         ("prefill.sequence_parallel", 0, "prefill.sequence_parallel"),
         ("prefill.kv_cache_tokens", 4096, "cannot hold one prompt"),
         ("prefill.placement", "TIGHT", "STRICT_PACK"),
+        ("model.kv_cache_dtype", "fp8_e5m2", "'auto' or 'fp8_e4m3'"),
         ("prefill.cpus_per_rank", 0.0, "ask for a part of a CPU"),
         ("prefill.ageing", 0.0, "prefill.ageing"),
         ("decode.kv_cache_tokens", 1_056_768, "make it 1090560 or more"),

@@ -74,6 +74,12 @@ def test_too_long_a_prompt_is_refused_with_what_fits_and_what_helps() -> None:
     assert "fp8" not in str(refused.value)
 
 
+def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
+    wide, narrow = (fit(QWEN_14B, kept, H200_BYTES).longest() for kept in ("bf16", "fp8"))
+    # 48 layers of 1 byte and 4 / 16384 a number, and one of 2, instead of 48 of 2.
+    assert narrow / wide == pytest.approx(2 * 48 / (48 * (1 + 4 / 2**14) + 2), rel=0.01)
+
+
 def test_too_small_a_device_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"15\.2 GB.*16\.0 GB free.*larger GPU"):
         fit(QWEN_7B, "bf16", int(16e9)).check(128)
@@ -154,9 +160,10 @@ def arguments_of(folder: Path, path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp8"])
+def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys, kv_cache: str) -> None:
     path = tmp_path / "new" / "engine.csv"
-    assert main(arguments_of(folder, path))
+    assert main([*arguments_of(folder, path), "--kv-cache", kv_cache])
     lines = lines_of(path)
     assert [(line["tokens"], line["attention"]) for line in lines[:3]] == [
         ("300", "dense"), ("700", "sparse"), ("700", "dense"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from longreach.engine.config import KVCacheDtype
 from longreach.engine.decode import Decoder, pages_needed
 from longreach.engine.detokenizer import TokenBytes
 from longreach.engine.errors import (
@@ -39,10 +40,18 @@ def dual_chunk_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Engine:
     """A prefiller and a decoder with pools of their own, filled with NaN."""
 
-    def __init__(self, folder: Path, pages: int = POOL_PAGES, max_batch: int = 4) -> None:
-        self.prefill = LocalPrefill(folder, max_tokens=4096)
-        self.pool = PagePool(self.prefill.model.page_geometry, pages, torch.device("cpu"))
+    def __init__(
+        self,
+        folder: Path,
+        pages: int = POOL_PAGES,
+        max_batch: int = 4,
+        kept: KVCacheDtype = "auto",
+    ) -> None:
+        self.prefill = LocalPrefill(folder, max_tokens=4096, kv_cache_dtype=kept)
+        self.pool = PagePool(self.prefill.pool.geometry, pages, torch.device("cpu"))
         self.pool.memory.fill_(torch.nan)
+        if self.pool.scales is not None:
+            self.pool.scales.fill_(torch.nan)
         self.decoder = Decoder(
             self.prefill.model, self.pool, TokenBytes(build_tokenizer()), max_batch
         )
@@ -115,6 +124,36 @@ def test_decode_equals_one_shot_prefill_under_dual_chunks(
     for count, token in enumerate(generated):
         text = np.array(prompt + generated[:count], dtype=np.int32)
         assert int(engine.prefill.logits(text).argmax()) == token
+
+
+@pytest.mark.parametrize("length", [100, 250, 600])
+def test_pages_of_8_bits_that_grow_hold_what_whole_ones_do(tmp_path: Path, length: int) -> None:
+    """Token by token, and from page to page, in two choices that share pages.
+
+    Positions are plain: temperature would grow in decode, and be the last length's in prefill.
+    """
+    engine, prompt = Engine(make_checkpoint(tmp_path), kept="fp8_e4m3"), make_prompt(length)
+    engine.reserve("a", prompt, max_tokens=40, choices=2)
+    outputs = engine.decoder.start("a", engine.hand_off("a", prompt))
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    generated = tokens_by_choice(outputs, "a")
+    assert generated[0] == generated[1]
+    deltas = [delta for _, delta in outputs if isinstance(delta, Delta) and delta.choice == 1]
+    for count, delta in enumerate(deltas):
+        text = np.array(prompt + generated[1][:count], dtype=np.int32)
+        logprobs = engine.prefill.logits(text).log_softmax(0)
+        assert int(logprobs.argmax()) == delta.tokens[0].token_id
+        assert delta.tokens[0].logprob == pytest.approx(float(logprobs.max()), abs=1e-4)
+
+
+def test_pages_of_another_format_are_refused(dual_chunk_folder: Path) -> None:
+    prompt = make_prompt(200)
+    engine = Engine(dual_chunk_folder)
+    engine.prefill = LocalPrefill(dual_chunk_folder, 1024, kv_cache_dtype="fp8_e4m3")
+    engine.reserve("a", prompt)
+    with pytest.raises(TransferError, match=r"request a, .* model\.kv_cache_dtype"):
+        engine.hand_off("a", prompt)
 
 
 def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(dual_chunk_folder: Path) -> None:

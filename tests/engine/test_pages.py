@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longreach.engine.errors import OutOfPagesError
+from longreach.engine.errors import OutOfPagesError, TransferError
 from longreach.engine.pages import PageGeometry, PagePool, consecutive_runs, pages_for
 
 GEOMETRY = PageGeometry(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32)
@@ -89,3 +89,40 @@ def test_pages_hold_their_tokens_with_less_than_one_to_spare(tokens: int) -> Non
 
 def test_bytes_of_a_page() -> None:
     assert GEOMETRY.bytes_per_page == make_pool().memory[:, 0].numel() * 4
+    pool = make_narrow_pool()
+    assert pool.scales is not None
+    scales = pool.scales[:, 0].numel() * pool.scales.element_size()
+    assert pool.geometry.bytes_per_page == pool.memory[:, 0].numel() + scales
+
+
+def make_narrow_pool() -> PagePool:
+    pool = PagePool(GEOMETRY.kept_as("fp8_e4m3"), 6, torch.device("cpu"))
+    pool.memory.fill_(torch.nan)
+    return pool
+
+
+def random_pages(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, 1, 2, 128, 4).to(torch.float8_e4m3fn), torch.rand(count, 1, 2)
+
+
+def test_pages_of_8_bits_are_put_and_copied_with_their_scales() -> None:
+    pool = make_narrow_pool()
+    values, scales = random_pages(2)
+    for layer in range(2):
+        pool.put(layer, torch.tensor([4, 1]), 0, values, scales)
+    pool.copy_page(4, 3)
+    assert torch.equal(
+        pool.memory[:, [4, 1, 3]].float(), values[[0, 1, 0]].float().expand(2, -1, -1, -1, -1, -1)
+    )
+    assert pool.scales is not None
+    assert torch.equal(pool.scales[:, [4, 1, 3]], scales[[0, 1, 0]].expand(2, -1, -1, -1))
+    assert pool.memory[:, [0, 2, 5]].isnan().all()
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_pages_of_another_format_are_refused(narrow: bool) -> None:
+    pool = make_narrow_pool() if narrow else make_pool()
+    values, scales = random_pages(1)
+    wide = values.float(), None
+    with pytest.raises(TransferError, match=r"same model\.dtype and model\.kv_cache_dtype"):
+        pool.put(0, torch.tensor([0]), 0, *(wide if narrow else (values, scales)))

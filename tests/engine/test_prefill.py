@@ -22,6 +22,8 @@ from longreach.kernels import elementwise, sparse
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint, oracle_logits
 
+formats = pytest.mark.parametrize("kept", ["auto", "fp8_e4m3"])
+
 
 def prompt_of(length: int) -> Tokens:
     return np.random.default_rng(length).integers(0, VOCAB, length).astype(np.int32)
@@ -35,6 +37,8 @@ def dual_chunk(tmp_path_factory) -> Path:
 def engine(folder: Path, **options) -> LocalPrefill:
     local = LocalPrefill(folder, 1280, **options)
     local.pool.memory.fill_(torch.nan)
+    if local.pool.scales is not None:
+        local.pool.scales.fill_(torch.nan)
     return local
 
 
@@ -72,13 +76,14 @@ def test_every_chunk_size_is_the_same(dual_chunk: Path, chunk_tokens: int) -> No
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
 
 
+@formats
 @pytest.mark.parametrize("chunk_tokens", [128, 1024])
-def test_sparse_with_full_budgets_is_dense(tmp_path, chunk_tokens: int) -> None:
+def test_sparse_with_full_budgets_is_dense(tmp_path, chunk_tokens: int, kept: str) -> None:
     keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
     folder = make_checkpoint(tmp_path, keys, sparse=(4096, 4096))
     prompt = prompt_of(1000)
-    dense = engine(folder, sparse=False).logits(prompt)
-    sparse = engine(folder).logits(prompt, chunk_tokens)
+    dense = engine(folder, sparse=False, kv_cache_dtype=kept).logits(prompt)
+    sparse = engine(folder, kv_cache_dtype=kept).logits(prompt, chunk_tokens)
     torch.testing.assert_close(sparse, dense, rtol=2e-4, atol=2e-4)
 
 
@@ -97,24 +102,28 @@ def test_bfloat16_is_near(dual_chunk: Path) -> None:
     assert (actual - expected).norm() / expected.norm() < 0.05
 
 
-def test_pages_that_are_not_neighbours_read_the_same(dual_chunk: Path) -> None:
-    local = engine(dual_chunk)
+@formats
+def test_pages_that_are_not_neighbours_read_the_same(dual_chunk: Path, kept: str) -> None:
+    local = engine(dual_chunk, kv_cache_dtype=kept)
     prompt = prompt_of(1000)
     expected = local.logits(prompt, 256)
     held = local.pool.allocate(10)
     local.pool.release(held[::2])
     local.pool.release([held[1], held[7]])
     scattered = local.logits(prompt[:700], 256)
-    torch.testing.assert_close(
-        scattered, engine(dual_chunk).logits(prompt[:700]), rtol=1e-4, atol=1e-4
-    )
+    alone = engine(dual_chunk, kv_cache_dtype=kept).logits(prompt[:700])
+    torch.testing.assert_close(scattered, alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(scattered, expected)
 
 
-def test_requests_may_take_turns_and_leave_no_page(dual_chunk: Path) -> None:
-    local = engine(dual_chunk)
+@formats
+def test_requests_may_take_turns_and_leave_no_page(dual_chunk: Path, kept: str) -> None:
+    local = engine(dual_chunk, kv_cache_dtype=kept)
     prompts = {"first": prompt_of(500), "second": prompt_of(600)}
-    alone = {name: engine(dual_chunk).logits(prompt) for name, prompt in prompts.items()}
+    alone = {
+        name: engine(dual_chunk, kv_cache_dtype=kept).logits(prompt)
+        for name, prompt in prompts.items()
+    }
     for name, prompt in prompts.items():
         local.prefiller.admit(name, prompt)
     for start in (0, 256, 512):
@@ -150,6 +159,28 @@ def test_wrong_calls_are_refused_and_cost_nothing(dual_chunk: Path) -> None:
     prefiller.release("one")
     prefiller.release("one")
     assert local.pool.num_free == local.pool.num_pages
+
+
+def test_pages_of_8_bits_are_the_same_for_every_chunk_size(dual_chunk: Path) -> None:
+    prompt = prompt_of(1000)
+    narrow = engine(dual_chunk, kv_cache_dtype="fp8_e4m3")
+    whole = narrow.logits(prompt)
+    held = widened(narrow, len(prompt))
+    for chunk_tokens in (128, 384, 640):
+        narrow.pool.memory.fill_(torch.nan)
+        cut = narrow.logits(prompt, chunk_tokens)
+        torch.testing.assert_close(cut, whole, rtol=2e-4, atol=2e-4)
+        # Where float32 sums in another order lie on another side of a border between two values.
+        assert (widened(narrow, len(prompt)) != held).double().mean() < 1e-4
+    exact = engine(dual_chunk).logits(prompt)
+    assert 0 < (whole - exact).norm() < 0.2 * exact.norm()
+
+
+def widened(local: LocalPrefill, tokens: int) -> torch.Tensor:
+    """The numbers in the first pages of all layers."""
+    pages = slice(0, -(-tokens // 128))
+    assert local.pool.scales is not None
+    return local.pool.memory[:, pages].float() * local.pool.scales[:, pages, ..., None, None]
 
 
 def test_too_little_memory_for_a_chunk_costs_that_chunk_alone(

@@ -2,8 +2,8 @@
 
 import torch
 
-from .interpreter import mend_bfloat16, mend_loop_bounds
+from .interpreter import mend_conversions, mend_loop_bounds
 
 if not torch.cuda.is_available():
-    mend_bfloat16()
+    mend_conversions()
     mend_loop_bounds()

@@ -14,7 +14,8 @@ from longreach.kernels.dual_chunk.decode_plan import DecodePlan
 from longreach.kernels.dual_chunk.reference import plain_positions, relative_positions
 from longreach.kernels.dual_chunk.segments import rotation
 from longreach.kernels.dual_chunk.triton_decode import DecodeTiling, decode_attention
-from longreach.kernels.pages import write_pages
+from longreach.kernels.pages import to_pages, write_pages
+from longreach.kernels.quantized.reference import scale_for as reference_scale
 
 from .poison import poison_fresh_memory
 
@@ -35,10 +36,18 @@ class Step:
     scales: Tensor
     output: Tensor  # float64 [batch, heads, d]
     lse: Tensor  # float64 [batch, heads]
+    page_scales: Tensor | None = None
 
-    def attend(self, plan: DecodePlan, stride: int | None, tiling: DecodeTiling):
+    def attend(self, plan: DecodePlan, stride: int | None, tiling: DecodeTiling | None):
         return decode_attention(
-            self.queries, self.memory, self.block_tables, plan, stride, self.scales, tiling
+            self.queries,
+            self.memory,
+            self.block_tables,
+            plan,
+            stride,
+            self.scales,
+            tiling,
+            self.page_scales,
         )
 
 
@@ -49,6 +58,7 @@ def make_step(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     dual: bool = True,
+    quantized: bool = False,
 ) -> Step:
     """Pages lie shuffled in a pool of NaN; block tables name a page of NaN where they end."""
     torch.manual_seed(sum(lengths))
@@ -56,6 +66,10 @@ def make_step(
     pages = torch.randperm(sum(counts) + 2).tolist()
     unused = pages.pop()
     memory = torch.full((len(pages) + 1, kv_heads, 2, 128, head_dim), torch.nan, dtype=dtype)
+    page_scales = None
+    if quantized:
+        memory = memory.float().to(torch.float8_e4m3fn)
+        page_scales = torch.full((len(pages) + 1, kv_heads, 2), torch.nan)
     block_tables = torch.full((len(lengths), max(*counts, 1) + 1), unused, dtype=torch.int32)
     scales = torch.rand(len(lengths)) * 0.2 + 0.1
     rotated = torch.full((3, len(lengths), heads, head_dim), torch.nan, dtype=dtype)
@@ -71,7 +85,10 @@ def make_step(
         k, v = torch.randn(2, length, kv_heads, head_dim)
         k = rotation(offsets, head_dim, THETA).apply(k).to(dtype)
         v = v.to(dtype)
-        write_pages(memory, table, 0, k, v)
+        if page_scales is None:
+            write_pages(memory, table, 0, k, v)
+        else:
+            k, v = _quantize(memory, page_scales, table, k, v)
         last = int(offsets[-1])
         farthest = [last, min(last + STRIDE, CHUNK), CHUNK] if dual else [last] * 3
         q = torch.randn(1, heads, head_dim)
@@ -80,7 +97,31 @@ def make_step(
             rotated[segment, row] = angles.apply(q)[0].to(dtype)
         output[row], lse[row] = _exact(rotated[:, row], k, v, offsets, float(scales[row]), dual)
     queries = SegmentQueries(*(each.to(DEVICE) for each in rotated))
-    return Step(queries, memory.to(DEVICE), block_tables.to(DEVICE), scales.to(DEVICE), output, lse)
+    if page_scales is not None:
+        page_scales = page_scales.to(DEVICE)
+    return Step(
+        queries, memory.to(DEVICE), block_tables.to(DEVICE), scales.to(DEVICE), output, lse,
+        page_scales,
+    )  # fmt: skip
+
+
+def _quantize(memory: Tensor, page_scales: Tensor, table: list[int], k: Tensor, v: Tensor):
+    """Write rotated K and V into pages whose rest is NaN, and return what these hold of them."""
+    factors = torch.logspace(-3, 3, len(table)).repeat_interleave(128)[: len(k), None, None]
+    k, v = k * factors.flip(0).clamp(max=3), v * factors
+    held = to_pages(k.float(), v.float())
+    own = torch.ones(*held.shape[:3]) * 2.0 ** torch.randint(-9, -2, held.shape[:3])
+    own = torch.maximum(own, reference_scale(held.abs().amax((-2, -1))))
+    page_scales[table] = own
+    narrow = (held / own[..., None, None]).to(memory.dtype)
+    raw = narrow.view(torch.uint8).clone()
+    rest = len(k) % 128
+    if rest:
+        raw[-1, :, :, rest:] = 0x7F  # NaN
+    memory.view(torch.uint8)[table] = raw
+    wide = narrow.float() * own[..., None, None]
+    flat = wide.permute(0, 3, 2, 1, 4).flatten(0, 1)[: len(k)]
+    return flat[:, 0], flat[:, 1]
 
 
 def _exact(rotated: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, dual: bool):
@@ -101,7 +142,9 @@ def _exact(rotated: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float,
     return output, logits.logsumexp(0)
 
 
-def check(step: Step, lengths: list[int], programs: int, dual: bool, tiling: DecodeTiling) -> None:
+def check(
+    step: Step, lengths: list[int], programs: int, dual: bool, tiling: DecodeTiling | None
+) -> None:
     plan = DecodePlan.allocate(len(lengths), programs, DEVICE)
     plan.refresh(lengths)
     output, lse = step.attend(plan, STRIDE if dual else None, tiling)
@@ -152,6 +195,46 @@ def test_head_groups_and_types(monkeypatch, group, dtype, head_dim) -> None:
     step = make_step(lengths, group * 2, 2, head_dim, dtype)
     poison_fresh_memory(monkeypatch)
     check(step, lengths, 3, True, DecodeTiling())
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype", "head_dim", "dual"),
+    [
+        (1, torch.bfloat16, 128, True),
+        (2, torch.float16, 64, True),
+        (5, torch.float32, 64, True),
+        (5, torch.bfloat16, 128, False),
+        (7, torch.bfloat16, 64, True),
+        (7, torch.float16, 128, False),
+    ],
+)
+@pytest.mark.parametrize("tiling", [None, DecodeTiling(tokens=32)], ids=str)
+def test_pages_of_8_bits(monkeypatch, group, dtype, head_dim, dual, tiling) -> None:
+    lengths = [1, 300, 0, 63, 129, 256, 555]
+    step = make_step(lengths, group * 2, 2, head_dim, dtype, dual, quantized=True)
+    poison_fresh_memory(monkeypatch)
+    check(step, lengths, 3, dual, tiling)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**14])
+def test_queries_beyond_float16_meet_pages_of_8_bits(factor) -> None:
+    step = make_step([300, 200], 4, 2, quantized=True)
+    scaled = SegmentQueries(*(each * factor for each in vars(step.queries).values()))
+    plan = DecodePlan.allocate(2, 3, DEVICE)
+    plan.refresh([300, 200])
+    output, _ = decode_attention(
+        scaled, step.memory, step.block_tables, plan, STRIDE, step.scales / factor, None,
+        step.page_scales,
+    )  # fmt: skip
+    assert (output.cpu().double() - step.output).norm() < 5e-3 * step.output.norm()
+
+
+def test_pages_and_scales_belong_together() -> None:
+    step = make_step([5], quantized=True)
+    step.page_scales = None
+    plan = DecodePlan.allocate(1, 1, DEVICE)
+    with pytest.raises(ValueError, match="float8_e4m3fn need scales"):
+        step.attend(plan, STRIDE, DecodeTiling())
 
 
 def test_more_partial_results_than_are_merged_at_once() -> None:
