@@ -73,7 +73,8 @@ class PrefillRank:
             prefill.sequence_parallel,
             self._rank,
             init_method,
-            backend="nccl" if prefill.gpus_per_rank else "gloo",
+            # NCCL refuses two ranks on one GPU.
+            backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
         )
         files = settings.model.files
         model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)

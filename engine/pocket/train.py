@@ -39,7 +39,7 @@ STAGES = (
     Stage(129024, 1, 150, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=1.0),
 )
 SPARSE_BUDGET = (64, 128)
-"""Verticals and slashes of every head; what larger ones change is in EXPERIMENTS.md."""
+"""Verticals and slashes of every head, for `longreach eval calibrate` to begin with."""
 
 _PEAK_RATE = 1.5e-3
 _LAST_RATE = 2e-5
