@@ -90,6 +90,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         raise ConfigurationError(f"--decode {given.decode}: take 0 or more")
     if given.what == "scaling" and not given.tokens:
         raise ConfigurationError("scaling needs a prompt; name its length with --tokens")
+    if given.what == "scaling" and given.kv_cache != "bf16":
+        raise ConfigurationError("scaling is of bf16 pages; leave --kv-cache out")
     if not given.link_gbs > 0:
         raise ConfigurationError(f"--link-gbs {given.link_gbs}: take more than 0")
     if not given.latency_us >= 0:

@@ -97,6 +97,7 @@ def test_too_small_a_device_is_refused() -> None:
         (["--decode", "-1"], "--decode"),
         (["scaling", "--tokens", ""], "needs a prompt"),
         (["scaling", "--meshes", "8"], "no mesh"),
+        (["scaling", "--kv-cache", "fp8"], "bf16 pages"),
         (["scaling", "--link-gbs", "0"], "--link-gbs"),
         (["scaling", "--latency-us", "-1"], "--latency-us"),
     ],
