@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .transfer import without_waiting
+
 PAGE_TOKENS = 128
 
 
@@ -30,7 +32,8 @@ class BlockTable:
     def on(self, device: torch.device) -> Tensor:
         """int32 [pages] on a device; copied there once."""
         if device not in self._on:
-            self._on[device] = torch.from_numpy(self.pages.astype(np.int32)).to(device)
+            table = torch.from_numpy(self.pages.astype(np.int32))
+            self._on[device] = without_waiting(table, device)
         return self._on[device]
 
 
