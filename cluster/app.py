@@ -1,10 +1,11 @@
 """The Serve application of a configuration, and a cluster on this machine that runs it."""
 
 import logging
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from ..engine.errors import ConfigurationError, UnavailableError
+from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .client import Endpoint
 from .decode_replica import DecodeReplica
 from .ingress import api_builder
@@ -28,6 +29,8 @@ _NO_LIMIT = 1_000_000
 _READY_SECONDS = 300
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 30
+# The last line of a trace, as Python writes it.
+_OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -142,6 +145,23 @@ def _deleted() -> bool:
     return True
 
 
+def startup_failure(messages: Iterable[str]) -> str | None:
+    """What a replica raised on purpose while it started; None where it was nothing of ours.
+
+    Args:
+        messages: of deployments that did not come up. Serve keeps traces there, and no exceptions.
+    """
+    said = [_OUR_ERROR.findall(message) for message in messages]
+    return next((errors[-1] for errors in said if errors), None)
+
+
+def _startup_failure() -> str | None:
+    application = serve.status().applications.get(APP_NAME)
+    if application is None:
+        return None
+    return startup_failure(each.message for each in application.deployments.values())
+
+
 def start(settings: Settings) -> LocalCluster:
     """Start a cluster on this machine; returns when every replica is up.
 
@@ -170,8 +190,9 @@ def start(settings: Settings) -> LocalCluster:
         application = build(settings, cluster.metrics_directory)
         serve.run(application, name=APP_NAME, logging_config=_LOGGING)
     except RuntimeError as error:
+        reason = _startup_failure() or str(error)
         cluster.kill()
-        raise UnavailableError(f"the cluster did not start: {error}") from error
+        raise UnavailableError(f"the cluster did not start: {reason}") from error
     except BaseException:
         cluster.kill()
         raise

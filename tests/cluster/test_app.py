@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray import serve
 
-from longreach.cluster.app import LocalCluster, check_room, start
+from longreach.cluster.app import LocalCluster, check_room, start, startup_failure
 from longreach.cluster.settings import Settings
 from longreach.engine.errors import ConfigurationError
 
@@ -77,3 +77,13 @@ def test_parts_of_a_cpu_add_up_as_ray_counts_them() -> None:
     """0.1 + 0.1 + 0.1 is more than 0.3 in binary."""
     settings = changed(make_settings(1), "prefill", cpus_per_rank=0.1)
     check_room(changed(settings, "decode", cpus=0.1), {"CPU": 0.3})
+
+
+def test_what_a_rank_said_is_told_and_not_the_trace_around_it() -> None:
+    trace = (
+        "RuntimeError: Traceback (most recent call last):\n"
+        "ray.exceptions.RayTaskError(ConfigurationError): ray::PrefillRank.join()\n"
+        "longreach.engine.errors.ConfigurationError: too little memory; lower this\n"
+    )
+    assert startup_failure(["", trace]) == "too little memory; lower this"
+    assert startup_failure(["", "RuntimeError: something else"]) is None
