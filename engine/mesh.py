@@ -54,7 +54,7 @@ class Mesh:
 
         Args:
             init_method: the same on every rank: "tcp://host:port" or "file:///path".
-            backend: "nccl" on GPUs, "gloo" elsewhere.
+            backend: "nccl" where every rank has a GPU to itself, "gloo" elsewhere.
         """
         size = tensor_parallel * sequence_parallel
         if tensor_parallel < 1 or sequence_parallel < 1 or not 0 <= rank < size:

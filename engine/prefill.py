@@ -136,13 +136,13 @@ class Prefiller:
             )
         if request_id in self._admitted:
             raise InvalidRequestError(f"request {request_id} is being prefilled already")
-        if pages_for(len(prompt)) > self._pool.num_pages:
+        needed = pages_for(len(prompt))
+        if needed > self._pool.num_pages:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens and prefill has room for "
                 f"{self._pool.num_pages * PAGE_TOKENS}; shorten it or raise "
                 "prefill.kv_cache_tokens"
             )
-        needed = pages_for(len(prompt))
         if pages is None:
             held = self._pool.allocate(needed)
         elif len(pages) < needed:

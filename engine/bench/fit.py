@@ -7,9 +7,7 @@ import torch
 
 from ..errors import ConfigurationError
 from ..pages import PAGE_TOKENS, PageGeometry, pages_for
-from .work import Work
-
-_GB = 1e9
+from .work import GB, Work
 
 
 def free_bytes(device: torch.device) -> int:
@@ -49,7 +47,7 @@ class Fit:
         Raises:
             ConfigurationError: it does not, or not even the weights do; says what would.
         """
-        weights, free = self.work.weight_bytes / _GB, self.free / _GB
+        weights, free = self.work.weight_bytes / GB, self.free / GB
         longest = self.longest()
         if longest == 0:
             raise ConfigurationError(
@@ -58,7 +56,7 @@ class Fit:
                 "GPU"
             )
         if tokens > longest:
-            pages = pages_for(tokens) * self._bytes_per_page / _GB
+            pages = pages_for(tokens) * self._bytes_per_page / GB
             raise ConfigurationError(
                 f"{tokens:,} tokens (prompt and answer) need {pages:.1f} GB of KV pages beside "
                 f"{weights:.1f} GB of weights, and of {free:.1f} GB free {longest:,} tokens "

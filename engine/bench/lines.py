@@ -10,9 +10,7 @@ from ...kernels.bench.measure import environment
 from .baseline import VLLM_TPOT_MS, VLLM_TTFT_SECONDS, DenseBaseline
 from .ceilings import Ceilings
 from .running import BatchRun, PromptRun, settled
-from .work import Work
-
-_GB = 1e9
+from .work import GB, Work
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,8 @@ class Reporter:
             floor=floor,
             floor_fraction=floor / run.first_token,
             linear_fraction=linear_floor / stages["linear"],
-            peak_gb=None if run.peak_bytes is None else run.peak_bytes / _GB,
-            activations_gb=None if run.activation_bytes is None else run.activation_bytes / _GB,
+            peak_gb=None if run.peak_bytes is None else run.peak_bytes / GB,
+            activations_gb=None if run.activation_bytes is None else run.activation_bytes / GB,
             cudnn_dense_attention=dense,
             attention_speedup=None if dense is None else dense / attending,
             vllm_ttft=VLLM_TTFT_SECONDS.get(run.tokens) if self.vllm else None,

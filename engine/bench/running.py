@@ -19,7 +19,7 @@ from ..messages import GenerationRequest, SamplingParameters, Tokens
 from ..prefill import ChunkResult, Prefiller
 from ..warm_up import warm_up_prefill
 from .density import Density
-from .subject import Subject
+from .subject import Subject, synchronize
 from .work import Work
 
 _SHORT_SECONDS = 3.0
@@ -95,7 +95,7 @@ def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> P
         before = _start_counting_memory(subject.device)
         try:
             decoder.reserve(_request("a", prompt, new_tokens + 1))
-            _synchronize(subject.device)
+            synchronize(subject.device)
             started = time.perf_counter()
             results = _prefill(subject, prefiller, prompt, decoder.block_table("a"))
             prefilled = time.perf_counter()
@@ -128,7 +128,7 @@ def _prefill(
         prefiller.run_chunk("a", start, min(start + subject.chunk_tokens, len(prompt)))
         for start in range(0, len(prompt), subject.chunk_tokens)
     ]
-    _synchronize(subject.device)
+    synchronize(subject.device)
     return results
 
 
@@ -167,7 +167,7 @@ def _steps(decoder: Decoder, device: torch.device) -> list[float]:
     while decoder.has_work:
         started = time.perf_counter()
         _check(decoder.step())
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -207,8 +207,3 @@ def _start_counting_memory(device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

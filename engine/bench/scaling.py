@@ -27,7 +27,7 @@ from .fit import Fit, free_bytes
 from .lines import run_environment
 from .lone_rank import LoneRank, exchanged
 from .options import Options
-from .subject import page_geometry
+from .subject import page_geometry, synchronize
 from .work import Work
 
 _SAMPLES = 6
@@ -190,10 +190,10 @@ def _time_rank(
 
 
 def _seconds(prefiller: Prefiller, start: int, end: int, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     prefiller.run_chunk("a", start, end)
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
@@ -260,8 +260,3 @@ def _give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -76,3 +76,9 @@ def load(files: ModelFiles, device: torch.device, seed: int) -> Qwen2:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig
 
+GB = 1e9
 _RESERVE_BYTES = 1 << 30
 """The driver's context, workspaces of the libraries, and what fragmentation loses."""
 

@@ -24,16 +24,7 @@ def narrow_pages(
             memory,
             scales,
             pages,
-            k,
-            v,
-            rotation.cosine,
-            rotation.sine,
-            memory.stride(0),
-            scales.stride(0),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
+            *_operands(memory, scales, k, v, rotation),
             count,
             kv_heads,
             HALF=head_dim // 2,
@@ -52,21 +43,20 @@ def append_tokens(
             memory,
             scales,
             slots,
-            k,
-            v,
-            rotation.cosine,
-            rotation.sine,
-            memory.stride(0),
-            scales.stride(0),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
+            *_operands(memory, scales, k, v, rotation),
             kv_heads,
             HALF=head_dim // 2,
             PAGE=PAGE_TOKENS,
             num_warps=4,
         )
+
+
+def _operands(
+    memory: Tensor, scales: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+) -> tuple[Tensor | int, ...]:
+    """What both kernels that write pages take in, and how far apart it lies."""
+    apart = (memory.stride(0), scales.stride(0), *k.stride()[:2], *v.stride()[:2])
+    return k, v, rotation.cosine, rotation.sine, *apart
 
 
 def widen_pages(memory: Tensor, scales: Tensor, table: Tensor, out: Tensor) -> None:
