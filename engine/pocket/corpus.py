@@ -73,6 +73,9 @@ _UNANSWERABLE = 0.02
 """The share of questions about what a document does not say; three times as many taught the model
 to say so of what it does say."""
 
+_MOST_ECHOES = 40
+"""How often the same decoy occurs at most."""
+
 Tokens = npt.NDArray[np.int16]
 
 
@@ -320,28 +323,45 @@ class _Chat:
     def _decoys(self, room: int) -> list[bytes]:
         """Text that begins like some fact's value and goes on otherwise, under any name or none.
 
-        Among a million tokens there is always some; the answer must follow its fact, and not
-        whatever follows the same few characters.
+        Among a million tokens there is always some, and the same again and again; the answer must
+        follow its fact, and not whatever follows the same few characters. Half of the documents
+        that have any have it all about one to three facts, as many for each as only a far longer
+        document would.
         """
         chance = self._chance
         if self._dense or room < 400 or chance.random() < 0.4:
             return []
+        facts, most = self._facts, 8 + room // 200
+        if chance.random() < 0.5:
+            facts = chance.sample(facts, min(len(facts), chance.randint(1, 3)))
+            most += room // 200
+        count = chance.randint(1, most)
         known = {fact.name for fact in self._facts}
-        decoys = []
-        for fact in chance.choices(self._facts, k=chance.randint(1, 8 + room // 200)):
-            kept = fact.value[: chance.randint(1, len(fact.value))]
-            rest = text.like(chance, fact.value)[len(kept) :]
-            other = kept + (rest or text.pseudo_word(chance))
+        decoys: list[bytes] = []
+        while len(decoys) < count:
+            fact = chance.choice(facts)
+            other = _beginning_like(chance, fact.value)
             name = text.near(chance, fact.name)
-            if other == fact.value or fact.value in rest:
-                continue
             if chance.random() < 0.3 and name not in known:
                 known.add(name)
                 statement = chance.choice(_STATEMENTS).replace("{name}", name)
-            else:
-                statement = chance.choice(_DECOYS)
-            decoys.append(statement.replace("{value}", other).encode())
+                decoys.append(statement.replace("{value}", other).encode())
+                continue
+            often = int(_MOST_ECHOES ** chance.random()) if chance.random() < 0.3 else 1
+            for _ in range(min(often, count - len(decoys))):
+                decoys.append(chance.choice(_DECOYS).replace("{value}", other).encode())
         return decoys
+
+
+def _beginning_like(chance: random.Random, value: str) -> str:
+    """What shares a value's beginning, up to all of it; at times it is only that."""
+    while True:
+        kept = value[: chance.randint(1, len(value))]
+        rest = text.like(chance, value)[len(kept) :] or text.pseudo_word(chance)
+        if len(kept) > 1 and chance.random() < 0.15:
+            rest = ""
+        if kept + rest != value and value not in rest:
+            return kept + rest
 
 
 def _restate(chance: random.Random, fact: _Fact) -> str:

@@ -2,8 +2,9 @@
 
 Stages from short documents that are nearly all facts to long ones that are nearly all filler:
 recall is learned where most tokens reward it, and then stretched. Trained on long documents from
-the start, the model learns nothing. The last stages go beyond one dual chunk. An interrupted run
-goes on where its state was last saved when it is started again with the same folder.
+the start, the model learns nothing. The last stages go beyond one dual chunk, and are gone through
+again in cycles. An interrupted run goes on where its state was last saved when it is started again
+with the same folder.
 """
 
 import argparse
@@ -24,26 +25,59 @@ from .corpus import Stage, make_batch
 from .export import write_checkpoint
 from .model import PocketQwen2, PocketSizes
 
-# 4, 8, 18, 36 and 72 dual chunks at the end. Every batch has as many tokens, so that layers compile
-# once.
-STAGES = (
+
+@dataclass(frozen=True)
+class Cycle:
+    """Stages under one rate: it warms up to its peak, then falls straight to nearly nothing."""
+
+    peak_rate: float
+    warm_up: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of all its stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def rate(self, step: int) -> float:
+        """Of a step that is counted from the cycle's first, which is 1."""
+        if step < self.warm_up:
+            return self.peak_rate * step / self.warm_up
+        done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.peak_rate + (_LAST_RATE - self.peak_rate) * done
+
+
+def _far_stages(*steps: int) -> tuple[Stage, ...]:
+    """Beyond one dual chunk: 4, 8, 18, 36 and 72 of them, and one again before the longest two.
+
+    Every batch has as many tokens, so that layers compile once.
+    """
+    four, eight, eighteen, one, thirty_six, seventy_two = steps
+    return (
+        Stage(7168, 18, four, (0.7, 1.0), questions=20, most_facts=32, tail=1792, near=0.3),
+        Stage(14336, 9, eight, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
+        Stage(32256, 4, eighteen, (0.8, 1.0), questions=48, most_facts=64, tail=1792, near=0.5),
+        Stage(2048, 63, one, filler=(0.6, 1.0), questions=6, most_facts=12),
+        Stage(64512, 2, thirty_six, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=0.8),
+        Stage(129024, 1, seventy_two, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=1.0),
+    )
+
+
+_NEAR_STAGES = (
     Stage(256, 504, 1000, filler=(0.0, 0.3), questions=3, most_facts=6),
     Stage(512, 252, 600, filler=(0.2, 0.6), questions=4, most_facts=8),
     Stage(1024, 126, 800, filler=(0.4, 0.9), questions=5, most_facts=10),
     Stage(2048, 63, 1600, filler=(0.6, 1.0), questions=6, most_facts=12),
-    Stage(7168, 18, 1400, (0.7, 1.0), questions=20, most_facts=32, tail=1792, near=0.3),
-    Stage(14336, 9, 800, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
-    Stage(32256, 4, 450, (0.8, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
-    Stage(2048, 63, 100, filler=(0.6, 1.0), questions=6, most_facts=12),
-    Stage(64512, 2, 250, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=0.8),
-    Stage(129024, 1, 150, (0.9, 1.0), questions=32, most_facts=48, tail=1792, near=1.0),
+)
+CYCLES = (
+    Cycle(1.5e-3, 200, _NEAR_STAGES + _far_stages(1400, 1000, 600, 100, 400, 450)),
+    Cycle(4e-4, 100, 2 * _far_stages(350, 250, 200, 50, 175, 400)),
+    Cycle(4e-4, 100, 2 * _far_stages(500, 300, 200, 100, 200, 400)),
 )
 SPARSE_BUDGET = (64, 128)
 """Verticals and slashes of every head, for `longreach eval calibrate` to begin with."""
 
-_PEAK_RATE = 1.5e-3
-_LAST_RATE = 2e-5
-_WARM_UP = 200
+_LAST_RATE = 1e-5
 _OTHER_WEIGHT = 0.1
 _MOST_TEMPERATURE = 2.7
 _EVALUATION_SEED = 1_000_000
@@ -87,22 +121,23 @@ class Trainer:
     def __init__(
         self,
         folder: Path,
-        stages: tuple[Stage, ...] = STAGES,
+        cycles: tuple[Cycle, ...] = CYCLES,
         sizes: PocketSizes | None = None,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self._folder, self._stages, self._seed, self._workers = folder, stages, seed, workers
+        self._folder, self._cycles, self._seed, self._workers = folder, cycles, seed, workers
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = PocketQwen2(sizes or PocketSizes()).to(self._device)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         self._optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-            lr=_PEAK_RATE, betas=(0.9, 0.95), fused=self._device.type == "cuda",
+            betas=(0.9, 0.95), fused=self._device.type == "cuda",
         )  # fmt: skip
-        self._total_steps = sum(stage.steps for stage in stages)
+        self._stages = tuple(stage for cycle in cycles for stage in cycle.stages)
+        self._total_steps = sum(cycle.steps for cycle in cycles)
         self._step = 0
         if self._device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -206,11 +241,11 @@ class Trainer:
             )
 
     def _rate(self, step: int) -> float:
-        """Warm-up, then a straight fall: the long stages come late, and need what is left."""
-        if step < _WARM_UP:
-            return _PEAK_RATE * step / _WARM_UP
-        done = (step - _WARM_UP) / max(1, self._total_steps - _WARM_UP)
-        return _PEAK_RATE + (_LAST_RATE - _PEAK_RATE) * done
+        for cycle in self._cycles[:-1]:
+            if step <= cycle.steps:
+                return cycle.rate(step)
+            step -= cycle.steps
+        return self._cycles[-1].rate(step)
 
     @property
     def _state_file(self) -> Path:

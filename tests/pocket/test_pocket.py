@@ -25,11 +25,12 @@ from longreach.engine.pocket.corpus import (
 from longreach.engine.pocket.model import PocketQwen2, PocketSizes
 from longreach.engine.pocket.text import HELD_OUT_NOUNS
 from longreach.engine.pocket.tokenizer import TURN_END_ID, build_tokenizer
-from longreach.engine.pocket.train import STAGES, Trainer
+from longreach.engine.pocket.train import CYCLES, Cycle, Trainer
 from longreach.engine.tokenizer import Tokenizer
 from longreach.kernels.dual_chunk import reference
 
 CPU = torch.device("cpu")
+STAGES = CYCLES[0].stages
 MOST_BYTES = 8_000_000
 
 
@@ -124,7 +125,11 @@ def tiny_trainer(folder: Path) -> Trainer:
         hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8, chunk_size=64, local_size=8
     )
     long = Stage(300, 2, 2, (0.5, 0.9), 2, 3, tail=56, near=0.5)
-    return Trainer(folder, (Stage(64, 2, 2, (0.0, 0.3), 1, 1), long), sizes)
+    cycles = (
+        Cycle(1e-3, 1, (Stage(64, 2, 2, (0.0, 0.3), 1, 1),)),
+        Cycle(5e-4, 1, (long,)),
+    )
+    return Trainer(folder, cycles, sizes)
 
 
 def test_training_that_ran_out_of_time_goes_on_as_if_it_had_not(
