@@ -16,7 +16,10 @@ from .scheduler import Chunk
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..engine.prefill import ChunkResult
+    import torch
+
+    from ..engine.mesh import Mesh
+    from ..engine.prefill import ChunkResult, Prefiller
     from .object_store import ObjectStoreSender
 
 
@@ -56,36 +59,29 @@ class PrefillRank:
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def join(self, init_method: str) -> None:
-        """Meet the other ranks and load this rank's share of the model."""
+        """Meet the other ranks and load this rank's share of the model.
+
+        Raises:
+            CheckpointError: the model cannot be read.
+            ConfigurationError: the mesh does not divide it, or it does not fit on the GPU.
+        """
         import torch
 
         from ..engine.mesh import Mesh
-        from ..engine.pages import PagePool, pages_for
-        from ..engine.prefill import Prefiller
-        from ..engine.random_weights import load_model
-        from ..engine.sparsity import SparsityConfig
-        from ..engine.warm_up import warm_up_prefill
+        from .memory import room_for_prefill
 
-        settings, prefill = self._settings, self._settings.prefill
+        prefill = self._settings.prefill
         device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
-        mesh = Mesh.join(
-            prefill.tensor_parallel,
-            prefill.sequence_parallel,
-            self._rank,
-            init_method,
-            # NCCL refuses two ranks on one GPU.
-            backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
-        )
-        files = settings.model.files
-        model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
-        geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
-        pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
-        sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
-        self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
-        if prefill.gpus_per_rank:
-            longest = settings.limits.max_model_len
-            stride = model.positions.stride
-            warm_up_prefill(self._prefiller, longest, prefill.chunk_tokens, stride)
+        with room_for_prefill(self._settings, device):
+            mesh = Mesh.join(
+                prefill.tensor_parallel,
+                prefill.sequence_parallel,
+                self._rank,
+                init_method,
+                # NCCL refuses two ranks on one GPU.
+                backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
+            )
+            self._prefiller: Prefiller = _make_prefiller(self._settings, mesh, device)
 
     def ping(self) -> None:
         """Answer, if alive."""
@@ -142,3 +138,25 @@ class PrefillRank:
 
         limit = self._settings.transport.max_in_flight_bytes
         return ObjectStoreSender(worker, request_id, limit)
+
+
+def _make_prefiller(settings: Settings, mesh: "Mesh", device: "torch.device") -> "Prefiller":
+    """Of this rank's share of the model, which has met every kind of chunk if it is on a GPU."""
+    import torch
+
+    from ..engine.pages import PagePool, pages_for
+    from ..engine.prefill import Prefiller
+    from ..engine.random_weights import load_model
+    from ..engine.sparsity import SparsityConfig
+    from ..engine.warm_up import warm_up_prefill
+
+    files, prefill = settings.model.files, settings.prefill
+    model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
+    geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+    pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
+    sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
+    prefiller = Prefiller(model, pool, sparsity)
+    if prefill.gpus_per_rank:
+        longest, stride = settings.limits.max_model_len, model.positions.stride
+        warm_up_prefill(prefiller, longest, prefill.chunk_tokens, stride)
+    return prefiller
