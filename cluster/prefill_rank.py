@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..engine.mesh import Mesh
-    from ..engine.prefill import ChunkResult, Prefiller
+    from ..engine.prefill import ChunkResult
     from .object_store import ObjectStoreSender
 
 
@@ -81,7 +81,28 @@ class PrefillRank:
                 # NCCL refuses two ranks on one GPU.
                 backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
             )
-            self._prefiller: Prefiller = _make_prefiller(self._settings, mesh, device)
+            self._load(mesh, device)
+
+    def _load(self, mesh: "Mesh", device: "torch.device") -> None:
+        import torch
+
+        from ..engine.pages import PagePool, pages_for
+        from ..engine.prefill import Prefiller
+        from ..engine.random_weights import load_model
+        from ..engine.sparsity import SparsityConfig
+        from ..engine.warm_up import warm_up_prefill
+
+        settings, prefill = self._settings, self._settings.prefill
+        files = settings.model.files
+        model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
+        geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+        pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
+        sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
+        self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
+        if prefill.gpus_per_rank:
+            longest = settings.limits.max_model_len
+            stride = model.positions.stride
+            warm_up_prefill(self._prefiller, longest, prefill.chunk_tokens, stride)
 
     def ping(self) -> None:
         """Answer, if alive."""
@@ -138,25 +159,3 @@ class PrefillRank:
 
         limit = self._settings.transport.max_in_flight_bytes
         return ObjectStoreSender(worker, request_id, limit)
-
-
-def _make_prefiller(settings: Settings, mesh: "Mesh", device: "torch.device") -> "Prefiller":
-    """Of this rank's share of the model, which has met every kind of chunk if it is on a GPU."""
-    import torch
-
-    from ..engine.pages import PagePool, pages_for
-    from ..engine.prefill import Prefiller
-    from ..engine.random_weights import load_model
-    from ..engine.sparsity import SparsityConfig
-    from ..engine.warm_up import warm_up_prefill
-
-    files, prefill = settings.model.files, settings.prefill
-    model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
-    geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
-    pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
-    sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
-    prefiller = Prefiller(model, pool, sparsity)
-    if prefill.gpus_per_rank:
-        longest, stride = settings.limits.max_model_len, model.positions.stride
-        warm_up_prefill(prefiller, longest, prefill.chunk_tokens, stride)
-    return prefiller
