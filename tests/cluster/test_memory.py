@@ -53,12 +53,17 @@ def without_memory(*arguments: object) -> Any:
     raise torch.OutOfMemoryError("as the allocator says it\nin several lines")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("one-gpu*.yaml")), ids=lambda path: path.stem)
-def test_configurations_of_one_gpu_fit_on_it(path: Path) -> None:
-    settings = load_settings(path)
-    longest = settings.limits.max_model_len
-    prefill_fit(settings, CARD).check(settings.prefill.kv_cache_tokens, longest)
-    decode_fit(settings, CARD).check(settings.decode.kv_cache_tokens)
+@pytest.mark.parametrize(("name", "card"), [("one-gpu", 16e9), ("one-gpu-7b", CARD)])
+def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> None:
+    """Whichever comes last: the other has taken its own by then."""
+    settings = load_settings(CONFIGS / f"{name}.yaml")
+    assert settings.prefill.gpus_per_rank + settings.decode.gpus <= 1
+    longest, tokens = settings.limits.max_model_len, settings.prefill.kv_cache_tokens
+    decode = decode_fit(settings, int(card))
+    decode.check(settings.decode.kv_cache_tokens)
+    taken = pages.pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
+    left = decode.free - decode.weights.num_bytes - taken - decode.besides(longest)
+    prefill_fit(settings, left).check(tokens, longest)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from longreach.cluster.explain import kv_bytes
-from longreach.cluster.memory import decode_fit, prefill_fit
 from longreach.cluster.settings import (
     PAGE_TOKENS,
     check_model,
@@ -58,21 +57,6 @@ def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", sorted(LAPTOP.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_can_run(path: Path) -> None:
     load_settings(path)
-
-
-def test_the_7b_on_one_gpu_fits_into_its_memory_twice() -> None:
-    """Weights and pages of prefill and of decode, and a chunk's activations."""
-    settings = load_settings(LAPTOP.parent / "one-gpu-7b.yaml")
-    assert settings.model.files.random
-    assert settings.prefill.gpus_per_rank + settings.decode.gpus <= 1
-    card = 149_000_000_000
-    decode = decode_fit(settings, card)
-    decode.check(settings.decode.kv_cache_tokens)
-    pages_taken = pages.pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
-    left = card - decode.weights.num_bytes - pages_taken - decode.besides(0)
-    prefill_fit(settings, left).check(
-        settings.prefill.kv_cache_tokens, settings.limits.max_model_len
-    )
 
 
 def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> None:

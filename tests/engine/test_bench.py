@@ -231,6 +231,16 @@ def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     assert "measured" in capsys.readouterr().out
 
 
+def test_a_mesh_that_does_not_divide_is_refused_before_any_is_timed(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "scaling.csv"
+    arguments = ["scaling", "--checkpoint", str(folder), "--tokens", "900", "--csv", str(path)]
+    with pytest.raises(ConfigurationError, match=r"take one of 1, 2, 4, or more seq"):
+        main([*arguments, "--meshes", "1x1,3x2"])
+    assert not path.exists()
+
+
 def test_chunks_between_the_measured_ones_are_interpolated() -> None:
     # 1, 2, 3 and half of a chunk that starts where the last one measured does.
     assert compute_seconds(350, 100, [0, 200], [1.0, 3.0]) == pytest.approx(1 + 2 + 3 + 1.5)
