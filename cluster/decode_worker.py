@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..engine.errors import (
     InvalidRequestError,
@@ -23,6 +23,8 @@ from .metrics import Metrics
 from .settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from ..engine.decode import Decoder, Output
     from ..engine.sampler import Logits
     from .object_store import PageRun
@@ -234,9 +236,18 @@ class DecodeWorker:
         self._sink.set(metrics.NUM_REQUESTS_WAITING, len(self._waiting_for_pages))
 
 
-def _make_decoder(settings: Settings, dtype: Any) -> "Decoder":
+def _make_decoder(settings: Settings, dtype: "torch.dtype") -> "Decoder":
+    """Raises: as `room_for_decode`, and CheckpointError if the model cannot be read."""
     import torch
 
+    from .memory import room_for_decode
+
+    device = torch.device("cuda" if settings.decode.gpus else "cpu")
+    with room_for_decode(settings, device):
+        return _load_decoder(settings, dtype, device)
+
+
+def _load_decoder(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "Decoder":
     from ..engine.decode import Decoder
     from ..engine.detokenizer import TokenBytes
     from ..engine.mesh import Mesh
@@ -245,7 +256,6 @@ def _make_decoder(settings: Settings, dtype: Any) -> "Decoder":
     from ..engine.tokenizer import Tokenizer
 
     files = settings.model.files
-    device = torch.device("cuda" if settings.decode.gpus else "cpu")
     model = load_model(files, Mesh.single(), dtype, device)
     geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
     pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)

@@ -16,6 +16,9 @@ from .scheduler import Chunk
 from .settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..engine.mesh import Mesh
     from ..engine.prefill import ChunkResult
     from .object_store import ObjectStoreSender
 
@@ -56,10 +59,33 @@ class PrefillRank:
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def join(self, init_method: str) -> None:
-        """Meet the other ranks and load this rank's share of the model."""
+        """Meet the other ranks and load this rank's share of the model.
+
+        Raises:
+            CheckpointError: the model cannot be read.
+            ConfigurationError: the mesh does not divide it, or it does not fit on the GPU.
+        """
         import torch
 
         from ..engine.mesh import Mesh
+        from .memory import room_for_prefill
+
+        prefill = self._settings.prefill
+        device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
+        with room_for_prefill(self._settings, device):
+            mesh = Mesh.join(
+                prefill.tensor_parallel,
+                prefill.sequence_parallel,
+                self._rank,
+                init_method,
+                # NCCL refuses two ranks on one GPU.
+                backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
+            )
+            self._load(mesh, device)
+
+    def _load(self, mesh: "Mesh", device: "torch.device") -> None:
+        import torch
+
         from ..engine.pages import PagePool, pages_for
         from ..engine.prefill import Prefiller
         from ..engine.random_weights import load_model
@@ -67,15 +93,6 @@ class PrefillRank:
         from ..engine.warm_up import warm_up_prefill
 
         settings, prefill = self._settings, self._settings.prefill
-        device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
-        mesh = Mesh.join(
-            prefill.tensor_parallel,
-            prefill.sequence_parallel,
-            self._rank,
-            init_method,
-            # NCCL refuses two ranks on one GPU.
-            backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
-        )
         files = settings.model.files
         model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
         geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)

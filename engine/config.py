@@ -67,18 +67,19 @@ class ModelConfig:
         Raises:
             ConfigurationError: the heads or the MLP do not divide.
         """
-        group = self.num_heads // self.num_kv_heads
-        heads = self.num_heads // ranks
-        if (
-            self.num_heads % ranks
-            or self.intermediate_size % ranks
-            or (heads % group and group % heads)
-        ):
+        if not self._divides_by(ranks):
+            possible = [str(n) for n in range(1, self.num_heads + 1) if self._divides_by(n)]
             raise ConfigurationError(
                 f"tensor_parallel {ranks} does not divide this model's {self.num_heads} query "
                 f"heads, {self.num_kv_heads} KV heads and MLP of {self.intermediate_size}; "
-                "choose another, or more sequence_parallel"
+                f"take one of {', '.join(possible)}, or more sequence_parallel"
             )
+
+    def _divides_by(self, ranks: int) -> bool:
+        group = self.num_heads // self.num_kv_heads
+        heads = self.num_heads // ranks
+        whole = self.num_heads % ranks == 0 and self.intermediate_size % ranks == 0
+        return whole and (heads % group == 0 or group % heads == 0)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":

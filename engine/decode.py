@@ -134,7 +134,7 @@ class Decoder:
             raise PromptTooLongError(
                 f"the request needs {needed * PAGE_TOKENS} tokens of KV cache and this server has "
                 f"{self._pool.num_pages * PAGE_TOKENS} (decode.kv_cache_tokens); shorten the "
-                "prompt, max_tokens or n"
+                "prompt, max_tokens or n, or raise that setting"
             )
         pages = self._pool.allocate(needed)
         tables = _block_tables(request, pages)
@@ -168,19 +168,22 @@ class Decoder:
         """Put handed-off pages in their place; the arguments are `PageSender.push`'s.
 
         Raises:
-            TransferError: nothing is reserved under that name, or the pages do not fit in.
+            TransferError: nothing is reserved under that name, the pages do not fit in, or the
+                device has no memory left for them on their way.
         """
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
-        table = reservation.block_tables[0].on(self._pool.memory.device)
-        table = table[first_page : first_page + len(pages)]
         try:
+            table = reservation.block_tables[0].on(self._pool.memory.device)
+            table = table[first_page : first_page + len(pages)]
             self._pool.put(layer, table.long(), first_kv_head, pages, scales)
         except TransferError as error:
             raise TransferError(
                 f"request {request_id}, page {first_page}, KV head {first_kv_head}: {error}"
             ) from error
+        except torch.OutOfMemoryError as error:
+            raise TransferError(_no_memory(f"as it took pages of request {request_id}")) from error
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:
@@ -189,13 +192,20 @@ class Decoder:
         Args:
             logits: after the prompt's last token, [vocab] float32.
 
+        Returns:
+            the first tokens; an OutOfMemoryError alone where there was no memory to start with, and
+            the pages are free again.
+
         Raises:
             InvalidRequestError: nothing is reserved under that name, or it has started.
         """
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
-        self._copy_last_prompt_page(reservation)
+        try:
+            self._copy_last_prompt_page(reservation)
+        except torch.OutOfMemoryError:
+            return [self._give_up(request_id, "as a request started")]
         reservation.sequences = self._make_sequences(reservation)
         outputs: list[Output] = []
         for sequence in list(reservation.sequences):
@@ -221,7 +231,7 @@ class Decoder:
             outcomes = self._step.run([_row_of(sequence) for sequence in batch])
         except torch.OutOfMemoryError:
             # No sequence has grown: the next step writes the same K and V to the same places.
-            return [self._give_up(batch[-1].request_id, len(batch))]
+            return [self._give_up(batch[-1].request_id, f"at a step of {len(batch)} sequences")]
         outputs: list[Output] = []
         for sequence, outcome in zip(batch, outcomes, strict=True):
             sequence.length += 1
@@ -240,14 +250,10 @@ class Decoder:
         for table in held if reservation.started else reservation.block_tables:
             self._pool.release(table.pages.tolist())
 
-    def _give_up(self, request_id: str, sequences: int) -> Output:
+    def _give_up(self, request_id: str, when: str) -> Output:
         """End a request for want of memory."""
         self.cancel(request_id)
-        error = OutOfMemoryError(
-            f"the decode worker ran out of memory at a step of {sequences} sequences; lower "
-            "decode.max_batch or decode.kv_cache_tokens"
-        )
-        return request_id, error
+        return request_id, OutOfMemoryError(_no_memory(when))
 
     def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
         """A page that the prompt fills in part is written by every choice: each gets its own."""
@@ -314,6 +320,13 @@ class Decoder:
         self._pool.release(sequence.block_table.pages.tolist())
         if not reservation.sequences:
             del self._reservations[sequence.request_id]
+
+
+def _no_memory(when: str) -> str:
+    return (
+        f"the decode worker ran out of memory {when}; lower decode.max_batch or "
+        "decode.kv_cache_tokens"
+    )
 
 
 def _row_of(sequence: _Sequence) -> StepRow:

@@ -28,6 +28,7 @@ from ..kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv
 from ..kernels.pages import BlockTable
 from .decode_step import DecodeStep, Outcome, StepRow
 from .errors import ConfigurationError
+from .memory import out_of_memory_raises
 from .messages import ChosenToken
 from .pages import PagePool, pages_for
 from .positions import Rotations
@@ -115,7 +116,11 @@ class KernelStep(DecodeStep):
         device, max_batch = model.device, row_counts[-1]
         self._device = device
         self._softmax_scale = model.positions.softmax_scale
-        try:
+        told = ConfigurationError(
+            f"a decode step of {max_batch} sequences does not fit in the device's memory beside "
+            "weights and KV pages; lower decode.kv_cache_tokens or decode.max_batch"
+        )
+        with out_of_memory_raises(told):
             # A row of block tables is written only when another sequence takes it.
             self._tables = torch.zeros(max_batch, pool.num_pages, dtype=torch.int32, device=device)
             self._held: list[BlockTable | None] = [None] * max_batch
@@ -131,11 +136,6 @@ class KernelStep(DecodeStep):
                 tables = self._tables[:rows]
                 launch = capture(_Launches(model, pool, tables, batch.inputs))
                 self._batches.insert(0, (batch, launch))
-        except torch.OutOfMemoryError as error:
-            raise ConfigurationError(
-                f"a decode step of {max_batch} sequences does not fit in the device's memory "
-                "beside weights and KV pages; lower decode.kv_cache_tokens or decode.max_batch"
-            ) from error
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow]) -> list[Outcome]:

@@ -112,10 +112,15 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """Hold pages that are already held, once more each."""
+        """Hold pages that are already held, once more each.
+
+        Raises:
+            ValueError: one of them is free; none was taken.
+        """
         for page in pages:
             if self._holders[page] == 0:
                 raise ValueError(f"page {page} is free and cannot be shared")
+        for page in pages:
             self._holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:

@@ -5,7 +5,6 @@ The rows of a chunk are dealt to the sequence ranks in blocks of 128; each rank 
 its blocks, all ranks gather them, and so each rank's pages hold the whole prompt for its KV heads.
 """
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from ..kernels.sparse import Selections
 from ..kernels.transfer import without_waiting
 from .chunk_pages import ChunkPages
 from .errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
+from .memory import out_of_memory_raises
 from .messages import Tokens
 from .pages import PAGE_TOKENS, PagePool, pages_for
 from .qwen2 import Qwen2
@@ -175,15 +175,12 @@ class Prefiller:
                 pages are held until it is released; other ranks may wait in a collective.
         """
         admitted = self._next_chunk_of(request_id, start, end)
-        try:
+        told = OutOfMemoryError(
+            f"prefill ran out of memory at tokens {start} to {end} of a prompt; lower "
+            "prefill.chunk_tokens or prefill.kv_cache_tokens"
+        )
+        with out_of_memory_raises(told):
             result = self._compute(admitted, start, end, sender)
-        except torch.OutOfMemoryError as error:
-            # Whoever keeps the error must not keep the chunk's activations with it.
-            traceback.clear_frames(error.__traceback__)
-            raise OutOfMemoryError(
-                f"prefill ran out of memory at tokens {start} to {end} of a prompt; lower "
-                "prefill.chunk_tokens or prefill.kv_cache_tokens"
-            ) from error
         admitted.done = end
         return result
 

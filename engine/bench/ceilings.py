@@ -28,10 +28,10 @@ class Ceilings:
     def measure(cls, work: Work, rows: int, dtype: torch.dtype, device: torch.device) -> "Ceilings":
         """Products of the model's own shapes have `rows` rows; each counts by its operations."""
         size, rows = _SQUARE[device.type], min(rows, _MOST_ROWS[device.type])
-        flops = [2.0 * rows * outputs * inputs for outputs, inputs in work.products]
+        flops = [2.0 * rows * outputs * inputs for outputs, inputs in work.weights.products]
         seconds = [
             _product_seconds(rows, outputs, inputs, dtype, device)
-            for outputs, inputs in work.products
+            for outputs, inputs in work.weights.products
         ]
         square = 2.0 * size**3 / _product_seconds(size, size, size, dtype, device)
         source = torch.ones(_READ_ELEMENTS[device.type], device=device)

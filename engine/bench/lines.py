@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...kernels.bench.measure import environment
+from ..memory import GB
 from .baseline import VLLM_TPOT_MS, VLLM_TTFT_SECONDS, DenseBaseline
 from .ceilings import Ceilings
 from .running import BatchRun, PromptRun, settled
-from .work import GB, Work
+from .work import Work
 
 
 @dataclass(frozen=True)

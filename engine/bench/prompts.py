@@ -7,10 +7,11 @@ import torch
 from ...kernels.bench.measure import append
 from ..config import ModelConfig
 from ..errors import LongreachError
+from ..memory import free_bytes
 from ..pages import PAGE_TOKENS, pages_for
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
-from .fit import Fit, free_bytes
+from .fit import fit
 from .lines import Line, Reporter, run_environment
 from .options import Options
 from .running import run_batch, run_prompt, warm_up
@@ -27,11 +28,11 @@ def measure(options: Options, device: torch.device) -> bool:
     config = ModelConfig.from_folder(options.files.folder)
     work = Work(config, torch.bfloat16.itemsize)
     geometry = page_geometry(config, options.kv_cache)
-    fit = Fit(work, geometry, options.chunk_tokens, free_bytes(device))
+    room = fit(work, geometry, options.chunk_tokens, free_bytes(device))
     longest = max(options.tokens, default=0)
     cached = _kv_tokens(longest, options.decode)
-    fit.check(cached)
-    most = fit.most_tokens_beside(longest)
+    room.check(cached)
+    most = room.most_tokens_beside(longest)
     wanted = [sum(_kv_tokens(n, options.decode) for n in batch) for batch in options.batches]
     cached = max(cached, min(most, max(wanted, default=0)))
 

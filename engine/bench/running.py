@@ -6,8 +6,7 @@ and nothing is copied or held twice.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from ..decode import Decoder
 from ..errors import GenerationError, OutOfMemoryError
+from ..memory import out_of_memory_raises
 from ..messages import GenerationRequest, SamplingParameters, Tokens
 from ..prefill import ChunkResult, Prefiller
 from ..warm_up import warm_up_prefill
@@ -87,8 +87,11 @@ def warm_up(subject: Subject, longest: int, sparse: bool, new_tokens: int) -> No
 def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
     density = Density(subject.device)
     prompt = subject.prompt(tokens)
-    mends = "lower --chunk-tokens or --tokens, or take --kv-cache fp8"
-    with _memory_watched(f"a prompt of {tokens:,} tokens", mends):
+    told = OutOfMemoryError(
+        f"the device ran out of memory at a prompt of {tokens:,} tokens; lower --chunk-tokens or "
+        "--tokens, or take --kv-cache fp8"
+    )
+    with out_of_memory_raises(told):
         sparsity = subject.sparsity if sparse else None
         prefiller = Prefiller(subject.model, subject.pool, sparsity, density)
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, 1)
@@ -140,8 +143,11 @@ def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> Batc
     """
     generator = np.random.default_rng(subject.seed)
     names = [str(number) for number in range(len(lengths))]
-    mends = "take fewer sequences, or --kv-cache fp8"
-    with _memory_watched(f"a batch of {len(lengths)}", mends):
+    told = OutOfMemoryError(
+        f"the device ran out of memory at a batch of {len(lengths)}; take fewer sequences, or "
+        "--kv-cache fp8"
+    )
+    with out_of_memory_raises(told):
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
         try:
             for name, length in zip(names, lengths, strict=True):
@@ -170,15 +176,6 @@ def _steps(decoder: Decoder, device: torch.device) -> list[float]:
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     return seconds
-
-
-@contextmanager
-def _memory_watched(case: str, mends: str) -> Iterator[None]:
-    """Tell of a device without memory in our own words."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, OutOfMemoryError) as error:
-        raise OutOfMemoryError(f"the device ran out of memory at {case}; {mends}") from error
 
 
 def _check(outputs: Sequence[tuple[str, object]]) -> None:

@@ -18,12 +18,13 @@ import torch
 from ...kernels.bench.measure import append
 from ...kernels.sparse import Selections
 from ..config import ModelConfig
+from ..memory import free_bytes
 from ..pages import PagePool, pages_for
 from ..prefill import Prefiller, SparseAttention
 from ..qwen2 import HeadShare
 from ..random_weights import load_model
 from ..sparsity import SparsityConfig
-from .fit import Fit, free_bytes
+from .fit import fit
 from .lines import run_environment
 from .lone_rank import LoneRank, exchanged
 from .options import Options
@@ -113,7 +114,7 @@ def predict(options: Options, device: torch.device) -> None:
     tokens = options.tokens[-1]
     work = Work(config, torch.bfloat16.itemsize)
     geometry = page_geometry(config, "bf16")
-    Fit(work, geometry, options.chunk_tokens, free_bytes(device)).check(tokens)
+    fit(work, geometry, options.chunk_tokens, free_bytes(device)).check(tokens)
     for tensor, _ in options.meshes:
         config.check_tensor_parallel(tensor)
     wanted = SparsityConfig.from_folder(options.files.folder)

@@ -3,12 +3,21 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from longreach.cluster.decode_worker import DecodeWorker
-from longreach.engine.errors import GenerationError, UnavailableError
+from longreach.cluster.object_store import as_bytes
+from longreach.engine.errors import (
+    GenerationError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    TransferError,
+    UnavailableError,
+)
 from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from .conftest import make_settings
@@ -101,3 +110,66 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
         assert after.tokens == 8
 
     asyncio.run(run())
+
+
+async def served(worker: DecodeWorker, name: str) -> Answer:
+    """From a page that is handed off to the last token."""
+    page, answer = worker._decoder._pool.memory[0, :1].clone(), Answer()
+    await worker.receive(name, [(0, 0, 0, as_bytes(page), None)])
+    await answer.read(worker, name)
+    return answer
+
+
+def break_once(target: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has no memory left the first time something is called."""
+    kept, calls = getattr(target, name), 0
+
+    def small(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("as the allocator says it")
+        return kept(*arguments)
+
+    monkeypatch.setattr(target, name, small)
+
+
+@pytest.mark.parametrize("where", ["receive", "start", "step"])
+def test_too_little_memory_ends_one_request_and_the_next_is_served(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    decoder = worker._decoder
+    target, name = {
+        "receive": (decoder._pool, "put"),
+        "start": (decoder, "_copy_last_prompt_page"),
+        "step": (decoder._step, "run"),
+    }[where]
+    break_once(target, name, monkeypatch)
+
+    async def run() -> None:
+        await worker.reserve(make_request("big"))
+        with pytest.raises((TransferError, OutOfMemoryError), match=r"lower decode\.max_batch"):
+            await served(worker, "big")
+        await worker.release("big")
+        assert decoder.usage == 0
+        await worker.ping()
+        await worker.reserve(make_request("after"))
+        after = await served(worker, "after")
+        assert after.is_whole
+        assert after.tokens == 8
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+def test_a_request_that_can_never_fit_is_told_so_at_once(worker: DecodeWorker) -> None:
+    """Also while others hold pages: it must not wait for those."""
+
+    async def run() -> None:
+        await worker.reserve(make_request("small"))
+        with pytest.raises(
+            PromptTooLongError, match=r"needs 1408 .* has 1280 \(decode\.kv_cache_tokens\); shorten"
+        ):
+            await worker.reserve(make_request("huge", tokens=1300))
+        await worker.reserve(make_request("after"))
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))

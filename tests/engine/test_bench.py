@@ -13,7 +13,7 @@ import torch
 from longreach.engine.bench import prompts
 from longreach.engine.bench.__main__ import main
 from longreach.engine.bench.density import Density
-from longreach.engine.bench.fit import Fit
+from longreach.engine.bench.fit import fit
 from longreach.engine.bench.lone_rank import LoneRank, exchanged
 from longreach.engine.bench.options import parse
 from longreach.engine.bench.scaling import Traffic, compute_seconds
@@ -21,6 +21,7 @@ from longreach.engine.bench.subject import Subject, load, page_geometry
 from longreach.engine.bench.work import Work
 from longreach.engine.config import ModelConfig
 from longreach.engine.errors import CheckpointError, ConfigurationError
+from longreach.engine.memory import PrefillFit
 from longreach.engine.mesh import Mesh
 from longreach.engine.pages import PagePool
 from longreach.engine.pocket import CHECKPOINT
@@ -38,8 +39,8 @@ QWEN_14B = ModelConfig.from_folder(known_shapes()["qwen2.5-14b-1m"])
 H200_BYTES, H100_BYTES = int(149e9), int(83e9)
 
 
-def fit(config: ModelConfig, kv_cache: str, free: int) -> Fit:
-    return Fit(Work(config), page_geometry(config, kv_cache), 32768, free)
+def fit_of(config: ModelConfig, kv_cache: str, free: int) -> PrefillFit:
+    return fit(Work(config), page_geometry(config, kv_cache), 32768, free)
 
 
 def test_the_floors_are_the_designs() -> None:
@@ -47,7 +48,7 @@ def test_the_floors_are_the_designs() -> None:
     # /28 because nobody wants the last layer's rows.
     assert work.linear_flops(2**20) == pytest.approx(1.37e16 * 27 / 28, rel=0.01)
     assert work.attention_flops(2**20) == pytest.approx(2.2e17 * 27 / 28, rel=0.01)
-    assert work.weight_bytes == pytest.approx(15.2e9, rel=0.01)
+    assert work.weights.num_bytes == pytest.approx(15.2e9, rel=0.01)
     assert work.decode_bytes([1_000_000], 57_344) == pytest.approx(14.1e9 + 57.3e9, rel=0.01)
 
 
@@ -60,29 +61,31 @@ def test_the_floors_are_the_designs() -> None:
     ],
 )
 def test_what_the_cards_are_meant_to_hold_fits(config, kv_cache, free, tokens) -> None:
-    fit(config, kv_cache, free).check(tokens)
+    fit_of(config, kv_cache, free).check(tokens)
 
 
 def test_too_long_a_prompt_is_refused_with_what_fits_and_what_helps() -> None:
     with pytest.raises(ConfigurationError, match=r"196\.6 GB.*--kv-cache fp8") as refused:
-        fit(QWEN_14B, "bf16", H200_BYTES).check(1_000_064)
+        fit_of(QWEN_14B, "bf16", H200_BYTES).check(1_000_064)
     said = str(refused.value).split(" of 149.0 GB free ")[1]
     fits = int(said.split()[0].replace(",", ""))
-    fit(QWEN_14B, "bf16", H200_BYTES).check(fits)
+    fit_of(QWEN_14B, "bf16", H200_BYTES).check(fits)
     with pytest.raises(ConfigurationError) as refused:
-        fit(QWEN_14B, "fp8", H100_BYTES).check(1_000_064)
+        fit_of(QWEN_14B, "fp8", H100_BYTES).check(1_000_064)
     assert "fp8" not in str(refused.value)
 
 
 def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
-    wide, narrow = (fit(QWEN_14B, kept, H200_BYTES).longest() for kept in ("bf16", "fp8"))
+    wide, narrow = (fit_of(QWEN_14B, kept, H200_BYTES).longest() for kept in ("bf16", "fp8"))
     # 48 layers of 1 byte and 4 / 16384 a number, and one of 2, instead of 48 of 2.
     assert narrow / wide == pytest.approx(2 * 48 / (48 * (1 + 4 / 2**14) + 2), rel=0.01)
 
 
 def test_too_small_a_device_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"15\.2 GB.*16\.0 GB free.*larger GPU"):
-        fit(QWEN_7B, "bf16", int(16e9)).check(128)
+    with pytest.raises(
+        ConfigurationError, match=r"15\.2 GB.*16\.0 GB free.*-shape, or a larger GPU"
+    ):
+        fit_of(QWEN_7B, "bf16", int(16e9)).check(128)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,16 @@ def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     assert float(lines[0]["speedup_modelled"]) == 1
     assert float(lines[0]["ttft_modelled"]) == float(lines[0]["compute_modelled"])
     assert "measured" in capsys.readouterr().out
+
+
+def test_a_mesh_that_does_not_divide_is_refused_before_any_is_timed(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "scaling.csv"
+    arguments = ["scaling", "--checkpoint", str(folder), "--tokens", "900", "--csv", str(path)]
+    with pytest.raises(ConfigurationError, match=r"take one of 1, 2, 4, or more seq"):
+        main([*arguments, "--meshes", "1x1,3x2"])
+    assert not path.exists()
 
 
 def test_chunks_between_the_measured_ones_are_interpolated() -> None:

@@ -294,6 +294,52 @@ def test_too_little_memory_for_a_step_ends_the_request_that_joined_last(
     assert engine.generate("last", prompts["last"])
 
 
+def test_too_little_memory_for_pages_that_come_ends_that_hand_off(
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, prompt = Engine(dual_chunk_folder), make_prompt(300)
+    alone = Engine(dual_chunk_folder).generate("a", prompt)
+    put, calls = engine.pool.put, 0
+
+    def small_put(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        put(*arguments)
+
+    monkeypatch.setattr(engine.pool, "put", small_put)
+    engine.reserve("a", prompt)
+    with pytest.raises(TransferError, match=r"pages of request a; lower decode\.max_batch or dec"):
+        engine.hand_off("a", prompt)
+    engine.prefill.prefiller.release("a")
+    engine.decoder.cancel("a")
+    assert engine.decoder.usage == 0
+    assert engine.generate("a", prompt) == alone
+
+
+def test_too_little_memory_to_start_ends_that_request(
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, prompt = Engine(dual_chunk_folder), make_prompt(300)
+    alone = Engine(dual_chunk_folder).generate("a", prompt, choices=2)
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    engine.reserve("a", prompt, choices=2)
+    logits = engine.hand_off("a", prompt)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "copy_page", fail)
+        [(name, error)] = engine.decoder.start("a", logits)
+    assert name == "a"
+    assert isinstance(error, OutOfMemoryError)
+    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(error)
+    assert not engine.decoder.is_generating("a")
+    assert engine.decoder.usage == 0
+    assert engine.generate("a", prompt, choices=2) == alone
+
+
 @pytest.mark.parametrize("when", ["reserved", "part received", "waiting", "running"])
 def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) -> None:
     engine = Engine(dual_chunk_folder)
@@ -336,7 +382,9 @@ def test_a_start_that_fails_half_way_keeps_no_page(
 
 def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: Path) -> None:
     engine = Engine(dual_chunk_folder, pages=4)
-    with pytest.raises(PromptTooLongError, match="shorten"):
+    with pytest.raises(
+        PromptTooLongError, match=r"needs 640 .* has 512 \(decode\.kv_cache_tokens\); shorten"
+    ):
         engine.reserve("long", make_prompt(600))
     engine.reserve("a", make_prompt(300))
     with pytest.raises(OutOfPagesError):

@@ -13,7 +13,9 @@ from longreach.engine.config import KVCacheDtype, ModelConfig
 from longreach.engine.errors import ConfigurationError
 from longreach.engine.local import LocalPrefill
 from longreach.engine.mesh import Mesh
+from longreach.engine.models import ModelFiles
 from longreach.engine.qwen2 import HeadShare
+from longreach.engine.random_weights import load_model
 from longreach.engine.transport import PageSender
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
@@ -157,8 +159,24 @@ def test_heads_are_shared(heads, kv_heads, tensor_parallel, expected) -> None:
     ("heads", "kv_heads", "tensor_parallel"), [(28, 4, 8), (12, 4, 6), (6, 2, 5)]
 )
 def test_a_mesh_that_does_not_divide_is_refused(heads, kv_heads, tensor_parallel) -> None:
-    with pytest.raises(ConfigurationError, match="choose another"):
+    with pytest.raises(ConfigurationError, match=r"take one of 1, 2"):
         HeadShare.of(config_with(heads, kv_heads), tensor_parallel, 0)
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_mesh_that_does_not_divide_is_refused_before_weights_are_read(
+    checkpoint: Path, random: bool
+) -> None:
+    """The folder of a partial download has no weights: the mesh is what is told."""
+    (checkpoint / "model.safetensors").rename(checkpoint / "elsewhere")
+    try:
+        with pytest.raises(ConfigurationError, match=r"tensor_parallel 3 .* take one of 1, 2, 4"):
+            load_model(
+                ModelFiles(checkpoint, checkpoint, random), Mesh(3, 1, 0), torch.float32,
+                torch.device("cpu"),
+            )  # fmt: skip
+    finally:
+        (checkpoint / "elsewhere").rename(checkpoint / "model.safetensors")
 
 
 def test_a_rank_outside_the_mesh_is_refused() -> None:

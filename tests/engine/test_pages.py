@@ -71,6 +71,16 @@ def test_what_nobody_holds_can_be_neither_shared_nor_released() -> None:
         pool.share([page])
 
 
+def test_all_pages_are_shared_or_none() -> None:
+    pool = make_pool()
+    held = pool.allocate(2)
+    free = next(page for page in range(PAGES) if page not in held)
+    with pytest.raises(ValueError, match=f"page {free} is free"):
+        pool.share([held[0], free, held[1]])
+    pool.release(held)
+    assert pool.num_free == PAGES
+
+
 def test_a_copy_is_in_every_layer() -> None:
     pool = make_pool()
     pool.memory.fill_(torch.nan)

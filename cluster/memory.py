@@ -1,0 +1,97 @@
+"""Whether a process of a cluster fits on its GPU, in the settings' words.
+
+Two processes may share a GPU, and what one of them has not taken yet is free to the other. So
+sizes are checked before anything is taken, and where memory runs out all the same, that is told
+like what was checked.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..engine.config import ModelConfig
+from ..engine.memory import (
+    DecodeFit,
+    Fit,
+    Mends,
+    PrefillFit,
+    Weights,
+    free_bytes,
+    out_of_memory_raises,
+)
+from ..engine.pages import PageGeometry
+from .settings import Settings
+
+_NARROW = "model.kv_cache_dtype fp8_e4m3"
+_LARGER = "a larger GPU"
+
+
+@contextmanager
+def room_for_prefill(settings: Settings, device: torch.device) -> Iterator[None]:
+    """Where a prefill rank takes what it needs.
+
+    Raises:
+        ConfigurationError: it does not fit on the GPU, or another process had taken too much of it.
+    """
+    fit = prefill_fit(settings, free_bytes(device))
+    # No prompt is longer than the limit, however many tokens the pages hold.
+    longest = settings.limits.max_model_len
+    with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
+        yield
+
+
+@contextmanager
+def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
+    """Where a decode worker takes what it needs; as `room_for_prefill`."""
+    fit = decode_fit(settings, free_bytes(device))
+    with _room(fit, settings.decode.kv_cache_tokens, None, device):
+        yield
+
+
+def prefill_fit(settings: Settings, free: int) -> PrefillFit:
+    """One rank's share of the model, of its pages and of a chunk, in so many bytes.
+
+    Raises:
+        CheckpointError: the model's configuration cannot be read.
+        ConfigurationError: the ranks do not divide the model.
+    """
+    prefill = settings.prefill
+    weights, geometry = _model(settings, prefill.tensor_parallel)
+    others = ("a smaller prefill.chunk_tokens", "a larger prefill.tensor_parallel", _LARGER)
+    alone = _alone("prefill.gpus_per_rank", prefill.gpus_per_rank)
+    mends = Mends("prefill.kv_cache_tokens", _NARROW, others + alone)
+    return PrefillFit(
+        weights, geometry, free, mends, prefill.chunk_tokens, prefill.sequence_parallel
+    )
+
+
+def decode_fit(settings: Settings, free: int) -> DecodeFit:
+    """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
+    decode = settings.decode
+    weights, geometry = _model(settings, 1)
+    others = ("a smaller decode.max_batch", _LARGER, *_alone("decode.gpus", decode.gpus))
+    mends = Mends("decode.kv_cache_tokens", _NARROW, others)
+    return DecodeFit(weights, geometry, free, mends, decode.max_batch)
+
+
+def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
+    config = ModelConfig.from_folder(settings.model.folder)
+    dtype: torch.dtype = getattr(torch, settings.model.dtype)
+    weights = Weights(config, dtype.itemsize, tensor_parallel)
+    pages = PageGeometry(config.num_layers, weights.heads.num_kv_heads, config.head_dim, dtype)
+    return weights, pages.kept_as(settings.model.kv_cache_dtype)
+
+
+def _alone(setting: str, gpus: float) -> tuple[str, ...]:
+    """What helps a process that shares its GPU."""
+    return () if gpus >= 1 else (f"a GPU of its own ({setting} 1)",)
+
+
+@contextmanager
+def _room(fit: Fit, tokens: int, longest: int | None, device: torch.device) -> Iterator[None]:
+    # A host's memory is taken as pages are first used, and its operating system divides it.
+    if device.type == "cuda":
+        fit.check(tokens, longest)
+    with out_of_memory_raises(fit.overrun(tokens, longest)):
+        yield

@@ -1,0 +1,175 @@
+"""Ranks and workers on a GPU that is too small, or that another process has filled."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longreach.cluster import memory
+from longreach.cluster.app import startup_failure
+from longreach.cluster.decode_worker import _make_decoder
+from longreach.cluster.memory import decode_fit, prefill_fit
+from longreach.cluster.prefill_rank import PrefillRank
+from longreach.cluster.settings import Settings, load_settings
+from longreach.engine import decode, pages, prefill, qwen2, random_weights
+from longreach.engine.errors import ConfigurationError, LongreachError
+
+from .conftest import make_settings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CARD = 149_000_000_000
+
+
+def join(settings: Settings) -> None:
+    PrefillRank(settings, 0).join("")
+
+
+def make_decoder(settings: Settings) -> None:
+    _make_decoder(settings, getattr(torch, settings.model.dtype))
+
+
+@pytest.fixture
+def shared() -> Settings:
+    """The 7B's shape, prefill and decode on one card."""
+    return load_settings(CONFIGS / "one-gpu-7b.yaml")
+
+
+@pytest.fixture
+def on_cpu() -> Settings:
+    settings = make_settings(1)
+    sizes = {"sequence_parallel": 1, "kv_cache_tokens": 2048}
+    return settings.model_copy(
+        update={
+            "prefill": settings.prefill.model_copy(update=sizes),
+            "decode": settings.decode.model_copy(update={"kv_cache_tokens": 2048}),
+        }
+    )
+
+
+def without_memory(*arguments: object) -> Any:
+    raise torch.OutOfMemoryError("as the allocator says it\nin several lines")
+
+
+@pytest.mark.parametrize(("name", "card"), [("one-gpu", 16e9), ("one-gpu-7b", CARD)])
+def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> None:
+    """Whichever comes last: the other has taken its own by then."""
+    settings = load_settings(CONFIGS / f"{name}.yaml")
+    assert settings.prefill.gpus_per_rank + settings.decode.gpus <= 1
+    longest, tokens = settings.limits.max_model_len, settings.prefill.kv_cache_tokens
+    decode = decode_fit(settings, int(card))
+    decode.check(settings.decode.kv_cache_tokens)
+    taken = pages.pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
+    left = decode.free - decode.weights.num_bytes - taken - decode.besides(longest)
+    prefill_fit(settings, left).check(tokens, longest)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (join, "take fewer prefill.kv_cache_tokens, model.kv_cache_dtype fp8_e4m3, whose pages are "
+         "half as large, a smaller prefill.chunk_tokens, a larger prefill.tensor_parallel, a "
+         "larger GPU, or a GPU of its own (prefill.gpus_per_rank 1)"),
+        (make_decoder, "take fewer decode.kv_cache_tokens, model.kv_cache_dtype fp8_e4m3, whose "
+         "pages are half as large, a smaller decode.max_batch, a larger GPU, or a GPU of its own "
+         "(decode.gpus 1)"),
+    ],
+    ids=["prefill", "decode"],
+)  # fmt: skip
+def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(
+    shared: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    start: Callable[[Settings], None],
+    said: str,
+) -> None:
+    """Nothing may touch a GPU either: there is none where this test runs."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(60e9))
+    with pytest.raises(ConfigurationError, match=r"47\.0 GB .* 15\.2 GB .* of 60\.0 GB") as refused:
+        start(shared)
+    assert str(refused.value).endswith(said)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_number_that_is_told_would_fit(
+    shared: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(60e9))
+    with pytest.raises(ConfigurationError) as refused:
+        join(shared)
+    tokens = int(str(refused.value).split(" tokens would fit")[0].split()[-1].replace(",", ""))
+    prefill_fit(shared, int(60e9)).check(tokens, shared.limits.max_model_len)
+
+
+@pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])
+def test_a_gpu_that_does_not_hold_the_weights_is_refused(
+    shared: Settings, monkeypatch: pytest.MonkeyPatch, start: Callable[[Settings], None]
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(16e9))
+    with pytest.raises(ConfigurationError, match=r"15\.2 GB .* 16\.0 GB free, .* a larger GPU"):
+        start(shared)
+
+
+@pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])
+def test_a_cpu_is_not_asked_what_it_has(
+    on_cpu: Settings, monkeypatch: pytest.MonkeyPatch, start: Callable[[Settings], None]
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    start(on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("start", "setting", "place", "name"),
+    [
+        (join, "prefill.kv_cache_tokens", qwen2.Qwen2, "from_weights"),
+        (join, "prefill.kv_cache_tokens", pages.PagePool, "__init__"),
+        (join, "prefill.kv_cache_tokens", prefill, "_widened"),
+        (make_decoder, "decode.kv_cache_tokens", random_weights, "load_model"),
+        (make_decoder, "decode.kv_cache_tokens", pages.PagePool, "__init__"),
+        (make_decoder, "decode.kv_cache_tokens", decode, "make_step"),
+    ],
+)
+def test_memory_that_others_took_meanwhile_is_told_like_memory_that_was_not_there(
+    on_cpu: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    start: Callable[[Settings], None],
+    setting: str,
+    place: Any,
+    name: str,
+) -> None:
+    narrow = on_cpu.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
+    monkeypatch.setattr(place, name, without_memory)
+    with pytest.raises(ConfigurationError, match="ran out of memory: 2,048 tokens") as told:
+        start(on_cpu.model_copy(update={"model": narrow}))
+    assert f"take fewer {setting}, a smaller " in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_warming_up_without_memory_is_told_as_a_setting_that_is_too_large(
+    on_cpu: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that is on a GPU as far as it knows; its chunk raises what a chunk raises."""
+    on_gpu = on_cpu.prefill.model_copy(update={"gpus_per_rank": 0.5})
+    settings = on_cpu.model_copy(
+        update={
+            "prefill": on_gpu,
+            "limits": on_cpu.limits.model_copy(update={"max_model_len": 2048}),
+        }
+    )
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "device", lambda name: cpu)
+    monkeypatch.setattr(prefill.Prefiller, "_compute", without_memory)
+    with pytest.raises(ConfigurationError, match=r"a smaller prefill\.chunk_tokens") as told:
+        join(settings)
+    assert "tokens 0 to 2048" in str(told.value.__cause__)
+
+
+def test_what_a_process_said_at_its_start_is_what_a_user_is_told(
+    on_cpu: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trace with all that led to it, as Serve keeps it."""
+    monkeypatch.setattr(pages.PagePool, "__init__", without_memory)
+    with pytest.raises(LongreachError) as told:
+        join(on_cpu)
+    assert startup_failure(["".join(traceback.format_exception(told.value))]) == str(told.value)
