@@ -50,8 +50,7 @@ class DecodeWorker:
         torch.set_num_threads(threads)
         # What comes out of the object store is read-only, and is only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._dtype: torch.dtype = getattr(torch, settings.model.dtype)
-        self._decoder = _make_decoder(settings, self._dtype)
+        self._decoder = _make_decoder(settings, getattr(torch, settings.model.dtype))
         # Held by whoever uses the decoder; notified when pages came back.
         self._turn = asyncio.Condition()
         self._waiting_for_pages: list[tuple[float, GenerationRequest]] = []
@@ -105,13 +104,10 @@ class DecodeWorker:
 
     async def receive(self, request_id: str, runs: "list[PageRun]") -> None:
         """Take handed-off pages."""
-        from .object_store import from_bytes
-
-        for layer, first_page, first_kv_head, data, page_scales in runs:
-            pages, scales = from_bytes(data, page_scales, self._dtype)
-            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages, scales)
-            size = data.nbytes + (0 if scales is None else scales.nbytes)
-            self._sink.add(metrics.HANDOFF_BYTES, size)
+        for run in runs:
+            pages = run.pages
+            self._decoder.receive(request_id, run.place, pages)
+            self._sink.add(metrics.HANDOFF_BYTES, pages.nbytes)
 
     async def answer(
         self, request_id: str, logits: "Logits"

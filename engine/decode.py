@@ -9,7 +9,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ..kernels.pages import BlockTable
 from .decode_step import DecodeStep, Outcome, StepRow, make_step
@@ -22,9 +21,10 @@ from .errors import (
     TransferError,
 )
 from .messages import ChosenToken, Delta, GenerationRequest
-from .pages import PAGE_TOKENS, PagePool, pages_for
+from .pages import PAGE_TOKENS, PagePool, Pages, pages_for
 from .qwen2 import Qwen2
 from .sampler import Logits, Sampler, fresh_seed
+from .transport import Place
 
 Output = tuple[str, Delta | GenerationError]
 """A request's id, and what came out for it. After an error nothing more comes for the request."""
@@ -156,16 +156,8 @@ class Decoder:
             raise InvalidRequestError(f"request {request_id} has no pages; reserve them first")
         return reservation.block_tables[0].pages.tolist()
 
-    def receive(
-        self,
-        request_id: str,
-        layer: int,
-        first_page: int,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
-        """Put handed-off pages in their place; the arguments are `PageSender.push`'s.
+    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
+        """Put handed-off pages in their place.
 
         Raises:
             TransferError: nothing is reserved under that name, or the pages do not fit in.
@@ -174,13 +166,11 @@ class Decoder:
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
         table = reservation.block_tables[0].on(self._pool.memory.device)
-        table = table[first_page : first_page + len(pages)]
+        table = table[place.first_page : place.first_page + len(pages)]
         try:
-            self._pool.put(layer, table.long(), first_kv_head, pages, scales)
+            self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
         except TransferError as error:
-            raise TransferError(
-                f"request {request_id}, page {first_page}, KV head {first_kv_head}: {error}"
-            ) from error
+            raise TransferError(f"request {request_id}, {place}: {error}") from error
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:
