@@ -10,6 +10,7 @@ import torch
 from ray.exceptions import RayError
 
 from ..engine.errors import TransferError
+from ..engine.host_copies import HostCopies
 from ..engine.pages import HeldPages, Pages
 from ..engine.transport import PageSender, Place
 
@@ -30,9 +31,9 @@ class PageRun:
 
     @classmethod
     def of(cls, place: Place, pages: Pages) -> "PageRun":
-        """Shares the memory of pages that lie contiguous on the host."""
-        values = pages.values.detach().cpu().contiguous()
-        scales = None if pages.scales is None else pages.scales.detach().cpu().contiguous().numpy()
+        """Of pages on the host; shares their memory where they lie contiguous."""
+        values = pages.values.detach().contiguous()
+        scales = None if pages.scales is None else pages.scales.detach().contiguous().numpy()
         return cls(place, values.dtype, values.view(torch.uint8).numpy(), scales)
 
     @property
@@ -54,6 +55,9 @@ class ObjectStoreSender(PageSender):
     remembered rather than raised by `push`: a rank that left a chunk half-way would leave the
     other ranks waiting for it.
 
+    A push waits for copies, to the host and into the store. A GPU's rank has a `BackgroundSender`
+    in front, whose thread waits and whose stream they run on.
+
     Args:
         worker: the decode worker's actor handle.
         max_in_flight_bytes: `push` blocks rather than exceed it.
@@ -63,6 +67,7 @@ class ObjectStoreSender(PageSender):
         self._worker = worker
         self._request_id = request_id
         self._max_in_flight_bytes = max_in_flight_bytes
+        self._host_copies = HostCopies()
         self._collected: list[PageRun] = []
         self._collected_bytes = 0
         self._in_flight: dict[ray.ObjectRef, int] = {}
@@ -74,7 +79,7 @@ class ObjectStoreSender(PageSender):
         return self._failure
 
     def push(self, place: Place, pages: HeldPages) -> None:
-        read = pages.read()
+        read = self._host_copies.bring(pages.read())
         run = PageRun.of(place, read)
         self._collected_bytes += read.nbytes
         whole = self._collected_bytes >= _MESSAGE_BYTES
@@ -102,7 +107,7 @@ class ObjectStoreSender(PageSender):
             try:
                 received = self._worker.receive.remote(self._request_id, ray.put(runs))
             except RayError as error:
-                self._failure = f"pages could not be sent: {_reason(error)}"
+                self._failure = f"pages could not be sent: {reason_of(error)}"
             else:
                 self._in_flight[received] = size
 
@@ -116,9 +121,9 @@ class ObjectStoreSender(PageSender):
             try:
                 ray.get(reference)
             except RayError as error:
-                self._failure = f"pages did not reach the decode replica: {_reason(error)}"
+                self._failure = f"pages did not reach the decode replica: {reason_of(error)}"
 
 
-def _reason(error: RayError) -> str:
+def reason_of(error: RayError) -> str:
     """One line: errors of other processes come with their stack traces."""
     return str(getattr(error, "cause", None) or str(error).splitlines()[0])

@@ -59,7 +59,10 @@ class _Reservation:
 
 
 class Decoder:
-    """Decodes on one process. Not thread-safe, except that `receive` may run beside `step`.
+    """Decodes on one process. Not thread-safe, except for `receive`.
+
+    That may run beside everything but `start` and `cancel` of the same request, on any stream: its
+    pages are nobody else's. `start` is called when what it launched has run.
 
     Args:
         model: whole on this process.
@@ -88,6 +91,11 @@ class Decoder:
         self._reservations: dict[str, _Reservation] = {}
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
+
+    @property
+    def device(self) -> torch.device:
+        """That pages lie on."""
+        return self._pool.memory.device
 
     @property
     def has_work(self) -> bool:
