@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from longreach.engine import shared_pages
 from longreach.engine.background import BackgroundSender
@@ -173,7 +174,12 @@ def test_pages_are_read_when_they_are_written_and_before_they_are_overwritten(
     device: str, dtype: torch.dtype, apart: bool
 ) -> None:
     case = Case(device, dtype, apart)
-    owner, receiver = Owner(case), Receiver(case)
+    hand_off(Owner(case), Receiver(case))
+
+
+def hand_off(owner: Owner, receiver: Receiver) -> None:
+    """Read all that the owner announces, and check it."""
+    case = receiver.case
     try:
         for turn in range(ROUNDS):
             copied = 0
@@ -185,6 +191,22 @@ def test_pages_are_read_when_they_are_written_and_before_they_are_overwritten(
         receiver.reader.close("a")
     finally:
         owner.end()
+
+
+def read_from_another_card(rank: int, case: Case) -> None:
+    """In a process that sees one card, from one that sees the other, as Ray's actors do."""
+    receiver = Receiver(case)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "1"  # this process has its card already
+    hand_off(Owner(case), receiver)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def test_pages_are_read_from_another_card(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    spawn(read_from_another_card, (Case("cuda", dtype, True),), nprocs=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
