@@ -15,6 +15,7 @@ from ..engine.errors import (
     InvalidRequestError,
     LongreachError,
     OutOfPagesError,
+    TransferError,
     UnavailableError,
 )
 from ..engine.messages import Delta, GenerationRequest
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..engine.decode import Decoder, Output
     from ..engine.sampler import Logits
+    from ..engine.shared_pages import SharedPool, SharedRun
     from .object_store import PageRun
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,17 @@ _STEP_FAILED = "the decode engine failed on a step, and is being replaced; send 
 class DecodeWorker:
     """Wraps a Decoder. The event loop and one thread that steps take turns on it.
 
-    Receiving pages needs no turn: it writes, on the event loop, pages that no step looks at and
-    that only the event loop gives back.
+    Receiving pages needs no turn: it writes pages that no step looks at and that only the event
+    loop gives back. It happens on the event loop or, where pages are copied out of a rank's pool,
+    on a thread of its own, which has done with a request before the request's pages go back.
     """
 
     def __init__(self, settings: Settings, metrics_directory: Path) -> None:
         # torch is loaded here and not with the module: the replica knows its worker without it.
+        import ray
         import torch
+
+        from ..engine.shared_pages import SharedPageReader
 
         self._sink = Metrics(metrics_directory, "decode", settings.model.name)
         threads = settings.decode.threads
@@ -52,8 +58,11 @@ class DecodeWorker:
         torch.set_num_threads(threads)
         # What comes out of the object store is read-only, and is only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._dtype: torch.dtype = getattr(torch, settings.model.dtype)
-        self._decoder = _make_decoder(settings, self._dtype)
+        self._decoder = _make_decoder(settings, getattr(torch, settings.model.dtype))
+        self._copier = ThreadPoolExecutor(1, "copy")
+        self._reader = SharedPageReader(
+            ray.util.get_node_ip_address(), self._decoder.device, self._decoder.receive
+        )
         # Held by whoever uses the decoder; notified when pages came back.
         self._turn = asyncio.Condition()
         self._waiting_for_pages: list[tuple[float, GenerationRequest]] = []
@@ -107,13 +116,25 @@ class DecodeWorker:
 
     async def receive(self, request_id: str, runs: "list[PageRun]") -> None:
         """Take handed-off pages."""
-        from .object_store import from_bytes
+        for run in runs:
+            pages = run.pages
+            self._decoder.receive(request_id, run.place, pages)
+            self._sink.add(metrics.HANDOFF_BYTES, pages.nbytes)
 
-        for layer, first_page, first_kv_head, data, page_scales in runs:
-            pages, scales = from_bytes(data, page_scales, self._dtype)
-            self._decoder.receive(request_id, layer, first_page, first_kv_head, pages, scales)
-            size = data.nbytes + (0 if scales is None else scales.nbytes)
-            self._sink.add(metrics.HANDOFF_BYTES, size)
+    async def copy(self, request_id: str, pool: "SharedPool", runs: "list[SharedRun]") -> None:
+        """Take pages that lie in a prefill rank's pool; answers when they have been copied.
+
+        A rank asks for no logits before all its pages are answered for, so no step of the request
+        can come before the copies.
+
+        Raises:
+            TransferError: the request takes no pages, or the pool is out of reach.
+        """
+        if request_id not in self._gone:
+            raise TransferError(f"request {request_id} takes no pages; it was cancelled")
+        loop = asyncio.get_running_loop()
+        size = await loop.run_in_executor(self._copier, self._reader.read, request_id, pool, runs)
+        self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def answer(
         self, request_id: str, logits: "Logits"
@@ -129,6 +150,8 @@ class DecodeWorker:
             GenerationError: this answer cannot go on.
             UnavailableError: as `ping`, also half-way.
         """
+        # Not awaited: the first token does not depend on it.
+        self._copier.submit(self._reader.close, request_id)
         queue = self._outputs[request_id] = asyncio.Queue()
         async with self._turn:
             self._check()
@@ -148,12 +171,16 @@ class DecodeWorker:
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
+        self._ended.append(request_id)
+        gone = self._gone.pop(request_id, None)
+        if gone is not None:
+            gone.set()
+        # No copy begins from here on. Those under way still write the request's pages, so these
+        # go back when the thread, which does one thing after the other, has done with them.
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._copier, self._reader.close, request_id)
         async with self._turn:
             self._decoder.cancel(request_id)
-            self._ended.append(request_id)
-            gone = self._gone.pop(request_id, None)
-            if gone is not None:
-                gone.set()
             self._turn.notify_all()
             self._report()
         queue = self._outputs.pop(request_id, None)

@@ -1,20 +1,51 @@
 """Pages by way of Ray's object store: for one machine, and for wherever nothing faster is."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 from ray.exceptions import RayError
-from torch import Tensor
 
 from ..engine.errors import TransferError
-from ..engine.transport import PageSender
-
-PageRun = tuple[int, int, int, Any, Any]
-"""Layer, first page, first KV head, the pages `as_bytes`, and their scales or None, as
-`PageSender.push` has them."""
+from ..engine.host_copies import HostCopies
+from ..engine.pages import HeldPages, Pages
+from ..engine.transport import PageSender, Place
 
 _MESSAGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PageRun:
+    """Pages on the host and where they belong, as arrays that Ray hands over without pickling.
+
+    `values` are uint8 [n, kv_heads, 2, 128, head_dim × bytes of `dtype`].
+    """
+
+    place: Place
+    dtype: torch.dtype
+    values: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, place: Place, pages: Pages) -> "PageRun":
+        """Of pages on the host; shares their memory where they lie contiguous."""
+        values = pages.values.detach().contiguous()
+        scales = None if pages.scales is None else pages.scales.detach().contiguous().numpy()
+        return cls(place, values.dtype, values.view(torch.uint8).numpy(), scales)
+
+    @property
+    def pages(self) -> Pages:
+        """What it was made of; shares the memory."""
+        values = torch.from_numpy(self.values).view(self.dtype)
+        return Pages(values, None if self.scales is None else torch.from_numpy(self.scales))
+
+    def copy(self) -> "PageRun":
+        """The same in memory of its own."""
+        scales = None if self.scales is None else self.scales.copy()
+        return PageRun(self.place, self.dtype, self.values.copy(), scales)
 
 
 class ObjectStoreSender(PageSender):
@@ -23,6 +54,9 @@ class ObjectStoreSender(PageSender):
     Small pushes are collected: a message costs as much as copying a megabyte. A failure is
     remembered rather than raised by `push`: a rank that left a chunk half-way would leave the
     other ranks waiting for it.
+
+    A push waits for copies, to the host and into the store. A GPU's rank has a `BackgroundSender`
+    in front, whose thread waits and whose stream they run on.
 
     Args:
         worker: the decode worker's actor handle.
@@ -33,6 +67,7 @@ class ObjectStoreSender(PageSender):
         self._worker = worker
         self._request_id = request_id
         self._max_in_flight_bytes = max_in_flight_bytes
+        self._host_copies = HostCopies()
         self._collected: list[PageRun] = []
         self._collected_bytes = 0
         self._in_flight: dict[ray.ObjectRef, int] = {}
@@ -43,22 +78,14 @@ class ObjectStoreSender(PageSender):
         """Why the hand-off failed, if it did and it is known yet."""
         return self._failure
 
-    def push(
-        self,
-        layer: int,
-        first_page: int,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
-        data = as_bytes(pages)
-        own = None if scales is None else scales.detach().cpu().numpy().copy()
-        whole = data.nbytes >= _MESSAGE_BYTES
+    def push(self, place: Place, pages: HeldPages) -> None:
+        read = self._host_copies.bring(pages.read())
+        run = PageRun.of(place, read)
+        self._collected_bytes += read.nbytes
+        whole = self._collected_bytes >= _MESSAGE_BYTES
         # What is sent at once is copied by being sent.
-        sent = data if whole else data.copy()
-        self._collected.append((layer, first_page, first_kv_head, sent, own))
-        self._collected_bytes += data.nbytes + (0 if own is None else own.nbytes)
-        if self._collected_bytes >= _MESSAGE_BYTES:
+        self._collected.append(run if whole else run.copy())
+        if whole:
             self._send()
 
     def flush(self) -> None:
@@ -80,7 +107,7 @@ class ObjectStoreSender(PageSender):
             try:
                 received = self._worker.receive.remote(self._request_id, ray.put(runs))
             except RayError as error:
-                self._failure = f"pages could not be sent: {_reason(error)}"
+                self._failure = f"pages could not be sent: {reason_of(error)}"
             else:
                 self._in_flight[received] = size
 
@@ -94,25 +121,9 @@ class ObjectStoreSender(PageSender):
             try:
                 ray.get(reference)
             except RayError as error:
-                self._failure = f"pages did not reach the decode replica: {_reason(error)}"
+                self._failure = f"pages did not reach the decode replica: {reason_of(error)}"
 
 
-def _reason(error: RayError) -> str:
+def reason_of(error: RayError) -> str:
     """One line: errors of other processes come with their stack traces."""
     return str(getattr(error, "cause", None) or str(error).splitlines()[0])
-
-
-def as_bytes(pages: Tensor) -> Any:
-    """Pages as an array that Ray hands over without pickling: uint8 [..., head_dim × itemsize]."""
-    return pages.detach().cpu().contiguous().view(torch.uint8).numpy()
-
-
-def from_bytes(data: Any, scales: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """What `as_bytes` was given, and the scales that came with it; shares the memory.
-
-    Args:
-        dtype: of pages without scales; those with scales are float8_e4m3fn.
-    """
-    if scales is None:
-        return torch.from_numpy(data).view(dtype), None
-    return torch.from_numpy(data).view(torch.float8_e4m3fn), torch.from_numpy(scales)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import torch
 
     from ..engine.mesh import Mesh
+    from ..engine.pages import PagePool
     from ..engine.prefill import ChunkResult
-    from .object_store import ObjectStoreSender
+    from ..engine.shared_pages import SharedPool
+    from ..engine.transport import PageSender
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PrefillRank:
         torch.set_num_threads(settings.prefill.threads_per_rank)
         self._settings = settings
         self._rank = rank
-        self._senders: dict[str, ObjectStoreSender] = {}
+        self._senders: dict[str, PageSender] = {}
 
     def free_address(self) -> str:
         """Where rank 0 can be met by the others."""
@@ -63,7 +65,8 @@ class PrefillRank:
 
         Raises:
             CheckpointError: the model cannot be read.
-            ConfigurationError: the mesh does not divide it, or it does not fit on the GPU.
+            ConfigurationError: the mesh does not divide it, it does not fit on the GPU, or the
+                transport cannot reach this rank's pages.
         """
         import torch
 
@@ -97,6 +100,8 @@ class PrefillRank:
         model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
         geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
+        self._device = device
+        self._shared_pool = _share(pool) if settings.transport.kind == "cuda_ipc" else None
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
         if prefill.gpus_per_rank:
@@ -140,7 +145,7 @@ class PrefillRank:
             failure=failure,
         )
 
-    def _compute(self, chunk: Chunk, sender: "ObjectStoreSender") -> "ChunkResult":
+    def _compute(self, chunk: Chunk, sender: "PageSender") -> "ChunkResult":
         try:
             return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, sender)
         except OutOfMemoryError:
@@ -154,8 +159,24 @@ class PrefillRank:
             sender.abandon()
         self._prefiller.release(request_id)
 
-    def _make_sender(self, worker: Any, request_id: str) -> "ObjectStoreSender":
+    def _make_sender(self, worker: Any, request_id: str) -> "PageSender":
+        from ..engine.background import BackgroundSender
+        from .cuda_ipc import CudaIpcSender
         from .object_store import ObjectStoreSender
 
-        limit = self._settings.transport.max_in_flight_bytes
-        return ObjectStoreSender(worker, request_id, limit)
+        if self._shared_pool is not None:
+            sender = CudaIpcSender(worker, request_id, self._shared_pool)
+        else:
+            limit = self._settings.transport.max_in_flight_bytes
+            sender = ObjectStoreSender(worker, request_id, limit)
+        # A CPU has computed what it pushes, and a thread would only take time from it.
+        on_gpu = self._device.type == "cuda"
+        return BackgroundSender(sender, self._device) if on_gpu else sender
+
+
+def _share(pool: "PagePool") -> "SharedPool":
+    import ray
+
+    from ..engine.shared_pages import SharedPool
+
+    return SharedPool.of(pool, ray.util.get_node_ip_address())

@@ -113,9 +113,13 @@ class IngressSettings(_Section):
 
 
 class TransportSettings(_Section):
-    """How pages travel to decode replicas, and how many bytes a rank may have under way."""
+    """How pages travel to decode replicas, and how many bytes a rank may have under way.
 
-    kind: Literal["object_store"] = "object_store"
+    By "object_store", Ray's, they go anywhere over the host's memory. By "cuda_ipc" a decode worker
+    copies them from GPU to GPU, of one host; nothing is under way then but messages.
+    """
+
+    kind: Literal["object_store", "cuda_ipc"] = "object_store"
     max_in_flight_bytes: Count = 256 << 20
 
 
@@ -193,10 +197,25 @@ class Settings(_Section):
                 f"({self.decode.max_batch}), so one request would not fit into a step; raise "
                 "decode.max_batch"
             )
+        if self.transport.kind == "cuda_ipc":
+            yield from self._problems_with_cuda_ipc()
         if self.limits.max_output_tokens >= longest:
             yield (
                 f"limits.max_output_tokens ({self.limits.max_output_tokens}) leaves no room for a "
                 f"prompt in limits.max_model_len ({longest}); lower it"
+            )
+
+    def _problems_with_cuda_ipc(self):
+        if not self.prefill.gpus_per_rank or not self.decode.gpus:
+            yield (
+                "transport.kind cuda_ipc copies between GPUs, and prefill.gpus_per_rank or "
+                "decode.gpus is 0; give both a GPU, or set transport.kind: object_store"
+            )
+        if self.prefill.placement == "STRICT_SPREAD" and self.prefill.num_ranks > 1:
+            yield (
+                "transport.kind cuda_ipc copies between GPUs of one host, and prefill.placement "
+                "STRICT_SPREAD wants a host for each rank; use STRICT_PACK, or set "
+                "transport.kind: object_store"
             )
 
 

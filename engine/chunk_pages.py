@@ -10,7 +10,7 @@ from ..kernels import elementwise, quantized
 from ..kernels.dual_chunk.segments import Rotation
 from ..kernels.transfer import without_waiting
 from .mesh import Mesh
-from .pages import PAGE_TOKENS, PagePool, consecutive_runs, pages_for
+from .pages import PAGE_TOKENS, HeldPages, PagePool, Pages, page_index, pages_for
 
 
 class ChunkPages:
@@ -44,13 +44,14 @@ class ChunkPages:
         self._slots = without_waiting(torch.from_numpy(slots), device)
         if ranks == 1 and num_rows % PAGE_TOKENS and not pool.geometry.quantized:
             pool.memory[:, pages[-1]].zero_()
-        self._buffer: Tensor | None = None
-        self._buffer_scales: Tensor | None = None
+        self._buffer: Pages | None = None
         if ranks > 1:
             most = -(-len(table) // ranks)
-            self._buffer = pool.memory.new_zeros(most, *pool.memory.shape[2:])
-            if pool.scales is not None:
-                self._buffer_scales = pool.scales.new_ones(most, *pool.scales.shape[2:])
+            scales = pool.scales
+            self._buffer = Pages(
+                pool.memory.new_zeros(most, *pool.memory.shape[2:]),
+                None if scales is None else scales.new_ones(most, *scales.shape[2:]),
+            )
             blocks = np.arange(len(table))
             # Block b of the prompt is rank b % ranks's, and that rank's first is its place 0.
             order = (first_block + blocks) % ranks * most + blocks // ranks
@@ -58,58 +59,43 @@ class ChunkPages:
             self._targets = without_waiting(torch.from_numpy(table), device)
         self._first_block = first_block
         self._share = _share_of(mesh, len(table))
-        self._shared_pages = _index(table[self._share], device)
+        self._shared_pages = table[self._share]
+        self._shared_index = page_index(self._shared_pages, device)
 
     def write(self, layer: int, rows: slice, k: Tensor, v: Tensor, rotation: Rotation) -> None:
         """Rotate K of some of this rank's rows, and write K and V, each [n, kv_heads, d]."""
-        memory, scales = self._pool.memory[layer], self._pool.layer_scales(layer)
-        if self._buffer is not None:
-            memory, scales = self._buffer, self._buffer_scales
-        if scales is None:
-            elementwise.write_pages(memory, self._slots[rows], k, v, rotation)
+        target = self._pool.layer(layer) if self._buffer is None else self._buffer
+        if target.scales is None:
+            elementwise.write_pages(target.values, self._slots[rows], k, v, rotation)
         else:
             pages = self._places[rows.start // PAGE_TOKENS : pages_for(rows.stop)]
-            quantized.narrow_pages(memory, scales, pages, k, v, rotation)
+            quantized.narrow_pages(target.values, target.scales, pages, k, v, rotation)
 
     def gather(self, layer: int) -> None:
         """Put what all ranks wrote into this rank's pool; collective where there are several."""
         if self._buffer is None:
             return
-        pages = self._gathered(self._buffer)
-        scales = None if self._buffer_scales is None else self._gathered(self._buffer_scales)
-        self._pool.put(layer, self._targets, 0, pages, scales)
+        # Collectives do not take every 8-bit type: bits are moved.
+        values = self._gathered(self._buffer.bits).view(self._buffer.values.dtype)
+        scales = self._buffer.scales
+        pages = Pages(values, None if scales is None else self._gathered(scales))
+        self._pool.put(layer, self._targets, 0, pages)
 
     def _gathered(self, own: Tensor) -> Tensor:
         """What all ranks have of something, in the prompt's order."""
-        # Neither collectives nor PyTorch's index functions take every 8-bit type: bits are moved.
-        bits = torch.uint8 if own.itemsize == 1 else own.dtype
-        every = self._mesh.gather_over_sequence_ranks(own.view(bits)).flatten(0, 1)
-        return every[self._order].view(own.dtype)
+        return self._mesh.gather_over_sequence_ranks(own).flatten(0, 1)[self._order]
 
-    def share(self, layer: int) -> tuple[int, Tensor, Tensor | None] | None:
+    def share(self, layer: int) -> tuple[int, HeldPages] | None:
         """The contiguous part that this rank hands off: its first page in the prompt, and pages.
 
-        [n, kv_heads, 2, 128, d], a view where they are neighbours in the pool, and their scales
-        where pages are of 8 bits; None where there are fewer pages than ranks, and none is left for
-        this one.
+        None where there are fewer pages than ranks, and none is left for this one.
         """
         if self._share.start == self._share.stop:
             return None
-        memory, scales = self._pool.memory[layer], self._pool.layer_scales(layer)
-        bits = torch.uint8 if memory.itemsize == 1 else memory.dtype
-        pages = memory.view(bits)[self._shared_pages].view(memory.dtype)
-        shared = None if scales is None else scales[self._shared_pages]
-        return self._first_block + self._share.start, pages, shared
+        pages = HeldPages(self._pool.layer(layer), self._shared_pages, self._shared_index)
+        return self._first_block + self._share.start, pages
 
 
 def _share_of(mesh: Mesh, count: int) -> slice:
     ranks, rank = mesh.sequence_parallel, mesh.sequence_rank
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
-
-
-def _index(pages: np.ndarray, device: torch.device) -> slice | Tensor:
-    """What picks pages out of memory: a slice where they are neighbours."""
-    runs = consecutive_runs(pages.tolist())
-    if len(runs) == 1:
-        return slice(runs[0][1], runs[0][1] + runs[0][2])
-    return without_waiting(torch.from_numpy(pages), device)

@@ -9,7 +9,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ..kernels.pages import BlockTable
 from .decode_step import DecodeStep, Outcome, StepRow, make_step
@@ -22,9 +21,10 @@ from .errors import (
     TransferError,
 )
 from .messages import ChosenToken, Delta, GenerationRequest
-from .pages import PAGE_TOKENS, PagePool, pages_for
+from .pages import PAGE_TOKENS, PagePool, Pages, pages_for
 from .qwen2 import Qwen2
 from .sampler import Logits, Sampler, fresh_seed
+from .transport import Place
 
 Output = tuple[str, Delta | GenerationError]
 """A request's id, and what came out for it. After an error nothing more comes for the request."""
@@ -59,7 +59,10 @@ class _Reservation:
 
 
 class Decoder:
-    """Decodes on one process. Not thread-safe, except that `receive` may run beside `step`.
+    """Decodes on one process. Not thread-safe, except for `receive`.
+
+    That may run beside everything but `start` and `cancel` of the same request, on any stream: its
+    pages are nobody else's. `start` is called when what it launched has run.
 
     Args:
         model: whole on this process.
@@ -88,6 +91,11 @@ class Decoder:
         self._reservations: dict[str, _Reservation] = {}
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
+
+    @property
+    def device(self) -> torch.device:
+        """That pages lie on."""
+        return self._pool.memory.device
 
     @property
     def has_work(self) -> bool:
@@ -156,16 +164,8 @@ class Decoder:
             raise InvalidRequestError(f"request {request_id} has no pages; reserve them first")
         return reservation.block_tables[0].pages.tolist()
 
-    def receive(
-        self,
-        request_id: str,
-        layer: int,
-        first_page: int,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
-        """Put handed-off pages in their place; the arguments are `PageSender.push`'s.
+    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
+        """Put handed-off pages in their place.
 
         Raises:
             TransferError: nothing is reserved under that name, the pages do not fit in, or the
@@ -176,12 +176,10 @@ class Decoder:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
         try:
             table = reservation.block_tables[0].on(self._pool.memory.device)
-            table = table[first_page : first_page + len(pages)]
-            self._pool.put(layer, table.long(), first_kv_head, pages, scales)
+            table = table[place.first_page : place.first_page + len(pages)]
+            self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
         except TransferError as error:
-            raise TransferError(
-                f"request {request_id}, page {first_page}, KV head {first_kv_head}: {error}"
-            ) from error
+            raise TransferError(f"request {request_id}, {place}: {error}") from error
         except torch.OutOfMemoryError as error:
             raise TransferError(_no_memory(f"as it took pages of request {request_id}")) from error
 

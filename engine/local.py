@@ -9,11 +9,11 @@ from .config import KVCacheDtype
 from .decode import Decoder
 from .mesh import Mesh
 from .messages import Tokens
-from .pages import PagePool, pages_for
+from .pages import HeldPages, PagePool, pages_for
 from .prefill import Prefiller
 from .qwen2 import Qwen2
 from .sparsity import SparsityConfig
-from .transport import PageSender
+from .transport import PageSender, Place
 
 
 class LocalPrefill:
@@ -62,15 +62,8 @@ class DirectSender(PageSender):
         self._decoder = decoder
         self._request_id = request_id
 
-    def push(
-        self,
-        layer: int,
-        first_page: int,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
-        self._decoder.receive(self._request_id, layer, first_page, first_kv_head, pages, scales)
+    def push(self, place: Place, pages: HeldPages) -> None:
+        self._decoder.receive(self._request_id, place, pages.read())
 
     def flush(self) -> None:
         """Nothing is ever under way."""

@@ -13,10 +13,13 @@ serves all layers.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..kernels.pages import PAGE_TOKENS
+from ..kernels.transfer import without_waiting
 from .config import KVCacheDtype
 from .errors import OutOfPagesError, TransferError
 
@@ -60,6 +63,66 @@ class PageGeometry:
     def kept_as(self, kv_cache_dtype: KVCacheDtype) -> "PageGeometry":
         """The same pages in another format; "auto" keeps the model's type."""
         return self if kv_cache_dtype == "auto" else replace(self, dtype=torch.float8_e4m3fn)
+
+
+PageIndex = slice | Tensor
+"""What picks pages out of a layer's memory: a slice where they are neighbours, else int64 [n]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """K and V of some pages of one layer: what a pool has of it, or what travels.
+
+    `values` are [n, kv_heads, 2, 128, head_dim]. Pages of 8 bits have `scales`, float32
+    [n, kv_heads, 2]; see `kernels.quantized`.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, scales included."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def bits(self) -> Tensor:
+        """The values in a type that can be moved: index functions do not take every 8-bit one."""
+        return self.values.view(torch.uint8) if self.values.itemsize == 1 else self.values
+
+    def at(self, index: PageIndex) -> "Pages":
+        """Some of them: a view for a slice, else a copy."""
+        scales = None if self.scales is None else self.scales[index]
+        return Pages(self.bits[index].view(self.values.dtype), scales)
+
+    def heads(self, first: int, count: int) -> "Pages":
+        """A view of some KV heads."""
+        own = slice(first, first + count)
+        return Pages(self.values[:, own], None if self.scales is None else self.scales[:, own])
+
+    def on(self, device: torch.device) -> "Pages":
+        """The same on a device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return Pages(self.values.to(device), scales)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldPages:
+    """Pages of one layer that lie in a pool and stay as they are for as long as they are held.
+
+    `numbers` are theirs in the pool, int64 [n], and `index` picks them.
+    """
+
+    layer: Pages
+    numbers: npt.NDArray[np.int64]
+    index: PageIndex
+
+    def read(self) -> Pages:
+        """What is in them: a view where they are neighbours, else a copy."""
+        return self.layer.at(self.index)
 
 
 class PagePool:
@@ -137,42 +200,39 @@ class PagePool:
         if self.scales is not None:
             self.scales[:, target] = self.scales[:, source]
 
+    def layer(self, layer: int) -> Pages:
+        """A view of all pages of one layer."""
+        return Pages(self.memory[layer], self.layer_scales(layer))
+
     def layer_scales(self, layer: int) -> Tensor | None:
         """float32 [pages, kv_heads, 2] of one layer, where pages are of 8 bits."""
         return None if self.scales is None else self.scales[layer]
 
-    def put(
-        self,
-        layer: int,
-        table: Tensor,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None,
-    ) -> None:
-        """Copy whole pages in, as `PageSender.push` has them.
+    def put(self, layer: int, table: Tensor, first_kv_head: int, pages: Pages) -> None:
+        """Copy whole pages in.
 
         Args:
             table: int64 [n] on the pool's device, where each goes.
-            pages: on any device, as `scales`.
+            first_kv_head: of this pool, the first one of `pages`.
+            pages: on any device.
 
         Raises:
             TransferError: they are of another format, or do not fit in.
         """
-        if pages.dtype != self.memory.dtype or (scales is None) != (self.scales is None):
+        values = pages.values
+        if values.dtype != self.memory.dtype or (pages.scales is None) != (self.scales is None):
             raise TransferError(
-                f"KV pages came as {_name(pages.dtype)} and are kept as "
+                f"KV pages came as {_name(values.dtype)} and are kept as "
                 f"{_name(self.memory.dtype)} here; give both sides the same model.dtype and "
                 "model.kv_cache_dtype"
             )
-        heads = slice(first_kv_head, first_kv_head + pages.shape[1])
-        target = self.memory[layer][:, heads]
-        if len(table) != len(pages) or target.shape[1:] != pages.shape[1:]:
-            raise TransferError(f"pages of shape {tuple(pages.shape)} do not fit in")
-        # PyTorch's index functions do not take every 8-bit type: copy bits.
-        bits = torch.uint8 if self.geometry.quantized else pages.dtype
-        target.view(bits).index_copy_(0, table, pages.to(target.device).view(bits))
-        if scales is not None and self.scales is not None:
-            self.scales[layer][:, heads].index_copy_(0, table, scales.to(target.device))
+        target = self.layer(layer).heads(first_kv_head, values.shape[1])
+        if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
+            raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")
+        pages = pages.on(self.memory.device)
+        target.bits.index_copy_(0, table, pages.bits)
+        if pages.scales is not None and target.scales is not None:
+            target.scales.index_copy_(0, table, pages.scales)
 
     def clear(self) -> None:
         """Fill all pages with zeros."""
@@ -208,13 +268,9 @@ def _fitting_first(count: int):
     return key
 
 
-def consecutive_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Split a block table into runs that can be sliced: (index in table, first page, length)."""
-    runs: list[tuple[int, int, int]] = []
-    for index, page in enumerate(pages):
-        if runs and page == runs[-1][1] + runs[-1][2]:
-            first_index, first_page, length = runs[-1]
-            runs[-1] = (first_index, first_page, length + 1)
-        else:
-            runs.append((index, page, 1))
-    return runs
+def page_index(pages: npt.NDArray[np.int64], device: torch.device) -> PageIndex:
+    """What picks these pages out of memory on a device."""
+    if (np.diff(pages) == 1).all():
+        first = int(pages[0]) if len(pages) else 0
+        return slice(first, first + len(pages))
+    return without_waiting(torch.from_numpy(pages), device)

@@ -26,7 +26,7 @@ from .qwen2 import Qwen2
 from .selection import ChunkSelector
 from .sparsity import SparsityConfig
 from .stages import Stages
-from .transport import PageSender
+from .transport import PageSender, Place
 
 _CPU_ROWS = 16 * BLOCK_ROWS
 _FULL_ROWS = 128
@@ -359,9 +359,9 @@ class _Chunk:
             with self.stages.time("hand-off"):
                 share = self._pages.share(number)
                 if share is not None:
-                    first_page, pages, scales = share
-                    first_kv_head = self._model.heads.first_kv_head
-                    self._sender.push(number, first_page, first_kv_head, pages, scales)
+                    first_page, pages = share
+                    place = Place(number, first_page, self._model.heads.first_kv_head)
+                    self._sender.push(place, pages)
 
     def _attend(self, number: int, queries: SegmentQueries, last: Tensor | None) -> Tensor:
         """Attention of this rank's rows, [n, heads, d]; `last` are the selector's last queries."""

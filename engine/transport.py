@@ -1,35 +1,42 @@
 """How finished pages travel from a prefill rank to a decode replica.
 
 Prefill pushes, layer by layer, while it computes; the decode replica has reserved the pages
-before. One interface, so that callers do not know whether bytes move by Ray's object store or
-by RDMA.
+before. One interface, so that callers do not know how bytes move, or whether they do.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
-from torch import Tensor
+from .pages import HeldPages
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where consecutive pages of one layer belong, whatever pool they lie in.
+
+    `first_page` counts within the sequence, `first_kv_head` within the whole model.
+    """
+
+    layer: int
+    first_page: int
+    first_kv_head: int
 
 
 class PageSender(ABC):
     """One prefill rank's way to one decode replica, for one request."""
 
+    @property
+    def failure(self) -> str | None:
+        """Why the hand-off failed, if it did and it is known yet."""
+        return None
+
     @abstractmethod
-    def push(
-        self,
-        layer: int,
-        first_page: int,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
+    def push(self, place: Place, pages: HeldPages) -> None:
         """Start sending consecutive pages of one layer; may block while too much is under way.
 
         Args:
-            layer: of the model.
-            first_page: index within the sequence, not within any pool.
-            first_kv_head: the model-wide index of the first KV head in `pages`.
-            pages: [n, kv_heads, 2, 128, head_dim]. The caller may overwrite it after return.
-            scales: of pages of 8 bits, float32 [n, kv_heads, 2]; see `kernels.quantized`.
+            pages: held and left as they are until `flush` has returned or `abandon` is called. On
+                a GPU, what is launched already on the current stream writes them.
         """
 
     @abstractmethod
@@ -42,4 +49,4 @@ class PageSender(ABC):
 
     @abstractmethod
     def abandon(self) -> None:
-        """Drop what is under way; no more pushes follow."""
+        """Drop what is under way; no more pushes follow, and the pages may be overwritten."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longreach.cluster.decode_worker import DecodeWorker
-from longreach.cluster.object_store import as_bytes
+from longreach.cluster.object_store import PageRun
 from longreach.engine.errors import (
     GenerationError,
     OutOfMemoryError,
@@ -19,6 +19,8 @@ from longreach.engine.errors import (
     UnavailableError,
 )
 from longreach.engine.messages import GenerationRequest, SamplingParameters
+from longreach.engine.pages import Pages
+from longreach.engine.transport import Place
 
 from .conftest import make_settings
 
@@ -114,8 +116,8 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
 
 async def served(worker: DecodeWorker, name: str) -> Answer:
     """From a page that is handed off to the last token."""
-    page, answer = worker._decoder._pool.memory[0, :1].clone(), Answer()
-    await worker.receive(name, [(0, 0, 0, as_bytes(page), None)])
+    page, answer = Pages(worker._decoder._pool.memory[0, :1].clone()), Answer()
+    await worker.receive(name, [PageRun.of(Place(0, 0, 0), page)])
     await answer.read(worker, name)
     return answer
 

@@ -1,15 +1,25 @@
 """Sending pages by Ray's object store, with Ray replaced by what it would say."""
 
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import ray
 import torch
 from ray.exceptions import ObjectStoreFullError
 
-from longreach.cluster.object_store import ObjectStoreSender, PageRun, from_bytes
+from longreach.cluster.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
+from longreach.engine.pages import HeldPages, Pages, page_index
+from longreach.engine.transport import Place
+
+
+def held(pages: Pages, numbers: list[int]) -> HeldPages:
+    """Some of a layer's pages."""
+    index = np.array(numbers, dtype=np.int64)
+    return HeldPages(pages, index, page_index(index, pages.values.device))
 
 
 def test_a_full_object_store_is_remembered_and_not_raised_by_push(
@@ -22,30 +32,30 @@ def test_a_full_object_store_is_remembered_and_not_raised_by_push(
 
     monkeypatch.setattr(ray, "put", put)
     sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
-    pages = torch.zeros(64, 2, 2, 128, 64)  # more than is collected before it is sent
-    sender.push(0, 0, 0, pages)
-    sender.push(1, 0, 0, pages)
+    layer = Pages(torch.zeros(64, 2, 2, 128, 64))
+    pages = held(layer, list(range(64)))  # more than is collected before it is sent
+    sender.push(Place(0, 0, 0), pages)
+    sender.push(Place(1, 0, 0), pages)
     assert sender.failure is not None
     with pytest.raises(TransferError, match="no space left"):
         sender.flush()
 
 
-@pytest.mark.parametrize("count", [1, 300])
+@pytest.mark.parametrize("numbers", [[7], range(2, 290), [3, 1, 2]], ids=["one", "run", "apart"])
 def test_pages_of_8_bits_arrive_with_their_scales(
-    monkeypatch: pytest.MonkeyPatch, count: int
+    monkeypatch: pytest.MonkeyPatch, numbers: Sequence[int]
 ) -> None:
     sent: list[PageRun] = []
     monkeypatch.setattr(ray, "put", sent.extend)
     monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
     monkeypatch.setattr(ray, "get", lambda reference: None)
     sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
-    values = torch.randn(count, 2, 2, 128, 64).to(torch.float8_e4m3fn)
-    scales = torch.rand(count, 2, 2)
-    sender.push(3, 5, 1, values, scales)
+    values = torch.randn(290, 2, 2, 128, 64).to(torch.float8_e4m3fn)
+    scales = torch.rand(290, 2, 2)
+    sender.push(Place(3, 5, 1), held(Pages(values, scales), list(numbers)))
     sender.flush()
-    [(layer, page, head, data, own)] = sent
-    arrived, arrived_scales = from_bytes(data, own, torch.bfloat16)
-    assert (layer, page, head) == (3, 5, 1)
-    assert torch.equal(arrived.float(), values.float())
-    assert arrived_scales is not None
-    assert torch.equal(arrived_scales, scales)
+    [run] = sent
+    assert run.place == Place(3, 5, 1)
+    assert torch.equal(run.pages.values.float(), values.float()[list(numbers)])
+    assert run.pages.scales is not None
+    assert torch.equal(run.pages.scales, scales[list(numbers)])

@@ -22,12 +22,6 @@ from .conftest import make_settings
 NAMES = ("config.json", "generation_config.json", "sparse_attention_config.json")
 
 
-class Sender(DirectSender):
-    """As a rank knows it."""
-
-    failure = None
-
-
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Of a shape as small as the pocket model: no weights and no tokenizer in its folder."""
@@ -54,7 +48,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
     decoder = _make_decoder(settings, torch.float32)
-    monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: Sender(decoder, given[2]))
+    monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: DirectSender(decoder, given[2]))
     rank = PrefillRank(settings, 0)
     rank.join("")
 

@@ -96,6 +96,7 @@ def test_pages_are_as_long_as_the_engine_says() -> None:
         ("ingress.port", 70_000, "ingress.port"),
         ("ingress.progress_seconds", 3.0, "ingress.progress_seconds"),
         ("transport.kind", "pigeon", "transport.kind"),
+        ("transport.kind", "cuda_ipc", "or set transport.kind: object_store"),
     ],
 )
 def test_what_cannot_run_is_refused(raw: dict[str, Any], where: str, value: Any, said: str) -> None:
@@ -110,6 +111,22 @@ def test_what_cannot_run_is_refused(raw: dict[str, Any], where: str, value: Any,
     with pytest.raises(ConfigurationError) as refused:
         parse_settings(changed)
     assert said in str(refused.value)
+
+
+def test_cuda_ipc_wants_gpus_of_one_host() -> None:
+    raw = yaml.safe_load((LAPTOP.parent / "one-gpu.yaml").read_text())
+    assert parse_settings(raw).transport.kind == "cuda_ipc"
+    spread = copy.deepcopy(raw)
+    spread["prefill"] |= {"placement": "STRICT_SPREAD", "sequence_parallel": 2}
+    for section, key in (("prefill", "gpus_per_rank"), ("decode", "gpus")):
+        without = copy.deepcopy(raw)
+        without[section][key] = 0.0
+        with pytest.raises(ConfigurationError, match="give both a GPU"):
+            parse_settings(without)
+    with pytest.raises(ConfigurationError, match="use STRICT_PACK"):
+        parse_settings(spread)
+    spread["transport"]["kind"] = "object_store"
+    parse_settings(spread)
 
 
 @given(

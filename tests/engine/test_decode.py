@@ -21,10 +21,11 @@ from longreach.engine.errors import (
 )
 from longreach.engine.local import DirectSender, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
-from longreach.engine.pages import PagePool
+from longreach.engine.pages import PagePool, Pages
 from longreach.engine.pocket.tokenizer import build_tokenizer
 from longreach.engine.prefill import Prefiller
 from longreach.engine.sampler import Sampler
+from longreach.engine.transport import Place
 from longreach.kernels import dual_chunk
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
@@ -85,6 +86,10 @@ def make_request(name: str, prompt: list[int], **sampling) -> GenerationRequest:
     values = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}
     prompt_ids = np.array(prompt, dtype=np.int32)
     return GenerationRequest(name, prompt_ids, SamplingParameters(**values), arrived=0.0)
+
+
+def pages_of(engine: Engine, count: int) -> Pages:
+    return Pages(engine.pool.memory[0, :count].clone())
 
 
 def make_prompt(length: int, seed: int = 0) -> list[int]:
@@ -346,7 +351,7 @@ def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) ->
     prompt = make_prompt(300)
     engine.reserve("a", prompt, choices=3)
     if when == "part received":
-        engine.decoder.receive("a", 0, 0, 0, engine.pool.memory[0, :1].clone())
+        engine.decoder.receive("a", Place(0, 0, 0), pages_of(engine, 1))
     if when in ("waiting", "running"):
         engine.decoder.start("a", engine.hand_off("a", prompt))
     if when == "running":
@@ -356,7 +361,7 @@ def test_cancelling_gives_every_page_back(dual_chunk_folder: Path, when: str) ->
     assert engine.decoder.usage == 0
     assert not engine.decoder.has_work
     with pytest.raises(TransferError):
-        engine.decoder.receive("a", 0, 0, 0, engine.pool.memory[0, :1].clone())
+        engine.decoder.receive("a", Place(0, 0, 0), pages_of(engine, 1))
 
 
 @pytest.mark.parametrize("where", ["copy_page", "sampler"])
@@ -392,7 +397,7 @@ def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: P
     with pytest.raises(InvalidRequestError):
         engine.reserve("a", make_prompt(10))
     with pytest.raises(TransferError):
-        engine.decoder.receive("a", 0, 2, 0, engine.pool.memory[0, :2].clone())
+        engine.decoder.receive("a", Place(0, 2, 0), pages_of(engine, 2))
     with pytest.raises(InvalidRequestError):
         engine.decoder.start("b", np.zeros(VOCAB, dtype=np.float32))
     engine.decoder.cancel("a")

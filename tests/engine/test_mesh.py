@@ -1,6 +1,6 @@
 """Every mesh gives what one process gives, and hands every page off exactly once."""
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,10 @@ from longreach.engine.errors import ConfigurationError
 from longreach.engine.local import LocalPrefill
 from longreach.engine.mesh import Mesh
 from longreach.engine.models import ModelFiles
+from longreach.engine.pages import HeldPages
 from longreach.engine.qwen2 import HeadShare
 from longreach.engine.random_weights import load_model
-from longreach.engine.transport import PageSender
+from longreach.engine.transport import PageSender, Place
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
 
@@ -31,18 +32,12 @@ class RecordingSender(PageSender):
 
     pushed: list[tuple[int, int, int, Tensor]] = field(default_factory=list)
 
-    def push(
-        self,
-        layer: int,
-        first_page: int,
-        first_kv_head: int,
-        pages: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
-        wide = pages.float()
-        if scales is not None:
-            wide *= scales[..., None, None]
-        self.pushed.append((layer, first_page, first_kv_head, wide.clone()))
+    def push(self, place: Place, pages: HeldPages) -> None:
+        read = pages.read()
+        wide = read.values.float()
+        if read.scales is not None:
+            wide *= read.scales[..., None, None]
+        self.pushed.append((*astuple(place), wide.clone()))
 
     def flush(self) -> None:
         pass

@@ -1,12 +1,13 @@
 """Pages: whatever is taken, shared and given back, in any order, adds up."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.engine.errors import OutOfPagesError, TransferError
-from longreach.engine.pages import PageGeometry, PagePool, consecutive_runs, pages_for
+from longreach.engine.pages import PageGeometry, PagePool, Pages, page_index, pages_for
 
 GEOMETRY = PageGeometry(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32)
 PAGES = 24
@@ -49,13 +50,17 @@ def test_pages_are_never_held_twice_and_never_lost(steps: list[tuple[str, int]])
 def test_neighbours_are_given_where_they_are_to_be_had() -> None:
     pool = make_pool()
     first, middle, last = pool.allocate(8), pool.allocate(4), pool.allocate(12)
-    assert consecutive_runs(first) == [(0, first[0], 8)]
+    assert are_neighbours(first)
     pool.release(first)
     pool.release(last)
     assert pool.allocate(8) == first  # the hole that fits, not the larger one
-    assert len(consecutive_runs(pool.allocate(12))) == 1
+    assert are_neighbours(pool.allocate(12))
     pool.release(middle)
     assert pool.allocate(4) == middle
+
+
+def are_neighbours(pages: list[int]) -> bool:
+    return pages == list(range(pages[0], pages[0] + len(pages)))
 
 
 def test_what_nobody_holds_can_be_neither_shared_nor_released() -> None:
@@ -111,28 +116,43 @@ def make_narrow_pool() -> PagePool:
     return pool
 
 
-def random_pages(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(count, 1, 2, 128, 4).to(torch.float8_e4m3fn), torch.rand(count, 1, 2)
+def random_pages(count: int) -> Pages:
+    values = torch.randn(count, 1, 2, 128, 4).to(torch.float8_e4m3fn)
+    return Pages(values, torch.rand(count, 1, 2))
 
 
 def test_pages_of_8_bits_are_put_and_copied_with_their_scales() -> None:
     pool = make_narrow_pool()
-    values, scales = random_pages(2)
+    pages = random_pages(2)
     for layer in range(2):
-        pool.put(layer, torch.tensor([4, 1]), 0, values, scales)
+        pool.put(layer, torch.tensor([4, 1]), 0, pages)
     pool.copy_page(4, 3)
-    assert torch.equal(
-        pool.memory[:, [4, 1, 3]].float(), values[[0, 1, 0]].float().expand(2, -1, -1, -1, -1, -1)
-    )
-    assert pool.scales is not None
-    assert torch.equal(pool.scales[:, [4, 1, 3]], scales[[0, 1, 0]].expand(2, -1, -1, -1))
+    for layer in range(2):
+        there = pool.layer(layer).at(torch.tensor([4, 1, 3]))
+        assert torch.equal(there.values.float(), pages.values.float()[[0, 1, 0]])
+        assert there.scales is not None
+        assert pages.scales is not None
+        assert torch.equal(there.scales, pages.scales[[0, 1, 0]])
     assert pool.memory[:, [0, 2, 5]].isnan().all()
 
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_pages_of_another_format_are_refused(narrow: bool) -> None:
     pool = make_narrow_pool() if narrow else make_pool()
-    values, scales = random_pages(1)
-    wide = values.float(), None
+    pages = random_pages(1)
+    wide = Pages(pages.values.float())
     with pytest.raises(TransferError, match=r"same model\.dtype and model\.kv_cache_dtype"):
-        pool.put(0, torch.tensor([0]), 0, *(wide if narrow else (values, scales)))
+        pool.put(0, torch.tensor([0]), 0, wide if narrow else pages)
+
+
+@pytest.mark.parametrize("numbers", [[3, 4, 5], [5, 2, 4], [1], []])
+def test_pages_are_picked_by_number_and_as_a_view_where_they_are_neighbours(
+    numbers: list[int],
+) -> None:
+    pool = make_pool()
+    pool.memory.copy_(torch.arange(PAGES).view(-1, 1, 1, 1, 1).expand_as(pool.memory))
+    index = page_index(np.array(numbers, dtype=np.int64), torch.device("cpu"))
+    picked = pool.layer(1).at(index)
+    assert picked.values[:, 0, 0, 0, 0].tolist() == numbers
+    shares = picked.values.untyped_storage().data_ptr() == pool.memory.untyped_storage().data_ptr()
+    assert shares == (numbers != [5, 2, 4])

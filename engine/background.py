@@ -1,0 +1,73 @@
+"""Handing pages off beside the computing: a thread and a stream of their own."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .errors import TransferError
+from .pages import HeldPages
+from .transport import PageSender, Place
+
+
+class BackgroundSender(PageSender):
+    """Pushes to another sender from a thread, once the device has written what is pushed.
+
+    Whoever computes never waits, however slow the way is: pages lie in the pool until the flush,
+    so what waits for its turn takes no memory. One event is recorded with every push, and the
+    thread waits for it, without holding Python's lock. What the sender launches goes to a stream
+    of its own, and so does not stand in line behind the chunks that the host has launched ahead.
+
+    Args:
+        device: that the pages lie on. A CPU's are written when they are pushed.
+    """
+
+    def __init__(self, sender: PageSender, device: torch.device) -> None:
+        self._sender = sender
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "hand-off", _use_own_stream, (device,))
+        self._abandoned = False
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure or self._sender.failure
+
+    def push(self, place: Place, pages: HeldPages) -> None:
+        self._thread.submit(self._push, _written(self._device), place, pages)
+
+    def flush(self) -> None:
+        self._thread.submit(self._sender.flush).result()
+        if self._failure is not None:
+            raise TransferError(self._failure)
+
+    def abandon(self) -> None:
+        # Does not wait: what the thread has begun ends as the sender's own way allows.
+        self._abandoned = True
+        self._thread.submit(self._sender.abandon)
+        self._thread.shutdown(wait=False)
+
+    def _push(self, written: torch.cuda.Event | None, place: Place, pages: HeldPages) -> None:
+        if self._abandoned or self.failure is not None:
+            return
+        try:
+            if written is not None:
+                written.synchronize()
+            self._sender.push(place, pages)
+        except Exception as error:
+            # Nobody reads what a thread raises; a request must not be called whole after it.
+            self._failure = f"pages could not be sent: {error}"
+
+
+def _use_own_stream(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def _written(device: torch.device) -> torch.cuda.Event | None:
+    """Happens when what is launched so far has run; None where it has."""
+    if device.type != "cuda":
+        return None
+    # Blocking: the thread sleeps, and takes no core from the one that launches.
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,80 @@
+"""What is handed off beside the computing arrives in order, or its failure is known."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.engine.background import BackgroundSender
+from longreach.engine.errors import TransferError
+from longreach.engine.pages import HeldPages, Pages
+from longreach.engine.transport import PageSender, Place
+
+PAGES = HeldPages(Pages(torch.zeros(1, 1, 2, 128, 4)), np.array([0]), slice(0, 1))
+
+
+class SlowSender(PageSender):
+    """Sends when it is let, and writes down what it is asked."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.asked: list[int | str] = []
+        self.begun, self.let = threading.Event(), threading.Event()
+        self.given_up = threading.Event()
+        self._error = error
+
+    def push(self, place: Place, pages: HeldPages) -> None:
+        self.begun.set()
+        assert self.let.wait(10)
+        self.asked.append(place.layer)
+        if self._error is not None:
+            raise self._error
+
+    def flush(self) -> None:
+        self.asked.append("flush")
+
+    def abandon(self) -> None:
+        self.asked.append("abandon")
+        self.given_up.set()
+
+
+def push(sender: BackgroundSender, layers: range) -> None:
+    for layer in layers:
+        sender.push(Place(layer, 0, 0), PAGES)
+
+
+def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
+    slow = SlowSender()
+    sender = BackgroundSender(slow, torch.device("cpu"))
+    push(sender, range(5))
+    assert slow.asked == []
+    threading.Timer(0.05, slow.let.set).start()
+    sender.flush()
+    assert slow.asked == [0, 1, 2, 3, 4, "flush"]
+    push(sender, range(5, 6))
+    sender.flush()
+    assert slow.asked[6:] == [5, "flush"]
+    sender.abandon()
+
+
+def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
+    slow = SlowSender()
+    sender = BackgroundSender(slow, torch.device("cpu"))
+    push(sender, range(5))
+    assert slow.begun.wait(10)
+    sender.abandon()
+    slow.let.set()
+    assert slow.given_up.wait(10)
+    assert slow.asked == [0, "abandon"]
+
+
+def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
+    slow = SlowSender(RuntimeError("the device is gone"))
+    slow.let.set()
+    sender = BackgroundSender(slow, torch.device("cpu"))
+    push(sender, range(3))
+    with pytest.raises(TransferError, match="the device is gone"):
+        sender.flush()
+    assert sender.failure is not None
+    assert slow.asked == [0, "flush"]
+    sender.abandon()
