@@ -33,8 +33,17 @@ def make_decoder(settings: Settings) -> None:
 
 @pytest.fixture
 def shared() -> Settings:
-    """The 7B's shape, prefill and decode on one card."""
-    return load_settings(CONFIGS / "one-gpu-7b.yaml")
+    """The 7B's shape, prefill and decode on one card, pages of 16 bits for 819,200 tokens."""
+    settings = load_settings(CONFIGS / "one-gpu-7b.yaml")
+    tokens = {"kv_cache_tokens": 819_200}
+    return settings.model_copy(
+        update={
+            "model": settings.model.model_copy(update={"kv_cache_dtype": "auto"}),
+            "limits": settings.limits.model_copy(update={"max_model_len": 819_200}),
+            "prefill": settings.prefill.model_copy(update=tokens),
+            "decode": settings.decode.model_copy(update=tokens),
+        }
+    )
 
 
 @pytest.fixture
