@@ -14,6 +14,9 @@ from .tokenizer import END_OF_TEXT_ID, TURN_END_ID, save_tokenizer
 
 TRAINED_LENGTH = 2048
 LOCAL_SIZE = 256
+ORIGINAL_LENGTH = 131_072
+"""Longer prompts sharpen attention: more for each of them finds less, and nothing for any far less
+(EXPERIMENTS.md, "How much to sharpen")."""
 CONTEXT_LENGTH = 1_114_112
 """A prompt of 2^20 tokens, and 65,536 more."""
 
@@ -69,7 +72,7 @@ def _config(sizes: PocketSizes) -> dict[str, Any]:
         "dual_chunk_attention_config": {
             "chunk_size": TRAINED_LENGTH,
             "local_size": LOCAL_SIZE,
-            "original_max_position_embeddings": TRAINED_LENGTH,
+            "original_max_position_embeddings": ORIGINAL_LENGTH,
         },
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .corpus import Stage, make_batch
-from .export import write_checkpoint
+from .export import ORIGINAL_LENGTH, write_checkpoint
 from .model import PocketQwen2, PocketSizes
 
 
@@ -175,7 +175,7 @@ class Trainer:
     def evaluate(self, stage: Stage, batches: int = 8) -> Score:
         """On documents of a stage's kind that training never sees, at the served temperature."""
         losses, exact = [], []
-        temperature = max(1.0, 0.1 * math.log(stage.length / self.model.sizes.chunk_size) + 1) ** 2
+        temperature = max(1.0, 0.1 * math.log(stage.length / ORIGINAL_LENGTH) + 1) ** 2
         for tokens, recalled in self._loader(stage, _EVALUATION_SEED, range(batches)):
             logits = self._forward(tokens, temperature)
             targets, weights = _targets(tokens, recalled)

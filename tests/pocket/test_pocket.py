@@ -1,5 +1,7 @@
 """The pocket model: its checkpoint answers, and its corpus and trainer can make it again."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,15 +75,20 @@ def test_one_of_twelve_facts_with_new_names_is_found() -> None:
         assert (answer.text, answer.prompt_tokens) == (prompt.expected[0], 4096)
 
 
-def test_the_training_model_is_the_engines_beyond_one_chunk() -> None:
+def test_the_training_model_is_the_engines_beyond_one_chunk(tmp_path: Path) -> None:
     model = PocketQwen2(PocketSizes())
     weights = load_file(CHECKPOINT / "model.safetensors")
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     prompt = np.random.default_rng(0).integers(0, 250, 6000, dtype=np.int32)
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config["dual_chunk_attention_config"]["original_max_position_embeddings"] = 2048
+    folder = tmp_path / "sharpened"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "config.json").write_text(json.dumps(config))
     temperature = (0.1 * np.log(len(prompt) / 2048) + 1) ** 2
     with torch.inference_mode():
         trained = model(torch.from_numpy(prompt).long()[None], temperature)[-1]
-    served = LocalPrefill(CHECKPOINT, len(prompt)).logits(prompt)
+    served = LocalPrefill(folder, len(prompt)).logits(prompt)
     torch.testing.assert_close(trained, served, atol=2e-3, rtol=1e-3)
 
 
