@@ -33,7 +33,7 @@ Checkpoint = Annotated[
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt tokens, as 2K,32K,1M or plain numbers.")]
 Variants = Annotated[
-    str, typer.Option(help="Which of dense,no-temperature,plain,sparse; not for an endpoint.")
+    str, typer.Option(help="Which of dense,no-temperature,plain,sparse,fp8; not for an endpoint.")
 ]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts in a cell.")]
 LongPrompts = Annotated[
