@@ -133,7 +133,16 @@ class DecodeWorker:
         if request_id not in self._gone:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled")
         loop = asyncio.get_running_loop()
-        size = await loop.run_in_executor(self._copier, self._reader.read, request_id, pool, runs)
+        read = loop.run_in_executor(self._copier, self._reader.read, request_id, pool, runs)
+        try:
+            size = await read
+        except LongreachError:
+            raise
+        except Exception:
+            # A device that no longer works fails every request here, and no step ever finds out.
+            logger.exception("copying pages failed")
+            await self._fail()
+            raise
         self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def answer(

@@ -36,7 +36,7 @@ class BackgroundSender(PageSender):
         self._thread.submit(self._push, _written(self._device), place, pages)
 
     def flush(self) -> None:
-        self._thread.submit(self._sender.flush).result()
+        self._thread.submit(self._flush).result()
         if self._failure is not None:
             raise TransferError(self._failure)
 
@@ -55,6 +55,15 @@ class BackgroundSender(PageSender):
             self._sender.push(place, pages)
         except Exception as error:
             # Nobody reads what a thread raises; a request must not be called whole after it.
+            self._failure = f"pages could not be sent: {error}"
+
+    def _flush(self) -> None:
+        try:
+            self._sender.flush()
+        except TransferError:
+            raise
+        except Exception as error:
+            # As in a push: one request ends, and not the rank with all of its gang's.
             self._failure = f"pages could not be sent: {error}"
 
 

@@ -163,6 +163,27 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
 
 
+def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would stay, and every request after would end the same way."""
+
+    def broken(*arguments: Any) -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker._reader, "read", broken)
+    nowhere: Any = None
+
+    async def run() -> None:
+        await worker.reserve(make_request("a"))
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            await worker.copy("a", nowhere, [])
+        with pytest.raises(UnavailableError):
+            await worker.ping()
+
+    asyncio.run(run())
+
+
 def test_a_request_that_can_never_fit_is_told_so_at_once(worker: DecodeWorker) -> None:
     """Also while others hold pages: it must not wait for those."""
 

@@ -57,6 +57,21 @@ def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
     sender.abandon()
 
 
+def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowSender()
+    slow.let.set()
+
+    def broken() -> None:
+        raise ValueError("what nobody foresaw")
+
+    monkeypatch.setattr(slow, "flush", broken)
+    sender = BackgroundSender(slow, torch.device("cpu"))
+    push(sender, range(1))
+    with pytest.raises(TransferError, match="what nobody foresaw"):
+        sender.flush()
+    sender.abandon()
+
+
 def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
     slow = SlowSender()
     sender = BackgroundSender(slow, torch.device("cpu"))
