@@ -20,6 +20,7 @@ from .errors import (
     PromptTooLongError,
     TransferError,
 )
+from .memory import decode_ran_out, out_of_memory_raises
 from .messages import ChosenToken, Delta, GenerationRequest
 from .pages import PAGE_TOKENS, PagePool, Pages, pages_for
 from .qwen2 import Qwen2
@@ -174,14 +175,14 @@ class Decoder:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
-        try:
+        told = TransferError(decode_ran_out(f"as it took pages of request {request_id}"))
+        with out_of_memory_raises(told):
             table = reservation.block_tables[0].on(self._pool.memory.device)
             table = table[place.first_page : place.first_page + len(pages)]
-            self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
-        except TransferError as error:
-            raise TransferError(f"request {request_id}, {place}: {error}") from error
-        except torch.OutOfMemoryError as error:
-            raise TransferError(_no_memory(f"as it took pages of request {request_id}")) from error
+            try:
+                self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
+            except TransferError as error:
+                raise TransferError(f"request {request_id}, {place}: {error}") from error
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:
@@ -251,7 +252,7 @@ class Decoder:
     def _give_up(self, request_id: str, when: str) -> Output:
         """End a request for want of memory."""
         self.cancel(request_id)
-        return request_id, OutOfMemoryError(_no_memory(when))
+        return request_id, OutOfMemoryError(decode_ran_out(when))
 
     def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
         """A page that the prompt fills in part is written by every choice: each gets its own."""
@@ -318,13 +319,6 @@ class Decoder:
         self._pool.release(sequence.block_table.pages.tolist())
         if not reservation.sequences:
             del self._reservations[sequence.request_id]
-
-
-def _no_memory(when: str) -> str:
-    return (
-        f"the decode worker ran out of memory {when}; lower decode.max_batch or "
-        "decode.kv_cache_tokens"
-    )
 
 
 def _row_of(sequence: _Sequence) -> StepRow:

@@ -43,6 +43,14 @@ def out_of_memory_raises(error: LongreachError) -> Iterator[None]:
         raise error from cause
 
 
+def decode_ran_out(when: str) -> str:
+    """What a decode worker says that ran out of memory at something."""
+    return (
+        f"the decode worker ran out of memory {when}; lower decode.max_batch or "
+        "decode.kv_cache_tokens"
+    )
+
+
 @dataclass(frozen=True)
 class Weights:
     """The matrices of one tensor rank, in numbers of `itemsize` bytes.

@@ -29,15 +29,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from .errors import ConfigurationError, TransferError
-from .memory import out_of_memory_raises
+from .memory import decode_ran_out, out_of_memory_raises
 from .pages import PagePool, Pages, page_index
 from .transport import Place
 
 _MEND = "set transport.kind: object_store"
-_NO_MEMORY = (
-    "the decode worker's GPU has no memory left for pages on their way; lower "
-    "decode.kv_cache_tokens"
-)
 
 Handle = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function and arguments that make a tensor over the same memory, in any process of the host."""
@@ -140,13 +136,14 @@ class SharedPageReader:
             TransferError: as `SharedPool.open`, or as `receive`; or the device has no memory left
                 for pages on their way.
         """
+        told = TransferError(decode_ran_out(f"as it took pages of request {request_id}"))
         with torch.cuda.stream(self._stream):
             layers = self._layers(request_id, pool)
             copied = 0
             try:
                 for run in runs:
                     index = page_index(run.numbers, self._device)
-                    with out_of_memory_raises(TransferError(_NO_MEMORY)):
+                    with out_of_memory_raises(told):
                         pages = layers[run.place.layer].at(index)
                     self._receive(request_id, run.place, pages)
                     copied += pages.nbytes

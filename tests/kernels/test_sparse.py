@@ -247,6 +247,7 @@ def test_both_sum_alike_across_dual_chunks(length, rows, group, chunk) -> None:
     ):
         assert one is not None
         assert other is not None
+        # Both sum in float32, in another order and over scores that are rounded another way.
         torch.testing.assert_close(one.cpu(), other[heads], rtol=1e-3, atol=1e-3)
 
 
