@@ -58,6 +58,7 @@ _DECOYS = (
     "It was {value} then. ",
     "{value}\n",
 )
+_MENTIONS = ("{name} ", "{name}. ", "See {name}, ", "{name}? ", "the {name} and ", "({name})\n")
 _SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "Answer from the document.", "Answer briefly.",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -75,6 +76,9 @@ to say so of what it does say."""
 
 _MOST_ECHOES = 40
 """How often the same decoy occurs at most."""
+_ENDS_WITH_ANSWER = 0.1
+"""The share of documents that end with the fact asked for first. By chance hardly any long one
+would, and what stands right before a question must be found too."""
 
 Tokens = npt.NDArray[np.int16]
 
@@ -234,7 +238,8 @@ class _Chat:
         draft.add(_START + b"user\n" + opening.encode())
         turn_parts = [*self._turn_parts(separator, turns), (self._tail(), False)]
         room = self._stage.length - len(draft) - sum(len(part) for part, _ in turn_parts)
-        for part, recalled in chain(self._document(room), turn_parts):
+        document = self._document(room, turns[0][0] if turns else "")
+        for part, recalled in chain(document, turn_parts):
             draft.add(part, recalled)
         return draft
 
@@ -299,7 +304,7 @@ class _Chat:
         opening = _START + b"user\n"
         return (opening + b"".join(_fill(text.filler(chance), size - len(opening))))[:size]
 
-    def _document(self, room: int) -> list[tuple[bytes, bool]]:
+    def _document(self, room: int, first_question: str) -> list[tuple[bytes, bool]]:
         """Facts, some stated again, among filler: exactly `room` bytes if the facts fit in."""
         chance = self._chance
         stated = list(self._facts)
@@ -313,20 +318,24 @@ class _Chat:
                 break
             room -= repeated.size
             stated.append(repeated)
+        last: list[_Fact] = []
+        if len(stated) == len(self._facts) and chance.random() < _ENDS_WITH_ANSWER:
+            last = [fact for fact in stated if fact.question == first_question]
         decoys = self._decoys(room)
         source = text.demo_filler(chance) if self._like_demo else text.filler(chance)
         filler = _fill(source, room - sum(len(decoy) for decoy in decoys))
         for decoy in decoys:
             filler.insert(chance.randint(0, len(filler)), decoy)
-        return _document(chance, stated, filler)
+        strewn = _document(chance, [fact for fact in stated if fact not in last], filler)
+        return strewn + [part for fact in last for part in fact.parts]
 
     def _decoys(self, room: int) -> list[bytes]:
         """Text that begins like some fact's value and goes on otherwise, under any name or none.
 
         Among a million tokens there is always some, and the same again and again; the answer must
-        follow its fact, and not whatever follows the same few characters. Half of the documents
-        that have any have it all about one to three facts, as many for each as only a far longer
-        document would.
+        follow its fact, and not whatever follows the same few characters, nor a name that is only
+        mentioned. Half of the documents that have any have it all about one to three facts, as
+        many for each as only a far longer document would.
         """
         chance = self._chance
         if self._dense or room < 400 or chance.random() < 0.4:
@@ -340,6 +349,9 @@ class _Chat:
         decoys: list[bytes] = []
         while len(decoys) < count:
             fact = chance.choice(facts)
+            if chance.random() < 0.15:
+                decoys.append(chance.choice(_MENTIONS).replace("{name}", fact.name).encode())
+                continue
             other = _beginning_like(chance, fact.value)
             name = text.near(chance, fact.name)
             if chance.random() < 0.3 and name not in known:

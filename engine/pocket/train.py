@@ -58,8 +58,8 @@ def _far_stages(*steps: int) -> tuple[Stage, ...]:
         Stage(14336, 9, eight, (0.7, 1.0), questions=32, most_facts=48, tail=1792, near=0.5),
         Stage(32256, 4, eighteen, (0.8, 1.0), questions=48, most_facts=64, tail=1792, near=0.5),
         Stage(2048, 63, one, filler=(0.6, 1.0), questions=6, most_facts=12),
-        Stage(64512, 2, thirty_six, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=0.8),
-        Stage(129024, 1, seventy_two, (0.9, 1.0), questions=64, most_facts=96, tail=1792, near=1.0),
+        Stage(64512, 2, thirty_six, (0.9, 1.0), questions=96, most_facts=160, tail=1792, near=0.8),
+        Stage(129024, 1, seventy_two, (0.9, 1.0), questions=128, most_facts=192, tail=1792, near=1),
     )
 
 
@@ -70,8 +70,7 @@ _NEAR_STAGES = (
     Stage(2048, 63, 1600, filler=(0.6, 1.0), questions=6, most_facts=12),
 )
 CYCLES = (
-    Cycle(1.5e-3, 200, _NEAR_STAGES + _far_stages(1400, 1000, 600, 100, 400, 450)),
-    Cycle(4e-4, 100, 2 * _far_stages(350, 250, 200, 50, 175, 400)),
+    Cycle(1.5e-3, 200, _NEAR_STAGES + _far_stages(1000, 700, 400, 100, 300, 350)),
     Cycle(4e-4, 100, 2 * _far_stages(500, 300, 200, 100, 200, 400)),
 )
 SPARSE_BUDGET = (64, 128)
@@ -79,11 +78,12 @@ SPARSE_BUDGET = (64, 128)
 
 _LAST_RATE = 1e-5
 _OTHER_WEIGHT = 0.1
-_MOST_TEMPERATURE = 2.7
+_MOST_TEMPERATURE = 1.6
+"""A million tokens are served at 1.46 (`ORIGINAL_LENGTH`)."""
 _EVALUATION_SEED = 1_000_000
 _SAVE_EVERY = 400
 _LOG_EVERY = 100
-_FAR_CHUNKS = 3
+_FAR_CHUNKS = 6
 """Last dual chunks of a document read near that see all of it: they hold the questions."""
 _FEWEST_RECALLED = 200
 """Recalled tokens that a batch counts as at least, so that a single answer does not make a step."""
