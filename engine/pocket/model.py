@@ -20,8 +20,8 @@ class PocketSizes:
 
     vocab_size: int = VOCABULARY_SIZE
     hidden_size: int = 256
-    intermediate_size: int = 768
-    num_layers: int = 4
+    intermediate_size: int = 640
+    num_layers: int = 5
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
