@@ -89,6 +89,7 @@ class PrefillRank:
     def _load(self, mesh: "Mesh", device: "torch.device") -> None:
         import torch
 
+        from ..engine.background import hand_off_stream
         from ..engine.pages import PagePool, pages_for
         from ..engine.prefill import Prefiller
         from ..engine.random_weights import load_model
@@ -100,7 +101,7 @@ class PrefillRank:
         model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
         geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
-        self._device = device
+        self._stream = hand_off_stream(device)
         self._shared_pool = _share(pool) if settings.transport.kind == "cuda_ipc" else None
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
@@ -170,8 +171,7 @@ class PrefillRank:
             limit = self._settings.transport.max_in_flight_bytes
             sender = ObjectStoreSender(worker, request_id, limit)
         # A CPU has computed what it pushes, and a thread would only take time from it.
-        on_gpu = self._device.type == "cuda"
-        return BackgroundSender(sender, self._device) if on_gpu else sender
+        return sender if self._stream is None else BackgroundSender(sender, self._stream)
 
 
 def _share(pool: "PagePool") -> "SharedPool":
