@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .errors import TransferError
+from .errors import TransferError, in_one_line
 from .pages import HeldPages
 from .transport import PageSender, Place
 
@@ -56,7 +56,7 @@ class BackgroundSender(PageSender):
             self._sender.push(place, pages)
         except Exception as error:
             # Nobody reads what a thread raises; a request must not be called whole after it.
-            self._failure = f"pages could not be sent: {error}"
+            self._failure = f"pages could not be sent: {in_one_line(error)}"
 
     def _flush(self) -> None:
         try:
@@ -65,7 +65,7 @@ class BackgroundSender(PageSender):
             raise
         except Exception as error:
             # As in a push: one request ends, and not the rank with all of its gang's.
-            self._failure = f"pages could not be sent: {error}"
+            self._failure = f"pages could not be sent: {in_one_line(error)}"
 
 
 def hand_off_stream(device: torch.device) -> torch.cuda.Stream | None:

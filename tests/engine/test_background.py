@@ -84,13 +84,14 @@ def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
 
 
 def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
-    slow = SlowSender(RuntimeError("the device is gone"))
+    slow = SlowSender(RuntimeError("the device is gone\nCompile with ..."))
     slow.let.set()
     sender = BackgroundSender(slow, None)
     push(sender, range(3))
-    with pytest.raises(TransferError, match="the device is gone"):
+    with pytest.raises(TransferError, match=r"the device is gone$"):
         sender.flush()
     assert sender.failure is not None
+    assert "\n" not in sender.failure
     assert slow.asked == [0, "flush"]
     sender.abandon()
 
