@@ -21,6 +21,8 @@ GB = 1e9
 _RESERVE_BYTES = 1 << 30
 """The driver's context, workspaces of the libraries, and what fragmentation loses."""
 _TABLE_ENTRY_BYTES = 4
+_SAYS_SO = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that come from beside PyTorch's allocator: CUDA itself, Triton, and cuBLAS."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -38,9 +40,17 @@ def out_of_memory_raises(error: LongreachError) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, OutOfMemoryError) as cause:
+    except Exception as cause:
+        if not _is_out_of_memory(cause):
+            raise
         traceback.clear_frames(cause.__traceback__)
         raise error from cause
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _SAYS_SO)
 
 
 def decode_ran_out(when: str) -> str:

@@ -138,27 +138,47 @@ def test_larger_batches_leave_less_for_pages() -> None:
     assert few.longest() > 1.9 * decode_of(80e9).longest()
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, OutOfMemoryError])
-def test_running_out_of_memory_keeps_nothing_alive(kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("as the allocator says it"),
+        OutOfMemoryError("as a chunk says it"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["allocator", "chunk", "device", "cublas", "triton"],
+)
+def test_running_out_of_memory_keeps_nothing_alive(error: Exception) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def take() -> None:
         taken = torch.zeros(3)
         seen.append(weakref.ref(taken))
-        raise kind("as the allocator says it")
+        raise error
 
     with (
         pytest.raises(ConfigurationError, match="lower this") as told,
         out_of_memory_raises(ConfigurationError("lower this")),
     ):
         take()
-    assert isinstance(told.value.__cause__, kind)
+    assert told.value.__cause__ is error
     assert [reference() for reference in seen] == [None]
 
 
-def test_other_errors_stay_what_they_are() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate()`"),
+    ],
+    ids=["python", "device", "cublas"],
+)
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
     with (
-        pytest.raises(ZeroDivisionError),
+        pytest.raises(type(error)) as told,
         out_of_memory_raises(ConfigurationError("lower this")),
     ):
-        raise ZeroDivisionError
+        raise error
+    assert told.value is error
