@@ -60,8 +60,19 @@ class PrefillRank:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
-    def join(self, init_method: str) -> None:
+    def card(self) -> tuple[str, str] | None:
+        """The node and the GPU that this rank computes on; None on a CPU."""
+        import ray
+
+        if not self._settings.prefill.gpus_per_rank:
+            return None
+        return ray.get_runtime_context().get_node_id(), str(ray.get_gpu_ids()[0])
+
+    def join(self, init_method: str, ranks_on_card: int = 1) -> None:
         """Meet the other ranks and load this rank's share of the model.
+
+        Args:
+            ranks_on_card: that compute on the same GPU, this one among them.
 
         Raises:
             CheckpointError: the model cannot be read.
@@ -75,7 +86,7 @@ class PrefillRank:
 
         prefill = self._settings.prefill
         device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
-        with room_for_prefill(self._settings, device):
+        with room_for_prefill(self._settings, device, ranks_on_card):
             mesh = Mesh.join(
                 prefill.tensor_parallel,
                 prefill.sequence_parallel,
