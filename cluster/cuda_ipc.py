@@ -5,11 +5,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ..engine.errors import TransferError
+from ..engine.errors import TransferError, in_one_line
 from ..engine.pages import HeldPages
 from ..engine.shared_pages import SharedPool, SharedRun
 from ..engine.transport import PageSender, Place
-from .object_store import reason_of
 
 
 class CudaIpcSender(PageSender):
@@ -74,5 +73,5 @@ class CudaIpcSender(PageSender):
         try:
             ray.get(self._under_way)
         except RayError as error:
-            self._failure = f"pages did not reach the decode replica: {reason_of(error)}"
+            self._failure = f"pages did not reach the decode replica: {in_one_line(error)}"
         self._under_way = None

@@ -5,11 +5,11 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import (
     InvalidRequestError,
@@ -41,8 +41,8 @@ class DecodeWorker:
     """Wraps a Decoder. The event loop and one thread that steps take turns on it.
 
     Receiving pages needs no turn: it writes pages that no step looks at and that only the event
-    loop gives back. It happens on the event loop or, where pages are copied out of a rank's pool,
-    on a thread of its own, which has done with a request before the request's pages go back.
+    loop gives back. Pages are copied on a thread of its own, one message after the other, which has
+    done with a request before the request's pages go back.
     """
 
     def __init__(self, settings: Settings, metrics_directory: Path) -> None:
@@ -53,13 +53,13 @@ class DecodeWorker:
         from ..engine.shared_pages import SharedPageReader
 
         self._sink = Metrics(metrics_directory, "decode", settings.model.name)
-        threads = settings.decode.threads
-        self._stepper = ThreadPoolExecutor(1, "step", partial(torch.set_num_threads, threads))
-        torch.set_num_threads(threads)
+        set_threads = partial(torch.set_num_threads, settings.decode.threads)
+        self._stepper = ThreadPoolExecutor(1, "step", set_threads)
+        self._copier = ThreadPoolExecutor(1, "copy", set_threads)
+        set_threads()
         # What comes out of the object store is read-only, and is only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self._decoder = _make_decoder(settings, getattr(torch, settings.model.dtype))
-        self._copier = ThreadPoolExecutor(1, "copy")
         self._reader = SharedPageReader(
             ray.util.get_node_ip_address(), self._decoder.device, self._decoder.receive
         )
@@ -115,11 +115,12 @@ class DecodeWorker:
                 self._report()
 
     async def receive(self, request_id: str, runs: "list[PageRun]") -> None:
-        """Take handed-off pages."""
-        for run in runs:
-            pages = run.pages
-            self._decoder.receive(request_id, run.place, pages)
-            self._sink.add(metrics.HANDOFF_BYTES, pages.nbytes)
+        """Take pages that came to the host; answers when they lie in the decoder's.
+
+        Raises:
+            TransferError: the request takes no pages, or not these.
+        """
+        await self._take(self._put, request_id, runs)
 
     async def copy(self, request_id: str, pool: "SharedPool", runs: "list[SharedRun]") -> None:
         """Take pages that lie in a prefill rank's pool; answers when they have been copied.
@@ -130,12 +131,15 @@ class DecodeWorker:
         Raises:
             TransferError: the request takes no pages, or the pool is out of reach.
         """
+        await self._take(self._reader.read, request_id, pool, runs)
+
+    async def _take(self, take: Callable[..., int], request_id: str, *message: Any) -> None:
+        """Have the thread take a message's pages; `take` says how many bytes they were."""
         if request_id not in self._gone:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled")
         loop = asyncio.get_running_loop()
-        read = loop.run_in_executor(self._copier, self._reader.read, request_id, pool, runs)
         try:
-            size = await read
+            size = await loop.run_in_executor(self._copier, take, request_id, *message)
         except LongreachError:
             raise
         except Exception:
@@ -144,6 +148,14 @@ class DecodeWorker:
             await self._fail()
             raise
         self._sink.add(metrics.HANDOFF_BYTES, size)
+
+    def _put(self, request_id: str, runs: "list[PageRun]") -> int:
+        size = 0
+        for run in runs:
+            pages = run.pages
+            self._decoder.receive(request_id, run.place, pages)
+            size += pages.nbytes
+        return size
 
     async def answer(
         self, request_id: str, logits: "Logits"

@@ -1,6 +1,7 @@
 """The ranks of one prefill replica: placed together, called together, replaced together."""
 
 import asyncio
+from collections import Counter
 from typing import Any, cast
 
 import ray
@@ -51,8 +52,7 @@ class Gang:
         ]
         gang = cls(group, ranks)
         try:
-            address = await ranks[0].free_address.remote()
-            await asyncio.gather(*(rank.join.remote(address) for rank in ranks))
+            await _join(ranks)
         except BaseException:
             gang.kill()
             raise
@@ -90,6 +90,17 @@ def _resources(prefill: PrefillSettings) -> dict[str, float]:
     """What one rank is placed by; Ray refuses a bundle of nothing."""
     asked = {"CPU": prefill.cpus_per_rank, "GPU": prefill.gpus_per_rank}
     return {name: amount for name, amount in asked.items() if amount}
+
+
+async def _join(ranks: list[Any]) -> None:
+    """Let the ranks meet and load; each is told how many are on its card."""
+    address = await ranks[0].free_address.remote()
+    cards = await asyncio.gather(*(rank.card.remote() for rank in ranks))
+    counts = Counter(cards)
+    # On CPUs there is no card to divide.
+    shared = [1 if card is None else counts[card] for card in cards]
+    joins = (rank.join.remote(address, count) for rank, count in zip(ranks, shared, strict=True))
+    await asyncio.gather(*joins)
 
 
 async def _placed(group: PlacementGroup, settings: Settings) -> None:

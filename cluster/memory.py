@@ -21,6 +21,7 @@ from ..engine.memory import (
     out_of_memory_raises,
 )
 from ..engine.pages import PageGeometry
+from ..engine.sparsity import SparsityConfig
 from .settings import Settings
 
 _NARROW = "model.kv_cache_dtype fp8_e4m3"
@@ -28,13 +29,19 @@ _LARGER = "a larger GPU"
 
 
 @contextmanager
-def room_for_prefill(settings: Settings, device: torch.device) -> Iterator[None]:
+def room_for_prefill(
+    settings: Settings, device: torch.device, ranks_on_card: int = 1
+) -> Iterator[None]:
     """Where a prefill rank takes what it needs.
+
+    Args:
+        ranks_on_card: of its gang, itself among them. All look before they meet, and take nothing
+            before they have met, so each sees what all of them have together.
 
     Raises:
         ConfigurationError: it does not fit on the GPU, or another process had taken too much of it.
     """
-    fit = prefill_fit(settings, free_bytes(device))
+    fit = prefill_fit(settings, free_bytes(device), ranks_on_card)
     # No prompt is longer than the limit, however many tokens the pages hold.
     longest = settings.limits.max_model_len
     with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
@@ -49,11 +56,11 @@ def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
         yield
 
 
-def prefill_fit(settings: Settings, free: int) -> PrefillFit:
+def prefill_fit(settings: Settings, free: int, ranks_on_card: int = 1) -> PrefillFit:
     """One rank's share of the model, of its pages and of a chunk, in so many bytes.
 
     Raises:
-        CheckpointError: the model's configuration cannot be read.
+        CheckpointError: the model's configuration or its budgets cannot be read.
         ConfigurationError: the ranks do not divide the model.
     """
     prefill = settings.prefill
@@ -61,9 +68,13 @@ def prefill_fit(settings: Settings, free: int) -> PrefillFit:
     others = ("a smaller prefill.chunk_tokens", "a larger prefill.tensor_parallel", _LARGER)
     alone = _alone("prefill.gpus_per_rank", prefill.gpus_per_rank)
     mends = Mends("prefill.kv_cache_tokens", _NARROW, others + alone)
+    sparsity = SparsityConfig.from_folder(settings.model.folder) if prefill.sparse else None
     return PrefillFit(
-        weights, geometry, free, mends, prefill.chunk_tokens, prefill.sequence_parallel
-    )
+        weights, geometry, free, mends, prefill.chunk_tokens, prefill.sequence_parallel,
+        selects_above=None if sparsity is None else sparsity.threshold,
+        gathers_pages=settings.transport.kind == "object_store",
+        sharing=ranks_on_card,
+    )  # fmt: skip
 
 
 def decode_fit(settings: Settings, free: int) -> DecodeFit:
@@ -72,7 +83,8 @@ def decode_fit(settings: Settings, free: int) -> DecodeFit:
     weights, geometry = _model(settings, 1)
     others = ("a smaller decode.max_batch", _LARGER, *_alone("decode.gpus", decode.gpus))
     mends = Mends("decode.kv_cache_tokens", _NARROW, others)
-    return DecodeFit(weights, geometry, free, mends, decode.max_batch)
+    chunk_tokens = settings.prefill.chunk_tokens
+    return DecodeFit(weights, geometry, free, mends, decode.max_batch, chunk_tokens)
 
 
 def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:

@@ -9,7 +9,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ..engine.errors import TransferError
+from ..engine.errors import TransferError, in_one_line
 from ..engine.host_copies import HostCopies
 from ..engine.pages import HeldPages, Pages
 from ..engine.transport import PageSender, Place
@@ -107,7 +107,7 @@ class ObjectStoreSender(PageSender):
             try:
                 received = self._worker.receive.remote(self._request_id, ray.put(runs))
             except RayError as error:
-                self._failure = f"pages could not be sent: {reason_of(error)}"
+                self._failure = f"pages could not be sent: {in_one_line(error)}"
             else:
                 self._in_flight[received] = size
 
@@ -121,9 +121,4 @@ class ObjectStoreSender(PageSender):
             try:
                 ray.get(reference)
             except RayError as error:
-                self._failure = f"pages did not reach the decode replica: {reason_of(error)}"
-
-
-def reason_of(error: RayError) -> str:
-    """One line: errors of other processes come with their stack traces."""
-    return str(getattr(error, "cause", None) or str(error).splitlines()[0])
+                self._failure = f"pages did not reach the decode replica: {in_one_line(error)}"

@@ -60,8 +60,19 @@ class PrefillRank:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
-    def join(self, init_method: str) -> None:
+    def card(self) -> tuple[str, str] | None:
+        """The node and the GPU that this rank computes on; None on a CPU."""
+        import ray
+
+        if not self._settings.prefill.gpus_per_rank:
+            return None
+        return ray.get_runtime_context().get_node_id(), str(ray.get_gpu_ids()[0])
+
+    def join(self, init_method: str, ranks_on_card: int = 1) -> None:
         """Meet the other ranks and load this rank's share of the model.
+
+        Args:
+            ranks_on_card: that compute on the same GPU, this one among them.
 
         Raises:
             CheckpointError: the model cannot be read.
@@ -75,7 +86,7 @@ class PrefillRank:
 
         prefill = self._settings.prefill
         device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
-        with room_for_prefill(self._settings, device):
+        with room_for_prefill(self._settings, device, ranks_on_card):
             mesh = Mesh.join(
                 prefill.tensor_parallel,
                 prefill.sequence_parallel,
@@ -89,6 +100,7 @@ class PrefillRank:
     def _load(self, mesh: "Mesh", device: "torch.device") -> None:
         import torch
 
+        from ..engine.background import hand_off_stream
         from ..engine.pages import PagePool, pages_for
         from ..engine.prefill import Prefiller
         from ..engine.random_weights import load_model
@@ -100,7 +112,7 @@ class PrefillRank:
         model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
         geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
-        self._device = device
+        self._stream = hand_off_stream(device)
         self._shared_pool = _share(pool) if settings.transport.kind == "cuda_ipc" else None
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
@@ -170,8 +182,7 @@ class PrefillRank:
             limit = self._settings.transport.max_in_flight_bytes
             sender = ObjectStoreSender(worker, request_id, limit)
         # A CPU has computed what it pushes, and a thread would only take time from it.
-        on_gpu = self._device.type == "cuda"
-        return BackgroundSender(sender, self._device) if on_gpu else sender
+        return sender if self._stream is None else BackgroundSender(sender, self._stream)
 
 
 def _share(pool: "PagePool") -> "SharedPool":

@@ -211,11 +211,11 @@ class Settings(_Section):
                 "transport.kind cuda_ipc copies between GPUs, and prefill.gpus_per_rank or "
                 "decode.gpus is 0; give both a GPU, or set transport.kind: object_store"
             )
-        if self.prefill.placement == "STRICT_SPREAD" and self.prefill.num_ranks > 1:
+        if self.prefill.placement != "STRICT_PACK" and self.prefill.num_ranks > 1:
             yield (
                 "transport.kind cuda_ipc copies between GPUs of one host, and prefill.placement "
-                "STRICT_SPREAD wants a host for each rank; use STRICT_PACK, or set "
-                "transport.kind: object_store"
+                f"{self.prefill.placement} may put the ranks of a gang on several; use "
+                "STRICT_PACK, or set transport.kind: object_store"
             )
 
 

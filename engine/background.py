@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .errors import TransferError
+from .errors import TransferError, in_one_line
 from .pages import HeldPages
 from .transport import PageSender, Place
 
@@ -14,17 +14,18 @@ class BackgroundSender(PageSender):
 
     Whoever computes never waits, however slow the way is: pages lie in the pool until the flush,
     so what waits for its turn takes no memory. One event is recorded with every push, and the
-    thread waits for it, without holding Python's lock. What the sender launches goes to a stream
-    of its own, and so does not stand in line behind the chunks that the host has launched ahead.
+    thread waits for it, without holding Python's lock. What the sender launches goes to another
+    stream, and so does not stand in line behind the chunks that the host has launched ahead.
 
     Args:
-        device: that the pages lie on. A CPU's are written when they are pushed.
+        stream: of the device that the pages lie on, as `hand_off_stream` makes it; one for all
+            senders of a process. None where pages lie on a CPU, and are written when pushed.
     """
 
-    def __init__(self, sender: PageSender, device: torch.device) -> None:
+    def __init__(self, sender: PageSender, stream: torch.cuda.Stream | None) -> None:
         self._sender = sender
-        self._device = device
-        self._thread = ThreadPoolExecutor(1, "hand-off", _use_own_stream, (device,))
+        self._stream = stream
+        self._thread = ThreadPoolExecutor(1, "hand-off", _use, (stream,))
         self._abandoned = False
         self._failure: str | None = None
 
@@ -33,7 +34,7 @@ class BackgroundSender(PageSender):
         return self._failure or self._sender.failure
 
     def push(self, place: Place, pages: HeldPages) -> None:
-        self._thread.submit(self._push, _written(self._device), place, pages)
+        self._thread.submit(self._push, _written(self._stream), place, pages)
 
     def flush(self) -> None:
         self._thread.submit(self._flush).result()
@@ -55,7 +56,7 @@ class BackgroundSender(PageSender):
             self._sender.push(place, pages)
         except Exception as error:
             # Nobody reads what a thread raises; a request must not be called whole after it.
-            self._failure = f"pages could not be sent: {error}"
+            self._failure = f"pages could not be sent: {in_one_line(error)}"
 
     def _flush(self) -> None:
         try:
@@ -64,19 +65,27 @@ class BackgroundSender(PageSender):
             raise
         except Exception as error:
             # As in a push: one request ends, and not the rank with all of its gang's.
-            self._failure = f"pages could not be sent: {error}"
+            self._failure = f"pages could not be sent: {in_one_line(error)}"
 
 
-def _use_own_stream(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+def hand_off_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """What a process hands its pages off on, all of them; None on a CPU.
+
+    PyTorch keeps freed memory for the stream that took it, and does not give it to another.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _written(device: torch.device) -> torch.cuda.Event | None:
+def _use(stream: torch.cuda.Stream | None) -> None:
+    if stream is not None:
+        torch.cuda.set_stream(stream)
+
+
+def _written(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
     """Happens when what is launched so far has run; None where it has."""
-    if device.type != "cuda":
+    if stream is None:
         return None
     # Blocking: the thread sleeps, and takes no core from the one that launches.
     event = torch.cuda.Event(blocking=True)
-    event.record(torch.cuda.current_stream(device))
+    event.record(torch.cuda.current_stream(stream.device))
     return event

@@ -202,9 +202,10 @@ class Decoder:
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
         try:
-            self._copy_last_prompt_page(reservation)
-        except torch.OutOfMemoryError:
-            return [self._give_up(request_id, "as a request started")]
+            with out_of_memory_raises(OutOfMemoryError(decode_ran_out("as a request started"))):
+                self._copy_last_prompt_page(reservation)
+        except OutOfMemoryError as error:
+            return [self._give_up(request_id, error)]
         reservation.sequences = self._make_sequences(reservation)
         outputs: list[Output] = []
         for sequence in list(reservation.sequences):
@@ -226,11 +227,13 @@ class Decoder:
         if not self._running:
             return []
         batch = list(self._running)
+        told = OutOfMemoryError(decode_ran_out(f"at a step of {len(batch)} sequences"))
         try:
-            outcomes = self._step.run([_row_of(sequence) for sequence in batch])
-        except torch.OutOfMemoryError:
+            with out_of_memory_raises(told):
+                outcomes = self._step.run([_row_of(sequence) for sequence in batch])
+        except OutOfMemoryError as error:
             # No sequence has grown: the next step writes the same K and V to the same places.
-            return [self._give_up(batch[-1].request_id, f"at a step of {len(batch)} sequences")]
+            return [self._give_up(batch[-1].request_id, error)]
         outputs: list[Output] = []
         for sequence, outcome in zip(batch, outcomes, strict=True):
             sequence.length += 1
@@ -249,10 +252,10 @@ class Decoder:
         for table in held if reservation.started else reservation.block_tables:
             self._pool.release(table.pages.tolist())
 
-    def _give_up(self, request_id: str, when: str) -> Output:
+    def _give_up(self, request_id: str, error: OutOfMemoryError) -> Output:
         """End a request for want of memory."""
         self.cancel(request_id)
-        return request_id, OutOfMemoryError(decode_ran_out(when))
+        return request_id, error
 
     def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
         """A page that the prompt fills in part is written by every choice: each gets its own."""

@@ -63,7 +63,8 @@ class DecodeStep(ABC):
             logits, float32 [vocab], which the next step may overwrite.
 
         Raises:
-            torch.OutOfMemoryError: the device's memory does not suffice for these rows.
+            RuntimeError: the device's memory does not suffice for these rows, in any of the ways
+                that `memory.out_of_memory_raises` knows.
         """
 
 

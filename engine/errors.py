@@ -63,3 +63,16 @@ class OutOfMemoryError(GenerationError):
 
 class UnavailableError(LongreachError):
     """A part of the cluster died or is not up yet; the same request may be sent again."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, for a sentence: its first line, or its type where it says nothing.
+
+    What came from another process is wrapped in an error whose words are a stack trace, and whose
+    `cause` is the one that was raised there.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return in_one_line(cause)
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -8,7 +8,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,8 @@ GB = 1e9
 _RESERVE_BYTES = 1 << 30
 """The driver's context, workspaces of the libraries, and what fragmentation loses."""
 _TABLE_ENTRY_BYTES = 4
+_SAYS_SO = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that come from beside PyTorch's allocator: CUDA itself, Triton, and cuBLAS."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -38,9 +40,17 @@ def out_of_memory_raises(error: LongreachError) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, OutOfMemoryError) as cause:
+    except Exception as cause:
+        if not _is_out_of_memory(cause):
+            raise
         traceback.clear_frames(cause.__traceback__)
         raise error from cause
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _SAYS_SO)
 
 
 def decode_ran_out(when: str) -> str:
@@ -134,12 +144,21 @@ class Mends:
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """A model's weights, its pages, and what is computed on them, in so much free memory."""
+    """A model's weights, its pages, and what is computed on them, in so much free memory.
+
+    `sharing` processes like this one look at the same memory before any of them takes its own.
+    """
 
     weights: Weights
     geometry: PageGeometry
     free: int
     mends: Mends
+    sharing: int = field(default=1, kw_only=True)
+
+    @property
+    def share(self) -> int:
+        """Bytes of the free memory that are this process's."""
+        return self.free // self.sharing
 
     @abstractmethod
     def besides(self, prompt: int) -> int:
@@ -152,7 +171,7 @@ class Fit(ABC):
 
     def most_tokens_beside(self, prompt: int) -> int:
         """Tokens of KV cache that fit where the longest prompt has so many."""
-        left = self.free - self.weights.num_bytes - self.besides(prompt)
+        left = self.share - self.weights.num_bytes - self.besides(prompt)
         return left // self.bytes_per_page * PAGE_TOKENS
 
     def longest(self, prompt: int | None = None) -> int:
@@ -161,7 +180,7 @@ class Fit(ABC):
         Args:
             prompt: no prompt has more; None where one may fill the cache.
         """
-        few, many = 0, self.free // self.bytes_per_page
+        few, many = 0, self.share // self.bytes_per_page
         while few < many:
             pages = -(-(few + many) // 2)
             tokens = pages * PAGE_TOKENS
@@ -181,12 +200,12 @@ class Fit(ABC):
         if longest == 0:
             raise ConfigurationError(
                 f"the weights take {self.weights.num_bytes / GB:.1f} GB and the device has "
-                f"{self.free / GB:.1f} GB free, which leaves no room for KV pages and for "
-                f"computing; {self.mends.of_all_else()}"
+                f"{self.share / GB:.1f} GB free{self._each}, which leaves no room for KV pages "
+                f"and for computing; {self.mends.of_all_else()}"
             )
         if pages_for(tokens) * PAGE_TOKENS > longest:
             raise ConfigurationError(
-                f"{self._parts(tokens, prompt)}, and of {self.free / GB:.1f} GB free "
+                f"{self._parts(tokens, prompt)}, and of {self.share / GB:.1f} GB free{self._each} "
                 f"{longest:,} tokens would fit; {self._mends_of_pages()}"
             )
 
@@ -194,9 +213,13 @@ class Fit(ABC):
         """What to say where the memory ran out all the same: others take from the same device."""
         return ConfigurationError(
             f"the device ran out of memory: {self._parts(tokens, prompt)}, and of "
-            f"{self.free / GB:.1f} GB that were free other processes may have taken a part since; "
-            f"{self._mends_of_pages()}"
+            f"{self.share / GB:.1f} GB that were free{self._each} other processes may have taken a "
+            f"part since; {self._mends_of_pages()}"
         )
+
+    @property
+    def _each(self) -> str:
+        return f" for each of {self.sharing} processes" if self.sharing > 1 else ""
 
     def _parts(self, tokens: int, prompt: int | None) -> str:
         pages = pages_for(tokens) * self.bytes_per_page / GB
@@ -207,27 +230,42 @@ class Fit(ABC):
             "computing"
         )
 
+    def _bytes_of_a_layer(self, pages: int) -> int:
+        """Of so many pages in one layer, as they travel."""
+        return pages * self.geometry.bytes_per_page // self.geometry.num_layers
+
     def _mends_of_pages(self) -> str:
         return self.mends.of_pages(narrow=self.geometry.quantized)
 
 
 @dataclass(frozen=True)
 class PrefillFit(Fit):
-    """Of one rank of a mesh, which computes its share of a chunk's rows."""
+    """Of one rank of a mesh, which computes its share of a chunk's rows.
+
+    Prompts of more than `selects_above` tokens are prefilled sparsely; None where none are. Where
+    `gathers_pages`, a layer's pages are brought together on the device before they are sent.
+    """
 
     chunk_tokens: int
     sequence_parallel: int = 1
+    selects_above: int | None = None
+    gathers_pages: bool = False
 
     def besides(self, prompt: int) -> int:
-        """A chunk's activations, selection's sums over all keys, and the reserve."""
+        """A chunk's activations, selection's sums over all keys, pages on their way, the reserve.
+
+        On their way are those of one prompt. More prompts that wait to be sent are the reserve's.
+        """
         chunk, heads = min(prompt, self.chunk_tokens), self.weights.heads
-        blocks = pages_for(chunk)
-        rows = min(chunk, -(-blocks // self.sequence_parallel) * PAGE_TOKENS)
+        own_blocks = -(-pages_for(chunk) // self.sequence_parallel)
+        rows = min(chunk, own_blocks * PAGE_TOKENS)
         # K and V of all ranks' rows, as they come and as they are put in order.
         token = 2 * heads.num_kv_heads * self.geometry.head_dim * self.weights.itemsize
         gathered = 2 * chunk * token if self.sequence_parallel > 1 else 0
-        sums = 6 * 4 * heads.num_heads * prompt
-        return rows * self.weights.row_bytes + gathered + sums + _RESERVE_BYTES
+        selects = self.selects_above is not None and prompt > self.selects_above
+        sums = 6 * 4 * heads.num_heads * prompt if selects else 0
+        sent = self._bytes_of_a_layer(own_blocks) if self.gathers_pages else 0
+        return rows * self.weights.row_bytes + gathered + sums + sent + _RESERVE_BYTES
 
     @property
     def bytes_per_page(self) -> int:
@@ -238,15 +276,20 @@ class PrefillFit(Fit):
 
 @dataclass(frozen=True)
 class DecodeFit(Fit):
-    """Of a decoder, which prepares steps of 1, 2, 4 and so on up to `max_batch` sequences."""
+    """Of a decoder, which prepares steps of 1, 2, 4 and so on up to `max_batch` sequences.
+
+    `chunk_tokens` are prefill's: pages of one layer come for so many tokens at once.
+    """
 
     max_batch: int
+    chunk_tokens: int
 
     def besides(self, prompt: int) -> int:
-        """The largest step, the logits of all, and the reserve; the prompt does not matter."""
+        """The largest step, the logits of all, pages as they come, and the reserve."""
         # All steps together have less than twice the rows of the largest.
         logits = 2 * self.weights.config.vocab_size * self.weights.itemsize
-        return self.max_batch * (self.weights.row_bytes + logits) + _RESERVE_BYTES
+        come = self._bytes_of_a_layer(pages_for(min(prompt, self.chunk_tokens)))
+        return self.max_batch * (self.weights.row_bytes + logits) + come + _RESERVE_BYTES
 
     @property
     def bytes_per_page(self) -> int:

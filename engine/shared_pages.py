@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from .errors import ConfigurationError, TransferError
+from .errors import ConfigurationError, TransferError, in_one_line
 from .memory import decode_ran_out, out_of_memory_raises
 from .pages import PagePool, Pages, page_index
 from .transport import Place
@@ -79,7 +79,7 @@ class SharedPool:
             return cls(uuid.uuid4().hex, host, reduce_tensor(pool.memory), scales)
         except RuntimeError as error:
             raise ConfigurationError(
-                f"KV pages cannot be shared between processes ({_first_line(error)}); {_MEND}"
+                f"KV pages cannot be shared between processes ({in_one_line(error)}); {_MEND}"
             ) from error
 
     def open(self, host: str) -> list[Pages]:
@@ -98,7 +98,7 @@ class SharedPool:
             scales = None if self.scales is None else _mapped(self.scales)
         except (RuntimeError, OSError) as error:
             raise TransferError(
-                f"a prefill rank's KV pages cannot be mapped ({_first_line(error)}); if the rank "
+                f"a prefill rank's KV pages cannot be mapped ({in_one_line(error)}); if the rank "
                 f"is alive, {_MEND}"
             ) from error
         every = [None] * len(memory) if scales is None else list(scales)
@@ -176,7 +176,3 @@ class SharedPageReader:
 def _mapped(handle: Handle) -> Tensor:
     function, arguments = handle
     return function(*arguments)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

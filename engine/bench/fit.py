@@ -2,6 +2,7 @@
 
 from ..memory import Mends, PrefillFit
 from ..pages import PageGeometry
+from ..sparsity import SparsityConfig
 from .work import Work
 
 _MENDS = Mends(
@@ -11,6 +12,17 @@ _MENDS = Mends(
 )
 
 
-def fit(work: Work, geometry: PageGeometry, chunk_tokens: int, free: int) -> PrefillFit:
-    """A whole model's prefill; decode takes the same weights and pages, and less besides."""
-    return PrefillFit(work.weights, geometry, free, _MENDS, chunk_tokens)
+def fit(
+    work: Work,
+    geometry: PageGeometry,
+    chunk_tokens: int,
+    free: int,
+    sparsity: SparsityConfig | None,
+) -> PrefillFit:
+    """A whole model's prefill; decode takes the same weights and pages, and less besides.
+
+    Args:
+        sparsity: None where no prompt is prefilled sparsely.
+    """
+    above = None if sparsity is None else sparsity.threshold
+    return PrefillFit(work.weights, geometry, free, _MENDS, chunk_tokens, selects_above=above)

@@ -9,6 +9,7 @@ from ..config import ModelConfig
 from ..errors import LongreachError
 from ..memory import free_bytes
 from ..pages import PAGE_TOKENS, pages_for
+from ..sparsity import SparsityConfig
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
 from .fit import fit
@@ -28,7 +29,9 @@ def measure(options: Options, device: torch.device) -> bool:
     config = ModelConfig.from_folder(options.files.folder)
     work = Work(config, torch.bfloat16.itemsize)
     geometry = page_geometry(config, options.kv_cache)
-    room = fit(work, geometry, options.chunk_tokens, free_bytes(device))
+    budgets = SparsityConfig.from_folder(options.files.folder)
+    sparsity = budgets if "sparse" in options.attentions else None
+    room = fit(work, geometry, options.chunk_tokens, free_bytes(device), sparsity)
     longest = max(options.tokens, default=0)
     cached = _kv_tokens(longest, options.decode)
     room.check(cached)

@@ -114,11 +114,11 @@ def predict(options: Options, device: torch.device) -> None:
     tokens = options.tokens[-1]
     work = Work(config, torch.bfloat16.itemsize)
     geometry = page_geometry(config, "bf16")
-    fit(work, geometry, options.chunk_tokens, free_bytes(device)).check(tokens)
-    for tensor, _ in options.meshes:
-        config.check_tensor_parallel(tensor)
     wanted = SparsityConfig.from_folder(options.files.folder)
     sparsity = wanted if "sparse" in options.attentions else None
+    fit(work, geometry, options.chunk_tokens, free_bytes(device), sparsity).check(tokens)
+    for tensor, _ in options.meshes:
+        config.check_tensor_parallel(tensor)
     print(
         f"{options.name}, weights {options.weights}, {tokens:,} tokens in chunks of "
         f"{options.chunk_tokens:,}; assumed: links of {options.link_gbs:.0f} GB/s each way, "

@@ -195,9 +195,9 @@ async def as_ray(call: Coroutine[Any, Any, None]) -> None:
 def pair(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     """The rank sends from a thread, as one on a GPU does."""
     made = Pair(settings, tmp_path)
-    make_sender, device = made.rank._make_sender, torch.device("cpu")
+    make_sender = made.rank._make_sender
     monkeypatch.setattr(
-        made.rank, "_make_sender", lambda *given: BackgroundSender(make_sender(*given), device)
+        made.rank, "_make_sender", lambda *given: BackgroundSender(make_sender(*given), None)
     )
     yield made
     made.end()

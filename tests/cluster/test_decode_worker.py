@@ -1,6 +1,7 @@
 """A decode worker in this process: what waits on it ends, whatever becomes of its engine."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,8 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
 
 async def served(worker: DecodeWorker, name: str) -> Answer:
     """From a page that is handed off to the last token."""
-    page, answer = Pages(worker._decoder._pool.memory[0, :1].clone()), Answer()
-    await worker.receive(name, [PageRun.of(Place(0, 0, 0), page)])
+    answer = Answer()
+    await worker.receive(name, [make_run(worker, 0)])
     await answer.read(worker, name)
     return answer
 
@@ -163,8 +164,80 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
 
 
-def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
+class HeldUp:
+    """A decoder that takes pages only when it is let, as a slow copy would; and which it took."""
+
+    def __init__(self, worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.let = threading.Event(), threading.Event()
+        self.took: list[int] = []
+        self._receive = worker._decoder.receive
+        monkeypatch.setattr(worker._decoder, "receive", self.receive)
+
+    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
+        self.begun.set()
+        assert self.let.wait(10 * WAITS), "nothing else went on while pages were copied"
+        self._receive(request_id, place, pages)
+        self.took.append(place.first_page)
+
+
+def make_run(worker: DecodeWorker, page: int) -> PageRun:
+    return PageRun.of(Place(0, page, 0), Pages(worker._decoder._pool.memory[0, :1].clone()))
+
+
+def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
     worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a message is answered only when its pages are there: a sender counts on that."""
+    held = HeldUp(worker, monkeypatch)
+
+    async def run() -> None:
+        await worker.reserve(make_request("slow"))
+        taking = [
+            asyncio.create_task(worker.receive("slow", [make_run(worker, page)]))
+            for page in range(3)
+        ]
+        while not held.begun.is_set():
+            await asyncio.sleep(0.001)
+        await worker.ping()
+        await worker.reserve(make_request("other"))
+        other = Answer()
+        await other.read(worker, "other")
+        assert other.is_whole
+        assert not any(each.done() for each in taking)
+        held.let.set()
+        await asyncio.gather(*taking)
+        assert held.took == [0, 1, 2]
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+def test_pages_that_are_being_received_go_back_only_after_the_copy(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldUp(worker, monkeypatch)
+
+    async def run() -> None:
+        await worker.reserve(make_request("a"))
+        taking = asyncio.create_task(worker.receive("a", [make_run(worker, 0)]))
+        while not held.begun.is_set():
+            await asyncio.sleep(0.001)
+        releasing = asyncio.create_task(worker.release("a"))
+        await worker.gone("a")
+        assert worker._decoder.usage > 0
+        with pytest.raises(TransferError, match="it was cancelled"):
+            await worker.receive("a", [make_run(worker, 1)])
+        held.let.set()
+        await releasing
+        await taking
+        assert held.took == [0]
+        assert worker._decoder.usage == 0
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+@pytest.mark.parametrize("way", ["receive", "copy"])
+def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Else it would stay, and every request after would end the same way."""
 
@@ -172,12 +245,13 @@ def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(worker._reader, "read", broken)
-    nowhere: Any = None
+    monkeypatch.setattr(worker._decoder, "receive", broken)
+    message: tuple[Any, ...] = ([make_run(worker, 0)],) if way == "receive" else (None, [])
 
     async def run() -> None:
         await worker.reserve(make_request("a"))
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            await worker.copy("a", nowhere, [])
+            await getattr(worker, way)("a", *message)
         with pytest.raises(UnavailableError):
             await worker.ping()
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -47,3 +49,36 @@ def test_a_gang_waits_for_the_one_that_it_replaces(
         with pytest.raises(ConfigurationError, match="add nodes"):
             asyncio.run(placed)
         assert removed == [group]
+
+
+class FakeRank:
+    """Says where it is, and writes down how it was asked to join."""
+
+    def __init__(self, card: tuple[str, str] | None) -> None:
+        self.joined: list[tuple[str, int]] = []
+        self.free_address = self._call(lambda: "tcp://here:1")
+        self.card = self._call(lambda: card)
+        self.join = self._call(lambda *given: self.joined.append(given))
+
+    def _call(self, function: Callable[..., Any]) -> Any:
+        async def remote(*given: Any) -> Any:
+            return function(*given)
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize(
+    ("cards", "counts"),
+    [
+        ([("a", "0"), ("a", "1"), ("a", "0"), ("b", "0")], [2, 1, 2, 1]),
+        ([None, None], [1, 1]),
+    ],
+    ids=["gpus", "cpus"],
+)
+def test_a_rank_is_told_how_many_share_its_card(
+    cards: list[tuple[str, str] | None], counts: list[int]
+) -> None:
+    """Each would else take all that is free there for its own."""
+    ranks = [FakeRank(card) for card in cards]
+    asyncio.run(gang._join(ranks))
+    assert [rank.joined for rank in ranks] == [[("tcp://here:1", count)] for count in counts]

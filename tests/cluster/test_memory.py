@@ -111,6 +111,33 @@ def test_the_number_that_is_told_would_fit(
     prefill_fit(shared, int(60e9)).check(tokens, shared.limits.max_model_len)
 
 
+def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
+    shared: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has all pages of a prompt; 100 GB hold one rank, and not two."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(100e9))
+    prefill = shared.prefill.model_copy(update={"sequence_parallel": 2, "gpus_per_rank": 0.25})
+    settings = shared.model_copy(update={"prefill": prefill})
+    prefill_fit(settings, int(100e9)).check(819_200, 819_200)
+    for rank in range(2):
+        with pytest.raises(ConfigurationError, match=r"of 50\.0 GB free for each of 2 processes"):
+            PrefillRank(settings, rank).join("", 2)
+
+
+def test_what_is_counted_is_what_the_settings_take(shared: Settings) -> None:
+    """A layer's pages are gathered for the object store; dense prefill selects nothing."""
+    dense = shared.model_copy(
+        update={"prefill": shared.prefill.model_copy(update={"sparse": False})}
+    )
+    stored = shared.model_copy(
+        update={"transport": shared.transport.model_copy(update={"kind": "object_store"})}
+    )
+    needed = prefill_fit(shared, CARD).besides(819_200)
+    assert prefill_fit(dense, CARD).besides(819_200) < needed
+    chunk = shared.prefill.chunk_tokens
+    assert prefill_fit(stored, CARD).besides(819_200) == needed + chunk * 2 * 4 * 128 * 2
+
+
 @pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])
 def test_a_gpu_that_does_not_hold_the_weights_is_refused(
     shared: Settings, monkeypatch: pytest.MonkeyPatch, start: Callable[[Settings], None]

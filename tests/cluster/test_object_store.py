@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray.exceptions import ObjectStoreFullError
+from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
 from longreach.cluster.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
@@ -39,6 +39,28 @@ def test_a_full_object_store_is_remembered_and_not_raised_by_push(
     assert sender.failure is not None
     with pytest.raises(TransferError, match="no space left"):
         sender.flush()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RayError(), "RayError"),
+        (RayTaskError("receive", "a trace", RuntimeError("CUDA error\nCompile with ...")), "error"),
+    ],
+)
+def test_what_a_worker_answers_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: RayError, said: str
+) -> None:
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "get", Mock(side_effect=error))
+    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
+    with pytest.raises(TransferError) as told:
+        sender.flush()
+    assert str(told.value).startswith("pages did not reach the decode replica: ")
+    assert str(told.value).endswith(said)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("numbers", [[7], range(2, 290), [3, 1, 2]], ids=["one", "run", "apart"])

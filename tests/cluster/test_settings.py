@@ -116,17 +116,26 @@ def test_what_cannot_run_is_refused(raw: dict[str, Any], where: str, value: Any,
 def test_cuda_ipc_wants_gpus_of_one_host() -> None:
     raw = yaml.safe_load((LAPTOP.parent / "one-gpu.yaml").read_text())
     assert parse_settings(raw).transport.kind == "cuda_ipc"
-    spread = copy.deepcopy(raw)
-    spread["prefill"] |= {"placement": "STRICT_SPREAD", "sequence_parallel": 2}
     for section, key in (("prefill", "gpus_per_rank"), ("decode", "gpus")):
         without = copy.deepcopy(raw)
         without[section][key] = 0.0
         with pytest.raises(ConfigurationError, match="give both a GPU"):
             parse_settings(without)
-    with pytest.raises(ConfigurationError, match="use STRICT_PACK"):
-        parse_settings(spread)
-    spread["transport"]["kind"] = "object_store"
-    parse_settings(spread)
+
+
+@pytest.mark.parametrize("placement", ["PACK", "SPREAD", "STRICT_SPREAD"])
+def test_cuda_ipc_wants_a_gang_on_one_host(placement: str) -> None:
+    """Else the first request finds out, and each after it."""
+    raw = yaml.safe_load((LAPTOP.parent / "one-gpu.yaml").read_text())
+    raw["prefill"]["placement"] = placement
+    parse_settings(raw)  # a single rank is always on one host
+    raw["prefill"]["sequence_parallel"] = 2
+    with pytest.raises(ConfigurationError, match=rf"{placement} may .* use STRICT_PACK, or set tr"):
+        parse_settings(raw)
+    raw["transport"]["kind"] = "object_store"
+    parse_settings(raw)
+    raw["transport"]["kind"], raw["prefill"]["placement"] = "cuda_ipc", "STRICT_PACK"
+    parse_settings(raw)
 
 
 @given(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.background import BackgroundSender
+from longreach.engine.background import BackgroundSender, hand_off_stream
 from longreach.engine.errors import TransferError
 from longreach.engine.pages import HeldPages, Pages
 from longreach.engine.transport import PageSender, Place
@@ -45,7 +45,7 @@ def push(sender: BackgroundSender, layers: range) -> None:
 
 def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
     slow = SlowSender()
-    sender = BackgroundSender(slow, torch.device("cpu"))
+    sender = BackgroundSender(slow, None)
     push(sender, range(5))
     assert slow.asked == []
     threading.Timer(0.05, slow.let.set).start()
@@ -65,7 +65,7 @@ def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.Monk
         raise ValueError("what nobody foresaw")
 
     monkeypatch.setattr(slow, "flush", broken)
-    sender = BackgroundSender(slow, torch.device("cpu"))
+    sender = BackgroundSender(slow, None)
     push(sender, range(1))
     with pytest.raises(TransferError, match="what nobody foresaw"):
         sender.flush()
@@ -74,7 +74,7 @@ def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.Monk
 
 def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
     slow = SlowSender()
-    sender = BackgroundSender(slow, torch.device("cpu"))
+    sender = BackgroundSender(slow, None)
     push(sender, range(5))
     assert slow.begun.wait(10)
     sender.abandon()
@@ -84,12 +84,39 @@ def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
 
 
 def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
-    slow = SlowSender(RuntimeError("the device is gone"))
+    slow = SlowSender(RuntimeError("the device is gone\nCompile with ..."))
     slow.let.set()
-    sender = BackgroundSender(slow, torch.device("cpu"))
+    sender = BackgroundSender(slow, None)
     push(sender, range(3))
-    with pytest.raises(TransferError, match="the device is gone"):
+    with pytest.raises(TransferError, match=r"the device is gone$"):
         sender.flush()
     assert sender.failure is not None
+    assert "\n" not in sender.failure
     assert slow.asked == [0, "flush"]
     sender.abandon()
+
+
+class Reader(PageSender):
+    """Takes memory for pages on their way, as they do not lie side by side."""
+
+    def push(self, place: Place, pages: HeldPages) -> None:
+        pages.read()
+
+    def flush(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has streams")
+def test_memory_that_one_request_took_serves_all_that_follow() -> None:
+    device = torch.device("cuda")
+    stream, numbers = hand_off_stream(device), np.array([5, 2, 9])
+    layer = Pages(torch.zeros(64, 8, 2, 128, 128, device=device))
+    apart = HeldPages(layer, numbers, torch.from_numpy(numbers).to(device))
+    reserved = []
+    for _ in range(8):
+        sender = BackgroundSender(Reader(), stream)
+        sender.push(Place(0, 0, 0), apart)
+        sender.flush()
+        sender.abandon()
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert reserved[-1] == reserved[0]

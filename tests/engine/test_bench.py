@@ -40,7 +40,8 @@ H200_BYTES, H100_BYTES = int(149e9), int(83e9)
 
 
 def fit_of(config: ModelConfig, kv_cache: str, free: int) -> PrefillFit:
-    return fit(Work(config), page_geometry(config, kv_cache), 32768, free)
+    sparsity = SparsityConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
+    return fit(Work(config), page_geometry(config, kv_cache), 32768, free, sparsity)
 
 
 def test_the_floors_are_the_designs() -> None:

@@ -268,8 +268,20 @@ def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
     assert engine.decoder.usage == 0
 
 
+WITHOUT_MEMORY = pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("as the allocator says it"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "device", "cublas"],
+)
+
+
+@WITHOUT_MEMORY
 def test_too_little_memory_for_a_step_ends_the_request_that_joined_last(
-    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Memory for two sequences, simulated; the first request must go on as if it were alone."""
     engine = Engine(dual_chunk_folder)
@@ -281,7 +293,7 @@ def test_too_little_memory_for_a_step_ends_the_request_that_joined_last(
         nonlocal calls
         calls += 1
         if engine.decoder.num_running > 2 and calls % 2:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return kernel(*arguments)
 
     monkeypatch.setattr(dual_chunk, "decode_attention", small_kernel)
@@ -293,8 +305,8 @@ def test_too_little_memory_for_a_step_ends_the_request_that_joined_last(
     while engine.decoder.has_work:
         outputs += engine.decoder.step()
     assert tokens_by_choice(outputs, "first") == alone
-    [error] = [output for name, output in outputs if isinstance(output, OutOfMemoryError)]
-    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(error)
+    [told] = [output for name, output in outputs if isinstance(output, OutOfMemoryError)]
+    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(told)
     assert engine.decoder.usage == 0
     assert engine.generate("last", prompts["last"])
 
@@ -323,23 +335,24 @@ def test_too_little_memory_for_pages_that_come_ends_that_hand_off(
     assert engine.generate("a", prompt) == alone
 
 
+@WITHOUT_MEMORY
 def test_too_little_memory_to_start_ends_that_request(
-    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch
+    dual_chunk_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     engine, prompt = Engine(dual_chunk_folder), make_prompt(300)
     alone = Engine(dual_chunk_folder).generate("a", prompt, choices=2)
 
     def fail(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     engine.reserve("a", prompt, choices=2)
     logits = engine.hand_off("a", prompt)
     with monkeypatch.context() as patch:
         patch.setattr(engine.pool, "copy_page", fail)
-        [(name, error)] = engine.decoder.start("a", logits)
+        [(name, told)] = engine.decoder.start("a", logits)
     assert name == "a"
-    assert isinstance(error, OutOfMemoryError)
-    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(error)
+    assert isinstance(told, OutOfMemoryError)
+    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(told)
     assert not engine.decoder.is_generating("a")
     assert engine.decoder.usage == 0
     assert engine.generate("a", prompt, choices=2) == alone

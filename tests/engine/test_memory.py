@@ -4,6 +4,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,14 @@ from longreach.engine.memory import (
     out_of_memory_raises,
 )
 from longreach.engine.mesh import Mesh
-from longreach.engine.pages import PAGE_TOKENS, PageGeometry, PagePool, pages_for
+from longreach.engine.pages import (
+    PAGE_TOKENS,
+    HeldPages,
+    PageGeometry,
+    PagePool,
+    page_index,
+    pages_for,
+)
 from longreach.engine.prefill import Prefiller
 from longreach.engine.qwen2 import Qwen2
 from longreach.engine.shapes import known_shapes
@@ -35,14 +43,25 @@ def geometry_of(weights: Weights, kept: KVCacheDtype = "auto") -> PageGeometry:
     return PageGeometry(config.num_layers, heads, config.head_dim, torch.bfloat16).kept_as(kept)
 
 
-def prefill_of(free: float, kept: KVCacheDtype = "auto", tensor: int = 1, sequence: int = 1):
+def prefill_of(
+    free: float,
+    kept: KVCacheDtype = "auto",
+    tensor: int = 1,
+    sequence: int = 1,
+    selects_above: int | None = 32768,
+    gathers_pages: bool = False,
+    sharing: int = 1,
+) -> PrefillFit:
     weights = Weights(QWEN_7B, 2, tensor)
-    return PrefillFit(weights, geometry_of(weights, kept), int(free), MENDS, 32768, sequence)
+    return PrefillFit(
+        weights, geometry_of(weights, kept), int(free), MENDS, 32768, sequence, selects_above,
+        gathers_pages, sharing=sharing,
+    )  # fmt: skip
 
 
 def decode_of(free: float, max_batch: int = 8) -> DecodeFit:
     weights = Weights(QWEN_7B)
-    return DecodeFit(weights, geometry_of(weights), int(free), MENDS, max_batch)
+    return DecodeFit(weights, geometry_of(weights), int(free), MENDS, max_batch, 32768)
 
 
 def bytes_of(model: Qwen2) -> int:
@@ -102,10 +121,55 @@ def test_exactly_what_is_said_to_fit_is_let_through(fit: PrefillFit | DecodeFit)
 def test_short_prompts_leave_room_for_more_pages() -> None:
     fit = prefill_of(80e9)
     few, many = fit.longest(), fit.longest(32768)
-    # Selection sums over the keys of one prompt, not over all that is kept.
+    # Selection sums over the keys of one prompt, if at all, and not over all that is kept.
     assert many > few
     fit.check(many, 32768)
     assert pages_for(many) * PAGE_TOKENS == many
+
+
+def test_only_prompts_that_are_prefilled_sparsely_need_sums() -> None:
+    sparse, dense = prefill_of(80e9), prefill_of(80e9, selects_above=None)
+    assert sparse.besides(32768) == dense.besides(32768) == dense.besides(1_000_000)
+    # Sums of columns alone: a float32 for each key and head.
+    assert sparse.besides(1_000_000) >= dense.besides(1_000_000) + 1_000_000 * 28 * 4
+    assert dense.longest() > sparse.longest()
+
+
+@pytest.mark.parametrize("kept", ["auto", "fp8_e4m3"])
+@pytest.mark.parametrize("sequence", [1, 3])
+def test_pages_that_are_gathered_to_be_sent_are_counted(kept: KVCacheDtype, sequence: int) -> None:
+    """What reading a rank's largest share of a chunk takes where its pages lie apart."""
+    within, gathered = (
+        prefill_of(80e9, kept, sequence=sequence, gathers_pages=gathers)
+        for gathers in (False, True)
+    )
+    own = -(-256 // sequence)
+    geometry = replace(gathered.geometry, num_layers=1)
+    pool = PagePool(geometry, own, CPU)
+    numbers = np.arange(own)[::-1].copy()
+    held = HeldPages(pool.layer(0), numbers, page_index(numbers, CPU))
+    assert gathered.besides(1_000_000) - within.besides(1_000_000) == held.read().nbytes
+
+
+def test_pages_that_come_to_decode_are_counted() -> None:
+    fit = decode_of(80e9)
+    chunk = PagePool(replace(fit.geometry, num_layers=1), 256, CPU).layer(0).nbytes
+    assert fit.besides(1_000_000) - fit.besides(0) == chunk
+    assert fit.besides(1) - fit.besides(0) == chunk // 256
+
+
+def test_processes_that_look_at_the_same_memory_divide_it() -> None:
+    """Two that each took what they were told would fit would not fit together."""
+    alone, one_of_two = prefill_of(80e9), prefill_of(160e9, sharing=2)
+    assert one_of_two.longest() == alone.longest()
+    one_of_two.check(alone.longest())
+    with pytest.raises(
+        ConfigurationError, match=r"of 80\.0 GB free for each of 2 processes [\d,]+ tokens would"
+    ):
+        one_of_two.check(alone.longest() + 1)
+    assert "80.0 GB that were free for each of 2 processes other" in str(one_of_two.overrun(128))
+    with pytest.raises(ConfigurationError, match=r"has 16\.0 GB free for each of 2 processes, whi"):
+        prefill_of(32e9, sharing=2).check(128)
 
 
 def test_a_mesh_needs_less_on_each_rank() -> None:
@@ -138,27 +202,47 @@ def test_larger_batches_leave_less_for_pages() -> None:
     assert few.longest() > 1.9 * decode_of(80e9).longest()
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, OutOfMemoryError])
-def test_running_out_of_memory_keeps_nothing_alive(kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("as the allocator says it"),
+        OutOfMemoryError("as a chunk says it"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["allocator", "chunk", "device", "cublas", "triton"],
+)
+def test_running_out_of_memory_keeps_nothing_alive(error: Exception) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def take() -> None:
         taken = torch.zeros(3)
         seen.append(weakref.ref(taken))
-        raise kind("as the allocator says it")
+        raise error
 
     with (
         pytest.raises(ConfigurationError, match="lower this") as told,
         out_of_memory_raises(ConfigurationError("lower this")),
     ):
         take()
-    assert isinstance(told.value.__cause__, kind)
+    assert told.value.__cause__ is error
     assert [reference() for reference in seen] == [None]
 
 
-def test_other_errors_stay_what_they_are() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate()`"),
+    ],
+    ids=["python", "device", "cublas"],
+)
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
     with (
-        pytest.raises(ZeroDivisionError),
+        pytest.raises(type(error)) as told,
         out_of_memory_raises(ConfigurationError("lower this")),
     ):
-        raise ZeroDivisionError
+        raise error
+    assert told.value is error

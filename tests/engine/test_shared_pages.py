@@ -19,7 +19,7 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import spawn
 
 from longreach.engine import shared_pages
-from longreach.engine.background import BackgroundSender
+from longreach.engine.background import BackgroundSender, hand_off_stream
 from longreach.engine.errors import ConfigurationError, TransferError
 from longreach.engine.host_copies import HostCopies
 from longreach.engine.pages import HeldPages, PageGeometry, PagePool, Pages, page_index
@@ -98,7 +98,8 @@ def own(case: Case, connection: Connection, queue: Any) -> None:
     queue.put(SharedPool.of(pool, HOST))
     table = torch.from_numpy(case.numbers).to(pool.memory.device)
     index = page_index(case.numbers, pool.memory.device)
-    sender = BackgroundSender(ConnectionSender(connection), pool.memory.device)
+    stream = hand_off_stream(pool.memory.device)
+    sender = BackgroundSender(ConnectionSender(connection), stream)
     for turn in range(ROUNDS):
         written = [case.values(turn, layer) for layer in range(LAYERS)]
         if case.device == "cuda":
