@@ -319,7 +319,8 @@ def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
 ) -> None:
     """The last test: it ends the cluster that all others share.
 
-    Of two requests, the second waits for pages that the first holds for its long answers.
+    Of two requests, the second waits for pages that the first holds for its long answers. A third
+    comes when the cluster stops already.
     """
     eos = tokenizer.raw.token_to_id("<|im_end|>")
 
@@ -335,10 +336,16 @@ def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
         wait_for(lambda: scrape(http)[waiting] == 1, 30, "the second waiting for pages")
         stopping = threading.Thread(target=cluster.stop)
         stopping.start()
+        wait_for(lambda: http.get("/v1/models").status_code != 200, 30, "the end being announced")
+        third = ask(100)
+        probes = [http.get(path).status_code for path in ("/-/healthz", "/ready")]
         answers = [first.result(), second.result()]
         stopping.join(60)
     for answer in answers:
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 8
+    assert (third.status_code, third.json()["error"]["code"]) == (503, "shutting_down")
+    assert int(third.headers["retry-after"]) > 0
+    assert probes == [200, 404], "the node is well, and takes nothing new"
     assert not stopping.is_alive()
     wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")
