@@ -65,6 +65,19 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     )
 
 
+def deploy(settings: Settings, metrics_directory: Path) -> None:
+    """Run the application where Serve runs already, in place of the one that is there, if any.
+
+    Returns when the new one is up. Each old replica finishes what it has accepted, and where there
+    is no room for both, the new one in its place starts only then.
+
+    Raises:
+        RuntimeError: a replica did not come up.
+    """
+    application = build(settings, metrics_directory)
+    serve.run(application, name=APP_NAME, logging_config=_LOGGING)
+
+
 def build_closing() -> serve.Application:
     """The application that answers clients while the other one finishes what it has accepted.
 
@@ -210,8 +223,7 @@ def start(settings: Settings) -> LocalCluster:
         check_room(settings, ray.cluster_resources())
         options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
         serve.start(http_options=options, logging_config=_LOGGING)
-        application = build(settings, cluster.metrics_directory)
-        serve.run(application, name=APP_NAME, logging_config=_LOGGING)
+        deploy(settings, cluster.metrics_directory)
     except RuntimeError as error:
         reason = _startup_failure() or str(error)
         cluster.kill()
