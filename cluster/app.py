@@ -18,11 +18,13 @@ from .client import Endpoint
 from .decode_replica import DecodeReplica
 from .ingress import api_builder
 from .prefill_replica import PrefillReplica
-from .rest import read_api_keys
+from .rest import build_refusal, read_api_keys
 from .settings import Settings
 
 APP_NAME = "longreach"
 _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
+_CLOSING = "closing"
+_API_PREFIX = "/v1"
 
 # Requests wait in queues of our own, which know what to do first and when to refuse.
 _NO_LIMIT = 1_000_000
@@ -63,6 +65,30 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     )
 
 
+def deploy(settings: Settings, metrics_directory: Path) -> None:
+    """Run the application where Serve runs already, in place of the one that is there, if any.
+
+    Returns when the new one is up. Each old replica finishes what it has accepted, and where there
+    is no room for both, the new one in its place starts only then.
+
+    Raises:
+        RuntimeError: a replica did not come up.
+    """
+    application = build(settings, metrics_directory)
+    serve.run(application, name=APP_NAME, logging_config=_LOGGING)
+
+
+def build_closing() -> serve.Application:
+    """The application that answers clients while the other one finishes what it has accepted.
+
+    Serve takes the route of an application away as soon as it is to be deleted, and its proxy
+    answers 404 then, by which clients understand that the address is wrong.
+    """
+    deployment: Any = serve.deployment
+    options = {"name": _CLOSING, "ray_actor_options": {"num_cpus": 0}}
+    return deployment(serve.ingress(build_refusal)(), **options).bind()
+
+
 class LocalCluster:
     """A cluster on this machine alone: Ray, Serve and the application. Made by `start`."""
 
@@ -91,9 +117,13 @@ class LocalCluster:
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
 
     def stop(self) -> None:
-        """Let accepted requests finish, then end every process; interrupted, end them at once."""
+        """Let accepted requests finish, then end every process; interrupted, end them at once.
+
+        New requests are answered with 503 meanwhile.
+        """
         deadline = time.monotonic() + self._settings.shutdown.drain_seconds + _STOP_SECONDS
         try:
+            _close()
             while time.monotonic() < deadline and not _deleted():
                 pass
         finally:
@@ -134,6 +164,12 @@ def check_room(settings: Settings, has: Mapping[str, float]) -> None:
             "prefill.placement STRICT_SPREAD wants a machine for each rank of a gang, and this "
             "is one; use STRICT_PACK"
         )
+
+
+def _close() -> None:
+    """Have new requests refused. Their prefix is longer than the application's, and so wins."""
+    closing = serve.RunTarget(build_closing(), f"{APP_NAME}-{_CLOSING}", _API_PREFIX, _LOGGING)
+    serve.run_many([closing], wait_for_applications_running=False)
 
 
 def _deleted() -> bool:
@@ -187,8 +223,7 @@ def start(settings: Settings) -> LocalCluster:
         check_room(settings, ray.cluster_resources())
         options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
         serve.start(http_options=options, logging_config=_LOGGING)
-        application = build(settings, cluster.metrics_directory)
-        serve.run(application, name=APP_NAME, logging_config=_LOGGING)
+        deploy(settings, cluster.metrics_directory)
     except RuntimeError as error:
         reason = _startup_failure() or str(error)
         cluster.kill()

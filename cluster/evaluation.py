@@ -46,7 +46,11 @@ class EndpointAnswerer(Answerer):
 
     @property
     def settings(self) -> Mapping[str, str]:
-        return {"endpoint": self._endpoint.base_url}
+        settings = {"endpoint": self._endpoint.base_url}
+        if self._characters_per_token is not None:
+            # It decides how long prompts are, and so which prompts are asked.
+            settings["characters_per_token"] = str(float(self._characters_per_token))
+        return settings
 
     def counter(self, sample: str) -> TokenCount:
         if self._characters_per_token is not None:

@@ -9,16 +9,18 @@ from typing import Any
 import openai.types
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Mount
 
 from ...engine.errors import LongreachError
 from ...engine.tokenizer import Tokenizer
 from .. import metrics
 from ..metrics import Metrics
 from .answers import AnswerFormat, ChatFormat, CompletionFormat, TokenTexts
-from .errors import RestError, as_rest_error
+from .errors import BUSY_SECONDS, RestError, as_rest_error
 from .generation import Backend
 from .limits import IngressLimits
 from .meter import Meter, Running
@@ -84,6 +86,19 @@ def build_api(
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
     return api
+
+
+def build_refusal() -> Starlette:
+    """What answers in place of the application while a cluster stops: try again later."""
+    refusal = RestError(
+        503,
+        "the cluster is stopping; send the request again later",
+        "server_error",
+        code="shutting_down",
+        headers={"Retry-After": str(BUSY_SECONDS)},
+    )
+    everything = Mount("/", refusal.response())
+    return Starlette(routes=[everything], middleware=[Middleware(RequestIds)])
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -16,7 +16,8 @@ from ...engine.errors import (
 
 logger = logging.getLogger(__name__)
 
-_BUSY_SECONDS = 5
+BUSY_SECONDS = 5
+"""After which a client may try again, where nothing says better."""
 
 
 @dataclass
@@ -76,12 +77,12 @@ def as_rest_error(error: BaseException) -> RestError:
             retry = {"Retry-After": str(error.retry_after)}
             return RestError(429, str(error), "rate_limit_error", code="queue_full", headers=retry)
         case OutOfPagesError():
-            retry = {"Retry-After": str(_BUSY_SECONDS)}
+            retry = {"Retry-After": str(BUSY_SECONDS)}
             return RestError(
                 429, f"{error}; try again later", "rate_limit_error", code="busy", headers=retry
             )
         case LongreachError():
-            retry = {"Retry-After": str(_BUSY_SECONDS)}
+            retry = {"Retry-After": str(BUSY_SECONDS)}
             return RestError(503, str(error), "server_error", code="unavailable", headers=retry)
         case _:
             logger.error("a request failed unexpectedly", exc_info=error)

@@ -39,7 +39,7 @@ class Answerer(ABC):
     @property
     @abstractmethod
     def settings(self) -> Mapping[str, str]:
-        """Whatever else decides an answer; results of other settings are not mixed with these."""
+        """Whatever else decides a prompt or its answer; results of others are not mixed in."""
 
     @abstractmethod
     def counter(self, sample: str) -> TokenCount:

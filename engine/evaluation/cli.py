@@ -13,11 +13,31 @@ from rich.console import Console
 
 from ..errors import InvalidRequestError
 from ..pocket import CHECKPOINT
+from .options import (
+    Checkpoint,
+    Device,
+    Dtype,
+    FirstSeed,
+    LastQueries,
+    Length,
+    Lengths,
+    LongPrompts,
+    Out,
+    Prompts,
+    Text,
+    Variants,
+    budget_of,
+    depths_of,
+    length_of,
+    lengths_of,
+    place_of,
+    tasks_of,
+    variants_of,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from .answerer import Answerer
+    from .records import Record
     from .subject import Subject
     from .tasks import Task
 
@@ -27,35 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Checkpoint = Annotated[
-    Path, typer.Option(exists=True, file_okay=False, help="A checkpoint folder; else the pocket's.")
-]
-Lengths = Annotated[str, typer.Option(help="Prompt tokens, as 2K,32K,1M or plain numbers.")]
-Variants = Annotated[
-    str, typer.Option(help="Which of dense,no-temperature,plain,sparse,fp8; not for an endpoint.")
-]
-Prompts = Annotated[int, typer.Option(min=1, help="Prompts in a cell.")]
-LongPrompts = Annotated[
-    int | None, typer.Option(min=1, help="Prompts in a cell above 131,072 tokens; else as many.")
-]
-FirstSeed = Annotated[int, typer.Option(min=0, help="Prompts have this seed and those after it.")]
-Device = Annotated[
-    str | None, typer.Option(help="Where to compute: cuda or cpu; else cuda if there is one.")
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="bfloat16 or float32; else the first on cuda, the last on cpu.")
-]
-Out = Annotated[Path, typer.Option(file_okay=False, help="The folder for results.")]
-
-Length = Annotated[str, typer.Option(help="Tokens of each text, as 64K.")]
-Text = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text; else made up.")
-]
-LastQueries = Annotated[
-    int | None,
-    typer.Option(min=1, max=64, help="Queries that select; else the checkpoint's number."),
-]
 
 _ANSWER_ROOM = 512
 
@@ -93,9 +84,9 @@ def needles(
     """
     from .tasks import NEEDLES
 
-    chosen = _choose(tasks, NEEDLES)
+    chosen = tasks_of(tasks, NEEDLES)
     answerer = _answerer(context, checkpoint, variants, lengths, device, dtype)
-    _run(answerer, chosen, lengths, _depths(depths), (prompts, long_prompts, first_seed), out)
+    _run(answerer, chosen, lengths, depths_of(depths), (prompts, long_prompts, first_seed), out)
 
 
 @app.command()
@@ -121,7 +112,7 @@ def ruler(
     """
     from .ruler import RULER
 
-    chosen = RULER if tasks == "all" else _choose(tasks, RULER)
+    chosen = RULER if tasks == "all" else tasks_of(tasks, RULER)
     answerer = _answerer(context, checkpoint, variants, lengths, device, dtype)
     _run(answerer, chosen, lengths, [None], (prompts, long_prompts, first_seed), out)
 
@@ -205,7 +196,7 @@ def calibrate(
 
     seeds = range(first_seed, first_seed + prompts)
     subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
-    first = uniform(subject.model, *_pair(start)) if start else sparsity_of(checkpoint)
+    first = uniform(subject.model, *budget_of(start)) if start else sparsity_of(checkpoint)
     console = Console()
 
     def show(done: Round) -> None:
@@ -215,7 +206,7 @@ def calibrate(
             f"{len(done.wanting)} of {len(done.recalls)} heads are under {threshold}"
         )
 
-    cap = HeadBudget(*_pair(most))
+    cap = HeadBudget(*budget_of(most))
     found = grow_budgets(subject.model, first, subject.prompts, threshold, cap, CHUNK_TOKENS, show)
     for layer, heads in enumerate(zip(first.budgets, found.budgets, strict=True)):
         for head, (old, new) in enumerate(zip(*heads, strict=True)):
@@ -266,14 +257,14 @@ def _run(
     from .running import Grid, run
 
     count, long_count, first_seed = prompts
-    grid = Grid(tasks, _lengths(lengths), depths, count, long_count or count, first_seed)
+    grid = Grid(tasks, lengths_of(lengths), depths, count, long_count or count, first_seed)
     settings = {"model": answerer.model, **answerer.settings}
     file = RecordFile(out / "prompts.jsonl", settings)
     run(answerer, grid, file, Console(stderr=True))
     _report(out, settings, file.records)
 
 
-def _report(out: Path, settings: dict[str, str], records: list) -> None:
+def _report(out: Path, settings: dict[str, str], records: "list[Record]") -> None:
     from .picture import draw
     from .summary import Summary
 
@@ -296,11 +287,10 @@ def _answerer(
     if connect is not None:
         _refuse_with_endpoint(context, "checkpoint", "variants", "device", "dtype")
         return connect()
-    from .in_process import InProcessAnswerer, Variant
+    from .in_process import InProcessAnswerer
 
-    chosen = [_variant(name, Variant) for name in variants.split(",")]
-    most = max(_lengths(lengths)) + _ANSWER_ROOM
-    return InProcessAnswerer(checkpoint, chosen, most, *_where(device, dtype))
+    most = max(lengths_of(lengths)) + _ANSWER_ROOM
+    return InProcessAnswerer(checkpoint, variants_of(variants), most, *place_of(device, dtype))
 
 
 def _refuse_with_endpoint(context: typer.Context, *names: str) -> None:
@@ -326,71 +316,7 @@ def _subject(
 
     if context.obj is not None:
         raise InvalidRequestError("an endpoint does not show its attention; leave --endpoint out")
-    [tokens] = _lengths(length)
-    where = _where(device, dtype)
+    tokens, where = length_of(length), place_of(device, dtype)
     if text is not None:
         return Subject.of_file(checkpoint, text, tokens, *where)
     return Subject.of_seeds(checkpoint, seeds, tokens, *where)
-
-
-def _pair(text: str) -> tuple[int, int]:
-    try:
-        verticals, slashes = map(int, text.split(","))
-    except ValueError as error:
-        raise InvalidRequestError(f"{text} is no pair of numbers, as 64,128 is") from error
-    return verticals, slashes
-
-
-def _lengths(text: str) -> list[int]:
-    units = {"K": 1 << 10, "M": 1 << 20}
-    try:
-        return sorted(
-            int(each[:-1]) * units[each[-1].upper()] if each[-1].upper() in units else int(each)
-            for each in text.split(",")
-        )
-    except (ValueError, IndexError) as error:
-        raise InvalidRequestError(f"--lengths {text} are not lengths, as 2K,32K,1M are") from error
-
-
-def _depths(text: str) -> list[float | None]:
-    if text == "any":
-        return [None]
-    try:
-        depths = [float(each) for each in text.split(",")]
-    except ValueError as error:
-        raise InvalidRequestError(f"--depths {text} are not numbers, as 0,0.5,1 are") from error
-    if not all(0 <= depth <= 1 for depth in depths):
-        raise InvalidRequestError(f"--depths {text} must lie between 0 (start) and 1 (end)")
-    return [*sorted(depths)]
-
-
-def _choose(text: str, tasks: "tuple[Task, ...]") -> "tuple[Task, ...]":
-    by_name = {task.name: task for task in tasks}
-    unknown = [name for name in text.split(",") if name not in by_name]
-    if unknown:
-        raise InvalidRequestError(f"no task is called {unknown[0]}; there are {', '.join(by_name)}")
-    return tuple(by_name[name] for name in text.split(","))
-
-
-def _variant(name: str, variants):
-    try:
-        return variants(name)
-    except ValueError as error:
-        raise InvalidRequestError(
-            f"no variant is called {name}; there are {', '.join(variants)}"
-        ) from error
-
-
-def _where(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch.device]":
-    """Float type and device; many CPUs compute float32 faster than bfloat16."""
-    import torch
-
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InvalidRequestError(f"--device {device} is unknown; take cuda or cpu") from error
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    name = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
-    if name not in dtypes:
-        raise InvalidRequestError(f"--dtype {name} is not served; take bfloat16 or float32")
-    return dtypes[name], chosen

@@ -32,7 +32,8 @@ _MOST_ROWS = 40
 class HeadRecall:
     """Recall of one head: the mean over all queries of all texts, and the first percentile.
 
-    `last` is the mean over the last 64 queries of each text, where a question mostly stands.
+    `last` is the mean over the last 64 queries of each text, where a question mostly stands,
+    however the text was cut into chunks.
     """
 
     layer: int
@@ -50,24 +51,29 @@ class RecallMeter:
     """
 
     def __init__(self) -> None:
-        self._recalls: dict[int, list[Tensor]] = {}
-        self._last: dict[int, list[Tensor]] = {}
+        self._chunks: dict[int, list[Tensor]] = {}
+        self._texts: dict[int, list[Tensor]] = {}
 
     def __call__(self, seen: SparseAttention) -> None:
         _, full = dual_chunk.attention(
             seen.queries, seen.blocks, seen.pages, seen.stride, seen.scale
         )
         recall = (seen.lse - full).exp_().clamp_(max=1.0)
-        self._recalls.setdefault(seen.layer, []).append(recall.cpu())
+        self._chunks.setdefault(seen.layer, []).append(recall.cpu())
 
     def end_text(self) -> None:
-        """Note that the last queries seen were those at a text's end."""
-        for layer, recalls in self._recalls.items():
-            self._last.setdefault(layer, []).append(recalls[-1][-_LAST_QUERIES:])
+        """Note that the chunks seen since the last text make a whole one."""
+        for layer, chunks in self._chunks.items():
+            self._texts.setdefault(layer, []).append(torch.cat(chunks))
+        self._chunks.clear()
 
     def rows(self, layer: int) -> Tensor:
-        """Recall of every query so far, float32 [rows, heads]."""
-        return torch.cat(self._recalls[layer])
+        """Recall of every query of the texts that have ended, float32 [rows, heads]."""
+        return torch.cat(self._texts[layer])
+
+    def last_rows(self, layer: int) -> Tensor:
+        """Recall of the last 64 queries of each text that has ended, float32 [rows, heads]."""
+        return torch.cat([text[-_LAST_QUERIES:] for text in self._texts[layer]])
 
     def heads(self) -> list[HeadRecall]:
         """Every head of every layer that selects, over the texts that have ended."""
@@ -77,9 +83,9 @@ class RecallMeter:
                 head,
                 round(float(of_head.mean()), 4),
                 round(float(np.quantile(of_head, _LOWEST_SHARE)), 4),
-                round(float(torch.cat(self._last[layer])[:, head].mean()), 4),
+                round(float(self.last_rows(layer)[:, head].mean()), 4),
             )
-            for layer in sorted(self._recalls)
+            for layer in sorted(self._texts)
             for head, of_head in enumerate(self.rows(layer).T.numpy())
         ]
 
@@ -119,7 +125,8 @@ class RecallReport:
     def table(self) -> Table:
         """The heads that lose most, first."""
         table = Table(title=self.title)
-        for name in ("layer", "head", "recall", "1 % of queries keep less than", "last queries"):
+        last = f"recall of the last {_LAST_QUERIES} queries"
+        for name in ("layer", "head", "recall", "1 % of queries keep less than", last):
             table.add_column(name, justify="right")
         for each in sorted(self.heads, key=lambda head: head.mean)[:_MOST_ROWS]:
             figures = (f"{figure:.4f}" for figure in (each.mean, each.lowest, each.last))

@@ -19,6 +19,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was called, in order."""
     made: list[str] = []
     monkeypatch.setattr(ray, "shutdown", lambda: made.append("ray.shutdown"))
+    monkeypatch.setattr(serve, "run_many", lambda *_, **__: made.append("serve.run_many"))
     return made
 
 
@@ -29,12 +30,12 @@ def test_draining_may_take_longer_than_serve_waits(
 
     def delete(name: str) -> None:
         calls.append("serve.delete")
-        if len(calls) < 3:
+        if len(calls) < 4:
             raise TimeoutError("not deleted after 60s")
 
     monkeypatch.setattr(serve, "delete", delete)
     LocalCluster(make_settings(1), tmp_path, temporary=False).stop()
-    assert calls == ["serve.delete"] * 3 + ["ray.shutdown"]
+    assert calls == ["serve.run_many", *["serve.delete"] * 3, "ray.shutdown"]
 
 
 def changed(settings: Settings, section: str, **values: Any) -> Settings:

@@ -16,10 +16,11 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
-from longreach.cluster.app import LocalCluster
+from longreach.cluster.app import LocalCluster, deploy
 from longreach.cluster.client import Endpoint
 from longreach.cluster.demo import is_right
 from longreach.cluster.needle import hide_key
+from longreach.engine.messages import Tokens
 from longreach.engine.tokenizer import Tokenizer
 
 from ..prometheus import prometheus_server, wait_for_value
@@ -30,6 +31,7 @@ from .conftest import (
     actor_pids,
     ask_body,
     make_prompt,
+    make_settings,
     scrape,
     wait_for,
     wait_until_no_page_is_held,
@@ -314,12 +316,51 @@ def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
     wait_until_no_page_is_held(http)
 
 
+def test_a_redeploy_serves_new_settings_and_loses_no_request(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    """Two cores have no room for two gangs, so that the new one waits for the old one's end.
+
+    One request is under way at the old replicas, and one comes while they are being replaced.
+    """
+    settings = make_settings(int(cluster.url.rpartition(":")[2]))
+    limits = settings.limits.model_copy(update={"max_logprobs": 3})
+    prefill = settings.prefill.model_copy(update={"chunk_tokens": 2 * CHUNK_TOKENS})
+    changed = settings.model_copy(update={"limits": limits, "prefill": prefill})
+    short, medium = make_prompt(tokenizer, 2 * CHUNK_TOKENS), make_prompt(tokenizer, 20_000)
+
+    def ask(prompt: Tokens, **fields: int) -> httpx.Response:
+        return http.post("/v1/completions", json=ask_body(prompt, **fields))
+
+    def chunks() -> float:
+        return scrape(http)["longreach_prefill_chunks_total", "prefill"]
+
+    expected = [ask(prompt).json()["choices"] for prompt in (medium, short)]
+    assert ask(short[:50], logprobs=4).status_code == 200
+    with ThreadPoolExecutor(3) as pool:
+        under_way = pool.submit(ask, medium)
+        wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
+        redeploy = pool.submit(deploy, changed, cluster.metrics_directory)
+        wait_for(lambda: ask(short[:50], logprobs=4).status_code == 400, 60, "new settings")
+        arriving = pool.submit(ask, short)
+        answers = [under_way.result(), arriving.result()]
+        redeploy.result()
+    for answer, choices in zip(answers, expected, strict=True):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"] == choices
+    before = chunks()
+    assert ask(short).status_code == 200
+    assert chunks() - before == 1, "chunks are twice as long now"
+    wait_until_no_page_is_held(http)
+
+
 def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
     cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
 ) -> None:
     """The last test: it ends the cluster that all others share.
 
-    Of two requests, the second waits for pages that the first holds for its long answers.
+    Of two requests, the second waits for pages that the first holds for its long answers. A third
+    comes when the cluster stops already.
     """
     eos = tokenizer.raw.token_to_id("<|im_end|>")
 
@@ -335,10 +376,16 @@ def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
         wait_for(lambda: scrape(http)[waiting] == 1, 30, "the second waiting for pages")
         stopping = threading.Thread(target=cluster.stop)
         stopping.start()
+        wait_for(lambda: http.get("/v1/models").status_code != 200, 30, "the end being announced")
+        third = ask(100)
+        probes = [http.get(path).status_code for path in ("/-/healthz", "/ready")]
         answers = [first.result(), second.result()]
         stopping.join(60)
     for answer in answers:
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 8
+    assert (third.status_code, third.json()["error"]["code"]) == (503, "shutting_down")
+    assert int(third.headers["retry-after"]) > 0
+    assert probes == [200, 404], "the node is well, and takes nothing new"
     assert not stopping.is_alive()
     wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")

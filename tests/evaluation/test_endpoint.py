@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import uvicorn
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from longreach.cluster import cli
 from longreach.cluster.client import EndpointError
 from longreach.cluster.evaluation import EndpointAnswerer
 from longreach.cluster.rest import IngressLimits
+from longreach.engine.errors import ConfigurationError
 from longreach.engine.evaluation.records import RecordFile, read_records
 from longreach.engine.evaluation.running import Grid, run
 from longreach.engine.evaluation.tasks import NEEDLES
@@ -76,6 +77,24 @@ def test_characters_per_token_asks_for_nothing(endpoint: Endpoint, url: str) -> 
     answerer = EndpointAnswerer(url, MODEL, characters_per_token=4)
     assert answerer.counter("sample")("x" * 400) == 100
     assert endpoint.backend.requests == []
+
+
+@pytest.mark.parametrize("other", [["--characters-per-token", "1.25"], []])
+def test_prompts_of_another_ratio_are_not_mixed_in(
+    endpoint: Endpoint, url: str, tmp_path: Path, other: list[str]
+) -> None:
+    def ask(*ratio: str) -> Result:
+        command = ["eval", "--endpoint", url, *ratio, "needles", "--lengths", "1K", "--depths", "0"]
+        out = ["--prompts", "1", "--out", str(tmp_path / "out")]
+        return CliRunner().invoke(cli.app, [*command, *out])
+
+    assert ask("--characters-per-token", "1").exit_code == 0
+    asked = len(endpoint.backend.requests)
+    assert ask("--characters-per-token", "1.0").exit_code == 0, "the same ratio goes on"
+    refused = ask(*other)
+    assert isinstance(refused.exception, ConfigurationError)
+    assert "characters_per_token was 1.0 and is" in str(refused.exception)
+    assert len(endpoint.backend.requests) == asked
 
 
 def test_an_endpoint_that_fails_leaves_what_was_answered(

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import httpx
+from starlette.applications import Starlette
 
 from longreach.cluster.metrics import Metrics, render
 from longreach.cluster.rest import IngressLimits, build_api
@@ -85,7 +86,7 @@ class Endpoint:
         self.tokenizer = Tokenizer(folder)
         self.backend = ScriptedBackend()
         figures = folder / "figures"
-        self.api = build_api(
+        self.api: Starlette = build_api(
             LIMITS,
             self.tokenizer,
             self.backend,

@@ -7,6 +7,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from longreach.cluster.rest import build_refusal
+
 from .backend import MODEL, Endpoint
 
 
@@ -141,3 +143,18 @@ def test_every_answer_carries_a_request_id(endpoint: Endpoint) -> None:
     assert own.headers["x-request-id"] == "mine-1"
     odd = endpoint.request("GET", "/health", headers={"x-request-id": "a b"})
     assert odd.headers["x-request-id"] not in ("a b", "")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/")]
+)
+def test_a_cluster_that_stops_refuses_everything_and_says_when_to_come_back(
+    endpoint: Endpoint, method: str, path: str
+) -> None:
+    endpoint.api = build_refusal()
+    refused = endpoint.request(method, path, headers={"x-request-id": "mine-1"})
+    assert refused.status_code == 503
+    assert refused.json()["error"]["type"] == "server_error"
+    assert refused.json()["error"]["code"] == "shutting_down"
+    assert int(refused.headers["retry-after"]) > 0
+    assert refused.headers["x-request-id"] == "mine-1"
