@@ -59,7 +59,7 @@ class DecodeWorker:
         set_threads()
         # What comes out of the object store is read-only, and is only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._decoder = _make_decoder(settings, getattr(torch, settings.model.dtype))
+        self._decoder = _make_decoder(settings)
         self._reader = SharedPageReader(
             ray.util.get_node_ip_address(), self._decoder.device, self._decoder.receive
         )
@@ -284,7 +284,7 @@ class DecodeWorker:
         self._sink.set(metrics.NUM_REQUESTS_WAITING, len(self._waiting_for_pages))
 
 
-def _make_decoder(settings: Settings, dtype: "torch.dtype") -> "Decoder":
+def _make_decoder(settings: Settings) -> "Decoder":
     """Raises: as `room_for_decode`, and CheckpointError if the model cannot be read."""
     import torch
 
@@ -292,20 +292,22 @@ def _make_decoder(settings: Settings, dtype: "torch.dtype") -> "Decoder":
 
     device = torch.device("cuda" if settings.decode.gpus else "cpu")
     with room_for_decode(settings, device):
-        return _load_decoder(settings, dtype, device)
+        return _load_decoder(settings, device)
 
 
-def _load_decoder(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "Decoder":
+def _load_decoder(settings: Settings, device: "torch.device") -> "Decoder":
     from ..engine.decode import Decoder
     from ..engine.detokenizer import TokenBytes
     from ..engine.mesh import Mesh
     from ..engine.pages import PagePool, pages_for
+    from ..engine.precision import compute_dtype
     from ..engine.random_weights import load_model
     from ..engine.tokenizer import Tokenizer
 
     files = settings.model.files
+    dtype = compute_dtype(settings.model.dtype, device)
     model = load_model(files, Mesh.single(), dtype, device)
-    geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+    geometry = model.pages_kept_as(settings.model.pages_kept_as)
     pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
     token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
     return Decoder(model, pool, token_bytes, settings.decode.max_batch)

@@ -10,7 +10,7 @@ from .settings import Settings
 
 _FP16_BYTES = 2
 _SCALE_BYTES = 4
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def explain(settings: Settings) -> RenderableType:
@@ -29,7 +29,9 @@ def kv_bytes(settings: Settings, model: ModelConfig, tokens: int) -> int:
     if settings.model.kv_cache_dtype == "fp8_e4m3":
         scales = values // model.head_dim * _SCALE_BYTES
         return pages * (PAGE_TOKENS * values + scales)
-    return pages * PAGE_TOKENS * values * _DTYPE_BYTES[settings.model.dtype]
+    kept = settings.model.pages_kept_as
+    name = settings.model.dtype if kept == "auto" else kept
+    return pages * PAGE_TOKENS * values * _NUMBER_BYTES[name]
 
 
 def _summary(settings: Settings, model: ModelConfig) -> Text:
@@ -53,9 +55,11 @@ def _summary(settings: Settings, model: ModelConfig) -> Text:
 
 
 def _types(settings: Settings) -> str:
-    model = settings.model
-    pages = "" if model.kv_cache_dtype == "auto" else f" with KV pages in {model.kv_cache_dtype}"
-    return model.dtype + pages
+    model, kept = settings.model, settings.model.pages_kept_as
+    name = (
+        model.dtype if model.dtype != "auto" else "float32 on CPUs without AVX-512, else bfloat16"
+    )
+    return name if kept == "auto" else f"{name}, with KV pages in {kept}"
 
 
 def _processes(settings: Settings, model: ModelConfig) -> Table:

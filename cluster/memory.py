@@ -21,6 +21,7 @@ from ..engine.memory import (
     out_of_memory_raises,
 )
 from ..engine.pages import PageGeometry
+from ..engine.precision import compute_dtype
 from ..engine.sparsity import SparsityConfig
 from .settings import Settings
 
@@ -89,10 +90,11 @@ def decode_fit(settings: Settings, free: int) -> DecodeFit:
 
 def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
     config = ModelConfig.from_folder(settings.model.folder)
-    dtype: torch.dtype = getattr(torch, settings.model.dtype)
+    # Sizes are held to on GPUs only.
+    dtype = compute_dtype(settings.model.dtype, torch.device("cuda"))
     weights = Weights(config, dtype.itemsize, tensor_parallel)
     pages = PageGeometry(config.num_layers, weights.heads.num_kv_heads, config.head_dim, dtype)
-    return weights, pages.kept_as(settings.model.kv_cache_dtype)
+    return weights, pages.kept_as(settings.model.pages_kept_as)
 
 
 def _alone(setting: str, gpus: float) -> tuple[str, ...]:

@@ -98,10 +98,10 @@ class PrefillRank:
             self._load(mesh, device)
 
     def _load(self, mesh: "Mesh", device: "torch.device") -> None:
-        import torch
 
         from ..engine.background import hand_off_stream
         from ..engine.pages import PagePool, pages_for
+        from ..engine.precision import compute_dtype
         from ..engine.prefill import Prefiller
         from ..engine.random_weights import load_model
         from ..engine.sparsity import SparsityConfig
@@ -109,8 +109,8 @@ class PrefillRank:
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files
-        model = load_model(files, mesh, getattr(torch, settings.model.dtype), device)
-        geometry = model.page_geometry.kept_as(settings.model.kv_cache_dtype)
+        model = load_model(files, mesh, compute_dtype(settings.model.dtype, device), device)
+        geometry = model.pages_kept_as(settings.model.pages_kept_as)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         self._stream = hand_off_stream(device)
         self._shared_pool = _share(pool) if settings.transport.kind == "cuda_ipc" else None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..engine.config import KVCacheDtype, ModelConfig
+from ..engine.config import Dtype, KVCacheDtype, ModelConfig
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.models import ModelFiles
 from ..engine.tokenizer import Tokenizer
@@ -31,14 +31,21 @@ class ModelSettings(_Section):
     """Which checkpoint, under which name, in which type.
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
-    shape of engine/shapes for random weights of a real model's sizes. `kv_cache_dtype` is how KV
-    pages are kept, on every rank and worker: "auto" is `dtype`.
+    shape of engine/shapes for random weights of a real model's sizes. `dtype` "auto" is up to each
+    process: see `engine.precision`. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str
     name: Annotated[str, Field(min_length=1)]
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "auto"
     kv_cache_dtype: KVCacheDtype = "auto"
+
+    @property
+    def pages_kept_as(self) -> KVCacheDtype:
+        """How every rank and worker keeps KV pages, in whatever type each of them computes."""
+        if (self.dtype, self.kv_cache_dtype) == ("auto", "auto"):
+            return "bfloat16"
+        return self.kv_cache_dtype
 
     @property
     def files(self) -> ModelFiles:

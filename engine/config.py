@@ -9,8 +9,11 @@ from .errors import CheckpointError, ConfigurationError
 
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
 
-KVCacheDtype = Literal["auto", "fp8_e4m3"]
-"""How KV pages are kept: in the model's type, or as e4m3 with scales."""
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""In which type a model computes; `precision.compute_dtype` says what "auto" is."""
+
+KVCacheDtype = Literal["auto", "bfloat16", "fp8_e4m3"]
+"""How KV pages are kept: in the model's type, in bfloat16, or as e4m3 with scales."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class LocalPrefill:
     ) -> None:
         device = device or torch.device("cpu")
         self.model = Qwen2.load(folder, mesh or Mesh.single(), dtype, device)
-        geometry = self.model.page_geometry.kept_as(kv_cache_dtype)
+        geometry = self.model.pages_kept_as(kv_cache_dtype)
         self.pool = PagePool(geometry, pages_for(max_tokens), device)
         sparsity = SparsityConfig.from_folder(folder) if sparse else None
         self.prefiller = Prefiller(self.model, self.pool, sparsity)

@@ -24,6 +24,7 @@ from .config import KVCacheDtype
 from .errors import OutOfPagesError, TransferError
 
 _SCALE_BYTES = 4
+_FORMATS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 def pages_for(tokens: int) -> int:
@@ -62,7 +63,7 @@ class PageGeometry:
 
     def kept_as(self, kv_cache_dtype: KVCacheDtype) -> "PageGeometry":
         """The same pages in another format; "auto" keeps the model's type."""
-        return self if kv_cache_dtype == "auto" else replace(self, dtype=torch.float8_e4m3fn)
+        return replace(self, dtype=_FORMATS.get(kv_cache_dtype, self.dtype))
 
 
 PageIndex = slice | Tensor

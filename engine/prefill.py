@@ -396,7 +396,7 @@ class _Chunk:
         """
         memory, scales = self._pool.memory[number], self._pool.layer_scales(number)
         if scales is None or self._widened is None:
-            return LayerPages(memory, self._table)
+            return LayerPages(memory, self._table, read_as=self._model.dtype)
         count = pages_for(self._end)
         with self.stages.time("page writes"):
             table = self._table.on(memory.device)[:count]

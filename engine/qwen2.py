@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..kernels import elementwise
 from .checkpoint import CheckpointReader, WeightSource
-from .config import DualChunk, ModelConfig
+from .config import DualChunk, KVCacheDtype, ModelConfig
+from .errors import ConfigurationError
 from .mesh import Mesh
 from .pages import PageGeometry
 from .positions import RotaryPositions
@@ -195,7 +196,7 @@ class Qwen2:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, hidden states and pages."""
+        """Of weights and hidden states, and of pages that are not kept in another."""
         return self._embedding.dtype
 
     @property
@@ -204,6 +205,21 @@ class Qwen2:
         return PageGeometry(
             self.config.num_layers, self.heads.num_kv_heads, self.config.head_dim, self.dtype
         )
+
+    def pages_kept_as(self, kv_cache_dtype: KVCacheDtype) -> PageGeometry:
+        """The same in another format.
+
+        Raises:
+            ConfigurationError: a GPU's kernels do not read it beside this model's type.
+        """
+        geometry = self.page_geometry.kept_as(kv_cache_dtype)
+        same = geometry.dtype == self.dtype
+        if self.device.type == "cuda" and not (same or geometry.quantized):
+            raise ConfigurationError(
+                f"on GPUs, KV pages in {kv_cache_dtype} need a model of that type; set model.dtype "
+                f"{kv_cache_dtype}, or leave model.kv_cache_dtype out"
+            )
+        return geometry
 
     @classmethod
     def load(cls, folder: Path, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> "Qwen2":

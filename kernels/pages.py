@@ -41,17 +41,25 @@ class BlockTable:
 class LayerPages:
     """One layer's memory, and the table of a sequence. Keys lie rotated.
 
-    Pages of 8 bits have scales (see `quantized`), and are read in float32.
+    Pages of 8 bits have scales (see `quantized`), and are read in float32; others in the type
+    `read_as`, if it is given, and else in their own. Kernels for GPUs, which are given the memory
+    itself, want it in the queries' type.
     """
 
     memory: Tensor  # [pages, kv_heads, 2, 128, head_dim]
     table: BlockTable
     scales: Tensor | None = None  # float32 [pages, kv_heads, 2]
+    read_as: torch.dtype | None = None
 
     @classmethod
     def of(cls, memory: Tensor, block_table: Sequence[int]) -> "LayerPages":
         """From any sequence of page numbers."""
         return cls(memory, BlockTable.of(block_table))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which K and V are read."""
+        return torch.float32 if self.scales is not None else self.read_as or self.memory.dtype
 
     @property
     def num_kv_heads(self) -> int:
@@ -67,6 +75,7 @@ class LayerPages:
         k, v = (
             pages[:, :, which]  # [pages, kv_heads, 128, d]
             .transpose(0, 1)
+            .to(self.dtype)
             .reshape(heads, -1, head_dim)[:, offset : offset + end - start]
             for which in (0, 1)
         )
@@ -90,9 +99,9 @@ class LayerPages:
     def read_keys(self, kv_head: int, start: int, end: int) -> Tensor:
         """K of one head, [end - start, d]."""
         first, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
-        keys = self._pages(first, last)[:, kv_head, 0].reshape(-1, self.memory.shape[-1])
+        keys = self._pages(first, last)[:, kv_head, 0].to(self.dtype)
         offset = start - first * PAGE_TOKENS
-        return keys[offset : offset + end - start]
+        return keys.reshape(-1, self.memory.shape[-1])[offset : offset + end - start]
 
     def gather(self, kv_head: int, tokens: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """K and V of chosen tokens of one head, each [len(tokens), d]."""
@@ -102,7 +111,7 @@ class LayerPages:
         index = torch.from_numpy(rows).to(flat.device)
         k, v = flat.index_select(0, index), flat.index_select(0, index + PAGE_TOKENS)
         if self.scales is None:
-            return k, v
+            return k.to(self.dtype), v.to(self.dtype)
         own = self.scales[torch.from_numpy(pages).to(flat.device), kv_head]
         return k.float() * own[:, :1], v.float() * own[:, 1:]
 

@@ -42,5 +42,5 @@ def write_pages(memory: Tensor, slots: Tensor, k: Tensor, v: Tensor, rotation: R
     """Rotated K, and V, at the slots."""
     written = slots >= 0
     pages, offsets = slots[written] // PAGE_TOKENS, slots[written] % PAGE_TOKENS
-    memory[pages, :, 0, offsets] = rotation.apply(k)[written]
-    memory[pages, :, 1, offsets] = v[written]
+    memory[pages, :, 0, offsets] = rotation.apply(k)[written].to(memory.dtype)
+    memory[pages, :, 1, offsets] = v[written].to(memory.dtype)

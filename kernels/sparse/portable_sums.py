@@ -89,13 +89,13 @@ class _Scorer:
         self._pages, self._kv_head = pages, kv_head
         scale *= math.log2(math.e)
         self._segments = [
-            replace(segment, queries=segment.queries.to(pages.memory.dtype))
+            replace(segment, queries=segment.queries.to(pages.dtype))
             for segment in _segments(queries, first_position, stride, scale)
         ]
         self._device = queries.intra.device
         most_keys = min(_KEYS_AT_ONCE, self._length)
         size = self._heads * self._rows * most_keys
-        self._products = torch.empty(size, dtype=pages.memory.dtype, device=self._device)
+        self._products = torch.empty(size, dtype=pages.dtype, device=self._device)
         self._scores = torch.empty(size, device=self._device)
 
     def log_sum_exp(self) -> Tensor:

@@ -28,7 +28,7 @@ def join(settings: Settings) -> None:
 
 
 def make_decoder(settings: Settings) -> None:
-    _make_decoder(settings, getattr(torch, settings.model.dtype))
+    _make_decoder(settings)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from longreach.cluster.decode_worker import _make_decoder
 from longreach.cluster.prefill_rank import PrefillRank
@@ -47,7 +46,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     model = settings.model.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
-    decoder = _make_decoder(settings, torch.float32)
+    decoder = _make_decoder(settings)
     monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: DirectSender(decoder, given[2]))
     rank = PrefillRank(settings, 0)
     rank.join("")

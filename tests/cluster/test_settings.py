@@ -1,6 +1,7 @@
 """Configurations that run, and what is said about those that cannot."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,21 @@ def test_the_laptop_configuration_serves_a_million_tokens() -> None:
 
 
 def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
-    for name in ("auto", "fp8_e4m3"):
-        raw["model"]["kv_cache_dtype"] = name
+    for dtype, name in itertools.product(("float32", "auto"), ("auto", "bfloat16", "fp8_e4m3")):
+        raw["model"] |= {"dtype": dtype, "kv_cache_dtype": name}
         settings = parse_settings(raw)
         model = ModelConfig.from_folder(settings.model.folder)
-        dtype = getattr(torch, settings.model.dtype)
-        geometry = pages.PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
-        expected = 3 * geometry.kept_as(settings.model.kv_cache_dtype).bytes_per_page
+        sizes = (model.num_layers, model.num_kv_heads, model.head_dim, torch.float32)
+        geometry = pages.PageGeometry(*sizes).kept_as(settings.model.pages_kept_as)
+        expected = 3 * geometry.bytes_per_page
         assert kv_bytes(settings, model, 2 * PAGE_TOKENS + 1) == expected
+
+
+def test_pages_are_alike_where_processes_compute_in_types_of_their_own(raw: dict[str, Any]) -> None:
+    raw["model"] |= {"dtype": "auto", "kv_cache_dtype": "auto"}
+    assert parse_settings(raw).model.pages_kept_as == "bfloat16"
+    raw["model"]["dtype"] = "float16"
+    assert parse_settings(raw).model.pages_kept_as == "auto"
 
 
 @pytest.mark.parametrize("path", sorted(LAPTOP.parent.glob("*.yaml")), ids=lambda path: path.stem)
@@ -85,7 +93,7 @@ def test_pages_are_as_long_as_the_engine_says() -> None:
         ("prefill.sequence_parallel", 0, "prefill.sequence_parallel"),
         ("prefill.kv_cache_tokens", 4096, "cannot hold one prompt"),
         ("prefill.placement", "TIGHT", "STRICT_PACK"),
-        ("model.kv_cache_dtype", "fp8_e5m2", "'auto' or 'fp8_e4m3'"),
+        ("model.kv_cache_dtype", "fp8_e5m2", "'auto', 'bfloat16' or 'fp8_e4m3'"),
         ("prefill.cpus_per_rank", 0.0, "ask for a part of a CPU"),
         ("prefill.ageing", 0.0, "prefill.ageing"),
         ("decode.kv_cache_tokens", 1_056_768, "make it 1090560 or more"),

@@ -22,7 +22,7 @@ from longreach.kernels import elementwise, sparse
 
 from .checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint, oracle_logits
 
-formats = pytest.mark.parametrize("kept", ["auto", "fp8_e4m3"])
+formats = pytest.mark.parametrize("kept", ["auto", "bfloat16", "fp8_e4m3"])
 
 
 def prompt_of(length: int) -> Tokens:
@@ -100,6 +100,28 @@ def test_bfloat16_is_near(dual_chunk: Path) -> None:
     expected = engine(dual_chunk).logits(prompt)
     actual = engine(dual_chunk, dtype=torch.bfloat16).logits(prompt)
     assert (actual - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("chunk_tokens", [384, 1280])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_float32_over_pages_of_bfloat16_loses_their_rounding_alone(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, sparse: bool, chunk_tokens: int
+) -> None:
+    """The same as float32 pages into which rounded numbers were written."""
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    folder = make_checkpoint(tmp_path, keys, sparse=(40, 128))
+    local = engine(folder, sparse=sparse, kv_cache_dtype="bfloat16")
+    assert local.pool.memory.dtype == torch.bfloat16
+    actual = local.logits(prompt_of(1000), chunk_tokens)
+    write_pages = elementwise.write_pages
+
+    def write_rounded(memory: torch.Tensor, *others: Any) -> None:
+        write_pages(memory, *others)
+        memory.copy_(memory.bfloat16())
+
+    monkeypatch.setattr(elementwise, "write_pages", write_rounded)
+    expected = engine(folder, sparse=sparse).logits(prompt_of(1000), chunk_tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @formats
