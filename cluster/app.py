@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
@@ -33,6 +34,7 @@ _POLL_SECONDS = 0.1
 _STOP_SECONDS = 30
 # The last line of a trace, as Python writes it.
 _OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)
+_logger = logging.getLogger(__name__)
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -123,7 +125,7 @@ class LocalCluster:
         """
         deadline = time.monotonic() + self._settings.shutdown.drain_seconds + _STOP_SECONDS
         try:
-            _close()
+            _try_to_close()
             while time.monotonic() < deadline and not _deleted():
                 pass
         finally:
@@ -170,6 +172,14 @@ def _close() -> None:
     """Have new requests refused. Their prefix is longer than the application's, and so wins."""
     closing = serve.RunTarget(build_closing(), f"{APP_NAME}-{_CLOSING}", _API_PREFIX, _LOGGING)
     serve.run_many([closing], wait_for_applications_running=False)
+
+
+def _try_to_close() -> None:
+    """What waits for its answer comes first: where this fails, new requests get Serve's 404."""
+    try:
+        _close()
+    except (TimeoutError, RuntimeError, RayError) as error:
+        _logger.warning("new requests will not be told that the cluster stops: %s", error)
 
 
 def _deleted() -> bool:

@@ -115,7 +115,8 @@ class DecodeWorker:
                 self._report()
 
     async def receive(self, request_id: str, runs: "list[PageRun]") -> None:
-        """Take pages that came to the host; answers when they lie in the decoder's.
+        """Take pages that came to the host; answers when they lie in the decoder's, or, on a GPU,
+        when the copies are ahead of every later step on the stream that both use.
 
         Raises:
             TransferError: the request takes no pages, or not these.

@@ -55,10 +55,9 @@ def _summary(settings: Settings, model: ModelConfig) -> Text:
 
 
 def _types(settings: Settings) -> str:
-    model, kept = settings.model, settings.model.pages_kept_as
-    name = (
-        model.dtype if model.dtype != "auto" else "float32 on CPUs without AVX-512, else bfloat16"
-    )
+    kept, name = settings.model.pages_kept_as, str(settings.model.dtype)
+    if name == "auto":
+        name = "float32 on CPUs without AVX-512, else bfloat16"
     return name if kept == "auto" else f"{name}, with KV pages in {kept}"
 
 

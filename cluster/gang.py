@@ -52,7 +52,7 @@ class Gang:
         ]
         gang = cls(group, ranks)
         try:
-            await _join(ranks)
+            await _join(ranks, settings.prefill.tensor_parallel)
         except BaseException:
             gang.kill()
             raise
@@ -92,8 +92,18 @@ def _resources(prefill: PrefillSettings) -> dict[str, float]:
     return {name: amount for name, amount in asked.items() if amount}
 
 
-async def _join(ranks: list[Any]) -> None:
-    """Let the ranks meet and load; each is told how many are on its card."""
+async def _join(ranks: list[Any], tensor_parallel: int) -> None:
+    """Let the ranks meet and load; each is told how many are on its card.
+
+    Raises:
+        ConfigurationError: tensor ranks, which add up hidden states, would compute in two types.
+    """
+    types = set(await asyncio.gather(*(rank.compute_type.remote() for rank in ranks)))
+    if tensor_parallel > 1 and len(types) > 1:
+        raise ConfigurationError(
+            f"machines of a gang would compute in {' and '.join(sorted(types))}, and tensor ranks "
+            "need one type; set model.dtype to one of them"
+        )
     address = await ranks[0].free_address.remote()
     cards = await asyncio.gather(*(rank.card.remote() for rank in ranks))
     counts = Counter(cards)

@@ -31,7 +31,7 @@ _LARGER = "a larger GPU"
 
 @contextmanager
 def room_for_prefill(
-    settings: Settings, device: torch.device, ranks_on_card: int = 1
+    settings: Settings, device: torch.device, ranks_on_card: int
 ) -> Iterator[None]:
     """Where a prefill rank takes what it needs.
 
@@ -57,7 +57,7 @@ def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
         yield
 
 
-def prefill_fit(settings: Settings, free: int, ranks_on_card: int = 1) -> PrefillFit:
+def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit:
     """One rank's share of the model, of its pages and of a chunk, in so many bytes.
 
     Raises:

@@ -68,7 +68,14 @@ class PrefillRank:
             return None
         return ray.get_runtime_context().get_node_id(), str(ray.get_gpu_ids()[0])
 
-    def join(self, init_method: str, ranks_on_card: int = 1) -> None:
+    def compute_type(self) -> str:
+        """The type of hidden states here, as "float32"."""
+        from ..engine.precision import compute_dtype
+
+        dtype = compute_dtype(self._settings.model.dtype, self._device())
+        return str(dtype).removeprefix("torch.")
+
+    def join(self, init_method: str, ranks_on_card: int) -> None:
         """Meet the other ranks and load this rank's share of the model.
 
         Args:
@@ -79,13 +86,10 @@ class PrefillRank:
             ConfigurationError: the mesh does not divide it, it does not fit on the GPU, or the
                 transport cannot reach this rank's pages.
         """
-        import torch
-
         from ..engine.mesh import Mesh
         from .memory import room_for_prefill
 
-        prefill = self._settings.prefill
-        device = torch.device("cuda" if prefill.gpus_per_rank else "cpu")
+        prefill, device = self._settings.prefill, self._device()
         with room_for_prefill(self._settings, device, ranks_on_card):
             mesh = Mesh.join(
                 prefill.tensor_parallel,
@@ -97,8 +101,12 @@ class PrefillRank:
             )
             self._load(mesh, device)
 
-    def _load(self, mesh: "Mesh", device: "torch.device") -> None:
+    def _device(self) -> "torch.device":
+        import torch
 
+        return torch.device("cuda" if self._settings.prefill.gpus_per_rank else "cpu")
+
+    def _load(self, mesh: "Mesh", device: "torch.device") -> None:
         from ..engine.background import hand_off_stream
         from ..engine.pages import PagePool, pages_for
         from ..engine.precision import compute_dtype

@@ -204,6 +204,13 @@ class Settings(_Section):
                 f"({self.decode.max_batch}), so one request would not fit into a step; raise "
                 "decode.max_batch"
             )
+        on_gpus = self.prefill.gpus_per_rank or self.decode.gpus
+        mixed = self.model.dtype in ("float32", "float16")
+        if on_gpus and mixed and self.model.kv_cache_dtype == "bfloat16":
+            yield (
+                f"model.kv_cache_dtype bfloat16 beside model.dtype {self.model.dtype} is for CPUs; "
+                "set model.dtype to bfloat16 where there are GPUs, or leave kv_cache_dtype out"
+            )
         if self.transport.kind == "cuda_ipc":
             yield from self._problems_with_cuda_ipc()
         if self.limits.max_output_tokens >= longest:

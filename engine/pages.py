@@ -63,7 +63,9 @@ class PageGeometry:
 
     def kept_as(self, kv_cache_dtype: KVCacheDtype) -> "PageGeometry":
         """The same pages in another format; "auto" keeps the model's type."""
-        return replace(self, dtype=_FORMATS.get(kv_cache_dtype, self.dtype))
+        if kv_cache_dtype == "auto":
+            return self
+        return replace(self, dtype=_FORMATS[kv_cache_dtype])
 
 
 PageIndex = slice | Tensor

@@ -75,7 +75,7 @@ class LayerPages:
         k, v = (
             pages[:, :, which]  # [pages, kv_heads, 128, d]
             .transpose(0, 1)
-            .to(self.dtype)
+            .to(self.dtype, memory_format=torch.contiguous_format)
             .reshape(heads, -1, head_dim)[:, offset : offset + end - start]
             for which in (0, 1)
         )

@@ -16,7 +16,7 @@ from ..pocket import CHECKPOINT
 from .options import (
     Checkpoint,
     Device,
-    Dtype,
+    DtypeName,
     FirstSeed,
     LastQueries,
     Length,
@@ -70,7 +70,7 @@ def needles(
     first_seed: FirstSeed = 0,
     checkpoint: Checkpoint = CHECKPOINT,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: DtypeName = None,
     out: Out = Path("results/needles"),
 ) -> None:
     """Ask for one fact hidden in a document, at every length and depth.
@@ -100,7 +100,7 @@ def ruler(
     first_seed: FirstSeed = 0,
     checkpoint: Checkpoint = CHECKPOINT,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: DtypeName = None,
     out: Out = Path("results/ruler"),
 ) -> None:
     """Ask RULER's questions, as far as they need no download.
@@ -127,7 +127,7 @@ def recall(
     last_queries: LastQueries = None,
     checkpoint: Checkpoint = CHECKPOINT,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: DtypeName = None,
     out: Out = Path("results/recall"),
 ) -> None:
     """Measure how much of full attention each head keeps under sparse prefill.
@@ -180,7 +180,7 @@ def calibrate(
     ),
     checkpoint: Checkpoint = CHECKPOINT,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: DtypeName = None,
     out: Out = Path("results/calibrate"),
 ) -> None:
     """Grow sparse budgets until every head keeps enough of full attention.

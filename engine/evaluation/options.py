@@ -33,7 +33,7 @@ FirstSeed = Annotated[int, typer.Option(min=0, help="Prompts have this seed and 
 Device = Annotated[
     str | None, typer.Option(help="Where to compute: cuda or cpu; else cuda if there is one.")
 ]
-Dtype = Annotated[
+DtypeName = Annotated[
     str | None, typer.Option(help="bfloat16 or float32; else the first on cuda, the last on cpu.")
 ]
 Out = Annotated[Path, typer.Option(file_okay=False, help="The folder for results.")]
@@ -108,7 +108,7 @@ def variants_of(text: str) -> "list[Variant]":
 
 
 def place_of(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch.device]":
-    """Float type and device; many CPUs compute float32 faster than bfloat16."""
+    """Float type and device. On CPUs it is float32: a model is evaluated there, not a type."""
     import torch
 
     try:
@@ -124,9 +124,7 @@ def place_of(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch
 
 def _length(text: str, option: str, example: str) -> int:
     unit = _UNITS.get(text[-1:].upper())
-    try:
-        return int(text) if unit is None else int(text[:-1]) * unit
-    except ValueError as error:
-        raise InvalidRequestError(
-            f"{option}: {text!r} is no number of tokens, as in {example}"
-        ) from error
+    number = text if unit is None else text[:-1]
+    if not number.isdecimal() or not int(number):
+        raise InvalidRequestError(f"{option}: {text!r} is no number of tokens, as in {example}")
+    return int(number) * (unit or 1)

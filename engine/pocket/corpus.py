@@ -77,8 +77,8 @@ to say so of what it does say."""
 _MOST_ECHOES = 40
 """How often the same decoy occurs at most."""
 _ENDS_WITH_ANSWER = 0.1
-"""The share of documents that end with the fact asked for first. By chance hardly any long one
-would, and what stands right before a question must be found too."""
+"""Of documents that state each fact once, the share that ends with the fact asked for first. By
+chance hardly any long one would, and what stands right before a question must be found too."""
 
 Tokens = npt.NDArray[np.int16]
 

@@ -59,7 +59,9 @@ def _far_stages(*steps: int) -> tuple[Stage, ...]:
         Stage(32256, 4, eighteen, (0.8, 1.0), questions=48, most_facts=64, tail=1792, near=0.5),
         Stage(2048, 63, one, filler=(0.6, 1.0), questions=6, most_facts=12),
         Stage(64512, 2, thirty_six, (0.9, 1.0), questions=96, most_facts=160, tail=1792, near=0.8),
-        Stage(129024, 1, seventy_two, (0.9, 1.0), questions=128, most_facts=192, tail=1792, near=1),
+        Stage(
+            129024, 1, seventy_two, (0.9, 1.0), questions=128, most_facts=192, tail=1792, near=1.0
+        ),
     )
 
 

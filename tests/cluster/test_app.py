@@ -38,6 +38,22 @@ def test_draining_may_take_longer_than_serve_waits(
     assert calls == ["serve.run_many", *["serve.delete"] * 3, "ray.shutdown"]
 
 
+def test_a_cluster_that_cannot_announce_its_end_still_drains(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run_many(*_: Any, **__: Any) -> None:
+        raise TimeoutError("a proxy does not answer")
+
+    monkeypatch.setattr(serve, "run_many", run_many)
+    monkeypatch.setattr(serve, "delete", lambda name: calls.append("serve.delete"))
+    LocalCluster(make_settings(1), tmp_path, temporary=False).stop()
+    assert calls == ["serve.delete", "ray.shutdown"]
+    assert "a proxy does not answer" in caplog.text
+
+
 def changed(settings: Settings, section: str, **values: Any) -> Settings:
     part = getattr(settings, section).model_copy(update=values)
     return settings.model_copy(update={section: part})

@@ -151,7 +151,7 @@ class Pair:
         self.worker = DecodeWorker(settings, folder)
         self.worker._decoder._pool.clear()
         self.rank = PrefillRank(settings, 0)
-        self.rank.join("")
+        self.rank.join("", 1)
         self._handle = Handle(lambda *given: self.loop.submit(as_ray(self.worker.copy(*given))))
 
     def reserve(self, name: str, prompt: np.ndarray) -> None:

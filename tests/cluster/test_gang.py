@@ -54,9 +54,10 @@ def test_a_gang_waits_for_the_one_that_it_replaces(
 class FakeRank:
     """Says where it is, and writes down how it was asked to join."""
 
-    def __init__(self, card: tuple[str, str] | None) -> None:
+    def __init__(self, card: tuple[str, str] | None = None, computes_in: str = "float32") -> None:
         self.joined: list[tuple[str, int]] = []
         self.free_address = self._call(lambda: "tcp://here:1")
+        self.compute_type = self._call(lambda: computes_in)
         self.card = self._call(lambda: card)
         self.join = self._call(lambda *given: self.joined.append(given))
 
@@ -80,5 +81,15 @@ def test_a_rank_is_told_how_many_share_its_card(
 ) -> None:
     """Each would else take all that is free there for its own."""
     ranks = [FakeRank(card) for card in cards]
-    asyncio.run(gang._join(ranks))
+    asyncio.run(gang._join(ranks, tensor_parallel=1))
     assert [rank.joined for rank in ranks] == [[("tcp://here:1", count)] for count in counts]
+
+
+def test_tensor_ranks_that_would_compute_in_several_types_never_meet() -> None:
+    """Sums of hidden states would not match. Sequence ranks exchange pages, which are alike."""
+    ranks = [FakeRank(computes_in="bfloat16"), FakeRank(computes_in="float32")]
+    with pytest.raises(ConfigurationError, match=r"bfloat16 and float32.*set model\.dtype"):
+        asyncio.run(gang._join(ranks, tensor_parallel=2))
+    assert not any(rank.joined for rank in ranks)
+    asyncio.run(gang._join(ranks, tensor_parallel=1))
+    assert all(rank.joined for rank in ranks)

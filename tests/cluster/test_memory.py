@@ -24,7 +24,7 @@ CARD = 149_000_000_000
 
 
 def join(settings: Settings) -> None:
-    PrefillRank(settings, 0).join("")
+    PrefillRank(settings, 0).join("", 1)
 
 
 def make_decoder(settings: Settings) -> None:
@@ -72,7 +72,7 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
     decode.check(settings.decode.kv_cache_tokens)
     taken = pages.pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
     left = decode.free - decode.weights.num_bytes - taken - decode.besides(longest)
-    prefill_fit(settings, left).check(tokens, longest)
+    prefill_fit(settings, left, 1).check(tokens, longest)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_number_that_is_told_would_fit(
     with pytest.raises(ConfigurationError) as refused:
         join(shared)
     tokens = int(str(refused.value).split(" tokens would fit")[0].split()[-1].replace(",", ""))
-    prefill_fit(shared, int(60e9)).check(tokens, shared.limits.max_model_len)
+    prefill_fit(shared, int(60e9), 1).check(tokens, shared.limits.max_model_len)
 
 
 def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
@@ -118,7 +118,7 @@ def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(100e9))
     prefill = shared.prefill.model_copy(update={"sequence_parallel": 2, "gpus_per_rank": 0.25})
     settings = shared.model_copy(update={"prefill": prefill})
-    prefill_fit(settings, int(100e9)).check(819_200, 819_200)
+    prefill_fit(settings, int(100e9), 1).check(819_200, 819_200)
     for rank in range(2):
         with pytest.raises(ConfigurationError, match=r"of 50\.0 GB free for each of 2 processes"):
             PrefillRank(settings, rank).join("", 2)
@@ -132,10 +132,10 @@ def test_what_is_counted_is_what_the_settings_take(shared: Settings) -> None:
     stored = shared.model_copy(
         update={"transport": shared.transport.model_copy(update={"kind": "object_store"})}
     )
-    needed = prefill_fit(shared, CARD).besides(819_200)
-    assert prefill_fit(dense, CARD).besides(819_200) < needed
+    needed = prefill_fit(shared, CARD, 1).besides(819_200)
+    assert prefill_fit(dense, CARD, 1).besides(819_200) < needed
     chunk = shared.prefill.chunk_tokens
-    assert prefill_fit(stored, CARD).besides(819_200) == needed + chunk * 2 * 4 * 128 * 2
+    assert prefill_fit(stored, CARD, 1).besides(819_200) == needed + chunk * 2 * 4 * 128 * 2
 
 
 @pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])

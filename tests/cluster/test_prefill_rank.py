@@ -31,7 +31,7 @@ def make_rank() -> PrefillRank:
     settings = make_settings(1)
     prefill = settings.prefill.model_copy(update={"sequence_parallel": 1, "kv_cache_tokens": 2048})
     made = PrefillRank(settings.model_copy(update={"prefill": prefill}), 0)
-    made.join("")
+    made.join("", 1)
     return made
 
 

@@ -49,7 +49,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     decoder = _make_decoder(settings)
     monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: DirectSender(decoder, given[2]))
     rank = PrefillRank(settings, 0)
-    rank.join("")
+    rank.join("", 1)
 
     def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:
         sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

@@ -67,6 +67,15 @@ def test_every_configuration_can_run(path: Path) -> None:
     load_settings(path)
 
 
+def test_gpus_want_pages_in_the_models_type() -> None:
+    raw = yaml.safe_load((LAPTOP.parent / "one-gpu.yaml").read_text())
+    raw["model"] |= {"dtype": "float32", "kv_cache_dtype": "bfloat16"}
+    with pytest.raises(ConfigurationError, match=r"set model\.dtype to bfloat16"):
+        parse_settings(raw)
+    raw["model"]["dtype"] = "auto"
+    assert parse_settings(raw).model.pages_kept_as == "bfloat16"
+
+
 def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> None:
     raw["model"]["path"] = "random/qwen2.5-7b"
     with pytest.raises(CheckpointError, match=r"random/qwen2\.5-7b-1m"):

@@ -9,6 +9,7 @@ from longreach.engine.errors import ConfigurationError
 from longreach.engine.evaluation.in_process import InProcessAnswerer, Variant
 from longreach.engine.evaluation.tasks import NEEDLES
 from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.pocket.corpus import REFUSAL, one_of_facts_prompt
 
 from ..engine.checkpoints import make_checkpoint
 
@@ -48,6 +49,7 @@ def right() -> Right:
         ("key-value", 2048, 3),
         ("key-value", 8192, 1),
         ("one-of-12-facts", 2048, 3),
+        ("one-of-12-facts", 8192, 8),
         ("one-of-12-facts", 32768, 1),
     ],
 )
@@ -55,9 +57,19 @@ def test_facts_are_found_under_dual_chunk_attention(right, name, tokens, prompts
     assert right(name, tokens, prompts) == prompts
 
 
-def test_most_of_twelve_facts_are_found(right: Right) -> None:
-    """One in some 24 is miscopied at this length, prompt 0 (`9ccoz8` for `99coz8`) among them."""
-    assert right("one-of-12-facts", 8192, 8) >= 7
+def test_what_stands_right_before_the_question_is_found(right: Right) -> None:
+    assert right("key-value", 8192, 4, depth=1.0) == 4
+
+
+def test_what_is_not_there_is_said_not_to_be() -> None:
+    answerer = InProcessAnswerer(CHECKPOINT, [Variant.DENSE], 4096, torch.float32)
+    for seed in range(4):
+        content = one_of_facts_prompt(3000, seed).content
+        absent = "price of the hidden walrus"
+        assert absent not in content
+        document = content[: content.rindex("\n")]
+        question = f"{document}\nWhat is the {absent}?"
+        assert answerer.answer("dense", question, 48, lambda _: None).text == REFUSAL
 
 
 def test_facts_are_found_under_sparse_prefill(right: Right) -> None:
