@@ -264,7 +264,7 @@ def test_figures_equal_what_was_sent(http: httpx.Client, tokenizer: Tokenizer) -
     assert grown("longreach_generation_tokens_total", "ingress") == used["completion_tokens"]
     assert grown("longreach_prefill_chunks_total", "prefill") == -(-5000 // CHUNK_TOKENS)
     pages = -(-5000 // 128)
-    bytes_a_page = 4 * 2 * 2 * 128 * 64 * 4  # layers, KV heads, K and V, tokens, dimension, float32
+    bytes_a_page = 5 * 2 * 2 * 128 * 64 * 4  # layers, KV heads, K and V, tokens, dimension, float32
     assert grown("longreach_handoff_bytes_total", "decode") == pages * bytes_a_page
     for name in ("time_to_first_token", "request_queue_time", "request_prefill_time"):
         assert grown(f"longreach_{name}_seconds_count", "8k", "ingress") == 1

@@ -125,16 +125,16 @@ def call(*arguments: str) -> str:
 def test_the_commands_write_a_table_a_picture_and_a_config(tmp_path: Path) -> None:
     output = call("recall", "--length", "3K", "--prompts", "1", "--out", str(tmp_path))
     written = json.loads((tmp_path / "recall.json").read_text())
-    assert (written["prompts"], written["tokens"], len(written["heads"])) == (1, 3072, 12)
+    assert (written["prompts"], written["tokens"], len(written["heads"])) == (1, 3072, 16)
     assert all(f"{each['mean']:.4f}" in output for each in written["heads"])
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
     output = call(
         "calibrate", "--length", "3K", "--start", "30,128", "--most", "64,256",
         "--threshold", "0.99", "--out", str(tmp_path),
     )  # fmt: skip
-    assert re.search(r"\d+ of 12 heads are under 0.99", output)
+    assert re.search(r"\d+ of 16 heads are under 0.99", output)
     written = json.loads((tmp_path / "sparse_attention_config.json").read_text())
-    assert len(written) == 4
+    assert len(written) == 5
     grown = [
         f"layer {layer}, head {head}: verticals 30 to {entry[1]}, slashes 128 to {entry[2]}"
         for layer, heads in enumerate(written)
