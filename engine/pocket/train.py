@@ -21,6 +21,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..precision import compute_dtype
 from .corpus import Stage, make_batch
 from .export import ORIGINAL_LENGTH, write_checkpoint
 from .model import PocketQwen2, PocketSizes
@@ -131,6 +132,7 @@ class Trainer:
         torch.manual_seed(seed)
         self._folder, self._cycles, self._seed, self._workers = folder, cycles, seed, workers
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._narrow = compute_dtype("auto", self._device) == torch.bfloat16
         self.model = PocketQwen2(sizes or PocketSizes()).to(self._device)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
@@ -225,7 +227,7 @@ class Trainer:
         return recalled_loss.detach(), other_loss.detach()
 
     def _forward(self, tokens: Tensor, temperature: float, far_chunks: int | None = None) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._narrow):
             return self.model(tokens.long(), temperature, far_chunks)
 
     def _loader(self, stage: Stage, seed: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
