@@ -22,6 +22,7 @@ from ..engine.messages import (
 )
 from .decode_worker import DecodeWorker
 from .failures import CallError, as_ours, first_of
+from .outbox import Outbox
 from .settings import Settings
 
 _PING_SECONDS = 10
@@ -50,6 +51,7 @@ class DecodeReplica:
         self._health_of_prefill = prefill.check_health
         self._most_waiting = settings.limits.max_queued_requests
         self._waiting = 0
+        self._outbox = Outbox()
         decode = settings.decode
         self._worker_name = f"longreach-decode-{uuid.uuid4().hex}"
         actor = cast(Any, ray.remote(DecodeWorker)).options(
@@ -110,8 +112,7 @@ class DecodeReplica:
                 yield events
         finally:
             waiting.end()
-            # Not awaited: whoever cancelled this must not wait for the worker's turn.
-            self._worker.release.remote(request.request_id)
+            self._outbox.send(lambda: self._worker.release.remote(request.request_id))
 
     async def _answer(
         self, request: GenerationRequest, prefilled: Prefilled, began: float

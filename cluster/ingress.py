@@ -1,7 +1,6 @@
 """The ingress: the OpenAI endpoint of `rest`, with the decode replicas for a backend."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..engine.tokenizer import Tokenizer
 from .decode_replica import Taken
 from .failures import CallError, as_ours, first_of
 from .metrics import Metrics, render
+from .outbox import Outbox, detached
 from .rest import build_api, read_api_keys
 from .settings import Settings
 
@@ -31,6 +31,7 @@ class DecodeBackend:
     def __init__(self, decode: DeploymentHandle) -> None:
         self._decode = decode
         self._streams = decode.options(stream=True)
+        self._outbox: Outbox | None = None
         self._releases: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -47,9 +48,9 @@ class DecodeBackend:
             raise as_ours(error) from error
         finally:
             if taken is not None and not finished:
-                _release(taken, request.request_id)
+                self._release(taken, request.request_id)
             elif taken is None:
-                release = asyncio.create_task(_release_when_taken(stream, request.request_id))
+                release = detached(self._release_when_taken(stream, request.request_id))
                 self._releases.add(release)
                 release.add_done_callback(self._releases.discard)
 
@@ -61,22 +62,21 @@ class DecodeBackend:
             return False
         return True
 
+    def _release(self, taken: Taken, request_id: str) -> None:
+        """Stop a request; one whose worker is gone has stopped."""
+        # Made at the first use: there is no event loop yet where the backend is made.
+        self._outbox = self._outbox or Outbox()
+        self._outbox.send(lambda: cast(Any, ray.get_actor(taken.worker)).release.remote(request_id))
 
-def _release(taken: Taken, request_id: str) -> None:
-    """Stop a request; one whose worker is gone has stopped."""
-    with contextlib.suppress(ValueError):
-        cast(Any, ray.get_actor(taken.worker)).release.remote(request_id)
-
-
-async def _release_when_taken(stream: _Stream, request_id: str) -> None:
-    """Stop a request that no decode replica had taken yet when its client left."""
-    try:
-        async for message in stream:
-            if isinstance(message, Taken):
-                _release(message, request_id)
-                return
-    except (*CallError, asyncio.CancelledError):
-        return  # it was refused, or stopped already
+    async def _release_when_taken(self, stream: _Stream, request_id: str) -> None:
+        """Stop a request that no decode replica had taken yet when its client left."""
+        try:
+            async for message in stream:
+                if isinstance(message, Taken):
+                    self._release(message, request_id)
+                    return
+        except (*CallError, asyncio.CancelledError):
+            return  # it was refused, or stopped already
 
 
 def api_builder(

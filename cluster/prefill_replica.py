@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from ..engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
 from ..engine.messages import GenerationRequest, Prefilled, Progress
@@ -17,6 +17,7 @@ from . import metrics
 from .failures import as_ours
 from .gang import Gang
 from .metrics import Metrics
+from .outbox import detached
 from .prefill_rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
 from .settings import PAGE_TOKENS, Settings
@@ -55,10 +56,11 @@ class PrefillReplica:
         )
         self._jobs: dict[str, _Job] = {}
         self._computing: str | None = None
+        self._leaving: list[str] = []
         self._wake = asyncio.Event()
         self._lost = False
         self._gang = await Gang.start(settings)
-        self._loop = asyncio.create_task(self._run())
+        self._loop = detached(self._run())
         self._report()
 
     async def check_health(self) -> None:
@@ -66,6 +68,9 @@ class PrefillReplica:
         if not self._lost and self._computing is None:
             try:
                 await asyncio.wait_for(self._gang.ping(), _PING_SECONDS)
+            except ActorUnavailableError as error:
+                # A connection broke, and Ray is making another: no rank has died.
+                logger.warning("a rank could not be reached for a while: %s", error)
             except (RayError, TimeoutError) as error:
                 # A chunk that began meanwhile may keep the ranks from answering, and finds out.
                 if isinstance(error, RayError) or self._computing is None:
@@ -91,7 +96,7 @@ class PrefillReplica:
             raise UnavailableError(_LOST)
         job = _Job(ray.put(request.prompt), request, worker, asyncio.Queue())
         self._jobs[request.request_id] = job
-        watch = asyncio.create_task(self._watch(job))
+        watch = detached(self._watch(job))
         try:
             yield None
             while True:
@@ -124,17 +129,23 @@ class PrefillReplica:
         self._forget(name)
 
     def _forget(self, request_id: str) -> None:
-        """Give a prompt's pages back; after its chunk if one is being computed."""
-        self._jobs.pop(request_id, None)
-        if request_id != self._computing:
-            self._release(request_id)
+        """Have a prompt's pages given back, after its chunk if one is being computed.
 
-    def _release(self, request_id: str) -> None:
-        # Ranks get calls in order, so their pages are free before they are taken again.
-        self._gang.release(request_id)
-        self._scheduler.remove(request_id)
+        The loop does it: a request that is being cancelled would take its calls to ranks with it,
+        and these would wait for them ever after.
+        """
+        self._jobs.pop(request_id, None)
+        self._leaving.append(request_id)
         self._wake.set()
-        self._report()
+
+    def _release_leaving(self) -> None:
+        # Ranks get calls in order, so their pages are free before they are taken again.
+        leaving, self._leaving = self._leaving, []
+        for request_id in dict.fromkeys(leaving):
+            self._gang.release(request_id)
+            self._scheduler.remove(request_id)
+        if leaving:
+            self._report()
 
     async def _run(self) -> None:
         try:
@@ -145,6 +156,7 @@ class PrefillReplica:
 
     async def _run_next(self) -> None:
         """Compute the chunk whose turn it is, or sleep until there is one."""
+        self._release_leaving()
         chunk = self._scheduler.next(time.monotonic())
         if chunk is None:
             self._wake.clear()
@@ -155,8 +167,6 @@ class PrefillReplica:
             await self._compute(chunk)
         finally:
             self._computing = None
-        if chunk.request_id not in self._jobs:
-            self._release(chunk.request_id)
 
     async def _compute(self, chunk: Chunk) -> None:
         job = self._jobs[chunk.request_id]
@@ -193,9 +203,10 @@ class PrefillReplica:
 
     def _end(self, request_id: str, error: LongreachError) -> None:
         """Forget a prompt here and now: its next chunk's turn may come before anyone reads this."""
-        job = self._jobs.pop(request_id, None)
+        job = self._jobs.get(request_id)
         if job is not None:
             job.events.put_nowait(error)
+            self._forget(request_id)
 
     def _count(self, chunk: Chunk, results: list[RankResult]) -> None:
         self._sink.add(metrics.PREFILL_CHUNKS)

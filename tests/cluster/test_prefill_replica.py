@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ LONGEST = 10.0
 """Seconds after which something that waits is taken to wait for good."""
 
 
+CALLER = ContextVar("CALLER", default="nobody")
+"""Whose call something is, as Ray knows it: by a context variable."""
+
+
 class FakeGang:
     """Computes every chunk at once; `outcome` says why its pages could not be handed off."""
 
     def __init__(self) -> None:
         self.computed: list[Chunk] = []
         self.released: list[str] = []
+        self.released_by: list[str] = []
         self.killed = False
         self.num_ranks = 1
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
@@ -47,6 +53,7 @@ class FakeGang:
 
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
+        self.released_by.append(CALLER.get())
 
     def kill(self) -> None:
         self.killed = True
@@ -59,6 +66,7 @@ class FakeWorker:
         self.has_pages = asyncio.Event()
         self.has_pages.set()
         self.is_released = asyncio.Event()
+        self.called_by: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         class Method:
@@ -67,9 +75,11 @@ class FakeWorker:
         return Method
 
     async def do_reserve(self, request: GenerationRequest) -> None:
+        self.called_by.append(CALLER.get())
         await self.has_pages.wait()
 
     async def do_gone(self, request_id: str) -> None:
+        self.called_by.append(CALLER.get())
         await self.is_released.wait()
 
 
@@ -116,6 +126,24 @@ def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
     assert events[:2] == [None, Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)]
     assert isinstance(events[2], Prefilled)
     assert gang.released == ["a"]
+
+
+def test_no_call_that_must_arrive_belongs_to_a_request(play: Any, gang: FakeGang) -> None:
+    """Serve cancels whatever a request has submitted when its client leaves."""
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        CALLER.set("a request")
+        gang.outcome = lambda chunk: leaving.cancel()
+        leaving = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS, worker))
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        while not gang.released:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
+    assert gang.released_by == ["nobody"]
+    assert worker.called_by == ["nobody", "nobody"]
 
 
 def test_whatever_ends_the_loop_ends_the_requests(play: Any, gang: FakeGang) -> None:
@@ -203,6 +231,6 @@ def test_too_little_memory_ends_one_request_with_the_remedy(
     big, _, after = play(scenario)
     assert isinstance(big, OutOfMemoryError)
     assert "lower prefill.chunk_tokens" in str(big)
-    assert "big" in gang.released
+    assert ("big" in gang.released) == (num_ranks == 1)
     assert gang.killed == (num_ranks > 1)
     assert isinstance(after, UnavailableError if num_ranks > 1 else list)
