@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-CHECKED := cluster engine kernels loadtest tests
+CHECKED := cluster engine kernels lab loadtest tests
 
 .PHONY: help run test lint format install clean
 

@@ -16,9 +16,9 @@ from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .client import Endpoint
-from .decode_replica import DecodeReplica
+from .decode.replica import DecodeReplica
 from .ingress import api_builder
-from .prefill_replica import PrefillReplica
+from .prefill.replica import PrefillReplica
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
 

@@ -12,8 +12,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.messages import Event, Finished, GenerationRequest
-from ..engine.tokenizer import Tokenizer
-from .decode_replica import Taken
+from ..engine.text.tokenizer import Tokenizer
+from .decode.replica import Taken
 from .failures import CallError, as_ours, first_of
 from .metrics import Metrics, render
 from .outbox import Outbox, detached

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..engine.config import ModelConfig
-from ..engine.memory import (
+from ..engine.kv.pages import PageGeometry
+from ..engine.memory.fit import (
     DecodeFit,
     Fit,
     Mends,
@@ -20,9 +20,9 @@ from ..engine.memory import (
     free_bytes,
     out_of_memory_raises,
 )
-from ..engine.pages import PageGeometry
-from ..engine.precision import compute_dtype
-from ..engine.sparsity import SparsityConfig
+from ..engine.model.config import ModelConfig
+from ..engine.model.precision import compute_dtype
+from ..engine.prefill.sparsity import SparsityConfig
 from .settings import Settings
 
 _NARROW = "model.kv_cache_dtype fp8_e4m3"

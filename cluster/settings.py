@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..engine.config import Dtype, KVCacheDtype, ModelConfig
 from ..engine.errors import CheckpointError, ConfigurationError
-from ..engine.models import ModelFiles
-from ..engine.tokenizer import Tokenizer
+from ..engine.model.config import Dtype, KVCacheDtype, ModelConfig
+from ..engine.model.files import ModelFiles
+from ..engine.text.tokenizer import Tokenizer
 from .rest.limits import IngressLimits
 
 PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
@@ -31,8 +31,8 @@ class ModelSettings(_Section):
     """Which checkpoint, under which name, in which type.
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
-    shape of engine/shapes for random weights of a real model's sizes. `dtype` "auto" is up to each
-    process: see `engine.precision`. `kv_cache_dtype` is how KV pages are kept.
+    shape of engine/model/shapes for random weights of a real model's sizes. `dtype` "auto" is up to
+    each process: see `engine.model.precision`. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import KVCacheDtype
-from .decode import Decoder
-from .mesh import Mesh
+from .decode.decoder import Decoder
+from .kv.hand_off import PageSender, Place
+from .kv.pages import HeldPages, PagePool, pages_for
 from .messages import Tokens
-from .pages import HeldPages, PagePool, pages_for
-from .prefill import Prefiller
-from .qwen2 import Qwen2
-from .sparsity import SparsityConfig
-from .transport import PageSender, Place
+from .model.config import KVCacheDtype
+from .model.qwen2 import Qwen2
+from .parallel.mesh import Mesh
+from .prefill.prefiller import Prefiller
+from .prefill.sparsity import SparsityConfig
 
 
 class LocalPrefill:

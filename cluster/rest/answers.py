@@ -26,9 +26,9 @@ from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
-from ...engine.detokenizer import TokenBytes
+from ...engine.decode.detokenizer import TokenBytes
 from ...engine.messages import ChosenToken, Delta, Finished
-from ...engine.tokenizer import Tokenizer
+from ...engine.text.tokenizer import Tokenizer
 from .plan import Plan
 
 FinishReason = Literal["stop", "length"]

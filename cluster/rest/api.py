@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 
 from ...engine.errors import LongreachError
-from ...engine.tokenizer import Tokenizer
+from ...engine.text.tokenizer import Tokenizer
 from .. import metrics
 from ..metrics import Metrics
 from .answers import AnswerFormat, ChatFormat, CompletionFormat, TokenTexts

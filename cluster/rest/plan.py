@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
-from ...engine.tokenizer import Tokenizer
+from ...engine.text.tokenizer import Tokenizer
 from .errors import RestError, invalid
 from .limits import IngressLimits
 from .schemas import ChatBody, CompletionBody, GenerationBody, Prompt

@@ -12,13 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..dual_chunk.segments import (
-    BLOCK_ROWS,
-    KeyBounds,
-    SegmentQueries,
-    Span,
-    split_at_chunks,
-)
+from ..dual_chunk.segments import BLOCK_ROWS, KeyBounds, SegmentQueries, Span, split_at_chunks
 from ..pages import LayerPages
 from .selections import HEAVY_ROWS, Sums
 

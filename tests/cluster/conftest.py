@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from longreach.cluster.app import LocalCluster, start
 from longreach.cluster.settings import Settings, parse_settings
 from longreach.engine.messages import Tokens
-from longreach.engine.tokenizer import Tokenizer
+from longreach.engine.text.tokenizer import Tokenizer
 
 from ..prometheus import free_port
 

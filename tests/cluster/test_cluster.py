@@ -17,11 +17,11 @@ import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
 from longreach.cluster.app import LocalCluster, deploy
+from longreach.cluster.cli.demo import is_right
+from longreach.cluster.cli.needle import hide_key
 from longreach.cluster.client import Endpoint
-from longreach.cluster.demo import is_right
-from longreach.cluster.needle import hide_key
 from longreach.engine.messages import Tokens
-from longreach.engine.tokenizer import Tokenizer
+from longreach.engine.text.tokenizer import Tokenizer
 
 from ..prometheus import prometheus_server, wait_for_value
 from .conftest import (
@@ -61,7 +61,7 @@ def test_answers_equal_those_of_one_process(
     import torch
 
     from longreach.engine.local import LocalPrefill
-    from longreach.engine.pocket import CHECKPOINT
+    from longreach.engine.model.pocket import CHECKPOINT
 
     prompt = make_prompt(tokenizer, 5000)
     answer = client.completions.create(

@@ -10,12 +10,15 @@ import torch
 
 from longreach.cluster import memory
 from longreach.cluster.app import startup_failure
-from longreach.cluster.decode_worker import _make_decoder
+from longreach.cluster.decode.worker import _make_decoder
 from longreach.cluster.memory import decode_fit, prefill_fit
-from longreach.cluster.prefill_rank import PrefillRank
+from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.settings import Settings, load_settings
-from longreach.engine import decode, pages, prefill, qwen2, random_weights
+from longreach.engine.decode import decoder as decode
 from longreach.engine.errors import ConfigurationError, LongreachError
+from longreach.engine.kv import pages
+from longreach.engine.model import qwen2, random_weights
+from longreach.engine.prefill import prefiller as prefill
 
 from .conftest import make_settings
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longreach.cluster.decode_worker import _make_decoder
-from longreach.cluster.prefill_rank import PrefillRank
-from longreach.cluster.scheduler import Chunk
+from longreach.cluster.decode.worker import _make_decoder
+from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
-from longreach.engine import models
 from longreach.engine.local import DirectSender
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
-from longreach.engine.pocket import CHECKPOINT
+from longreach.engine.model import files as models
+from longreach.engine.model.pocket import CHECKPOINT
 
 from .conftest import make_settings
 

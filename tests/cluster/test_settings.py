@@ -13,20 +13,15 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from longreach.cluster.explain import kv_bytes
-from longreach.cluster.settings import (
-    PAGE_TOKENS,
-    check_model,
-    load_settings,
-    parse_settings,
-)
-from longreach.engine import pages
-from longreach.engine.config import ModelConfig
-from longreach.engine.decode import pages_needed
+from longreach.cluster.cli.explain import kv_bytes
+from longreach.cluster.settings import PAGE_TOKENS, check_model, load_settings, parse_settings
+from longreach.engine.decode.decoder import pages_needed
 from longreach.engine.errors import CheckpointError, ConfigurationError
+from longreach.engine.kv import pages
 from longreach.engine.messages import GenerationRequest, SamplingParameters
-from longreach.engine.pocket import CHECKPOINT
-from longreach.engine.tokenizer import Tokenizer
+from longreach.engine.model.config import ModelConfig
+from longreach.engine.model.pocket import CHECKPOINT
+from longreach.engine.text.tokenizer import Tokenizer
 
 LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from longreach.engine.config import ModelConfig
+from longreach.engine.model.config import ModelConfig
 from longreach.kernels.dual_chunk import reference
 
 DUAL_CHUNK = {"chunk_size": 200, "local_size": 77, "original_max_position_embeddings": 200}

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longreach.engine.config import DualChunk, ModelConfig
-from longreach.engine.positions import RotaryPositions
+from longreach.engine.model.config import DualChunk, ModelConfig
+from longreach.engine.model.positions import RotaryPositions
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries, reference
 from longreach.kernels.pages import LayerPages, write_pages
 

@@ -1,0 +1,112 @@
+"""What a configuration would start, and where, in plain words."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ...engine.kv.pages import PAGE_TOKENS, pages_for
+from ...engine.model.config import ModelConfig
+from ..settings import Settings
+
+_FP16_BYTES = 2
+_SCALE_BYTES = 4
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def explain(settings: Settings) -> RenderableType:
+    """The model, the lengths it would serve, and every process with what it asks for.
+
+    Raises:
+        CheckpointError: the model's folder cannot be read.
+    """
+    model = ModelConfig.from_folder(settings.model.folder)
+    return Group(_summary(settings, model), _processes(settings, model), _totals(settings, model))
+
+
+def kv_bytes(settings: Settings, model: ModelConfig, tokens: int) -> int:
+    """Memory of a KV cache for so many tokens, all heads, in whole pages, scales included."""
+    pages, values = pages_for(tokens), model.kv_bytes_per_token_fp16 // _FP16_BYTES
+    if settings.model.kv_cache_dtype == "fp8_e4m3":
+        scales = values // model.head_dim * _SCALE_BYTES
+        return pages * (PAGE_TOKENS * values + scales)
+    kept = settings.model.pages_kept_as
+    name = settings.model.dtype if kept == "auto" else kept
+    return pages * PAGE_TOKENS * values * _NUMBER_BYTES[name]
+
+
+def _summary(settings: Settings, model: ModelConfig) -> Text:
+    attention = "plain positions"
+    if model.dual_chunk is not None:
+        attention = (
+            f"dual chunk attention (chunk {model.dual_chunk.chunk_size:,}, "
+            f"local {model.dual_chunk.local_size:,})"
+        )
+    limits = settings.limits
+    return Text(
+        f"{settings.model.name}, from {settings.model.folder}\n"
+        f"{model.num_layers} layers, {model.num_heads} query and {model.num_kv_heads} KV heads of "
+        f"{model.head_dim}, {_types(settings)}, {attention}\n"
+        f"prompt and answer together up to {limits.max_model_len:,} tokens, "
+        f"the answer up to {limits.max_output_tokens:,}; "
+        f"up to {limits.max_queued_requests} requests wait, the next is told to come back\n"
+        f"endpoint http://{settings.ingress.host}:{settings.ingress.port}/v1, "
+        + ("API keys wanted\n" if settings.ingress.api_keys_file else "open to all who reach it\n")
+    )
+
+
+def _types(settings: Settings) -> str:
+    kept, name = settings.model.pages_kept_as, str(settings.model.dtype)
+    if name == "auto":
+        name = "float32 on CPUs without AVX-512, else bfloat16"
+    return name if kept == "auto" else f"{name}, with KV pages in {kept}"
+
+
+def _processes(settings: Settings, model: ModelConfig) -> Table:
+    prefill, decode = settings.prefill, settings.decode
+    ranks = prefill.tensor_parallel * prefill.sequence_parallel
+    rank_bytes = kv_bytes(settings, model, prefill.kv_cache_tokens) // prefill.tensor_parallel
+    table = Table("processes", "what", "KV cache of each", "asks for, each")
+    table.add_row(
+        f"{settings.ingress.replicas}", "ingress: HTTP, tokenizer, limits", "", "no accelerator"
+    )
+    table.add_row(
+        f"{prefill.replicas}",
+        f"prefill replica: schedules chunks of {prefill.chunk_tokens:,} tokens over its gang",
+        "",
+        "no accelerator",
+    )
+    table.add_row(
+        f"{prefill.replicas * ranks}",
+        f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
+        f"{prefill.sequence_parallel}), placed {prefill.placement}; "
+        + ("sparse where the checkpoint says so" if prefill.sparse else "dense"),
+        f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
+        _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
+    )
+    table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
+    table.add_row(
+        f"{decode.replicas}",
+        f"decode worker: batches of up to {decode.max_batch}",
+        f"{decode.kv_cache_tokens:,} tokens, "
+        f"{_gib(kv_bytes(settings, model, decode.kv_cache_tokens))}",
+        _asks(decode.gpus, decode.threads),
+    )
+    return table
+
+
+def _totals(settings: Settings, model: ModelConfig) -> Text:
+    prefill, decode = settings.prefill, settings.decode
+    # Tensor parallel ranks share the heads; sequence parallel ranks each hold all tokens.
+    copies = prefill.replicas * prefill.sequence_parallel
+    total = copies * kv_bytes(settings, model, prefill.kv_cache_tokens)
+    total += decode.replicas * kv_bytes(settings, model, decode.kv_cache_tokens)
+    return Text(f"KV caches together: {_gib(total)}")
+
+
+def _asks(gpus: float, threads: int) -> str:
+    threads_said = f"{threads} thread{'s' if threads != 1 else ''}"
+    return f"{gpus:g} GPU, {threads_said}" if gpus else threads_said
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,225 @@
+"""The `longreach` command.
+
+Whatever is slow to import is imported inside the commands, so that `--help` answers at once.
+"""
+
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ...engine.errors import InvalidRequestError, LongreachError
+from ...lab.evaluation import cli as evaluation
+
+if TYPE_CHECKING:
+    from ...lab.evaluation.endpoint import EndpointAnswerer
+
+app = typer.Typer(
+    name="longreach",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A cluster's YAML file, as configs/laptop.yaml.")
+]
+BaseUrl = Annotated[str, typer.Option(help="The endpoint to ask.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help="A file with an API key, if the endpoint wants one.")
+]
+
+_LAPTOP = Path("configs/laptop.yaml")
+_LOCAL = "http://127.0.0.1:8000"
+
+
+@app.callback()
+def longreach() -> None:
+    """Serve prompts of a million tokens, and ask questions about them.
+
+    Try it on this machine, with the small model that is bundled:
+
+        longreach demo --tokens 65536 --exit
+
+    Then keep a cluster up in one terminal, and ask it about your own text in another:
+
+        longreach serve configs/laptop.yaml
+
+        longreach ask --file book.txt "Who is the narrator?"
+    """
+
+
+@app.command()
+def serve(config: Config) -> None:
+    """Start the cluster of CONFIG and keep it up until Ctrl-C.
+
+    Accepted requests are finished before it stops, up to `shutdown.drain_seconds`; a second
+    Ctrl-C does not wait. See `longreach config CONFIG` for what it would start.
+
+        longreach serve configs/laptop.yaml
+    """
+    from ..settings import load_settings
+    from .demo import show_urls
+    from .running import running_cluster, wait_for_interrupt
+
+    console = Console()
+    settings = load_settings(config)
+    with running_cluster(settings, console) as cluster:
+        show_urls(cluster.url, settings.model.name, console)
+        wait_for_interrupt()
+
+
+@app.command()
+def demo(
+    config: Config = _LAPTOP,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the whole prompt.")] = 1 << 20,
+    exit_: Annotated[
+        bool, typer.Option("--exit", help="End after the answer; status 0 only if it is right.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on standard output, talk on the other.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Repeat a document; else every run has its own.")
+    ] = None,
+    depth: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Where the key lies, 0 to 1; else anywhere.")
+    ] = None,
+) -> None:
+    """Start a cluster, hide a pass key in a long document, and ask for it.
+
+    Shows the prefill as it happens, the answer, and where the time went; then stays up until
+    Ctrl-C.
+
+        longreach demo --tokens 1048576
+
+        longreach demo --tokens 65536 --exit --json --seed 7 --depth 0.1
+    """
+    from ..settings import load_settings
+    from .demo import DemoOptions, ask_for_hidden_key, show, show_urls
+    from .running import running_cluster, wait_for_interrupt
+
+    console = Console(stderr=as_json)
+    settings = load_settings(config)
+    chosen = secrets.randbelow(1_000_000) if seed is None else seed
+    with running_cluster(settings, console) as cluster:
+        options = DemoOptions(tokens, chosen, depth)
+        report = ask_for_hidden_key(cluster.url, options, cluster.seconds_to_ready, console)
+        show(report, console)
+        if as_json:
+            print(report.to_json(), flush=True)
+        if not exit_:
+            show_urls(cluster.url, report.model, console)
+            wait_for_interrupt()
+    if exit_ and not report.correct:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask about the document.")],
+    file: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="The document, UTF-8 text.")
+    ],
+    base_url: BaseUrl = _LOCAL,
+    model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    api_key_file: ApiKeyFile = None,
+) -> None:
+    """Ask a running endpoint about a document.
+
+    The answer goes to standard output, progress to the other.
+
+        longreach ask --file book.txt "Who is the narrator?"
+
+        longreach ask --file log.txt --base-url http://10.0.0.7:8000 "What failed first?" > out
+    """
+    from ..client import Endpoint
+    from .console import watch_prefill
+
+    console = Console(stderr=True)
+    message = {"role": "user", "content": f"{_read(file)}\n\n{question}"}
+    endpoint = Endpoint(base_url, _read(api_key_file).strip() if api_key_file else None)
+    name = model or endpoint.first_model()
+    with watch_prefill(console) as watch:
+
+        def on_text(text: str) -> None:
+            watch.close()
+            print(text, end="", flush=True)
+
+        answer = endpoint.ask(name, [message], max_tokens, watch.update, on_text)
+    print()
+    console.print(
+        f"{answer.prompt_tokens:,} prompt tokens, first token after {answer.first_token:.2f} s, "
+        f"{answer.completion_tokens:,} tokens in {answer.finished:.2f} s"
+    )
+
+
+@app.command()
+def config(config: Config) -> None:
+    """Check CONFIG and say in plain words what it would run, and where.
+
+    Starts nothing. Status 0 means that the file is valid.
+
+        longreach config configs/laptop.yaml
+    """
+    from ..settings import load_settings
+    from .explain import explain
+
+    Console().print(explain(load_settings(config)))
+
+
+def evaluate(
+    context: typer.Context,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask this endpoint; else a checkpoint in this process.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
+    api_key_file: ApiKeyFile = None,
+    characters_per_token: Annotated[
+        float | None, typer.Option(help="Of the endpoint's model; else it is asked.")
+    ] = None,
+) -> None:
+    """Measure how often a model is right, and what its sparse prefill loses.
+
+    In process with the bundled model, or any endpoint that speaks OpenAI's protocol:
+
+        longreach eval needles --lengths 2K,8K,32K
+
+        longreach eval --endpoint http://127.0.0.1:8000 needles --lengths 64K,1M --prompts 5
+    """
+    if endpoint is None:
+        return
+
+    def connect() -> "EndpointAnswerer":
+        from ...lab.evaluation.endpoint import EndpointAnswerer
+
+        key = _read(api_key_file).strip() if api_key_file else None
+        return EndpointAnswerer(endpoint, model, key, characters_per_token)
+
+    context.obj = connect
+
+
+app.add_typer(evaluation.app, name="eval", callback=evaluate)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{path} is not UTF-8 text: {error}; convert it first") from error
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def main() -> None:
+    """Run the command line; errors that users can mend are one line, without a trace."""
+    try:
+        app()
+    except LongreachError as error:
+        print(f"longreach: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,115 @@
+"""A document of an exact number of tokens with a pass key hidden in it, and a question for it.
+
+The wording is the one that the pocket model was trained on; any other model understands it too.
+"""
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ...engine.errors import InvalidRequestError
+
+Message = dict[str, str]
+TokenCount = Callable[[list[Message]], int]
+"""How many tokens the whole prompt made of these messages has, chat template included."""
+
+QUESTION = "What is the pass key?"
+_FACT = "The pass key is {key}. Remember it. {key} is the pass key. "
+_SUBJECTS = ("The river", "A traveller", "The old clock", "Her brother", "The market", "One ship")
+_VERBS = ("waited for", "passed by", "remembered", "turned towards", "followed", "watched")
+_OBJECTS = ("the mountain", "a long winter", "the harbour", "an empty road", "the first light")
+_MOST_COUNTS = 64
+
+
+@dataclass(frozen=True)
+class HiddenKey:
+    """A prompt of exactly `tokens` tokens; `depth` is where its key lies, 0 (start) to 1."""
+
+    messages: list[Message]
+    expected: str
+    tokens: int
+    depth: float
+
+
+def hide_key(tokens: int, count: TokenCount, seed: int, depth: float | None = None) -> HiddenKey:
+    """Make a prompt of exactly `tokens` tokens; the same seed makes the same one.
+
+    Raises:
+        InvalidRequestError: so few tokens cannot hold the key and the question.
+    """
+    chance = random.Random(seed)
+    depth = chance.random() if depth is None else depth
+    key = str(chance.randint(10_000, 99_999))
+    fact = _FACT.format(key=key)
+    least = count(_messages(fact))
+    if tokens < least:
+        raise InvalidRequestError(
+            f"a prompt of {tokens} tokens cannot hold a key and a question; ask for {least} or more"
+        )
+    filler = _Filler(chance)
+    sample = 4096
+    tokens_per_character = max(count(_messages(fact + filler.text(sample))) - least, 1) / sample
+    length = round((tokens - least) / tokens_per_character)
+    position = filler.sentence_start(depth * length)
+
+    def messages(length: int) -> list[Message]:
+        text = filler.text(length)
+        return _messages(text[:position] + fact + text[position:])
+
+    fitted = _fit(tokens, length, tokens_per_character, lambda length: count(messages(length)))
+    return HiddenKey(messages(fitted), key, tokens, depth)
+
+
+def _fit(tokens: int, length: int, tokens_per_character: float, count: Callable[[int], int]) -> int:
+    """The length of filler that makes exactly `tokens` tokens.
+
+    One character more makes at most one token more, so from below no count is ever skipped.
+    """
+    for _ in range(_MOST_COUNTS):
+        missing = tokens - count(length)
+        if missing == 0:
+            return length
+        near = abs(missing) < 16
+        length = max(0, length + (missing if near else round(missing / tokens_per_character)))
+    raise InvalidRequestError(
+        f"no text of exactly {tokens} tokens was found with this tokenizer; ask for another number"
+    )
+
+
+class _Filler:
+    """Ordinary varied sentences without end; the same seed tells the same story."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._text = ""
+        self._starts: list[int] = []
+
+    def text(self, length: int) -> str:
+        """The first `length` characters."""
+        if len(self._text) < length:
+            self._grow(length)
+        return self._text[:length]
+
+    def sentence_start(self, position: float) -> int:
+        """The start of the sentence that lies there."""
+        self.text(int(position) + 1)
+        return self._starts[bisect_right(self._starts, position) - 1]
+
+    def _grow(self, length: int) -> None:
+        sentences = []
+        missing = length - len(self._text)
+        while missing > 0:
+            sentences.append(self._sentence())
+            missing -= len(sentences[-1])
+        lengths = [len(sentence) for sentence in sentences]
+        self._starts.extend(accumulate(lengths[:-1], initial=len(self._text)))
+        self._text += "".join(sentences)
+
+    def _sentence(self) -> str:
+        return " ".join(map(self._chance.choice, (_SUBJECTS, _VERBS, _OBJECTS))) + ". "
+
+
+def _messages(document: str) -> list[Message]:
+    return [{"role": "user", "content": f"{document}\n{QUESTION}"}]

@@ -1,0 +1,127 @@
+"""The ranks of one prefill replica: placed together, called together, replaced together."""
+
+import asyncio
+from collections import Counter
+from typing import Any, cast
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ...engine.errors import ConfigurationError
+from ..settings import PrefillSettings, Settings
+from .rank import PrefillRank, RankResult
+from .scheduler import Chunk
+
+# On top of the time that the gang of a replica which is being replaced may take to finish.
+_PLACEMENT_SECONDS = 120
+
+
+class Gang:
+    """Calls every rank, in the same order on each.
+
+    Whatever a call raises, the gang is lost; OutOfMemoryError does no harm to a gang of one rank.
+    """
+
+    def __init__(self, group: PlacementGroup, ranks: list[Any]) -> None:
+        self._group = group
+        self._ranks = ranks
+
+    @classmethod
+    async def start(cls, settings: Settings) -> "Gang":
+        """Place the ranks, let them meet, and load the model; returns when all are ready.
+
+        Raises:
+            ConfigurationError: the cluster has no room for them.
+        """
+        prefill = settings.prefill
+        group = placement_group(
+            [_resources(prefill)] * prefill.num_ranks, strategy=prefill.placement
+        )
+        await _placed(group, settings)
+        actor = cast(Any, ray.remote(PrefillRank))
+        ranks = [
+            actor.options(
+                num_cpus=prefill.cpus_per_rank,
+                num_gpus=prefill.gpus_per_rank,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank
+                ),
+            ).remote(settings, rank)
+            for rank in range(prefill.num_ranks)
+        ]
+        gang = cls(group, ranks)
+        try:
+            await _join(ranks, settings.prefill.tensor_parallel)
+        except BaseException:
+            gang.kill()
+            raise
+        return gang
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute every chunk together."""
+        return len(self._ranks)
+
+    async def run_chunk(
+        self, chunk: Chunk, prompt: "ray.ObjectRef | None", worker: Any
+    ) -> list[RankResult]:
+        """Compute one chunk on all ranks; `prompt` goes with a prompt's first chunk."""
+        calls = [rank.run_chunk.remote(chunk, prompt, worker) for rank in self._ranks]
+        return list(await asyncio.gather(*calls))
+
+    def release(self, request_id: str) -> None:
+        """Have every rank forget a request, after whatever it is computing."""
+        for rank in self._ranks:
+            rank.release.remote(request_id)
+
+    async def ping(self) -> None:
+        """Return when every rank has answered."""
+        await asyncio.gather(*(rank.ping.remote() for rank in self._ranks))
+
+    def kill(self) -> None:
+        """End all ranks: one that lost another would wait for it in a collective."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        remove_placement_group(self._group)
+
+
+def _resources(prefill: PrefillSettings) -> dict[str, float]:
+    """What one rank is placed by; Ray refuses a bundle of nothing."""
+    asked = {"CPU": prefill.cpus_per_rank, "GPU": prefill.gpus_per_rank}
+    return {name: amount for name, amount in asked.items() if amount}
+
+
+async def _join(ranks: list[Any], tensor_parallel: int) -> None:
+    """Let the ranks meet and load; each is told how many are on its card.
+
+    Raises:
+        ConfigurationError: tensor ranks, which add up hidden states, would compute in two types.
+    """
+    types = set(await asyncio.gather(*(rank.compute_type.remote() for rank in ranks)))
+    if tensor_parallel > 1 and len(types) > 1:
+        raise ConfigurationError(
+            f"machines of a gang would compute in {' and '.join(sorted(types))}, and tensor ranks "
+            "need one type; set model.dtype to one of them"
+        )
+    address = await ranks[0].free_address.remote()
+    cards = await asyncio.gather(*(rank.card.remote() for rank in ranks))
+    counts = Counter(cards)
+    # On CPUs there is no card to divide.
+    shared = [1 if card is None else counts[card] for card in cards]
+    joins = (rank.join.remote(address, count) for rank, count in zip(ranks, shared, strict=True))
+    await asyncio.gather(*joins)
+
+
+async def _placed(group: PlacementGroup, settings: Settings) -> None:
+    prefill = settings.prefill
+    seconds = settings.shutdown.drain_seconds + _PLACEMENT_SECONDS
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), seconds)
+    except TimeoutError as error:
+        remove_placement_group(group)
+        raise ConfigurationError(
+            f"no room for a prefill gang within {seconds:g} s: {prefill.num_ranks} ranks "
+            f"of {prefill.cpus_per_rank:g} CPUs and {prefill.gpus_per_rank:g} GPUs, "
+            f"{prefill.placement}; add nodes, or lower cpus_per_rank or replicas"
+        ) from error

@@ -1,0 +1,350 @@
+"""Decode: continuous batching over paged KV, from handed-off prompts to finished answers.
+
+A request reserves its pages before its prompt is prefilled, receives them page by page, starts
+with the logits of its prompt's last token, and then takes part in every step until its last
+choice is finished, when its pages go back.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from ...kernels.pages import BlockTable
+from ..errors import (
+    GenerationError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    TransferError,
+)
+from ..kv.hand_off import Place
+from ..kv.pages import PAGE_TOKENS, PagePool, Pages, pages_for
+from ..memory.fit import decode_ran_out, out_of_memory_raises
+from ..messages import ChosenToken, Delta, GenerationRequest
+from ..model.qwen2 import Qwen2
+from .detokenizer import Detokenizer, TokenBytes
+from .sampler import Logits, Sampler, fresh_seed
+from .step import DecodeStep, Outcome, StepRow, make_step
+
+Output = tuple[str, Delta | GenerationError]
+"""A request's id, and what came out for it. After an error nothing more comes for the request."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet."""
+
+    request_id: str
+    choice: int
+    block_table: BlockTable
+    length: int
+    sampler: Sampler
+    detokenizer: Detokenizer
+    next_token: int = -1
+    num_generated: int = 0
+
+
+@dataclass(eq=False)
+class _Reservation:
+    """The pages of one request: its sequences' block tables, shared ones counted in each."""
+
+    request: GenerationRequest
+    block_tables: list[BlockTable]
+    sequences: list[_Sequence] = field(default_factory=list)
+
+    @property
+    def started(self) -> bool:
+        """Whether its pages are those of its sequences: from the first on, until the last ends."""
+        return bool(self.sequences)
+
+
+class Decoder:
+    """Decodes on one process. Not thread-safe, except for `receive`.
+
+    That may run beside everything but `start` and `cancel` of the same request, on any stream: its
+    pages are nobody else's. `start` is called when what it launched has run.
+
+    Args:
+        model: whole on this process.
+        pool: of the model's geometry.
+        token_bytes: of the model's tokenizer.
+        max_batch: sequences in one step; more than that wait their turn.
+        step: of this model, this pool and `max_batch`; by default the one for the model's device.
+
+    Raises:
+        ConfigurationError: the device's memory does not suffice for a step of `max_batch`.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2,
+        pool: PagePool,
+        token_bytes: TokenBytes,
+        max_batch: int,
+        step: DecodeStep | None = None,
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._token_bytes = token_bytes
+        self._max_batch = max_batch
+        self._step = step or make_step(model, pool, max_batch)
+        self._reservations: dict[str, _Reservation] = {}
+        self._running: list[_Sequence] = []
+        self._waiting: deque[_Sequence] = deque()
+
+    @property
+    def device(self) -> torch.device:
+        """That pages lie on."""
+        return self._pool.memory.device
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would generate anything."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for room in the batch."""
+        return len(self._waiting)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that hold pages, those whose prompts are still being handed off included."""
+        return len(self._reservations)
+
+    def is_generating(self, request_id: str) -> bool:
+        """Whether more will come out for a request that has started."""
+        return request_id in self._reservations
+
+    @property
+    def usage(self) -> float:
+        """Share of pages in use, 0 to 1."""
+        return 1 - self._pool.num_free / self._pool.num_pages
+
+    @torch.inference_mode()
+    def reserve(self, request: GenerationRequest) -> None:
+        """Take the pages of the whole prompt, and of everything that may be generated.
+
+        Raises:
+            PromptTooLongError: the request is larger than all pages together.
+            OutOfPagesError: the pages are not free now; nothing was taken.
+            InvalidRequestError: a request of that name is here already.
+        """
+        if request.request_id in self._reservations:
+            raise InvalidRequestError(f"request {request.request_id} is being served already")
+        needed = pages_needed(request)
+        if needed > self._pool.num_pages:
+            raise PromptTooLongError(
+                f"the request needs {needed * PAGE_TOKENS} tokens of KV cache and this server has "
+                f"{self._pool.num_pages * PAGE_TOKENS} (decode.kv_cache_tokens); shorten the "
+                "prompt, max_tokens or n, or raise that setting"
+            )
+        pages = self._pool.allocate(needed)
+        tables = _block_tables(request, pages)
+        shared = len(request.prompt) // PAGE_TOKENS
+        for table in tables[1:]:
+            self._pool.share(table.pages[:shared].tolist())
+        self._reservations[request.request_id] = _Reservation(request, tables)
+
+    def block_table(self, request_id: str) -> list[int]:
+        """The pages of a request's first choice, its prompt's first.
+
+        A prefiller on the same pool writes them itself, and then nothing is handed over.
+
+        Raises:
+            InvalidRequestError: nothing is reserved under that name.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None:
+            raise InvalidRequestError(f"request {request_id} has no pages; reserve them first")
+        return reservation.block_tables[0].pages.tolist()
+
+    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
+        """Put handed-off pages in their place.
+
+        Raises:
+            TransferError: nothing is reserved under that name, the pages do not fit in, or the
+                device has no memory left for them on their way.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None or reservation.started:
+            raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
+        told = TransferError(decode_ran_out(f"as it took pages of request {request_id}"))
+        with out_of_memory_raises(told):
+            table = reservation.block_tables[0].on(self._pool.memory.device)
+            table = table[place.first_page : place.first_page + len(pages)]
+            try:
+                self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
+            except TransferError as error:
+                raise TransferError(f"request {request_id}, {place}: {error}") from error
+
+    @torch.inference_mode()
+    def start(self, request_id: str, logits: Logits) -> list[Output]:
+        """Sample the first token of every choice, and let them join the batch.
+
+        Args:
+            logits: after the prompt's last token, [vocab] float32.
+
+        Returns:
+            the first tokens; an OutOfMemoryError alone where there was no memory to start with, and
+            the pages are free again.
+
+        Raises:
+            InvalidRequestError: nothing is reserved under that name, or it has started.
+        """
+        reservation = self._reservations.get(request_id)
+        if reservation is None or reservation.started:
+            raise InvalidRequestError(f"request {request_id} is not waiting to start")
+        try:
+            with out_of_memory_raises(OutOfMemoryError(decode_ran_out("as a request started"))):
+                self._copy_last_prompt_page(reservation)
+        except OutOfMemoryError as error:
+            return [self._give_up(request_id, error)]
+        reservation.sequences = self._make_sequences(reservation)
+        outputs: list[Output] = []
+        for sequence in list(reservation.sequences):
+            outputs.extend(self._sample(sequence, logits))
+            if isinstance(outputs[-1][1], GenerationError):
+                return outputs
+        self._waiting.extend(reservation.sequences)
+        return outputs
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Generate one token for each sequence in the batch, after filling the batch up.
+
+        Where memory does not suffice for the batch, the request that joined last ends with an
+        OutOfMemoryError, and the others go on with the next step.
+        """
+        while self._waiting and len(self._running) < self._max_batch:
+            self._running.append(self._waiting.popleft())
+        if not self._running:
+            return []
+        batch = list(self._running)
+        told = OutOfMemoryError(decode_ran_out(f"at a step of {len(batch)} sequences"))
+        try:
+            with out_of_memory_raises(told):
+                outcomes = self._step.run([_row_of(sequence) for sequence in batch])
+        except OutOfMemoryError as error:
+            # No sequence has grown: the next step writes the same K and V to the same places.
+            return [self._give_up(batch[-1].request_id, error)]
+        outputs: list[Output] = []
+        for sequence, outcome in zip(batch, outcomes, strict=True):
+            sequence.length += 1
+            if sequence.request_id in self._reservations:
+                outputs.extend(self._sample(sequence, outcome))
+        return outputs
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and give its pages back; unknown requests are no error."""
+        reservation = self._reservations.pop(request_id, None)
+        if reservation is None:
+            return
+        self._running = [s for s in self._running if s.request_id != request_id]
+        self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+        held = [s.block_table for s in reservation.sequences]
+        for table in held if reservation.started else reservation.block_tables:
+            self._pool.release(table.pages.tolist())
+
+    def _give_up(self, request_id: str, error: OutOfMemoryError) -> Output:
+        """End a request for want of memory."""
+        self.cancel(request_id)
+        return request_id, error
+
+    def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
+        """A page that the prompt fills in part is written by every choice: each gets its own."""
+        full, rest = divmod(len(reservation.request.prompt), PAGE_TOKENS)
+        if rest:
+            first, *others = reservation.block_tables
+            for table in others:
+                self._pool.copy_page(int(first.pages[full]), int(table.pages[full]))
+
+    def _make_sequences(self, reservation: _Reservation) -> list[_Sequence]:
+        request = reservation.request
+        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        vocab_size = self._model.config.vocab_size
+        return [
+            _Sequence(
+                request.request_id,
+                choice,
+                table,
+                len(request.prompt),
+                Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
+                Detokenizer(self._token_bytes, request.sampling.stop),
+            )
+            for choice, table in enumerate(reservation.block_tables)
+        ]
+
+    def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
+        """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
+        sampler = sequence.sampler
+        try:
+            best = isinstance(outcome, ChosenToken)
+            chosen = sampler.accept(outcome) if best else sampler.choose(outcome)
+        except FloatingPointError as error:
+            self.cancel(sequence.request_id)
+            return [(sequence.request_id, GenerationError(str(error)))]
+        delta = self._take(sequence, chosen)
+        if delta.finish_reason is not None:
+            self._finish(sequence)
+        return [(sequence.request_id, delta)]
+
+    def _take(self, sequence: _Sequence, chosen: ChosenToken) -> Delta:
+        """Add a token to a sequence: what it says, and whether it is the last."""
+        sampling = self._reservations[sequence.request_id].request.sampling
+        sequence.next_token = chosen.token_id
+        sequence.num_generated += 1
+        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
+        reason, text = None, ""
+        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+            reason = "stop"
+        else:
+            text = sequence.detokenizer.push(chosen.token_id)
+            if sequence.detokenizer.stopped:
+                reason = "stop"
+            elif sequence.num_generated == sampling.max_tokens:
+                reason = "length"
+        if reason is not None and not sequence.detokenizer.stopped:
+            text += sequence.detokenizer.finish()
+        return Delta(sequence.choice, text, (chosen,), reason)
+
+    def _finish(self, sequence: _Sequence) -> None:
+        reservation = self._reservations[sequence.request_id]
+        reservation.sequences.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        self._pool.release(sequence.block_table.pages.tolist())
+        if not reservation.sequences:
+            del self._reservations[sequence.request_id]
+
+
+def _row_of(sequence: _Sequence) -> StepRow:
+    takes_best = sequence.sampler.takes_best
+    return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best)
+
+
+def pages_needed(request: GenerationRequest) -> int:
+    """Pages of the prompt, and of all that its choices may generate.
+
+    Choices share the pages that the prompt fills; each has the rest to itself.
+    """
+    shared = len(request.prompt) // PAGE_TOKENS
+    whole = pages_for(len(request.prompt) + request.sampling.max_tokens)
+    return shared + request.sampling.choices * (whole - shared)
+
+
+def _block_tables(request: GenerationRequest, pages: list[int]) -> list[BlockTable]:
+    """A block table for each choice; all begin with the same pages."""
+    shared = len(request.prompt) // PAGE_TOKENS
+    choices = request.sampling.choices
+    own = (len(pages) - shared) // choices
+    return [
+        BlockTable.of(pages[:shared] + pages[shared + choice * own : shared + (choice + 1) * own])
+        for choice in range(choices)
+    ]

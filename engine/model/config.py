@@ -1,0 +1,170 @@
+"""The model's own configuration, read from a Hugging Face checkpoint folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CheckpointError, ConfigurationError
+
+SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""In which type a model computes; `precision.compute_dtype` says what "auto" is."""
+
+KVCacheDtype = Literal["auto", "bfloat16", "fp8_e4m3"]
+"""How KV pages are kept: in the model's type, in bfloat16, or as e4m3 with scales."""
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """Dual Chunk Attention (arXiv 2402.17463), as published with Qwen2.5-1M.
+
+    Positions inside a chunk of `stride` tokens are ordinary; `local_size` positions of
+    the trained window are kept back so that neighbours across a chunk border stay near.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size:
+            raise CheckpointError(
+                f"dual_chunk_attention_config: local_size ({self.local_size}) must lie between "
+                f"0 and chunk_size ({self.chunk_size})"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Tokens in one chunk (C = S - w in the design)."""
+        return self.chunk_size - self.local_size
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a Qwen2 model. Counts are of the whole model, not of one rank's shard."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    dual_chunk: DualChunk | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def kv_bytes_per_token_fp16(self) -> int:
+        """Bytes of K and V that one token leaves in all layers, at two bytes an element."""
+        return self.num_layers * self.num_kv_heads * 2 * self.head_dim * 2
+
+    def check_tensor_parallel(self, ranks: int) -> None:
+        """Refuse a number of tensor parallel ranks that this model cannot be cut into.
+
+        Raises:
+            ConfigurationError: the heads or the MLP do not divide.
+        """
+        if not self._divides_by(ranks):
+            possible = [str(n) for n in range(1, self.num_heads + 1) if self._divides_by(n)]
+            raise ConfigurationError(
+                f"tensor_parallel {ranks} does not divide this model's {self.num_heads} query "
+                f"heads, {self.num_kv_heads} KV heads and MLP of {self.intermediate_size}; "
+                f"take one of {', '.join(possible)}, or more sequence_parallel"
+            )
+
+    def _divides_by(self, ranks: int) -> bool:
+        group = self.num_heads // self.num_kv_heads
+        heads = self.num_heads // ranks
+        whole = self.num_heads % ranks == 0 and self.intermediate_size % ranks == 0
+        return whole and (heads % group == 0 or group % heads == 0)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read `config.json` (and the end tokens of `generation_config.json`).
+
+        Raises:
+            CheckpointError: the file is missing, malformed, or of another architecture.
+        """
+        raw = read_json(folder / "config.json")
+        architectures = raw.get("architectures") or []
+        if SUPPORTED_ARCHITECTURE not in architectures:
+            raise CheckpointError(
+                f"{folder}: architecture {architectures} is not supported; "
+                f"Longreach serves {SUPPORTED_ARCHITECTURE}"
+            )
+        if raw.get("use_sliding_window"):
+            raise CheckpointError(f"{folder}: sliding-window attention is not supported")
+        try:
+            return cls._from_json(raw, _end_tokens(folder, raw))
+        except KeyError as missing:
+            raise CheckpointError(f"{folder}/config.json has no key {missing}") from missing
+
+    @classmethod
+    def _from_json(cls, raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> "ModelConfig":
+        heads = raw["num_attention_heads"]
+        kv_heads = raw.get("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"{heads} query heads cannot be shared evenly by {kv_heads} KV heads"
+            )
+        dual_chunk = raw.get("dual_chunk_attention_config")
+        return cls(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope_theta=_rope_theta(raw),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            max_position_embeddings=raw["max_position_embeddings"],
+            dual_chunk=None if dual_chunk is None else _dual_chunk(dual_chunk),
+            eos_token_ids=eos_token_ids,
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Parse one JSON file of a checkpoint, or say which file is wrong and how."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; name a checkpoint folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _rope_theta(raw: dict[str, Any]) -> float:
+    """transformers 5 moved `rope_theta` into `rope_parameters`; published checkpoints have both."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise CheckpointError(f"rope_scaling of type {kind!r} is not supported")
+    theta = parameters.get("rope_theta", raw.get("rope_theta"))
+    if theta is None:
+        raise KeyError("rope_theta")
+    return float(theta)
+
+
+def _dual_chunk(raw: dict[str, Any]) -> DualChunk:
+    return DualChunk(
+        chunk_size=raw["chunk_size"],
+        local_size=raw["local_size"],
+        original_max_position_embeddings=raw["original_max_position_embeddings"],
+    )
+
+
+def _end_tokens(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    source = read_json(generation) if generation.exists() else raw
+    tokens = source.get("eos_token_id", raw.get("eos_token_id"))
+    if tokens is None:
+        return ()
+    return tuple(tokens) if isinstance(tokens, list) else (tokens,)

@@ -1,0 +1,71 @@
+"""How sparse a checkpoint's prefill may be: budgets for every layer and query head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...kernels.sparse import HeadBudget
+from ..errors import CheckpointError
+from ..model.config import ModelConfig, read_json
+
+_FILE = "sparse_attention_config.json"
+_PATTERN = "vertical_and_slash"
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """`budgets[layer][head]`; prompts of at most `threshold` tokens are prefilled densely.
+
+    The last `last_queries` rows of every prefill chunk choose what the chunk attends to.
+    """
+
+    budgets: tuple[tuple[HeadBudget, ...], ...]
+    threshold: int = 32768
+    last_queries: int = 64
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "SparsityConfig | None":
+        """Read `sparse_attention_config.json` as published with Qwen2.5-1M; None where absent.
+
+        The threshold and the number of queries may stand in config.json's
+        `dual_chunk_attention_config`, under the names that vLLM reads.
+
+        Raises:
+            CheckpointError: malformed, or not for this model.
+        """
+        path = folder / _FILE
+        if not path.exists():
+            return None
+        model = ModelConfig.from_folder(folder)
+        layers = read_json(path)
+        if not isinstance(layers, list) or len(layers) != model.num_layers:
+            raise CheckpointError(f"{path} must be a list of {model.num_layers} layers")
+        budgets = tuple(
+            tuple(_budget(path, number, layer, head) for head in range(model.num_heads))
+            for number, layer in enumerate(layers)
+        )
+        keys = read_json(folder / "config.json").get("dual_chunk_attention_config") or {}
+        last_queries = keys.get("sparse_attention_last_q", cls.last_queries)
+        if not isinstance(last_queries, int) or not 1 <= last_queries <= cls.last_queries:
+            raise CheckpointError(
+                f"{folder}/config.json: sparse_attention_last_q is {last_queries}; from 1 to "
+                f"{cls.last_queries} queries can choose what a chunk attends to"
+            )
+        return cls(budgets, keys.get("sparse_attention_threshold", cls.threshold), last_queries)
+
+    def heads(self, layer: int, start: int, end: int) -> list[HeadBudget]:
+        """Budgets of the query heads [start, end) of one layer."""
+        return list(self.budgets[layer][start:end])
+
+
+def _budget(path: Path, number: int, layer: Any, head: int) -> HeadBudget:
+    try:
+        pattern, verticals, slashes, _score = layer[str(head)]
+        budget = HeadBudget(int(verticals), int(slashes))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: layer {number} has no entry of four values for head {head}"
+        ) from error
+    if pattern != _PATTERN:
+        raise CheckpointError(f"{path}: pattern {pattern!r} is not supported, only {_PATTERN!r}")
+    return budget

@@ -1,1 +1,0 @@
-"""Benchmarks of the kernels, as data: python -m longreach.kernels.bench, on a GPU."""

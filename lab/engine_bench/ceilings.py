@@ -1,0 +1,61 @@
+"""What the device reaches at best, measured in the same run as what it is compared with."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+
+from ..kernel_bench import measure
+from .work import Work
+
+_SQUARE = {"cuda": 8192, "cpu": 256}
+_MOST_ROWS = {"cuda": 2**20, "cpu": 256}
+_READ_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """TFLOP/s of a square product (8192³ on a GPU) and of the model's own, GB/s read."""
+
+    square: float
+    products: float
+    read: float
+
+    @classmethod
+    def measure(cls, work: Work, rows: int, dtype: torch.dtype, device: torch.device) -> "Ceilings":
+        """Products of the model's own shapes have `rows` rows; each counts by its operations."""
+        size, rows = _SQUARE[device.type], min(rows, _MOST_ROWS[device.type])
+        flops = [2.0 * rows * outputs * inputs for outputs, inputs in work.weights.products]
+        seconds = [
+            _product_seconds(rows, outputs, inputs, dtype, device)
+            for outputs, inputs in work.weights.products
+        ]
+        square = 2.0 * size**3 / _product_seconds(size, size, size, dtype, device)
+        source = torch.ones(_READ_ELEMENTS[device.type], device=device)
+        read = 4.0 * source.numel() / median_seconds(source.sum, device)
+        return cls(square / 1e12, sum(flops) / sum(seconds) / 1e12, read / 1e9)
+
+
+def _product_seconds(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Of one product of normally distributed matrices: zeros would take less power."""
+    x = torch.randn(rows, inputs, dtype=dtype, device=device)
+    weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
+    return median_seconds(lambda: functional.linear(x, weight), device)
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """By the device's events on a GPU, else by the host's clock."""
+    if device.type == "cuda":
+        return measure.Timing.of(run, repeats, 5).p50 / 1e3
+    run()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

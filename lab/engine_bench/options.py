@@ -1,0 +1,158 @@
+"""The command line, checked."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...engine.errors import ConfigurationError
+from ...engine.kv.pages import PAGE_TOKENS
+from ...engine.model.files import POCKET, RANDOM, ModelFiles
+from .subject import KV_CACHE_TYPES
+
+ATTENTIONS = ("sparse", "dense")
+_SUFFIXES = {"K": 2**10, "M": 2**20}
+_MESHES = "1x1,1x2,1x4,1x8,2x4"
+_CSV = {"prompts": Path("docs/bench/engine.csv"), "scaling": Path("docs/bench/scaling.csv")}
+_BATCHES = "1x2K,1x128K,1x1000000,8x128K,1x1000000+30x1K"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; `tokens` rise."""
+
+    what: str
+    name: str
+    files: ModelFiles
+    tokens: tuple[int, ...]
+    attentions: tuple[str, ...]
+    kv_cache: str
+    chunk_tokens: int
+    dense_up_to: int | None
+    decode: int
+    batches: tuple[tuple[int, ...], ...]
+    baseline: bool
+    csv: Path
+    commit: str | None
+    seed: int
+    meshes: tuple[tuple[int, int], ...]
+    link_gbs: float
+    latency_us: float
+
+    @property
+    def weights(self) -> str:
+        """Where they come from."""
+        return f"random, seed {self.seed}" if self.files.random else "checkpoint"
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Read and check a command line.
+
+    Raises:
+        CheckpointError: no such shape.
+        ConfigurationError: a value that is none of its option's.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m longreach.lab.engine_bench",
+        description="Prefill and decode at a model's real size on this machine's device; "
+        "`scaling` predicts meshes of several GPUs from one rank's work.",
+    )
+    parser.add_argument("what", nargs="?", choices=["prompts", "scaling"], default="prompts")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--shape", default="qwen2.5-7b-1m", help="random weights of this shape")
+    which.add_argument("--checkpoint", help=f"a checkpoint folder, or {POCKET}")
+    parser.add_argument(
+        "--tokens", default="1000000", help='lengths, such as 32K,1000000; "" for none'
+    )
+    parser.add_argument("--attention", default="sparse", help="sparse, dense, or sparse,dense")
+    parser.add_argument("--dense-up-to", type=count, help="leave longer dense prompts out")
+    parser.add_argument("--kv-cache", choices=list(KV_CACHE_TYPES), default="bf16")
+    parser.add_argument("--chunk-tokens", default="32K")
+    parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
+    parser.add_argument("--batches", default=_BATCHES, help='decode only; "" for none')
+    parser.add_argument("--baseline", action="store_true", help="time cuDNN's attention as well")
+    parser.add_argument("--csv", type=Path, help="to add to; else one in docs/bench")
+    parser.add_argument("--commit", help="what to call the code, where there is no git")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--meshes", default=_MESHES, help="scaling: tensor x sequence parallel")
+    parser.add_argument("--link-gbs", type=float, default=450.0, help="scaling: GB/s each way")
+    parser.add_argument("--latency-us", type=float, default=20.0, help="scaling: of a collective")
+    given = parser.parse_args(arguments)
+    name = given.checkpoint or RANDOM + given.shape
+    attentions = tuple(given.attention.split(","))
+    if not set(attentions) <= set(ATTENTIONS):
+        raise ConfigurationError(f"--attention {given.attention}: name {' or '.join(ATTENTIONS)}")
+    chunk_tokens = count(given.chunk_tokens)
+    if chunk_tokens % PAGE_TOKENS:
+        raise ConfigurationError(
+            f"--chunk-tokens is {chunk_tokens}; make it a multiple of {PAGE_TOKENS}"
+        )
+    if given.decode < 0:
+        raise ConfigurationError(f"--decode {given.decode}: take 0 or more")
+    if given.what == "scaling" and not given.tokens:
+        raise ConfigurationError("scaling needs a prompt; name its length with --tokens")
+    if given.what == "scaling" and given.kv_cache != "bf16":
+        raise ConfigurationError("scaling is of bf16 pages; leave --kv-cache out")
+    if not given.link_gbs > 0:
+        raise ConfigurationError(f"--link-gbs {given.link_gbs}: take more than 0")
+    if not given.latency_us >= 0:
+        raise ConfigurationError(f"--latency-us {given.latency_us}: take 0 or more")
+    return Options(
+        what=given.what,
+        name=name.removeprefix(RANDOM),
+        files=ModelFiles.of(name),
+        tokens=tuple(sorted({count(each) for each in given.tokens.split(",") if each})),
+        attentions=attentions,
+        kv_cache=given.kv_cache,
+        chunk_tokens=chunk_tokens,
+        dense_up_to=given.dense_up_to,
+        decode=given.decode,
+        batches=tuple(batch(each) for each in given.batches.split(",") if each),
+        baseline=given.baseline,
+        csv=given.csv or _CSV[given.what],
+        commit=given.commit,
+        seed=given.seed,
+        meshes=tuple(mesh(each) for each in given.meshes.split(",")),
+        link_gbs=given.link_gbs,
+        latency_us=given.latency_us,
+    )
+
+
+def count(text: str) -> int:
+    """Tokens from "1000000", "32K" (of 1,024) or "1M" (of 1,048,576).
+
+    Raises:
+        ConfigurationError: it is no such number, or 0.
+    """
+    digits = text.strip().upper()
+    factor = _SUFFIXES.get(digits[-1:], 1)
+    digits = digits[:-1] if factor > 1 else digits
+    if not digits.isdecimal() or int(digits) == 0:
+        raise ConfigurationError(f"{text!r} is no number of tokens; write 1000000, 32K or 1M")
+    return int(digits) * factor
+
+
+def batch(text: str) -> tuple[int, ...]:
+    """Lengths from "8x128K" or "1x1M+30x1K".
+
+    Raises:
+        ConfigurationError: it is no such batch.
+    """
+    lengths: list[int] = []
+    for group in text.split("+"):
+        number, found, length = group.partition("x")
+        if not found or not number.strip().isdecimal() or not int(number):
+            raise ConfigurationError(f"{text!r} is no batch; write 8x128K or 1x1M+30x1K")
+        lengths += [count(length)] * int(number)
+    return tuple(lengths)
+
+
+def mesh(text: str) -> tuple[int, int]:
+    """Tensor parallel and sequence parallel ranks from "2x4".
+
+    Raises:
+        ConfigurationError: it is no such mesh.
+    """
+    tensor, _, sequence = text.strip().partition("x")
+    if not (tensor.isdecimal() and sequence.isdecimal() and int(tensor) and int(sequence)):
+        raise ConfigurationError(f"{text!r} is no mesh; write 1x8 or 2x4")
+    return int(tensor), int(sequence)

@@ -1,0 +1,206 @@
+"""One prompt through prefill and decode on one card, and batches through decode alone.
+
+Prefill and decode share one pool: the decoder reserves a prompt's pages, the prefiller writes them,
+and nothing is copied or held twice.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...engine.decode.decoder import Decoder
+from ...engine.errors import GenerationError, OutOfMemoryError
+from ...engine.memory.fit import out_of_memory_raises
+from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
+from ...engine.prefill.prefiller import ChunkResult, Prefiller
+from ...engine.prefill.warm_up import warm_up_prefill
+from .density import Density
+from .subject import Subject, synchronize
+from .work import Work
+
+_SHORT_SECONDS = 3.0
+_REPEATS = 3
+_SETTLING_STEPS = 4
+"""The first steps of a batch may compile or capture what later ones only replay."""
+
+
+@dataclass(frozen=True)
+class PromptRun:
+    """Seconds and bytes of one prompt; memory is None where the device does not count it.
+
+    `first_token` are the seconds until the first token was sampled, `prefill` those until its
+    logits were there. `steps` are the seconds of each decode step.
+    """
+
+    tokens: int
+    sparse: bool
+    prefill: float
+    first_token: float
+    stages: dict[str, float]
+    density: float
+    steps: list[float]
+    peak_bytes: int | None
+    activation_bytes: int | None
+
+    @property
+    def gaps(self) -> float:
+        """Seconds of prefill in no stage: launch gaps and the host's work."""
+        return self.prefill - sum(self.stages.values())
+
+
+@dataclass(frozen=True)
+class BatchRun:
+    """Seconds of each decode step of sequences that began with these lengths."""
+
+    lengths: list[int]
+    steps: list[float]
+
+
+def run_prompt(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
+    """Prefill a prompt, and decode `new_tokens` more after the first.
+
+    A prompt that takes less than three seconds is run three times, and the median counts.
+
+    Raises:
+        OutOfMemoryError: at this length; pages are free again.
+    """
+    runs = [_run_once(subject, tokens, sparse, new_tokens)]
+    while runs[0].prefill < _SHORT_SECONDS and len(runs) < _REPEATS:
+        runs.append(_run_once(subject, tokens, sparse, new_tokens))
+    return sorted(runs, key=lambda run: run.first_token)[len(runs) // 2]
+
+
+def warm_up(subject: Subject, longest: int, sparse: bool, new_tokens: int) -> None:
+    """Compile what prompts need, and let libraries make up their minds."""
+    warm_up_prefill(
+        # Not kept: each prefiller has memory of its own where pages are of 8 bits.
+        Prefiller(subject.model, subject.pool, subject.sparsity if sparse else None),
+        longest, subject.chunk_tokens, subject.model.positions.stride,
+    )  # fmt: skip
+    _run_once(subject, min(subject.chunk_tokens, longest), sparse, new_tokens)
+
+
+def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
+    density = Density(subject.device)
+    prompt = subject.prompt(tokens)
+    told = OutOfMemoryError(
+        f"the device ran out of memory at a prompt of {tokens:,} tokens; lower --chunk-tokens or "
+        "--tokens, or take --kv-cache fp8"
+    )
+    with out_of_memory_raises(told):
+        sparsity = subject.sparsity if sparse else None
+        prefiller = Prefiller(subject.model, subject.pool, sparsity, density)
+        decoder = Decoder(subject.model, subject.pool, subject.token_bytes, 1)
+        before = _start_counting_memory(subject.device)
+        try:
+            decoder.reserve(_request("a", prompt, new_tokens + 1))
+            synchronize(subject.device)
+            started = time.perf_counter()
+            results = _prefill(subject, prefiller, prompt, decoder.block_table("a"))
+            prefilled = time.perf_counter()
+            logits = results[-1].logits
+            assert logits is not None
+            _check(decoder.start("a", logits.cpu().numpy()))
+            first_token = time.perf_counter()
+            stages = _add_up(results)
+            prefiller.release("a")
+            steps = _steps(decoder, subject.device)
+        finally:
+            prefiller.release("a")
+            decoder.cancel("a")
+    peak = torch.cuda.max_memory_allocated(subject.device) if before is not None else None
+    config = subject.model.config
+    pairs = Work(config).attention_flops(tokens) / 4 / config.head_dim
+    used = sparse and subject.is_sparse(tokens)
+    return PromptRun(
+        tokens, used, prefilled - started, first_token - started, stages,
+        density.of(pairs) if used else 1.0, steps, peak,
+        None if peak is None or before is None else peak - before,
+    )  # fmt: skip
+
+
+def _prefill(
+    subject: Subject, prefiller: Prefiller, prompt: Tokens, pages: Sequence[int]
+) -> list[ChunkResult]:
+    prefiller.admit("a", prompt, pages)
+    results = [
+        prefiller.run_chunk("a", start, min(start + subject.chunk_tokens, len(prompt)))
+        for start in range(0, len(prompt), subject.chunk_tokens)
+    ]
+    synchronize(subject.device)
+    return results
+
+
+def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> BatchRun:
+    """Decode only, after prompts of these lengths whose pages hold whatever they hold.
+
+    Raises:
+        OutOfMemoryError: with this batch; pages are free again.
+    """
+    generator = np.random.default_rng(subject.seed)
+    names = [str(number) for number in range(len(lengths))]
+    told = OutOfMemoryError(
+        f"the device ran out of memory at a batch of {len(lengths)}; take fewer sequences, or "
+        "--kv-cache fp8"
+    )
+    with out_of_memory_raises(told):
+        decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
+        try:
+            for name, length in zip(names, lengths, strict=True):
+                prompt = np.zeros(length, dtype=np.int32)
+                decoder.reserve(_request(name, prompt, new_tokens + 1))
+            vocab = subject.model.config.vocab_size
+            for name in names:
+                _check(decoder.start(name, generator.standard_normal(vocab, dtype=np.float32)))
+            return BatchRun(list(lengths), _steps(decoder, subject.device))
+        finally:
+            for name in names:
+                decoder.cancel(name)
+
+
+def settled(steps: list[float]) -> list[float]:
+    """The steps that count: without the first, where there are enough others."""
+    return steps[_SETTLING_STEPS:] if len(steps) >= 2 * _SETTLING_STEPS else steps
+
+
+def _steps(decoder: Decoder, device: torch.device) -> list[float]:
+    """Seconds of every step until nothing is left to generate."""
+    seconds = []
+    while decoder.has_work:
+        started = time.perf_counter()
+        _check(decoder.step())
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _check(outputs: Sequence[tuple[str, object]]) -> None:
+    for _, output in outputs:
+        if isinstance(output, GenerationError):
+            raise output
+
+
+def _request(name: str, prompt: Tokens, max_tokens: int) -> GenerationRequest:
+    sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return GenerationRequest(name, prompt, sampling, time.time())
+
+
+def _add_up(results: Sequence[ChunkResult]) -> dict[str, float]:
+    stages: defaultdict[str, float] = defaultdict(float)
+    for result in results:
+        for stage, seconds in result.stages.items():
+            stages[stage] += seconds
+    return dict(stages)
+
+
+def _start_counting_memory(device: torch.device) -> int | None:
+    """Bytes that are allocated now: weights and pages."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)

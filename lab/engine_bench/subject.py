@@ -1,0 +1,84 @@
+"""What is measured: a model, its pages, and how its prompts are cut."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...engine.decode.detokenizer import TokenBytes
+from ...engine.kv.pages import PageGeometry, PagePool, pages_for
+from ...engine.messages import Tokens
+from ...engine.model.config import ModelConfig
+from ...engine.model.files import ModelFiles
+from ...engine.model.qwen2 import Qwen2
+from ...engine.model.random_weights import load_model
+from ...engine.parallel.mesh import Mesh
+from ...engine.prefill.sparsity import SparsityConfig
+from ...engine.text.tokenizer import Tokenizer
+
+KV_CACHE_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Prefill and decode share the model and one pool of pages."""
+
+    model: Qwen2
+    pool: PagePool
+    sparsity: SparsityConfig | None
+    token_bytes: TokenBytes
+    chunk_tokens: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        files: ModelFiles,
+        model: Qwen2,
+        kv_cache: str,
+        tokens: int,
+        chunk_tokens: int,
+        seed: int,
+    ) -> "Subject":
+        """With pages for so many tokens, zeroed: decode alone reads what nothing wrote."""
+        pool = PagePool(page_geometry(model.config, kv_cache), pages_for(tokens), model.device)
+        pool.clear()
+        return cls(
+            model, pool, SparsityConfig.from_folder(files.folder),
+            TokenBytes(Tokenizer(files.tokenizer_folder).raw), chunk_tokens, seed,
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.model.device
+
+    def prompt(self, tokens: int) -> Tokens:
+        """Seeded random tokens."""
+        generator = np.random.default_rng([self.seed, tokens])
+        return generator.integers(0, self.model.config.vocab_size, tokens, dtype=np.int32)
+
+    def is_sparse(self, tokens: int) -> bool:
+        """Whether budgets apply to prompts of this length."""
+        return self.sparsity is not None and tokens > self.sparsity.threshold
+
+
+def page_geometry(config: ModelConfig, kv_cache: str) -> PageGeometry:
+    """Of a whole model's pages in one of KV_CACHE_TYPES."""
+    return PageGeometry(
+        config.num_layers, config.num_kv_heads, config.head_dim, KV_CACHE_TYPES[kv_cache]
+    )
+
+
+def load(files: ModelFiles, device: torch.device, seed: int) -> Qwen2:
+    """The whole model in bfloat16; what making it up left behind goes back to the device."""
+    model = load_model(files, Mesh.single(), torch.bfloat16, device, seed)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return model
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels, as data: python -m longreach.lab.kernel_bench, on a GPU."""

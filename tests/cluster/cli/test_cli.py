@@ -1,0 +1,81 @@
+"""The command line, without a cluster."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from longreach.cluster.cli import main as cli
+
+LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "160"})
+    return result.exit_code, result.output
+
+
+def main_error(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: str) -> str:
+    """What `longreach ARGUMENTS` says on standard error, having failed."""
+    monkeypatch.setattr(sys, "argv", ["longreach", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "ask", "config", "eval"])
+def test_help_teaches_with_an_example(command: str) -> None:
+    status, output = run(command, "--help")
+    assert status == 0
+    assert f"longreach {command} " in output
+
+
+def test_help_imports_nothing_slow() -> None:
+    program = (
+        "import sys\nfrom longreach.cluster.cli import main as cli\n"
+        "try:\n    cli.app(['demo', '--help'])\nexcept SystemExit:\n    pass\n"
+        "slow = {'torch', 'ray', 'openai', 'fastapi', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(slow)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_config_says_what_would_run() -> None:
+    status, output = run("config", str(LAPTOP))
+    assert status == 0, output
+    for words in ("ingress", "prefill rank", "decode worker", "tensor 1 × sequence 2", "GiB"):
+        assert words in output
+
+
+def test_a_missing_config_is_one_line(monkeypatch, capsys, tmp_path: Path) -> None:
+    error = main_error(monkeypatch, capsys, "config", str(tmp_path / "none.yaml"))
+    assert error.startswith("longreach: ")
+    assert "none.yaml" in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_key_is_named(monkeypatch, capsys, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(LAPTOP.read_text() + "\nprefil: {}\n")
+    error = main_error(monkeypatch, capsys, "config", str(wrong))
+    assert "prefil" in error
+    assert "Traceback" not in error
+
+
+def test_ask_without_an_endpoint_says_how_to_start_one(monkeypatch, capsys, tmp_path) -> None:
+    document = tmp_path / "book.txt"
+    document.write_text("Call me Ishmael.")
+    error = main_error(
+        monkeypatch, capsys, "ask", "--file", str(document), "--base-url", "http://127.0.0.1:9", "?"
+    )
+    assert "longreach serve" in error
+
+
+def test_ask_refuses_what_is_not_text(monkeypatch, capsys, tmp_path: Path) -> None:
+    document = tmp_path / "book.bin"
+    document.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in main_error(monkeypatch, capsys, "ask", "--file", str(document), "?")

@@ -1,0 +1,272 @@
+"""A decode worker in this process: what waits on it ends, whatever becomes of its engine."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.cluster.decode.worker import DecodeWorker
+from longreach.cluster.transports.object_store import PageRun
+from longreach.engine.errors import (
+    GenerationError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    TransferError,
+    UnavailableError,
+)
+from longreach.engine.kv.hand_off import Place
+from longreach.engine.kv.pages import Pages
+from longreach.engine.messages import GenerationRequest, SamplingParameters
+
+from ..conftest import make_settings
+
+WAITS = 1.0
+"""Seconds after which something that waits is taken to wait for good."""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> DecodeWorker:
+    settings = make_settings(1)
+    decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
+    made = DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
+    made._decoder._pool.memory.zero_()  # nobody hands pages off here
+    return made
+
+
+def make_request(name: str, tokens: int = 300, max_tokens: int = 8) -> GenerationRequest:
+    sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return GenerationRequest(name, np.full(tokens, 65, dtype=np.int32), sampling, arrived=0.0)
+
+
+def logits_of(worker: DecodeWorker) -> np.ndarray:
+    return np.zeros(worker._decoder._model.config.vocab_size, dtype=np.float32)
+
+
+class Answer:
+    """What a worker answers to one request, as far as it comes."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.is_whole = False
+
+    async def read(self, worker: DecodeWorker, name: str, logits: np.ndarray | None = None) -> None:
+        logits = logits_of(worker) if logits is None else logits
+        async for deltas, ended in worker.answer(name, logits):
+            self.tokens += sum(len(delta.tokens) for delta in deltas)
+            self.is_whole |= ended
+
+
+def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def step() -> None:
+        raise error
+
+    monkeypatch.setattr(worker._decoder, "step", step)
+
+
+async def ended(calls: list[Awaitable[object]]) -> list[object]:
+    """What each call came to; waiting for good is a failure."""
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10 * WAITS)
+
+
+def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_steps(worker, monkeypatch, RuntimeError("a broken kernel"))
+
+    async def run() -> list[object]:
+        await worker.reserve(make_request("running"))
+        await worker.reserve(make_request("in prefill"))
+        waiting = [
+            asyncio.create_task(worker.reserve(make_request("for pages", tokens=1000))),
+            asyncio.create_task(worker.gone("in prefill")),
+        ]
+        await asyncio.sleep(0)
+        outcomes = await ended([Answer().read(worker, "running"), *waiting])
+        late: list[Callable[[], Awaitable[object]]] = [
+            lambda: Answer().read(worker, "in prefill"),
+            lambda: worker.reserve(make_request("late")),
+            worker.ping,
+        ]
+        return outcomes + await ended([call() for call in late])
+
+    for outcome in asyncio.run(run()):
+        assert isinstance(outcome, UnavailableError)
+        assert "again" in str(outcome)
+
+
+def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> None:
+    async def run() -> None:
+        damaged, after = Answer(), Answer()
+        await worker.reserve(make_request("damaged"))
+        with pytest.raises(GenerationError):
+            await damaged.read(worker, "damaged", logits_of(worker) * np.nan)
+        assert not damaged.is_whole
+        assert worker._decoder.usage == 0
+        await worker.reserve(make_request("after"))
+        await after.read(worker, "after")
+        assert after.is_whole
+        assert after.tokens == 8
+
+    asyncio.run(run())
+
+
+async def served(worker: DecodeWorker, name: str) -> Answer:
+    """From a page that is handed off to the last token."""
+    answer = Answer()
+    await worker.receive(name, [make_run(worker, 0)])
+    await answer.read(worker, name)
+    return answer
+
+
+def break_once(target: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has no memory left the first time something is called."""
+    kept, calls = getattr(target, name), 0
+
+    def small(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("as the allocator says it")
+        return kept(*arguments)
+
+    monkeypatch.setattr(target, name, small)
+
+
+@pytest.mark.parametrize("where", ["receive", "start", "step"])
+def test_too_little_memory_ends_one_request_and_the_next_is_served(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    decoder = worker._decoder
+    target, name = {
+        "receive": (decoder._pool, "put"),
+        "start": (decoder, "_copy_last_prompt_page"),
+        "step": (decoder._step, "run"),
+    }[where]
+    break_once(target, name, monkeypatch)
+
+    async def run() -> None:
+        await worker.reserve(make_request("big"))
+        with pytest.raises((TransferError, OutOfMemoryError), match=r"lower decode\.max_batch"):
+            await served(worker, "big")
+        await worker.release("big")
+        assert decoder.usage == 0
+        await worker.ping()
+        await worker.reserve(make_request("after"))
+        after = await served(worker, "after")
+        assert after.is_whole
+        assert after.tokens == 8
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+class HeldUp:
+    """A decoder that takes pages only when it is let, as a slow copy would; and which it took."""
+
+    def __init__(self, worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.let = threading.Event(), threading.Event()
+        self.took: list[int] = []
+        self._receive = worker._decoder.receive
+        monkeypatch.setattr(worker._decoder, "receive", self.receive)
+
+    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
+        self.begun.set()
+        assert self.let.wait(10 * WAITS), "nothing else went on while pages were copied"
+        self._receive(request_id, place, pages)
+        self.took.append(place.first_page)
+
+
+def make_run(worker: DecodeWorker, page: int) -> PageRun:
+    return PageRun.of(Place(0, page, 0), Pages(worker._decoder._pool.memory[0, :1].clone()))
+
+
+def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a message is answered only when its pages are there: a sender counts on that."""
+    held = HeldUp(worker, monkeypatch)
+
+    async def run() -> None:
+        await worker.reserve(make_request("slow"))
+        taking = [
+            asyncio.create_task(worker.receive("slow", [make_run(worker, page)]))
+            for page in range(3)
+        ]
+        while not held.begun.is_set():
+            await asyncio.sleep(0.001)
+        await worker.ping()
+        await worker.reserve(make_request("other"))
+        other = Answer()
+        await other.read(worker, "other")
+        assert other.is_whole
+        assert not any(each.done() for each in taking)
+        held.let.set()
+        await asyncio.gather(*taking)
+        assert held.took == [0, 1, 2]
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+def test_pages_that_are_being_received_go_back_only_after_the_copy(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldUp(worker, monkeypatch)
+
+    async def run() -> None:
+        await worker.reserve(make_request("a"))
+        taking = asyncio.create_task(worker.receive("a", [make_run(worker, 0)]))
+        while not held.begun.is_set():
+            await asyncio.sleep(0.001)
+        releasing = asyncio.create_task(worker.release("a"))
+        await worker.gone("a")
+        assert worker._decoder.usage > 0
+        with pytest.raises(TransferError, match="it was cancelled"):
+            await worker.receive("a", [make_run(worker, 1)])
+        held.let.set()
+        await releasing
+        await taking
+        assert held.took == [0]
+        assert worker._decoder.usage == 0
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+@pytest.mark.parametrize("way", ["receive", "copy"])
+def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Else it would stay, and every request after would end the same way."""
+
+    def broken(*arguments: Any) -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker._reader, "read", broken)
+    monkeypatch.setattr(worker._decoder, "receive", broken)
+    message: tuple[Any, ...] = ([make_run(worker, 0)],) if way == "receive" else (None, [])
+
+    async def run() -> None:
+        await worker.reserve(make_request("a"))
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            await getattr(worker, way)("a", *message)
+        with pytest.raises(UnavailableError):
+            await worker.ping()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_can_never_fit_is_told_so_at_once(worker: DecodeWorker) -> None:
+    """Also while others hold pages: it must not wait for those."""
+
+    async def run() -> None:
+        await worker.reserve(make_request("small"))
+        with pytest.raises(
+            PromptTooLongError, match=r"needs 1408 .* has 1280 \(decode\.kv_cache_tokens\); shorten"
+        ):
+            await worker.reserve(make_request("huge", tokens=1300))
+        await worker.reserve(make_request("after"))
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))

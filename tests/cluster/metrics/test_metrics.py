@@ -1,0 +1,200 @@
+"""Figures of several real processes, one of them killed, in one scrape."""
+
+import http.server
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from longreach.cluster import metrics as m
+
+from ...prometheus import prometheus_server, wait_for_value
+
+WRITER = """
+import sys, pathlib, signal
+from longreach.cluster import metrics as m
+metrics = m.Metrics(pathlib.Path(sys.argv[1]), role="decode", model_name="pocket")
+metrics.add(m.GENERATION_TOKENS, 5)
+metrics.set(m.NUM_REQUESTS_RUNNING, 2)
+metrics.set(m.KV_CACHE_USAGE, float(sys.argv[2]))
+metrics.observe(m.TIME_TO_FIRST_TOKEN, 1.5, prompt_class="32k")
+print("written", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def start_writer(tmp_path: Path) -> Iterator:
+    writers: list[subprocess.Popen[str]] = []
+
+    def start(usage: float) -> subprocess.Popen[str]:
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(usage)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        writers.append(writer)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "written\n"
+        return writer
+
+    yield start
+    for writer in writers:
+        writer.kill()
+        writer.communicate()
+
+
+def samples(directory: Path) -> dict[tuple[str, str], float]:
+    """What a scrape says: (name, the label that tells series apart) -> value."""
+    found = {}
+    for family in text_string_to_metric_families(m.render(directory).decode()):
+        for sample in family.samples:
+            extra = [v for k, v in sample.labels.items() if k not in m.COMMON_LABELS]
+            found[sample.name, ",".join(sorted(extra))] = sample.value
+    return found
+
+
+def test_counts_outlive_a_killed_process_and_gauges_do_not(tmp_path: Path, start_writer) -> None:
+    start_writer(0.25)
+    victim = start_writer(0.75)
+    both = samples(tmp_path)
+    assert both["longreach_generation_tokens_total", ""] == 10
+    assert both["longreach_num_requests_running", ""] == 4
+    assert both["longreach_kv_cache_usage_perc", ""] == 0.75
+
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    left = samples(tmp_path)
+    assert left["longreach_generation_tokens_total", ""] == 10
+    assert left["longreach_time_to_first_token_seconds_count", "32k"] == 2
+    assert left["longreach_time_to_first_token_seconds_sum", "32k"] == 3.0
+    assert left["longreach_num_requests_running", ""] == 2
+    assert left["longreach_kv_cache_usage_perc", ""] == 0.25
+
+    start_writer(0.5)
+    assert samples(tmp_path)["longreach_generation_tokens_total", ""] == 15
+
+
+def test_histogram_buckets_are_cumulative_and_complete(tmp_path: Path) -> None:
+    with m.Metrics(tmp_path, role="prefill", model_name="pocket") as metrics:
+        for seconds in (0.0004, 0.0005, 0.01, 3600.0):
+            metrics.observe(m.RANK_SKEW, seconds)
+        found = samples(tmp_path)
+    buckets = [found["longreach_rank_skew_seconds_bucket", f"{b}"] for b in m.RANK_SKEW.buckets]
+    assert buckets == sorted(buckets)
+    assert buckets[0] == 2
+    assert buckets[-1] == 3
+    assert found["longreach_rank_skew_seconds_bucket", "+Inf"] == 4
+    assert found["longreach_rank_skew_seconds_count", ""] == 4
+
+
+def test_scrapes_while_threads_write_lose_nothing(tmp_path: Path) -> None:
+    with m.Metrics(tmp_path, role="ingress", model_name="pocket") as metrics:
+
+        def write(thread: int) -> None:
+            for step in range(300):
+                metrics.add(m.REQUESTS, outcome="success")
+                # New series make the file grow past its first size while it is read.
+                metrics.add(m.PREFILL_STAGE_SECONDS, 0.5, stage=f"{thread}-{step}")
+
+        with ThreadPoolExecutor(6) as pool:
+            writes = [pool.submit(write, thread) for thread in range(4)]
+            scrapes = [pool.submit(samples, tmp_path) for _ in range(6)]
+            for done in (*writes, *scrapes):
+                done.result()
+        assert samples(tmp_path)["longreach_requests_total", "success"] == 1200
+    totals = [scrape.result().get(("longreach_requests_total", "success"), 0) for scrape in scrapes]
+    assert all(0 <= total <= 1200 for total in totals)
+
+
+def test_two_scrapes_at_once_both_forget_a_dead_gauge(tmp_path: Path) -> None:
+    metrics = m.Metrics(tmp_path, role="decode", model_name="pocket")
+    metrics.set(m.NUM_REQUESTS_RUNNING, 1)
+    metrics.add(m.GENERATION_TOKENS, 1)
+    metrics.close()
+    with ThreadPoolExecutor(8) as pool:
+        for scrape in pool.map(samples, [tmp_path] * 16):
+            assert ("longreach_num_requests_running", "") not in scrape
+            assert scrape["longreach_generation_tokens_total", ""] == 1
+    with pytest.raises(ValueError, match="closed"):
+        metrics.add(m.GENERATION_TOKENS, 1)
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    with m.Metrics(tmp_path, role="ingress", model_name="pocket") as metrics:
+        with pytest.raises(ValueError, match="only grow"):
+            metrics.add(m.PROMPT_TOKENS, -1)
+        with pytest.raises(ValueError, match="has labels"):
+            metrics.add(m.REQUESTS)
+        with pytest.raises(ValueError, match="has labels"):
+            metrics.observe(m.E2E_REQUEST_LATENCY, 1.0, prompt="8k")
+        metrics.observe(m.E2E_REQUEST_LATENCY, 1.0, prompt_class="8k")
+
+
+def test_an_empty_or_missing_folder_is_an_empty_scrape(tmp_path: Path) -> None:
+    assert m.render(tmp_path) == b""
+    assert m.render(tmp_path / "not yet") == b""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [(1, "8k"), (8192, "8k"), (8193, "32k"), (131072, "128k"), (524288, "512k"), (524289, "1m")],
+)
+def test_prompt_class(tokens: int, name: str) -> None:
+    assert m.prompt_class(tokens) == name
+
+
+@pytest.fixture
+def scrape_url(tmp_path: Path) -> Iterator[str]:
+    """An HTTP endpoint that renders the test's folder at /metrics."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = m.render(tmp_path / "figures")
+            self.send_response(200)
+            self.send_header("Content-Type", m.CONTENT_TYPE)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.fixture
+def prometheus_url(tmp_path: Path, scrape_url: str) -> Iterator[str]:
+    with prometheus_server(tmp_path, scrape_url) as url:
+        yield url
+
+
+def test_a_real_prometheus_reads_what_was_written(tmp_path: Path, prometheus_url: str) -> None:
+    folder = tmp_path / "figures"
+    ingress = m.Metrics(folder, role="ingress", model_name="pocket")
+    decode = m.Metrics(folder, role="decode", model_name="pocket")
+    for seconds in (0.3, 3.0, 300.0):
+        ingress.observe(m.TIME_TO_FIRST_TOKEN, seconds, prompt_class=m.prompt_class(1 << 20))
+    ingress.add(m.REQUESTS, 3, outcome="success")
+    decode.set(m.NUM_REQUESTS_RUNNING, 7)
+
+    ttft = "longreach_time_to_first_token_seconds"
+    wait_for_value(prometheus_url, f'{ttft}_count{{prompt_class="1m",role="ingress"}}', 3)
+    wait_for_value(prometheus_url, f'{ttft}_sum{{model_name="pocket"}}', 303.3)
+    wait_for_value(prometheus_url, f'{ttft}_bucket{{le="5.0"}}', 2)
+    wait_for_value(prometheus_url, 'longreach_requests_total{outcome="success"}', 3)
+    wait_for_value(prometheus_url, "longreach_num_requests_running", 7)
+
+    decode.close()
+    ingress.add(m.REQUESTS, 1, outcome="cancelled")
+    wait_for_value(prometheus_url, "sum(longreach_requests_total)", 4)
+    wait_for_value(prometheus_url, "count(longreach_num_requests_running) or vector(0)", 0)
+    ingress.close()

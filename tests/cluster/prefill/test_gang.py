@@ -1,0 +1,95 @@
+"""Placing a gang, with Ray replaced by what it would say."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from longreach.cluster.prefill import gang
+from longreach.engine.errors import ConfigurationError
+
+from ..conftest import make_settings
+
+
+class FakeGroup:
+    """A placement group that has room after `seconds`, or never."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def ready(self) -> "FakeGroup":
+        return self
+
+    def future(self) -> Future[None]:
+        made: Future[None] = Future()
+        if self._seconds is not None:
+            threading.Timer(self._seconds, made.set_result, [None]).start()
+        return made
+
+
+@pytest.mark.parametrize(("room_after", "drain_seconds"), [(0.3, 10.0), (None, 0.0)])
+def test_a_gang_waits_for_the_one_that_it_replaces(
+    monkeypatch: pytest.MonkeyPatch, room_after: float | None, drain_seconds: float
+) -> None:
+    removed: list[Any] = []
+    monkeypatch.setattr(gang, "_PLACEMENT_SECONDS", 0.05)
+    monkeypatch.setattr(gang, "remove_placement_group", removed.append)
+    settings = make_settings(1)
+    shutdown = settings.shutdown.model_copy(update={"drain_seconds": drain_seconds})
+    group = cast(Any, FakeGroup(room_after))
+    placed = gang._placed(group, settings.model_copy(update={"shutdown": shutdown}))
+    if room_after is not None:
+        asyncio.run(placed)
+        assert not removed
+    else:
+        with pytest.raises(ConfigurationError, match="add nodes"):
+            asyncio.run(placed)
+        assert removed == [group]
+
+
+class FakeRank:
+    """Says where it is, and writes down how it was asked to join."""
+
+    def __init__(self, card: tuple[str, str] | None = None, computes_in: str = "float32") -> None:
+        self.joined: list[tuple[str, int]] = []
+        self.free_address = self._call(lambda: "tcp://here:1")
+        self.compute_type = self._call(lambda: computes_in)
+        self.card = self._call(lambda: card)
+        self.join = self._call(lambda *given: self.joined.append(given))
+
+    def _call(self, function: Callable[..., Any]) -> Any:
+        async def remote(*given: Any) -> Any:
+            return function(*given)
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize(
+    ("cards", "counts"),
+    [
+        ([("a", "0"), ("a", "1"), ("a", "0"), ("b", "0")], [2, 1, 2, 1]),
+        ([None, None], [1, 1]),
+    ],
+    ids=["gpus", "cpus"],
+)
+def test_a_rank_is_told_how_many_share_its_card(
+    cards: list[tuple[str, str] | None], counts: list[int]
+) -> None:
+    """Each would else take all that is free there for its own."""
+    ranks = [FakeRank(card) for card in cards]
+    asyncio.run(gang._join(ranks, tensor_parallel=1))
+    assert [rank.joined for rank in ranks] == [[("tcp://here:1", count)] for count in counts]
+
+
+def test_tensor_ranks_that_would_compute_in_several_types_never_meet() -> None:
+    """Sums of hidden states would not match. Sequence ranks exchange pages, which are alike."""
+    ranks = [FakeRank(computes_in="bfloat16"), FakeRank(computes_in="float32")]
+    with pytest.raises(ConfigurationError, match=r"bfloat16 and float32.*set model\.dtype"):
+        asyncio.run(gang._join(ranks, tensor_parallel=2))
+    assert not any(rank.joined for rank in ranks)
+    asyncio.run(gang._join(ranks, tensor_parallel=1))
+    assert all(rank.joined for rank in ranks)

@@ -1,0 +1,82 @@
+"""A rank of a gang of one, in this process."""
+
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.scheduler import Chunk
+from longreach.engine.errors import OutOfMemoryError
+from longreach.engine.kv import background
+from longreach.kernels import dual_chunk
+
+from ..conftest import make_settings
+
+
+class Sender:
+    """Takes pages and does nothing with them."""
+
+    failure = None
+
+    def push(self, *arguments: Any) -> None: ...
+    def flush(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+def make_rank() -> PrefillRank:
+    settings = make_settings(1)
+    prefill = settings.prefill.model_copy(update={"sequence_parallel": 1, "kv_cache_tokens": 2048})
+    made = PrefillRank(settings.model_copy(update={"prefill": prefill}), 0)
+    made.join("", 1)
+    return made
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> PrefillRank:
+    monkeypatch.setattr(PrefillRank, "_make_sender", lambda *arguments: Sender())
+    return make_rank()
+
+
+def test_a_chunk_that_needs_too_much_memory_leaves_the_rank_as_it_was(
+    rank: PrefillRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = np.full(1500, 65, dtype=np.int32)
+    expected = rank.run_chunk(Chunk("whole", 0, 1500, True), prompt, None).logits
+    kernel = dual_chunk.attention
+
+    def small_kernel(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    rank.run_chunk(Chunk("a", 0, 1024, False), prompt, None)
+    monkeypatch.setattr(dual_chunk, "attention", small_kernel)
+    with pytest.raises(OutOfMemoryError, match=r"1024 to 1500 .* lower prefill\.chunk_tokens"):
+        rank.run_chunk(Chunk("a", 1024, 1500, True), None, None)
+    monkeypatch.setattr(dual_chunk, "attention", kernel)
+    after = rank.run_chunk(Chunk("b", 0, 1500, True), prompt, None).logits
+    assert expected is not None
+    assert after is not None
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As far as handing off goes, the rank is on a GPU. Each sender's thread sets its stream."""
+    made, used = Mock(side_effect=lambda device: Mock(device=device)), list[Any]()
+    monkeypatch.setattr(background, "hand_off_stream", made)
+    monkeypatch.setattr(torch.cuda, "Event", Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "set_stream", used.append)
+    rank = make_rank()
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "get", Mock())
+    prompt = np.full(300, 65, dtype=np.int32)
+    for name in ("a", "b", "c"):
+        assert rank.run_chunk(Chunk(name, 0, 300, True), prompt, Mock()).failure is None
+    assert made.call_count == 1
+    assert used == [used[0]] * 3

@@ -1,0 +1,231 @@
+"""A prefill replica in this process, over a gang and a decode worker that do as they are told."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+from longreach.cluster.prefill.gang import Gang
+from longreach.cluster.prefill.rank import RankResult
+from longreach.cluster.prefill.replica import PrefillReplica
+from longreach.cluster.prefill.scheduler import Chunk
+from longreach.engine.errors import OutOfMemoryError, TransferError, UnavailableError
+from longreach.engine.messages import GenerationRequest, Prefilled, Progress, SamplingParameters
+
+from ..conftest import CHUNK_TOKENS, make_settings
+
+LONGEST = 10.0
+"""Seconds after which something that waits is taken to wait for good."""
+
+
+CALLER = ContextVar("CALLER", default="nobody")
+"""Whose call something is, as Ray knows it: by a context variable."""
+
+
+class FakeGang:
+    """Computes every chunk at once; `outcome` says why its pages could not be handed off."""
+
+    def __init__(self) -> None:
+        self.computed: list[Chunk] = []
+        self.released: list[str] = []
+        self.released_by: list[str] = []
+        self.killed = False
+        self.num_ranks = 1
+        self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
+
+    async def run_chunk(self, chunk: Chunk, prompt: Any, worker: Any) -> list[RankResult]:
+        self.computed.append(chunk)
+        await asyncio.sleep(0.001)
+        failure = self.outcome(chunk)
+        logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
+        return [RankResult(logits, {"linear": 0.1}, 0.0, failure)]
+
+    def release(self, request_id: str) -> None:
+        self.released.append(request_id)
+        self.released_by.append(CALLER.get())
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class FakeWorker:
+    """A decode worker's handle: its calls are `worker.method.remote(...)`."""
+
+    def __init__(self) -> None:
+        self.has_pages = asyncio.Event()
+        self.has_pages.set()
+        self.is_released = asyncio.Event()
+        self.called_by: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            remote = staticmethod(getattr(type(self), f"do_{name}").__get__(self))
+
+        return Method
+
+    async def do_reserve(self, request: GenerationRequest) -> None:
+        self.called_by.append(CALLER.get())
+        await self.has_pages.wait()
+
+    async def do_gone(self, request_id: str) -> None:
+        self.called_by.append(CALLER.get())
+        await self.is_released.wait()
+
+
+@pytest.fixture
+def gang(monkeypatch: pytest.MonkeyPatch) -> FakeGang:
+    fake = FakeGang()
+
+    async def start(settings: Any) -> FakeGang:
+        return fake
+
+    monkeypatch.setattr(Gang, "start", start)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    return fake
+
+
+Scenario = Callable[[PrefillReplica], Awaitable[object]]
+
+
+@pytest.fixture
+def play(gang: FakeGang, tmp_path: Path) -> Callable[[Scenario], Any]:
+    """Run a scenario against a new replica; waiting for good is a failure."""
+
+    def run(scenario: Scenario) -> Any:
+        async def scene() -> object:
+            replica = PrefillReplica.__new__(PrefillReplica)
+            await replica.__init__(make_settings(1), tmp_path)
+            return await asyncio.wait_for(scenario(replica), LONGEST)
+
+        return asyncio.run(scene())
+
+    return run
+
+
+async def prefill(
+    replica: PrefillReplica, name: str, tokens: int, worker: FakeWorker | None = None
+) -> list[Progress | Prefilled | None]:
+    prompt = np.zeros(tokens, dtype=np.int32)
+    request = GenerationRequest(name, prompt, SamplingParameters(max_tokens=1), arrived=0.0)
+    return [event async for event in replica.prefill(request, worker or FakeWorker())]
+
+
+def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
+    events = play(lambda replica: prefill(replica, "a", CHUNK_TOKENS + 1))
+    assert events[:2] == [None, Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)]
+    assert isinstance(events[2], Prefilled)
+    assert gang.released == ["a"]
+
+
+def test_no_call_that_must_arrive_belongs_to_a_request(play: Any, gang: FakeGang) -> None:
+    """Serve cancels whatever a request has submitted when its client leaves."""
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        CALLER.set("a request")
+        gang.outcome = lambda chunk: None if leaving.cancel() else "already over"
+        leaving = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS, worker))
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        while not gang.released:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
+    assert gang.released_by == ["nobody"]
+    assert worker.called_by == ["nobody", "nobody"]
+
+
+def test_whatever_ends_the_loop_ends_the_requests(play: Any, gang: FakeGang) -> None:
+    async def scenario(replica: PrefillReplica) -> None:
+        def broken(now: float) -> Chunk:
+            raise ZeroDivisionError
+
+        replica._scheduler.next = broken
+        with pytest.raises(UnavailableError, match="again"):
+            await prefill(replica, "a", 10)
+        with pytest.raises(UnavailableError):
+            await replica.check_health()
+        with pytest.raises(UnavailableError):
+            await prefill(replica, "b", 10)
+
+    play(scenario)
+    assert gang.killed
+
+
+def test_a_request_that_waits_for_pages_is_there_and_ends_with_the_gang(
+    play: Any, gang: FakeGang
+) -> None:
+    """Whoever stops a replica waits for what it has; what waits must not wait in vain."""
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        worker.has_pages.clear()
+        waiting = asyncio.create_task(prefill(replica, "waiting", 10, worker))
+        released = asyncio.create_task(prefill(replica, "served", 10))
+        await released
+        assert [chunk.request_id for chunk in gang.computed] == ["served"]
+        replica._lose(RuntimeError())
+        with pytest.raises(UnavailableError, match="again"):
+            await waiting
+
+    play(scenario)
+
+
+def test_a_released_request_stops(play: Any, gang: FakeGang) -> None:
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.outcome = lambda chunk: worker.is_released.set()
+        with pytest.raises(UnavailableError, match="released"):
+            await prefill(replica, "a", 30 * CHUNK_TOKENS, worker)
+        while replica._scheduler.usage:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
+    assert len(gang.computed) < 10
+    assert set(gang.released) == {"a"}
+
+
+def test_after_a_failed_hand_off_nothing_more_is_computed(play: Any, gang: FakeGang) -> None:
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.outcome = lambda chunk: "pages did not reach the decode replica"
+        with pytest.raises(TransferError, match="did not reach"):
+            await prefill(replica, "a", 3 * CHUNK_TOKENS)
+        gang.outcome = lambda chunk: None
+        await prefill(replica, "b", 1)
+
+    play(scenario)
+    assert [chunk.request_id for chunk in gang.computed] == ["a", "b"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_too_little_memory_ends_one_request_with_the_remedy(
+    play: Any, gang: FakeGang, num_ranks: int
+) -> None:
+    """A gang of one rank goes on; of several, the others wait in a collective, so all end."""
+    gang.num_ranks = num_ranks
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.request_id == "big" and chunk.start:
+            raise RayTaskError("run_chunk", "", OutOfMemoryError("lower prefill.chunk_tokens"))
+
+    gang.outcome = outcome
+
+    async def scenario(replica: PrefillReplica) -> list[object]:
+        requests = [prefill(replica, "big", 3 * CHUNK_TOKENS), prefill(replica, "small", 9)]
+        outcomes = await asyncio.gather(*requests, return_exceptions=True)
+        waiting = prefill(replica, "next", 9)
+        return [*outcomes, *await asyncio.gather(waiting, return_exceptions=True)]
+
+    big, _, after = play(scenario)
+    assert isinstance(big, OutOfMemoryError)
+    assert "lower prefill.chunk_tokens" in str(big)
+    assert ("big" in gang.released) == (num_ranks == 1)
+    assert gang.killed == (num_ranks > 1)
+    assert isinstance(after, UnavailableError if num_ranks > 1 else list)

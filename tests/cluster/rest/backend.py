@@ -1,0 +1,114 @@
+"""A backend that says what it is told to, and the endpoint over it, without a cluster."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+
+import httpx
+from starlette.applications import Starlette
+
+from longreach.cluster.metrics import Metrics, render
+from longreach.cluster.rest import IngressLimits, build_api
+from longreach.engine.messages import (
+    ChosenToken,
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    Progress,
+    Timings,
+    TokenLogprob,
+)
+from longreach.engine.text.tokenizer import Tokenizer
+from longreach.lab.pocket.tokenizer import save_tokenizer
+
+MODEL = "pocket"
+LIMITS = IngressLimits(
+    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02
+)
+TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served=1.0)
+
+
+class ScriptedBackend:
+    """Answers every choice with `text`, a token a byte, after `prefill_seconds`.
+
+    `error` is raised first, or after `error_after` tokens of the answer.
+    """
+
+    def __init__(self, text: str = "Yes.") -> None:
+        self.text = text
+        self.prefill_seconds = 0.0
+        self.error: Exception | None = None
+        self.error_after: int | None = None
+        self.is_ready = True
+        self.requests: list[GenerationRequest] = []
+        self.closed: list[str] = []
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        try:
+            if self.error is not None and self.error_after is None:
+                raise self.error
+            yield Progress(len(request.prompt) // 2, len(request.prompt))
+            await asyncio.sleep(self.prefill_seconds)
+            for choice in range(request.sampling.choices):
+                for delta in self._deltas(choice, request):
+                    yield delta
+            tokens = len(self.text.encode()) * request.sampling.choices
+            yield Finished(len(request.prompt), tokens, TIMINGS)
+        finally:
+            self.closed.append(request.request_id)
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+    def _deltas(self, choice: int, request: GenerationRequest) -> list[Delta]:
+        data = self.text.encode()
+        deltas = []
+        for index, byte in enumerate(data):
+            if self.error is not None and index == self.error_after:
+                raise self.error
+            top = tuple(
+                TokenLogprob(byte + i, -0.5 - i) for i in range(request.sampling.top_logprobs or 0)
+            )
+            last = index == len(data) - 1
+            text = chr(byte) if byte < 128 else ""
+            chosen = ChosenToken(byte, -0.5, top)
+            deltas.append(Delta(choice, text, (chosen,), "stop" if last else None))
+        return deltas
+
+
+class Endpoint:
+    """The application over a scripted backend, called in process."""
+
+    def __init__(self, folder: Path, api_keys: Sequence[str] = ()) -> None:
+        save_tokenizer(folder, 100)
+        self.tokenizer = Tokenizer(folder)
+        self.backend = ScriptedBackend()
+        figures = folder / "figures"
+        self.api: Starlette = build_api(
+            LIMITS,
+            self.tokenizer,
+            self.backend,
+            Metrics(figures, "ingress", MODEL),
+            lambda: render(figures),
+            api_keys,
+        )
+
+    def request(self, method: str, path: str, **arguments) -> httpx.Response:
+        async def call() -> httpx.Response:
+            transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                return await client.request(method, path, **arguments)
+
+        return asyncio.run(call())
+
+    def post(self, path: str, body: object, **arguments) -> httpx.Response:
+        return self.request("POST", path, json=body, **arguments)
+
+    def chat(self, **fields) -> httpx.Response:
+        messages = [{"role": "user", "content": "Well?"}]
+        return self.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **fields})
+
+    def complete(self, **fields) -> httpx.Response:
+        return self.post("/v1/completions", {"model": MODEL, "prompt": "Well?", **fields})

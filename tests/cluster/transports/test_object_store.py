@@ -1,0 +1,83 @@
+"""Sending pages by Ray's object store, with Ray replaced by what it would say."""
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
+
+from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
+from longreach.engine.errors import TransferError
+from longreach.engine.kv.hand_off import Place
+from longreach.engine.kv.pages import HeldPages, Pages, page_index
+
+
+def held(pages: Pages, numbers: list[int]) -> HeldPages:
+    """Some of a layer's pages."""
+    index = np.array(numbers, dtype=np.int64)
+    return HeldPages(pages, index, page_index(index, pages.values.device))
+
+
+def test_a_full_object_store_is_remembered_and_not_raised_by_push(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rank that left its chunk half-way would leave the others waiting for it."""
+
+    def put(value: Any) -> None:
+        raise ObjectStoreFullError("no space left")
+
+    monkeypatch.setattr(ray, "put", put)
+    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    layer = Pages(torch.zeros(64, 2, 2, 128, 64))
+    pages = held(layer, list(range(64)))  # more than is collected before it is sent
+    sender.push(Place(0, 0, 0), pages)
+    sender.push(Place(1, 0, 0), pages)
+    assert sender.failure is not None
+    with pytest.raises(TransferError, match="no space left"):
+        sender.flush()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RayError(), "RayError"),
+        (RayTaskError("receive", "a trace", RuntimeError("CUDA error\nCompile with ...")), "error"),
+    ],
+)
+def test_what_a_worker_answers_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: RayError, said: str
+) -> None:
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "get", Mock(side_effect=error))
+    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
+    with pytest.raises(TransferError) as told:
+        sender.flush()
+    assert str(told.value).startswith("pages did not reach the decode replica: ")
+    assert str(told.value).endswith(said)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("numbers", [[7], range(2, 290), [3, 1, 2]], ids=["one", "run", "apart"])
+def test_pages_of_8_bits_arrive_with_their_scales(
+    monkeypatch: pytest.MonkeyPatch, numbers: Sequence[int]
+) -> None:
+    sent: list[PageRun] = []
+    monkeypatch.setattr(ray, "put", sent.extend)
+    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "get", lambda reference: None)
+    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    values = torch.randn(290, 2, 2, 128, 64).to(torch.float8_e4m3fn)
+    scales = torch.rand(290, 2, 2)
+    sender.push(Place(3, 5, 1), held(Pages(values, scales), list(numbers)))
+    sender.flush()
+    [run] = sent
+    assert run.place == Place(3, 5, 1)
+    assert torch.equal(run.pages.values.float(), values.float()[list(numbers)])
+    assert run.pages.scales is not None
+    assert torch.equal(run.pages.scales, scales[list(numbers)])

@@ -1,0 +1,348 @@
+"""The kernels' decode step (on a GPU, or in Triton's interpreter) against the portable one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.engine.decode.decoder import Decoder
+from longreach.engine.decode.detokenizer import TokenBytes
+from longreach.engine.decode.graph_step import Capture, KernelStep, captured, eager, row_counts
+from longreach.engine.decode.step import DecodeStep, Outcome, PortableStep, StepRow, make_step
+from longreach.engine.errors import ConfigurationError, GenerationError
+from longreach.engine.kv.pages import PagePool, pages_for
+from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
+from longreach.engine.model.config import KVCacheDtype
+from longreach.engine.model.qwen2 import Qwen2
+from longreach.engine.parallel.mesh import Mesh
+from longreach.kernels import elementwise, greedy, matvec, quantized
+from longreach.kernels.elementwise import triton_elementwise
+from longreach.kernels.greedy import triton_greedy
+from longreach.kernels.matvec import triton_matvec
+from longreach.kernels.pages import BlockTable
+from longreach.kernels.quantized import reference as quantized_reference
+from longreach.kernels.quantized import triton_quantized
+from longreach.lab.pocket.tokenizer import build_tokenizer
+
+from ...kernels import conftest  # noqa: F401  # mends Triton's interpreter
+from ...kernels.poison import poison_fresh_memory
+from ..checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+POOL_PAGES = 24
+MAX_BATCH = 5
+PROGRAMS = 3
+STRIDE = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
+
+on_gpus = pytest.mark.skipif(DEVICE.type == "cpu", reason="graphs are captured on GPUs")
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, all of the step's kernels instead of their definitions."""
+    monkeypatch.setattr(elementwise, "_version", lambda tensor: triton_elementwise)
+    monkeypatch.setattr(greedy, "best_tokens", triton_greedy.best_tokens)
+    monkeypatch.setattr(matvec, "linear", triton_matvec.linear)
+
+
+@pytest.fixture(scope="module", params=[DUAL_CHUNK, None], ids=["dual chunks", "plain"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), dual_chunk=request.param)
+
+
+@pytest.fixture(scope="module")
+def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen2:
+    return Qwen2.load(folder, Mesh.single(), dtype, DEVICE)
+
+
+@dataclass
+class Side:
+    """A step and its pages."""
+
+    pool: PagePool
+    step: DecodeStep
+
+
+def make_sides(
+    model: Qwen2, counts: Sequence[int] = (1, 2, MAX_BATCH), kept: KVCacheDtype = "auto"
+) -> tuple[Side, Side]:
+    """The portable step and the kernels', whose pools hold the same: random, behind it NaN."""
+    pools = [PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, DEVICE) for _ in range(2)]
+    torch.manual_seed(0)
+    fill_with_noise(pools[0])
+    pools[1].memory.copy_(pools[0].memory)
+    if pools[0].scales is not None and pools[1].scales is not None:
+        pools[1].scales.copy_(pools[0].scales)
+    portable = PortableStep(model, pools[0], MAX_BATCH)
+    kernels = KernelStep(model, pools[1], counts, PROGRAMS, eager)
+    return Side(pools[0], portable), Side(pools[1], kernels)
+
+
+def fill_with_noise(pool: PagePool) -> None:
+    noise = torch.randn(pool.memory.shape, device=DEVICE)
+    if pool.scales is None:
+        pool.memory.copy_(noise)
+    else:
+        pool.memory.copy_((noise * 64).clamp(-448, 448))
+        pool.scales.fill_(2.0**-6)
+
+
+def make_tables(lengths: Sequence[int], shared: int = 0) -> list[BlockTable]:
+    """Shuffled pages; the first `shared` are the same in every table."""
+    pages = np.random.default_rng(sum(lengths)).permutation(POOL_PAGES).tolist()
+    common = [pages.pop() for _ in range(shared)]
+    return [
+        BlockTable.of([*common, *(pages.pop() for _ in range(pages_for(n + 1) - shared))])
+        for n in lengths
+    ]
+
+
+def make_rows(lengths: Sequence[int], shared: int = 0, takes_best: bool = False) -> list[StepRow]:
+    tables = make_tables(lengths, shared)
+    return [
+        StepRow((7 * index + length) % VOCAB, length, table, takes_best)
+        for index, (length, table) in enumerate(zip(lengths, tables, strict=True))
+    ]
+
+
+def forget_what_lies_behind(pool: PagePool, rows: Sequence[StepRow]) -> None:
+    """NaN wherever no token of these rows lies."""
+    held = torch.zeros(POOL_PAGES, 128, dtype=torch.bool)
+    for row in rows:
+        positions = np.arange(row.length)
+        held[row.table.pages[positions // 128], positions % 128] = True
+    pool.memory.masked_fill_(~held.to(DEVICE)[None, :, None, None, :, None], torch.nan)
+
+
+def check_same(portable: Side, kernels: Side, rows: Sequence[StepRow], tolerance: float) -> None:
+    expected, actual = portable.step.run(rows), kernels.step.run(rows)
+    assert len(actual) == len(expected)
+    for mine, theirs in zip(actual, expected, strict=True):
+        check_outcome(mine, theirs, tolerance)
+    written, reference = kernels.pool.memory, portable.pool.memory
+    assert torch.equal(written.isnan(), reference.isnan())
+    difference = (written - reference).nan_to_num().float().abs().max()
+    assert difference <= tolerance * reference.nan_to_num().float().abs().max()
+
+
+def check_outcome(mine: Outcome, theirs: Outcome, tolerance: float) -> None:
+    assert isinstance(mine, ChosenToken) == isinstance(theirs, ChosenToken)
+    if isinstance(mine, ChosenToken) and isinstance(theirs, ChosenToken):
+        assert mine.token_id == theirs.token_id
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=50 * tolerance)
+    elif isinstance(mine, np.ndarray) and isinstance(theirs, np.ndarray):
+        assert mine.dtype == np.float32
+        assert np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [0],  # nothing before it
+        [300, 1, 127, 128],  # a page's last place, and a page's first
+        [STRIDE - 1, STRIDE, 2 * STRIDE - 1, 2 * STRIDE, 2 * STRIDE + 1],  # dual chunks' borders
+        [700, 5, 0],
+    ],
+    ids=str,
+)
+def test_logits_and_pages_are_those_of_the_portable_step(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, lengths: list[int]
+) -> None:
+    portable, kernels = make_sides(load(folder))
+    rows = make_rows(lengths)
+    for side in (portable, kernels):
+        forget_what_lies_behind(side.pool, rows)
+    poison_fresh_memory(monkeypatch)
+    check_same(portable, kernels, rows, 1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[300, 128, 20], [129]], ids=str)
+def test_in_bfloat16(dual_folder: Path, lengths: list[int]) -> None:
+    portable, kernels = make_sides(load(dual_folder, torch.bfloat16))
+    check_same(portable, kernels, make_rows(lengths), 0.04)
+
+
+def test_a_batch_that_grows_over_page_borders_and_changes(dual_folder: Path) -> None:
+    """One object serves all steps: tables, plan and unused rows must follow."""
+    portable, kernels = make_sides(load(dual_folder))
+    first, second, third = make_rows([126, 254, 40], takes_best=True)
+    batches = [[first, second]] * 3 + [[second, third, first]] * 2 + [[third], [first]]
+    lengths = {id(row.table): row.length for row in (first, second, third)}
+    tables = {
+        id(row.table): BlockTable.of([*row.table.pages, 20 + index])
+        for index, row in enumerate((first, second, third))
+    }
+    for number, batch in enumerate(batches):
+        rows = [
+            StepRow(number + row.token, lengths[id(row.table)], tables[id(row.table)], True)
+            for row in batch
+        ]
+        check_same(portable, kernels, rows, 1e-4)
+        for row in batch:
+            lengths[id(row.table)] += 1
+
+
+def test_choices_that_share_pages(dual_folder: Path) -> None:
+    portable, kernels = make_sides(load(dual_folder))
+    check_same(portable, kernels, make_rows([270, 256, 300], shared=2), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_of_8_bits_grow_over_page_borders(
+    monkeypatch: pytest.MonkeyPatch, dual_folder: Path, dtype: torch.dtype
+) -> None:
+    """Pages as they are defined on one side, the kernels' on the other; unused rows besides."""
+    model = load(dual_folder, dtype)
+    portable, kernels = make_sides(model, kept="fp8_e4m3")
+    lengths = [126, 254, 20]
+    tables = [BlockTable.of(pages) for pages in ([3, 7], [0, 5, 9], [11])]
+    for step in range(4):
+        rows = [
+            StepRow((7 * index + step) % VOCAB, length + step, table, False)
+            for index, (length, table) in enumerate(zip(lengths, tables, strict=True))
+        ]
+        monkeypatch.setattr(quantized, "_version", lambda tensor: quantized_reference)
+        expected = portable.step.run(rows)
+        monkeypatch.setattr(quantized, "_version", lambda tensor: triton_quantized)
+        actual = kernels.step.run(rows)
+        for mine, theirs in zip(actual, expected, strict=True):
+            check_outcome(mine, theirs, 1e-4 if dtype == torch.float32 else 0.04)
+    written, reference = (widened(side.pool) for side in (kernels, portable))
+    differing = (written != reference).sum()
+    # Sums in another order may fall on another side of a border between two e4m3 values.
+    assert differing <= (4 if dtype == torch.float32 else 0.2 * 12 * 3 * 2 * 2 * 16)
+    torch.testing.assert_close(written, reference, rtol=0.14, atol=0.1)
+
+
+def widened(pool: PagePool) -> torch.Tensor:
+    assert pool.scales is not None
+    return pool.memory.float() * pool.scales[..., None, None]
+
+
+def test_rows_get_what_they_ask_for(dual_folder: Path) -> None:
+    portable, kernels = make_sides(load(dual_folder))
+    best, full = make_rows([30, 31], takes_best=True), make_rows([30, 31])
+    [chosen, logits] = kernels.step.run([best[0], full[1]])
+    assert isinstance(chosen, ChosenToken)
+    assert isinstance(logits, np.ndarray)
+    check_same(portable, kernels, [best[0], full[1]], 1e-4)
+
+
+class Engine:
+    """A decoder whose prompts are not prefilled: pages hold what they happen to."""
+
+    def __init__(
+        self, model: Qwen2, capture: Capture, max_batch: int = 3, kept: KVCacheDtype = "auto"
+    ) -> None:
+        self.pool = PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, DEVICE)
+        torch.manual_seed(1)
+        fill_with_noise(self.pool)
+        step = KernelStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture)
+        self.decoder = Decoder(model, self.pool, TokenBytes(build_tokenizer()), max_batch, step)
+
+    def start(self, name: str, length: int, **sampling: Any) -> list[Any]:
+        values = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True, **sampling}
+        request = GenerationRequest(
+            name, np.zeros(length, dtype=np.int32), SamplingParameters(**values), 0.0
+        )
+        self.decoder.reserve(request)
+        return self.decoder.start(name, np.linspace(0, 1, VOCAB, dtype=np.float32))
+
+
+def joining_and_leaving(engine: Engine) -> dict[tuple[str, int], list[int]]:
+    """Requests of all kinds that come and go; the tokens of each choice."""
+    decoder = engine.decoder
+    outputs = engine.start("long", 380, max_tokens=9)
+    outputs += engine.start("two", 127, choices=2, max_tokens=3, temperature=1.0, seed=3)
+    outputs += decoder.step()
+    outputs += engine.start("waits", 20, max_tokens=4)
+    outputs += engine.start("leaves", 254, max_tokens=9)
+    for _ in range(4):
+        outputs += decoder.step()
+    decoder.cancel("leaves")
+    while decoder.has_work:
+        outputs += decoder.step()
+    assert decoder.usage == 0
+    tokens: dict[tuple[str, int], list[int]] = {}
+    for name, delta in outputs:
+        assert isinstance(delta, Delta)
+        tokens.setdefault((name, delta.choice), []).extend(t.token_id for t in delta.tokens)
+    return tokens
+
+
+def test_a_decoder_on_kernels_finishes_what_it_started(dual_folder: Path) -> None:
+    tokens = joining_and_leaving(Engine(load(dual_folder), eager))
+    assert {name: len(each) for name, each in tokens.items() if name[0] != "leaves"} == {
+        ("long", 0): 9, ("two", 0): 3, ("two", 1): 3, ("waits", 0): 4,
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # in the interpreter
+def test_one_damaged_request_fails_alone_on_kernels(dual_folder: Path) -> None:
+    engine = Engine(load(dual_folder), eager)
+    engine.start("good", 40)
+    engine.start("bad", 300)
+    table = engine.decoder._reservations["bad"].block_tables[0]
+    engine.pool.memory[:, int(table.pages[0])] = torch.nan
+    outputs = engine.decoder.step()
+    [(name, error)] = [each for each in outputs if isinstance(each[1], GenerationError)]
+    assert name == "bad"
+    assert "not finite" in str(error)
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    assert sum(name == "good" for name, _ in outputs) == 5
+    assert engine.decoder.usage == 0
+
+
+def test_too_little_memory_to_prepare_steps_names_the_remedy(dual_folder: Path) -> None:
+    def without_memory(launch: object) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(ConfigurationError, match=r"step of 3 .* lower decode.kv_cache_tokens"):
+        Engine(load(dual_folder), without_memory)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
+)
+def test_graphs_end_with_the_largest_batch(max_batch: int, counts: list[int]) -> None:
+    assert row_counts(max_batch) == counts
+
+
+def test_the_step_is_what_the_device_needs(dual_folder: Path) -> None:
+    model = load(dual_folder)
+    step = make_step(model, PagePool(model.page_geometry, 4, DEVICE), max_batch=2)
+    assert isinstance(step, KernelStep if DEVICE.type == "cuda" else PortableStep)
+
+
+@on_gpus
+def test_a_captured_step_takes_no_memory_and_so_cannot_lack_it(dual_folder: Path) -> None:
+    """Else it might fail while its inputs are still on their way, and the next overwrite them."""
+    model = load(dual_folder, torch.bfloat16)
+    pool = PagePool(model.page_geometry, POOL_PAGES, DEVICE)
+    pool.memory.normal_()
+    step = KernelStep(model, pool, row_counts(2), PROGRAMS, captured(DEVICE))
+    rows = [*make_rows([30], takes_best=True), *make_rows([31])]
+    step.run(rows)
+    before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+    step.run(rows)
+    assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
+
+
+@on_gpus
+@pytest.mark.parametrize("kept", ["auto", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_steps_choose_what_launched_ones_do(
+    dual_folder: Path, dtype: torch.dtype, kept: KVCacheDtype
+) -> None:
+    model = load(dual_folder, dtype)
+    launched = joining_and_leaving(Engine(model, eager, kept=kept))
+    assert joining_and_leaving(Engine(model, captured(DEVICE), kept=kept)) == launched

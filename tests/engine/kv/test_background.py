@@ -1,0 +1,122 @@
+"""What is handed off beside the computing arrives in order, or its failure is known."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.engine.errors import TransferError
+from longreach.engine.kv.background import BackgroundSender, hand_off_stream
+from longreach.engine.kv.hand_off import PageSender, Place
+from longreach.engine.kv.pages import HeldPages, Pages
+
+PAGES = HeldPages(Pages(torch.zeros(1, 1, 2, 128, 4)), np.array([0]), slice(0, 1))
+
+
+class SlowSender(PageSender):
+    """Sends when it is let, and writes down what it is asked."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.asked: list[int | str] = []
+        self.begun, self.let = threading.Event(), threading.Event()
+        self.given_up = threading.Event()
+        self._error = error
+
+    def push(self, place: Place, pages: HeldPages) -> None:
+        self.begun.set()
+        assert self.let.wait(10)
+        self.asked.append(place.layer)
+        if self._error is not None:
+            raise self._error
+
+    def flush(self) -> None:
+        self.asked.append("flush")
+
+    def abandon(self) -> None:
+        self.asked.append("abandon")
+        self.given_up.set()
+
+
+def push(sender: BackgroundSender, layers: range) -> None:
+    for layer in layers:
+        sender.push(Place(layer, 0, 0), PAGES)
+
+
+def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
+    slow = SlowSender()
+    sender = BackgroundSender(slow, None)
+    push(sender, range(5))
+    assert slow.asked == []
+    threading.Timer(0.05, slow.let.set).start()
+    sender.flush()
+    assert slow.asked == [0, 1, 2, 3, 4, "flush"]
+    push(sender, range(5, 6))
+    sender.flush()
+    assert slow.asked[6:] == [5, "flush"]
+    sender.abandon()
+
+
+def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowSender()
+    slow.let.set()
+
+    def broken() -> None:
+        raise ValueError("what nobody foresaw")
+
+    monkeypatch.setattr(slow, "flush", broken)
+    sender = BackgroundSender(slow, None)
+    push(sender, range(1))
+    with pytest.raises(TransferError, match="what nobody foresaw"):
+        sender.flush()
+    sender.abandon()
+
+
+def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
+    slow = SlowSender()
+    sender = BackgroundSender(slow, None)
+    push(sender, range(5))
+    assert slow.begun.wait(10)
+    sender.abandon()
+    slow.let.set()
+    assert slow.given_up.wait(10)
+    assert slow.asked == [0, "abandon"]
+
+
+def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
+    slow = SlowSender(RuntimeError("the device is gone\nCompile with ..."))
+    slow.let.set()
+    sender = BackgroundSender(slow, None)
+    push(sender, range(3))
+    with pytest.raises(TransferError, match=r"the device is gone$"):
+        sender.flush()
+    assert sender.failure is not None
+    assert "\n" not in sender.failure
+    assert slow.asked == [0, "flush"]
+    sender.abandon()
+
+
+class Reader(PageSender):
+    """Takes memory for pages on their way, as they do not lie side by side."""
+
+    def push(self, place: Place, pages: HeldPages) -> None:
+        pages.read()
+
+    def flush(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has streams")
+def test_memory_that_one_request_took_serves_all_that_follow() -> None:
+    device = torch.device("cuda")
+    stream, numbers = hand_off_stream(device), np.array([5, 2, 9])
+    layer = Pages(torch.zeros(64, 8, 2, 128, 128, device=device))
+    apart = HeldPages(layer, numbers, torch.from_numpy(numbers).to(device))
+    reserved = []
+    for _ in range(8):
+        sender = BackgroundSender(Reader(), stream)
+        sender.push(Place(0, 0, 0), apart)
+        sender.flush()
+        sender.abandon()
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert reserved[-1] == reserved[0]

@@ -1,0 +1,34 @@
+"""The type that a model computes in, where that is left to the machine."""
+
+import pytest
+import torch
+
+from longreach.engine.errors import ConfigurationError
+from longreach.engine.local import LocalPrefill
+from longreach.engine.model.pocket import CHECKPOINT
+from longreach.engine.model.precision import compute_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("DEFAULT", torch.float32), ("AVX2", torch.float32), ("AVX512", torch.bfloat16)],
+)
+def test_auto_is_what_the_cpu_is_fast_at(
+    monkeypatch: pytest.MonkeyPatch, capability: str, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert compute_dtype("auto", CPU) == expected
+    assert compute_dtype("auto", CUDA) == torch.bfloat16
+    assert compute_dtype("float16", CPU) == torch.float16
+
+
+def test_kernels_for_gpus_take_no_pages_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LocalPrefill(CHECKPOINT, 128).model
+    assert model.pages_kept_as("bfloat16").dtype == torch.bfloat16
+    monkeypatch.setattr(type(model), "device", CUDA)
+    with pytest.raises(ConfigurationError, match=r"set model\.dtype bfloat16"):
+        model.pages_kept_as("bfloat16")
+    assert model.pages_kept_as("auto").dtype == torch.float32
+    assert model.pages_kept_as("fp8_e4m3").quantized

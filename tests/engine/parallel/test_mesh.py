@@ -1,0 +1,179 @@
+"""Every mesh gives what one process gives, and hands every page off exactly once."""
+
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from longreach.engine.errors import ConfigurationError
+from longreach.engine.kv.hand_off import PageSender, Place
+from longreach.engine.kv.pages import HeldPages
+from longreach.engine.local import LocalPrefill
+from longreach.engine.model.config import KVCacheDtype, ModelConfig
+from longreach.engine.model.files import ModelFiles
+from longreach.engine.model.qwen2 import HeadShare
+from longreach.engine.model.random_weights import load_model
+from longreach.engine.parallel.mesh import Mesh
+
+from ..checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
+
+LENGTHS = (1, 128, 700, 1000)
+CHUNKS = (256, 640)
+PUBLISHED = {**DUAL_CHUNK, "sparse_attention_threshold": 800}
+
+
+@dataclass
+class RecordingSender(PageSender):
+    """Keeps the numbers it is given."""
+
+    pushed: list[tuple[int, int, int, Tensor]] = field(default_factory=list)
+
+    def push(self, place: Place, pages: HeldPages) -> None:
+        read = pages.read()
+        wide = read.values.float()
+        if read.scales is not None:
+            wide *= read.scales[..., None, None]
+        self.pushed.append((*astuple(place), wide.clone()))
+
+    def flush(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        self.pushed.clear()
+
+
+def run(local: LocalPrefill, length: int, chunk: int) -> tuple[Tensor, list]:
+    prompt = np.random.default_rng(length).integers(0, VOCAB, length).astype(np.int32)
+    sender = RecordingSender()
+    local.pool.memory.fill_(torch.nan)
+    if local.pool.scales is not None:
+        local.pool.scales.fill_(torch.nan)
+    local.prefiller.admit("request", prompt)
+    logits = None
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        logits = local.prefiller.run_chunk("request", start, end, sender).logits
+    local.prefiller.release("request")
+    assert logits is not None
+    return logits, sender.pushed
+
+
+def run_all(local: LocalPrefill) -> dict[tuple[int, int], tuple[Tensor, list]]:
+    return {(n, chunk): run(local, n, chunk) for n in LENGTHS for chunk in CHUNKS}
+
+
+def rank_main(
+    rank: int,
+    meshes: list[tuple[int, int]],
+    checkpoint: Path,
+    output: Path,
+    kept: KVCacheDtype,
+) -> None:
+    torch.set_num_threads(1)
+    for tensor, sequence in meshes:
+        place = f"{tensor}x{sequence}"
+        mesh = Mesh.join(tensor, sequence, rank, f"file://{output}/meeting-{place}")
+        local = LocalPrefill(checkpoint, 1024, mesh=mesh, kv_cache_dtype=kept)
+        torch.save(run_all(local), output / f"{place}-{rank}.pt")
+        mesh.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), PUBLISHED, sparse=(60, 128))
+
+
+@pytest.mark.parametrize(
+    ("meshes", "kept"),
+    [
+        ([(1, 2), (2, 1)], "auto"),
+        ([(1, 3)], "auto"),
+        ([(2, 2), (4, 1)], "auto"),
+        ([(1, 2)], "fp8_e4m3"),
+    ],
+)
+def test_every_mesh_is_one_process(
+    meshes: list[tuple[int, int]], kept: KVCacheDtype, checkpoint: Path, tmp_path: Path
+) -> None:
+    expected = run_all(LocalPrefill(checkpoint, 1024, kv_cache_dtype=kept))
+    ranks = meshes[0][0] * meshes[0][1]
+    spawn(rank_main, (meshes, checkpoint, tmp_path, kept), nprocs=ranks)
+    for tensor, sequence in meshes:
+        results = [torch.load(tmp_path / f"{tensor}x{sequence}-{rank}.pt") for rank in range(ranks)]
+        for key, (logits, pushed) in expected.items():
+            for result in results:
+                torch.testing.assert_close(result[key][0], logits, rtol=3e-4, atol=3e-4)
+            together = [piece for result in results for piece in result[key][1]]
+            target, whole = assembled(together, key[0]), assembled(pushed, key[0])
+            if kept == "fp8_e4m3":
+                # Sums in another order may fall on another side of a border between two values.
+                assert (target != whole).double().mean() < 1e-4
+                torch.testing.assert_close(target, whole, rtol=1 / 7, atol=0)
+            else:
+                torch.testing.assert_close(target, whole, rtol=1e-3, atol=1e-3)
+
+
+def assembled(pieces: list, length: int) -> Tensor:
+    """Keys and values of all layers from pages of which each head came once."""
+    whole = torch.full((3, -(-length // 128), 2, 2, 128, 16), torch.nan)
+    for layer, first_page, first_head, pages in pieces:
+        heads = slice(first_head, first_head + pages.shape[1])
+        place = whole[layer, first_page : first_page + len(pages), heads]
+        assert place.isnan().all(), "a page came twice"
+        place.copy_(pages)
+    return whole
+
+
+def config_with(heads: int, kv_heads: int) -> ModelConfig:
+    return ModelConfig(97, 64, 96, 3, heads, kv_heads, 16, 1e-6, 1e4, True, 4096, None, ())
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor_parallel", "expected"),
+    [
+        (28, 4, 2, [(0, 14, 0, 2, True), (14, 28, 2, 4, True)]),
+        (
+            4,
+            2,
+            4,
+            [(0, 1, 0, 1, True), (1, 2, 0, 1, False), (2, 3, 1, 2, True), (3, 4, 1, 2, False)],
+        ),
+    ],
+)
+def test_heads_are_shared(heads, kv_heads, tensor_parallel, expected) -> None:
+    config = config_with(heads, kv_heads)
+    shares = [HeadShare.of(config, tensor_parallel, rank) for rank in range(tensor_parallel)]
+    assert shares == [HeadShare(*share) for share in expected]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor_parallel"), [(28, 4, 8), (12, 4, 6), (6, 2, 5)]
+)
+def test_a_mesh_that_does_not_divide_is_refused(heads, kv_heads, tensor_parallel) -> None:
+    with pytest.raises(ConfigurationError, match=r"take one of 1, 2"):
+        HeadShare.of(config_with(heads, kv_heads), tensor_parallel, 0)
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_mesh_that_does_not_divide_is_refused_before_weights_are_read(
+    checkpoint: Path, random: bool
+) -> None:
+    """The folder of a partial download has no weights: the mesh is what is told."""
+    (checkpoint / "model.safetensors").rename(checkpoint / "elsewhere")
+    try:
+        with pytest.raises(ConfigurationError, match=r"tensor_parallel 3 .* take one of 1, 2, 4"):
+            load_model(
+                ModelFiles(checkpoint, checkpoint, random), Mesh(3, 1, 0), torch.float32,
+                torch.device("cpu"),
+            )  # fmt: skip
+    finally:
+        (checkpoint / "elsewhere").rename(checkpoint / "model.safetensors")
+
+
+def test_a_rank_outside_the_mesh_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        Mesh.join(2, 1, 2, "tcp://127.0.0.1:1")
