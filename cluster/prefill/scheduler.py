@@ -5,7 +5,7 @@ Pure bookkeeping over token and page counts and a clock that the caller reads.
 
 from dataclasses import dataclass
 
-from ...engine.errors import InvalidRequestError, PromptTooLongError
+from ...engine.errors import CacheTooSmallError, InvalidRequestError
 from ..settings import PAGE_TOKENS
 
 
@@ -70,17 +70,14 @@ class ChunkScheduler:
         """Take a prompt in.
 
         Raises:
-            PromptTooLongError: it needs more pages than there are.
+            CacheTooSmallError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
         entry = _Entry(tokens, now)
         if request_id in self._entries:
             raise InvalidRequestError(f"request {request_id} is being prefilled already")
         if entry.pages > self._num_pages:
-            raise PromptTooLongError(
-                f"the prompt has {tokens} tokens and the prefill pool holds "
-                f"{self._num_pages * PAGE_TOKENS} (prefill.kv_cache_tokens); shorten it"
-            )
+            raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
         self._entries[request_id] = entry
 
     def remove(self, request_id: str) -> None:

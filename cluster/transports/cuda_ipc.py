@@ -5,10 +5,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ...engine.errors import TransferError, in_one_line
+from ...engine.errors import TransferError
 from ...engine.kv.hand_off import PageSender, Place
 from ...engine.kv.pages import HeldPages
 from ...engine.kv.shared_pages import SharedPool, SharedRun
+from ..remedies import in_one_line
 
 
 class CudaIpcSender(PageSender):

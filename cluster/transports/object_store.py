@@ -9,10 +9,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ...engine.errors import TransferError, in_one_line
+from ...engine.errors import TransferError
 from ...engine.kv.hand_off import PageSender, Place
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
+from ..remedies import in_one_line
 
 _MESSAGE_BYTES = 1 << 20
 

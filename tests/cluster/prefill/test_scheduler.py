@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
 from longreach.cluster.settings import PAGE_TOKENS
-from longreach.engine.errors import InvalidRequestError, PromptTooLongError
+from longreach.engine.errors import CacheTooSmallError, InvalidRequestError
 
 CHUNK = 1024
 
@@ -62,8 +62,11 @@ def test_a_prompt_that_waits_for_pages_lets_shorter_ones_pass_until_its_turn_com
 
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = make_scheduler(pages=4)
-    with pytest.raises(PromptTooLongError, match="shorten"):
+    with pytest.raises(CacheTooSmallError) as refused:
         scheduler.add("a", 4 * PAGE_TOKENS + 1, 0.0)
+    assert vars(refused.value) == {
+        "phase": "prefill", "needed": 4 * PAGE_TOKENS + 1, "total": 4 * PAGE_TOKENS
+    }  # fmt: skip
     scheduler.add("a", 4 * PAGE_TOKENS, 0.0)
     with pytest.raises(InvalidRequestError):
         scheduler.add("a", 1, 0.0)

@@ -12,11 +12,14 @@ from longreach.engine.decode.decoder import Decoder, pages_needed
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.sampler import Sampler
 from longreach.engine.errors import (
+    CacheTooSmallError,
     GenerationError,
     InvalidRequestError,
     OutOfMemoryError,
     OutOfPagesError,
-    PromptTooLongError,
+    PageFormatError,
+    ReceiveOutOfMemoryError,
+    RefusedPagesError,
     TransferError,
 )
 from longreach.engine.kv.hand_off import Place
@@ -157,8 +160,11 @@ def test_pages_of_another_format_are_refused(dual_chunk_folder: Path) -> None:
     engine = Engine(dual_chunk_folder)
     engine.prefill = LocalPrefill(dual_chunk_folder, 1024, kv_cache_dtype="fp8_e4m3")
     engine.reserve("a", prompt)
-    with pytest.raises(TransferError, match=r"request a, .* model\.kv_cache_dtype"):
+    with pytest.raises(RefusedPagesError) as refused:
         engine.hand_off("a", prompt)
+    assert refused.value.request_id == "a"
+    assert isinstance(refused.value.reason, PageFormatError)
+    assert vars(refused.value.reason) == {"came": "float8_e4m3fn", "kept": "float32"}
 
 
 def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(dual_chunk_folder: Path) -> None:
@@ -188,7 +194,7 @@ def test_a_prefiller_on_the_same_pool_writes_where_decode_reads(dual_chunk_folde
     engine = Engine(dual_chunk_folder)
     expected = engine.generate("apart", prompt)[0]
     prefiller = Prefiller(engine.prefill.model, engine.pool, None)
-    with pytest.raises(InvalidRequestError, match="reserve"):
+    with pytest.raises(InvalidRequestError):
         engine.decoder.block_table("shared")
     engine.reserve("shared", prompt)
     free = engine.pool.num_free
@@ -220,13 +226,8 @@ def test_prefill_goes_on_where_pages_are_filled_already(dual_chunk_folder: Path)
     second.admit("a", prompt, pages, done=128)
     first.release("a")
     free = engine.pool.num_free
-    for held, done, said in (
-        (pages, 100, "multiple of 128"),
-        (pages, -128, "multiple of 128"),
-        (pages, 384, "multiple of 128"),
-        (pages[:2], 128, "needs 3 pages, not 2"),
-    ):
-        with pytest.raises(InvalidRequestError, match=said):
+    for held, done in ((pages, 100), (pages, -128), (pages, 384), (pages[:2], 128)):
+        with pytest.raises(InvalidRequestError):
             second.admit("b", prompt, held, done=done)
     assert engine.pool.num_free == free
     logits = second.run_chunk("a", 128, 300).logits
@@ -327,8 +328,9 @@ def test_too_little_memory_for_pages_that_come_ends_that_hand_off(
 
     monkeypatch.setattr(engine.pool, "put", small_put)
     engine.reserve("a", prompt)
-    with pytest.raises(TransferError, match=r"pages of request a; lower decode\.max_batch or dec"):
+    with pytest.raises(ReceiveOutOfMemoryError) as raised:
         engine.hand_off("a", prompt)
+    assert raised.value.request_id == "a"
     engine.prefill.prefiller.release("a")
     engine.decoder.cancel("a")
     assert engine.decoder.usage == 0
@@ -391,7 +393,7 @@ def test_a_start_that_fails_half_way_keeps_no_page(
 
     target, name = (engine.pool, where) if where == "copy_page" else (Sampler, "choose")
     monkeypatch.setattr(target, name, fail)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError):
         engine.decoder.start("a", logits)
     engine.decoder.cancel("a")
     assert engine.decoder.usage == 0
@@ -400,10 +402,9 @@ def test_a_start_that_fails_half_way_keeps_no_page(
 
 def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: Path) -> None:
     engine = Engine(dual_chunk_folder, pages=4)
-    with pytest.raises(
-        PromptTooLongError, match=r"needs 640 .* has 512 \(decode\.kv_cache_tokens\); shorten"
-    ):
+    with pytest.raises(CacheTooSmallError) as refused:
         engine.reserve("long", make_prompt(600))
+    assert vars(refused.value) == {"phase": "decode", "needed": 640, "total": 512}
     engine.reserve("a", make_prompt(300))
     with pytest.raises(OutOfPagesError):
         engine.reserve("b", make_prompt(200))
