@@ -20,6 +20,7 @@ from ...engine.errors import (
 )
 from ...engine.messages import Delta, GenerationRequest
 from .. import metrics
+from ..fairness import Turns
 from ..metrics import Metrics
 from ..settings import Settings
 
@@ -65,8 +66,7 @@ class DecodeWorker:
         )
         # Held by whoever uses the decoder; notified when pages came back.
         self._turn = asyncio.Condition()
-        self._waiting_for_pages: list[tuple[float, GenerationRequest]] = []
-        self._ageing = settings.prefill.ageing
+        self._waiting_for_pages = Turns(settings.decode.patience)
         self._outputs: dict[str, asyncio.Queue[Delta | LongreachError | None]] = {}
         # Set when a request is released. An id never comes twice, so one that ended stays ended.
         self._gone: dict[str, asyncio.Event] = {}
@@ -86,30 +86,31 @@ class DecodeWorker:
     async def reserve(self, request: GenerationRequest) -> None:
         """Take a request's pages, waiting until they are free.
 
-        As in prefill, shorter requests go first, with ageing, and none passes one whose turn it is.
+        Shorter prompts go first, within the bound of `Turns`; none passes one whose turn it is.
 
         Raises:
             PromptTooLongError: there will never be enough pages.
             InvalidRequestError: a request of that name is here already, or was released.
             UnavailableError: as `ping`, also while waiting.
         """
-        entry = (time.monotonic(), request)
+        name = request.request_id
         if request.request_id in self._ended:
             raise InvalidRequestError(f"request {request.request_id} was released")
         gone = self._gone[request.request_id] = asyncio.Event()
         async with self._turn:
-            self._waiting_for_pages.append(entry)
+            self._waiting_for_pages.join(name, len(request.prompt))
             try:
                 while True:
                     self._check()
                     if gone.is_set():
                         raise InvalidRequestError(f"request {request.request_id} was released")
-                    if self._next_for_pages() is entry and self._fits(request):
+                    if self._waiting_for_pages.order()[0] == name and self._fits(request):
+                        self._waiting_for_pages.serve(name, len(request.prompt))
                         return
                     self._report()
                     await self._turn.wait()
             finally:
-                self._waiting_for_pages.remove(entry)
+                self._waiting_for_pages.leave(name)
                 # Whoever is next may fit into what is left.
                 self._turn.notify_all()
                 self._report()
@@ -219,13 +220,6 @@ class DecodeWorker:
         if event is not None:
             await event.wait()
         self._check()
-
-    def _next_for_pages(self) -> tuple[float, GenerationRequest]:
-        now = time.monotonic()
-        return min(
-            self._waiting_for_pages,
-            key=lambda entry: len(entry[1].prompt) - self._ageing * (now - entry[0]),
-        )
 
     def _fits(self, request: GenerationRequest) -> bool:
         """Reserve pages if they are free."""

@@ -52,7 +52,7 @@ class PrefillReplica:
         prefill = settings.prefill
         self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
         self._scheduler = ChunkScheduler(
-            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.ageing
+            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.patience
         )
         self._jobs: dict[str, _Job] = {}
         self._computing: str | None = None
@@ -118,7 +118,7 @@ class PrefillReplica:
         name = job.request.request_id
         try:
             await job.worker.reserve.remote(job.request)
-            self._scheduler.add(name, job.total, time.monotonic())
+            self._scheduler.add(name, job.total)
             self._wake.set()
             self._report()
             await job.worker.gone.remote(name)
@@ -157,7 +157,7 @@ class PrefillReplica:
     async def _run_next(self) -> None:
         """Compute the chunk whose turn it is, or sleep until there is one."""
         self._release_leaving()
-        chunk = self._scheduler.next(time.monotonic())
+        chunk = self._scheduler.next()
         if chunk is None:
             self._wake.clear()
             await self._wake.wait()
@@ -179,7 +179,6 @@ class PrefillReplica:
         except RayError as error:
             self._out_of_memory(chunk, error)
             return
-        self._scheduler.computed(chunk, time.monotonic())
         self._count(chunk, results)
         slowest = max(results, key=_busy_seconds)
         for stage, seconds in slowest.stages.items():
