@@ -1,32 +1,32 @@
 """Who gets pages next, when several requests wait for them."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...engine.decode.engine import DecodeEngine
 from ...engine.errors import LongreachError, OutOfPagesError
 from ...engine.messages import GenerationRequest
+from ..fairness import Turns
 from ..tasks import forever
 
 
 @dataclass(eq=False)
 class _Waiting:
     request: GenerationRequest
-    since: float
     admitted: asyncio.Future[None] = field(default_factory=asyncio.Future)
 
 
 class Admission:
     """Reserves pages for one request after the other, from one task that page frees wake.
 
-    As in prefill, shorter prompts go first, with ageing, and none passes one whose turn it is.
+    As in prefill, shorter prompts go first, with a bound on how often one is passed (`Turns`), and
+    none passes one whose turn it is.
 
     Args:
         engine: whose pages they are.
         turn: held by whoever uses the engine.
-        ageing: tokens by which a prompt seems shorter for each second that it has waited.
+        patience: see `Turns`.
         changed: called when the number of waiting requests has changed.
         on_failure: called if the task ends, which it must not.
     """
@@ -35,13 +35,13 @@ class Admission:
         self,
         engine: DecodeEngine,
         turn: asyncio.Lock,
-        ageing: float,
+        patience: float,
         changed: Callable[[], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._engine, self._turn, self._ageing = engine, turn, ageing
-        self._changed = changed
-        self._waiting: list[_Waiting] = []
+        self._engine, self._turn, self._changed = engine, turn, changed
+        self._turns = Turns(patience)
+        self._waiting: dict[str, _Waiting] = {}
         self._wake = asyncio.Event()
         self._task = forever(self._run(), on_failure)
 
@@ -58,14 +58,15 @@ class Admission:
         Raises: as `DecodeEngine.reserve`, except that it waits for pages that are not free now.
         """
         self._engine.check(request)
-        entry = _Waiting(request, time.monotonic())
-        self._waiting.append(entry)
+        name, entry = request.request_id, _Waiting(request)
+        self._turns.join(name, len(request.prompt))
+        self._waiting[name] = entry
         self.wake()
         try:
             await entry.admitted
         finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            if self._waiting.get(name) is entry:
+                self._forget(name)
                 self._changed()
                 # Whoever is next may fit into what this one waited for.
                 self.wake()
@@ -76,50 +77,47 @@ class Admission:
 
     def refuse(self, request_id: str, error: LongreachError) -> None:
         """End the wait of one request, if it waits."""
-        for entry in [e for e in self._waiting if e.request.request_id == request_id]:
-            self._settle(entry, error)
+        if request_id in self._waiting:
+            self._settle(request_id, error)
 
     def refuse_all(self, error: LongreachError) -> None:
         """End everybody's wait."""
-        for entry in list(self._waiting):
-            self._settle(entry, error)
+        for request_id in list(self._waiting):
+            self._settle(request_id, error)
 
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             async with self._turn:
-                while self._waiting and self._admit(self._next()):
+                while self._waiting and self._admit(self._turns.order()[0]):
                     pass
             self._changed()
 
-    def _next(self) -> _Waiting:
-        now = time.monotonic()
-        return min(
-            self._waiting,
-            key=lambda entry: len(entry.request.prompt) - self._ageing * (now - entry.since),
-        )
-
-    def _admit(self, entry: _Waiting) -> bool:
+    def _admit(self, request_id: str) -> bool:
         """Whether a request waits no longer: it has pages, or will never get any."""
-        if entry.admitted.done():
-            self._waiting.remove(entry)
-            return True
+        request = self._waiting[request_id].request
         try:
-            self._engine.reserve(entry.request)
+            self._engine.reserve(request)
         except OutOfPagesError:
             return False
         except LongreachError as error:
-            self._settle(entry, error)
+            self._settle(request_id, error)
             return True
-        self._settle(entry, None)
+        self._turns.serve(request_id, len(request.prompt))
+        self._settle(request_id, None)
         return True
 
-    def _settle(self, entry: _Waiting, error: LongreachError | None) -> None:
-        self._waiting.remove(entry)
-        if entry.admitted.done():
-            return
+    def _settle(self, request_id: str, error: LongreachError | None) -> None:
+        admitted = self._waiting[request_id].admitted
+        self._forget(request_id)
+        if admitted.done():
+            return  # Whoever waited was cancelled, and has not run since.
         if error is None:
-            entry.admitted.set_result(None)
+            admitted.set_result(None)
         else:
-            entry.admitted.set_exception(error)
+            admitted.set_exception(error)
+
+    def _forget(self, request_id: str) -> None:
+        del self._waiting[request_id]
+        self._turns.leave(request_id)

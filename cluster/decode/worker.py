@@ -93,7 +93,7 @@ class DecodeWorker:
         )
         self._copier = PageCopier(self._receiver, self._pulse, self._set_threads)
         self._admission = Admission(
-            engine, self._turn, settings.prefill.ageing, self._report, self._fail
+            engine, self._turn, settings.decode.patience, self._report, self._fail
         )
         self._stepper = Stepper(
             engine, self._turn, self._pulse, self._after_step, self._fail, self._set_threads

@@ -55,7 +55,7 @@ class PrefillReplica:
         prefill = settings.prefill
         self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
         self._scheduler = ChunkScheduler(
-            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.ageing
+            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.patience
         )
         self._jobs: dict[str, _Job] = {}
         self._leaving: list[str] = []
@@ -105,7 +105,7 @@ class PrefillReplica:
         """
         try:
             await job.order.destination
-            self._scheduler.add(job.name, job.total, time.monotonic())
+            self._scheduler.add(job.name, job.total)
             self._wake.set()
             self._report()
             await job.order.released
@@ -144,7 +144,7 @@ class PrefillReplica:
         """Compute the chunk whose turn it is, or sleep until there is one, for good."""
         while not self._lost:
             self._release_leaving()
-            chunk = self._scheduler.next(time.monotonic())
+            chunk = self._scheduler.next()
             if chunk is not None:
                 await self._compute(chunk)
             else:
@@ -158,7 +158,6 @@ class PrefillReplica:
         except RayError as error:
             self._out_of_memory(chunk, error)
             return
-        self._scheduler.computed(chunk, time.monotonic())
         self._count(chunk, results)
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds

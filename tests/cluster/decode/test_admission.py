@@ -50,11 +50,11 @@ def make_request(name: str, tokens: int) -> GenerationRequest:
 class Scene:
     """An admission over ten pages, and the requests in the order in which they got theirs."""
 
-    def __init__(self, ageing: float = 0.0) -> None:
+    def __init__(self, patience: float = 1000.0) -> None:
         self.pages = Pages(10)
         self.failures: list[BaseException] = []
         self.admission = Admission(
-            cast(DecodeEngine, self.pages), asyncio.Lock(), ageing, lambda: None,
+            cast(DecodeEngine, self.pages), asyncio.Lock(), patience, lambda: None,
             self.failures.append,
         )  # fmt: skip
         self.admitted: list[str] = []
@@ -104,19 +104,23 @@ def test_shorter_prompts_go_first_and_none_passes_one_whose_turn_it_is() -> None
     assert play(scenario).admitted == ["holder", "three", "four", "nine"]
 
 
-def test_whoever_has_waited_long_passes_shorter_ones() -> None:
+def test_whoever_was_passed_often_enough_passes_shorter_ones() -> None:
     async def scenario(scene: Scene) -> None:
-        await scene.ask("holder", 10)
-        long = asyncio.create_task(scene.ask("long", 9))
-        await asyncio.sleep(0.02)
-        short = asyncio.create_task(scene.ask("short", 2))
+        await scene.ask("holder", 7)
+        asked = [asyncio.create_task(scene.ask("long", 9))]
+        for n in range(6):
+            asked.append(asyncio.create_task(scene.ask(f"short {n}", 3)))
+            await settle()
+            scene.free(f"short {n}")
         await settle()
         scene.free("holder")
-        await long
+        await settle()
         scene.free("long")
-        await short
+        await asyncio.gather(*asked)
 
-    assert play(scenario, ageing=1000.0).admitted == ["holder", "long", "short"]
+    # After three short ones, nine tokens, the next waits behind it.
+    shorts = [f"short {n}" for n in range(6)]
+    assert play(scenario, patience=1.0).admitted == ["holder", *shorts[:3], "long", *shorts[3:]]
 
 
 def test_nothing_is_tried_while_no_page_is_freed() -> None:

@@ -161,7 +161,7 @@ def test_no_call_that_must_arrive_belongs_to_a_request(play: Any, gang: FakeGang
 
 def test_whatever_ends_the_loop_ends_the_requests(play: Any, gang: FakeGang) -> None:
     async def scenario(replica: PrefillReplica) -> None:
-        def broken(now: float) -> Chunk:
+        def broken() -> Chunk:
             raise ZeroDivisionError
 
         replica._scheduler.next = broken
