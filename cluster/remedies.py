@@ -43,7 +43,7 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
             return "lower decode.kv_cache_tokens or decode.max_batch"
         case errors.ChunkOutOfMemoryError():
             return "lower prefill.chunk_tokens or prefill.kv_cache_tokens"
-        case errors.DecodeOutOfMemoryError():
+        case errors.DecodeOutOfMemoryError() | errors.ReceiveOutOfMemoryError():
             return "lower decode.max_batch or decode.kv_cache_tokens"
         case errors.CacheTooSmallError(phase="prefill"):
             return "shorten the prompt, or raise prefill.kv_cache_tokens"

@@ -271,6 +271,20 @@ class CannotMapPagesError(FactualError, TransferError):
 
 
 @dataclass(eq=False)
+class ReceiveOutOfMemoryError(FactualError, TransferError):
+    """The decode side's device had no memory left for pages on their way to their place.
+
+    No OutOfMemoryError: whoever pushes pages has the memory that it needs.
+    """
+
+    request_id: str
+
+    @property
+    def sentence(self) -> str:
+        return f"decode ran out of memory as it received pages of request {self.request_id}"
+
+
+@dataclass(eq=False)
 class QueueFullError(FactualError):
     """Too many requests wait already; try again in `retry_after` seconds."""
 
@@ -304,17 +318,6 @@ class ChunkOutOfMemoryError(FactualError, OutOfMemoryError):
 
 class DecodeOutOfMemoryError(FactualError, OutOfMemoryError):
     """The device had no memory left for something in decode."""
-
-
-@dataclass(eq=False)
-class ReceiveOutOfMemoryError(DecodeOutOfMemoryError, TransferError):
-    """The device had no memory left for pages on their way to their place."""
-
-    request_id: str
-
-    @property
-    def sentence(self) -> str:
-        return f"decode ran out of memory as it received pages of request {self.request_id}"
 
 
 @dataclass(eq=False)

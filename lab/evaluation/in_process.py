@@ -12,9 +12,9 @@ import torch
 
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
-from ...engine.errors import ConfigurationError, OutOfMemoryError
+from ...engine.errors import ConfigurationError, OutOfMemoryError, ReceiveOutOfMemoryError
 from ...engine.kv.pages import PagePool, pages_for
-from ...engine.local import DirectSender
+from ...engine.local import DirectHandOff
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
 from ...engine.model.config import DualChunk, KVCacheDtype
@@ -28,6 +28,7 @@ from .answerer import Answer, Answerer, OnProgress, TokenCount
 _REQUEST = "evaluation"
 CHUNK_TOKENS = 32768
 _HASHED_BYTES = 1 << 20
+_SHORTER = "take shorter --lengths"
 
 
 class Variant(StrEnum):
@@ -127,14 +128,17 @@ class InProcessAnswerer(Answerer):
         ran_out = OutOfMemoryError(f"the device ran out of memory at {len(prompt):,} tokens")
         engine.decoder.reserve(GenerationRequest(_REQUEST, prompt, sampling, time.time()))
         try:
-            with out_of_memory_raises(ran_out.with_remedy("take shorter --lengths")):
+            with out_of_memory_raises(ran_out.with_remedy(_SHORTER)):
                 return Answer(self._generate(engine, prompt, on_progress), len(prompt))
+        except ReceiveOutOfMemoryError as error:
+            error.with_remedy(_SHORTER)
+            raise
         finally:
             engine.decoder.cancel(_REQUEST)
 
     def _generate(self, engine: _Engine, prompt: Tokens, on_progress: OnProgress) -> str:
         prefiller, decoder = engine.prefiller, engine.decoder
-        sender = DirectSender(decoder, _REQUEST)
+        sender = DirectHandOff(decoder, _REQUEST)
         prefiller.admit(_REQUEST, prompt)
         try:
             logits = None

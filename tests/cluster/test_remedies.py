@@ -13,6 +13,7 @@ from longreach.cluster.cli import main as command_line
 from longreach.cluster.remedies import remedied, remedy_of
 from longreach.cluster.rest.errors import as_rest_error
 from longreach.cluster.settings import Settings
+from longreach.cluster.transports.mail import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender
 from longreach.engine import errors
 from longreach.engine.errors import FactualError, LongreachError, MemoryNeeds
@@ -144,9 +145,9 @@ def test_what_a_worker_says_of_pages_names_the_setting_in_the_ranks_words(
     """Of a failure only its words go on from the rank to the client."""
     answer = Mock(side_effect=RayTaskError("receive", "Traceback", error).as_instanceof_cause())
     monkeypatch.setattr(ray, "put", Mock())
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", answer)
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     layer = Pages(torch.zeros(1, 1, 2, 128, 4))
     sender.push(Place(0, 0, 0), HeldPages(layer, np.zeros(1, dtype=np.int64), slice(0, 1)))
     with pytest.raises(errors.TransferError) as raised:

@@ -10,6 +10,7 @@ import ray
 import torch
 from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
+from longreach.cluster.transports.mail import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
 from longreach.engine.kv.hand_off import Place
@@ -31,7 +32,7 @@ def test_a_full_object_store_is_remembered_and_not_raised_by_push(
         raise ObjectStoreFullError("no space left")
 
     monkeypatch.setattr(ray, "put", put)
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     layer = Pages(torch.zeros(64, 2, 2, 128, 64))
     pages = held(layer, list(range(64)))  # more than is collected before it is sent
     sender.push(Place(0, 0, 0), pages)
@@ -52,13 +53,13 @@ def test_what_a_worker_answers_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: RayError, said: str
 ) -> None:
     monkeypatch.setattr(ray, "put", Mock())
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", Mock(side_effect=error))
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     sender.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
     with pytest.raises(TransferError) as told:
         sender.flush()
-    assert str(told.value).startswith("pages did not reach the decode replica: ")
+    assert str(told.value).startswith("pages did not reach the decode worker: ")
     assert str(told.value).endswith(said)
     assert "\n" not in str(told.value)
 
@@ -69,9 +70,9 @@ def test_pages_of_8_bits_arrive_with_their_scales(
 ) -> None:
     sent: list[PageRun] = []
     monkeypatch.setattr(ray, "put", sent.extend)
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", lambda reference: None)
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     values = torch.randn(290, 2, 2, 128, 64).to(torch.float8_e4m3fn)
     scales = torch.rand(290, 2, 2)
     sender.push(Place(3, 5, 1), held(Pages(values, scales), list(numbers)))

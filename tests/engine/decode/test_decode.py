@@ -20,11 +20,13 @@ from longreach.engine.errors import (
     PageFormatError,
     ReceiveOutOfMemoryError,
     RefusedPagesError,
+    StartOutOfMemoryError,
+    StepOutOfMemoryError,
     TransferError,
 )
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import PagePool, Pages
-from longreach.engine.local import DirectSender, LocalPrefill
+from longreach.engine.local import DirectHandOff, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.model.config import KVCacheDtype
 from longreach.engine.prefill.prefiller import Prefiller
@@ -67,7 +69,7 @@ class Engine:
         """Prefill a reserved request in chunks of 256 into the decoder; its logits."""
         prefiller = self.prefill.prefiller
         prefiller.admit(name, np.array(prompt, dtype=np.int32))
-        sender = DirectSender(self.decoder, name)
+        sender = DirectHandOff(self.decoder, name)
         result = None
         for start in range(0, len(prompt), 256):
             result = prefiller.run_chunk(name, start, min(start + 256, len(prompt)), sender)
@@ -306,8 +308,9 @@ def test_too_little_memory_for_a_step_ends_the_request_that_joined_last(
     while engine.decoder.has_work:
         outputs += engine.decoder.step()
     assert tokens_by_choice(outputs, "first") == alone
-    [told] = [output for name, output in outputs if isinstance(output, OutOfMemoryError)]
-    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(told)
+    [ended] = [output for name, output in outputs if isinstance(output, OutOfMemoryError)]
+    assert isinstance(ended, StepOutOfMemoryError)
+    assert ended.sequences == 3
     assert engine.decoder.usage == 0
     assert engine.generate("last", prompts["last"])
 
@@ -351,10 +354,10 @@ def test_too_little_memory_to_start_ends_that_request(
     logits = engine.hand_off("a", prompt)
     with monkeypatch.context() as patch:
         patch.setattr(engine.pool, "copy_page", fail)
-        [(name, told)] = engine.decoder.start("a", logits)
+        [(name, ended)] = engine.decoder.start("a", logits)
     assert name == "a"
-    assert isinstance(told, OutOfMemoryError)
-    assert "lower decode.max_batch or decode.kv_cache_tokens" in str(told)
+    assert isinstance(ended, StartOutOfMemoryError)
+    assert ended.choices == 2
     assert not engine.decoder.is_generating("a")
     assert engine.decoder.usage == 0
     assert engine.generate("a", prompt, choices=2) == alone

@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ..errors import (
+from ...engine.errors import (
     CannotMapPagesError,
     CannotSharePagesError,
     OtherHostError,
     ReceiveOutOfMemoryError,
     in_one_line,
 )
-from ..memory.out_of_memory import out_of_memory_raises
-from .hand_off import Place
-from .pages import PagePool, Pages, page_index
+from ...engine.kv.hand_off import Place
+from ...engine.kv.pages import PagePool, Pages, page_index
+from ...engine.memory.out_of_memory import out_of_memory_raises
 
 Handle = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function and arguments that make a tensor over the same memory, in any process of the host."""
