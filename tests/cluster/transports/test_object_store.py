@@ -10,6 +10,7 @@ import ray
 import torch
 from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
+from longreach.cluster.transports import mail
 from longreach.cluster.transports.mail import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
@@ -82,3 +83,50 @@ def test_pages_of_8_bits_arrive_with_their_scales(
     assert torch.equal(run.pages.values.float(), values.float()[list(numbers)])
     assert run.pages.scales is not None
     assert torch.equal(run.pages.scales, scales[list(numbers)])
+
+
+def test_a_worker_that_answers_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever waits for its pages would wait for good."""
+    asked: list[float] = []
+
+    def wait(references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        asked.append(timeout)
+        return [], references
+
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", wait)
+    hand_off = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    hand_off.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
+    with pytest.raises(TransferError):
+        hand_off.flush()
+    assert asked == [mail.ANSWER_SECONDS]
+    with pytest.raises(TransferError):
+        hand_off.flush()
+    assert len(asked) == 1, "not waited for once more"
+
+
+def test_no_more_bytes_are_under_way_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    most, under_way = 0, 0
+
+    def deliver(request_id: str, message: Any) -> object:
+        nonlocal most, under_way
+        under_way += 1
+        most = max(most, under_way)
+        return object()
+
+    def wait(references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        nonlocal under_way
+        under_way -= 1
+        return references[:1], references[1:]
+
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", Mock())
+    worker = Mock()
+    worker.deliver.remote = deliver
+    hand_off = ObjectStoreSender(3 << 20).open(WorkerDestination("a", worker))
+    layer = Pages(torch.zeros(8, 2, 2, 128, 64))  # a MiB
+    for number in range(10):
+        hand_off.push(Place(number, 0, 0), held(layer, list(range(8))))
+    hand_off.flush()
+    assert most == 3
