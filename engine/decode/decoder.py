@@ -23,9 +23,10 @@ from ..kv.pages import PAGE_TOKENS, PagePool, Pages, pages_for
 from ..memory.fit import decode_ran_out, out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2
+from .choose import make_step
 from .detokenizer import Detokenizer, TokenBytes
 from .sampler import Logits, Sampler, fresh_seed
-from .step import DecodeStep, Outcome, StepRow, make_step
+from .step import DecodeStep, Outcome, StepRow
 
 Output = tuple[str, Delta | GenerationError]
 """A request's id, and what came out for it. After an error nothing more comes for the request."""

@@ -22,6 +22,7 @@ from ...kernels.pages import PAGE_TOKENS
 from ...kernels.transfer import without_waiting
 from ..errors import OutOfPagesError, TransferError
 from ..model.config import KVCacheDtype
+from ..model.precision import dtype_name
 
 _SCALE_BYTES = 4
 _FORMATS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
@@ -225,8 +226,8 @@ class PagePool:
         values = pages.values
         if values.dtype != self.memory.dtype or (pages.scales is None) != (self.scales is None):
             raise TransferError(
-                f"KV pages came as {_name(values.dtype)} and are kept as "
-                f"{_name(self.memory.dtype)} here; give both sides the same model.dtype and "
+                f"KV pages came as {dtype_name(values.dtype)} and are kept as "
+                f"{dtype_name(self.memory.dtype)} here; give both sides the same model.dtype and "
                 "model.kv_cache_dtype"
             )
         target = self.layer(layer).heads(first_kv_head, values.shape[1])
@@ -254,11 +255,6 @@ class PagePool:
                 runs.append((start, page))
                 start = None
         return runs
-
-
-def _name(dtype: torch.dtype) -> str:
-    """As "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _fitting_first(count: int):

@@ -15,7 +15,7 @@ import torch
 from ..errors import ConfigurationError, LongreachError, OutOfMemoryError
 from ..kv.pages import PAGE_TOKENS, PageGeometry, pages_for
 from ..model.config import ModelConfig
-from ..model.qwen2 import HeadShare
+from ..model.heads import RankHeads
 
 GB = 1e9
 _RESERVE_BYTES = 1 << 30
@@ -73,13 +73,13 @@ class Weights:
     tensor_parallel: int = 1
 
     @property
-    def heads(self) -> HeadShare:
+    def heads(self) -> RankHeads:
         """Those of the first rank; the others have as many.
 
         Raises:
             ConfigurationError: the ranks do not divide the model.
         """
-        return HeadShare.of(self.config, self.tensor_parallel, 0)
+        return RankHeads.of(self.config, self.tensor_parallel, 0)
 
     @property
     def products(self) -> list[tuple[int, int]]:
