@@ -16,7 +16,7 @@ from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
 from ...kernels.transfer import without_waiting
 from ..kv.chunk_pages import ChunkPages
-from ..kv.hand_off import PageSender, Place
+from ..kv.hand_off import HandOff, Place
 from ..kv.pages import PagePool, pages_for
 from ..model.layer import Attention, Layer
 from ..model.positions import Rotations
@@ -120,7 +120,7 @@ class ChunkAttention(Attention[ChunkQueries]):
         parts: PrefillParts,
         rows: ChunkRows,
         table: BlockTable,
-        sender: PageSender | None,
+        sender: HandOff | None,
         stages: Stages,
     ) -> None:
         self._parts, self._model = parts, parts.model

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.pages import BlockTable
 from ...kernels.transfer import without_waiting
-from ..kv.hand_off import PageSender
+from ..kv.hand_off import HandOff
 from ..messages import Tokens
 from ..stages import Stages
 from .attention import ChunkAttention, ChunkRows, LastRowAttention, PrefillParts
@@ -41,7 +41,7 @@ def run_chunk(
     table: BlockTable,
     start: int,
     end: int,
-    sender: PageSender | None,
+    sender: HandOff | None,
 ) -> ChunkResult:
     """Compute prompt tokens [start, end), whose earlier ones lie in the pages; collective.
 

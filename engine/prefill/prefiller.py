@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.pages import BlockTable, LayerPages
 from ..errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
-from ..kv.hand_off import PageSender
+from ..kv.hand_off import HandOff
 from ..kv.pages import PAGE_TOKENS, PagePool, pages_for
 from ..memory.fit import out_of_memory_raises
 from ..messages import Tokens
@@ -102,7 +102,7 @@ class Prefiller:
 
     @torch.inference_mode()
     def run_chunk(
-        self, request_id: str, start: int, end: int, sender: PageSender | None = None
+        self, request_id: str, start: int, end: int, sender: HandOff | None = None
     ) -> ChunkResult:
         """Compute prompt tokens [start, end); collective over the mesh.
 
