@@ -238,6 +238,25 @@ def test_rows_get_what_they_ask_for(dual_folder: Path) -> None:
     check_same(portable, kernels, [best[0], full[1]], 1e-4)
 
 
+def test_one_row_alone_is_multiplied_as_one_row(
+    monkeypatch: pytest.MonkeyPatch, dual_folder: Path
+) -> None:
+    calls: list[int] = []
+
+    def spy(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return triton_matvec.linear(x, *others)
+
+    monkeypatch.setattr(matvec, "linear", spy)
+    model = load(dual_folder)
+    _, kernels = make_sides(model, counts=(1, 2))
+    calls.clear()
+    kernels.step.run(make_rows([30, 31]))
+    assert calls == []
+    kernels.step.run(make_rows([30]))
+    assert calls == [1] * (4 * len(model.layers) + 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [[30], [300, 31, 129]], ids=str)
 def test_what_is_no_token_cannot_come(

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_a_served_checkpoint_needs_a_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sampling", [{}, {"top_k": 300}, {"top_p": 0.99999}, {"frequency_penalty": -2.0}], ids=str
 )
-def test_what_is_no_token_is_never_sampled(sampling: dict[str, float]) -> None:
+def test_what_is_no_token_is_never_sampled(sampling: dict[str, Any]) -> None:
     """So hot that every row would come up: a fifth of what is drawn, were they not masked."""
     model = served()
     pool = PagePool(model.page_geometry, 4, CPU)
