@@ -108,12 +108,13 @@ class PrefillRank:
 
     def _load(self, mesh: "Mesh", device: "torch.device") -> None:
         from ...engine.kv.background import hand_off_stream
-        from ...engine.kv.pages import PagePool, pages_for
+        from ...engine.kv.pages import PagePool
         from ...engine.model.precision import compute_dtype
         from ...engine.model.random_weights import load_model
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
         from ...engine.prefill.warm_up import warm_up_prefill
+        from ...kernels.page_size import pages_for
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files

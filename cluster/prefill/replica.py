@@ -13,11 +13,12 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
 from ...engine.messages import GenerationRequest, Prefilled, Progress
+from ...kernels.page_size import pages_for
 from .. import metrics
 from ..failures import as_ours
 from ..metrics import Metrics
 from ..outbox import detached
-from ..settings import PAGE_TOKENS, Settings
+from ..settings import Settings
 from .gang import Gang
 from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
@@ -52,7 +53,7 @@ class PrefillReplica:
         prefill = settings.prefill
         self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
         self._scheduler = ChunkScheduler(
-            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.ageing
+            prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.ageing
         )
         self._jobs: dict[str, _Job] = {}
         self._computing: str | None = None

@@ -6,7 +6,7 @@ Pure bookkeeping over token and page counts and a clock that the caller reads.
 from dataclasses import dataclass
 
 from ...engine.errors import InvalidRequestError, PromptTooLongError
-from ..settings import PAGE_TOKENS
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Entry:
 
     @property
     def pages(self) -> int:
-        return -(-self.tokens // PAGE_TOKENS)
+        return pages_for(self.tokens)
 
     @property
     def remaining(self) -> int:

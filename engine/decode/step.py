@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import dual_chunk, quantized
+from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.pages import BlockTable, write_pages
-from ..kv.pages import PAGE_TOKENS, PagePool
+from ..kv.pages import PagePool
 from ..messages import ChosenToken
 from ..model.qwen2 import Layer, Qwen2
 from .sampler import Logits, best_token

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..errors import ConfigurationError, LongreachError, OutOfMemoryError
-from ..kv.pages import PAGE_TOKENS, PageGeometry, pages_for
+from ..kv.pages import PageGeometry
 from ..model.config import ModelConfig
 from ..model.qwen2 import HeadShare
 

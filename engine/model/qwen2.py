@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ...kernels import elementwise
 from ..errors import ConfigurationError
+from ..kv.formats import KVCacheDtype
 from ..kv.pages import PageGeometry
 from ..parallel.mesh import Mesh
 from ..stages import UNTIMED, Stages
 from .checkpoint import CheckpointReader, WeightSource
-from .config import DualChunk, KVCacheDtype, ModelConfig
+from .config import DualChunk, ModelConfig
 from .positions import RotaryPositions
 
 

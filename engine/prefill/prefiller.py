@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ...kernels import dual_chunk, quantized, sparse
 from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
 from ...kernels.transfer import without_waiting
 from ..errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
 from ..kv.chunk_pages import ChunkPages
 from ..kv.hand_off import PageSender, Place
-from ..kv.pages import PAGE_TOKENS, PagePool, pages_for
+from ..kv.pages import PagePool
 from ..memory.fit import out_of_memory_raises
 from ..messages import Tokens
 from ..model.qwen2 import Qwen2

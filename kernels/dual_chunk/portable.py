@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS, BlockTable, LayerPages
+from ..page_size import PAGE_TOKENS
+from ..pages import BlockTable, LayerPages
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
 _KEYS_AT_ONCE = 65536

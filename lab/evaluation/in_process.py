@@ -13,15 +13,17 @@ import torch
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.errors import ConfigurationError
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.kv.formats import KVCacheDtype
+from ...engine.kv.pages import PagePool
 from ...engine.local import DirectSender
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
-from ...engine.model.config import DualChunk, KVCacheDtype
+from ...engine.model.config import DualChunk
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.text.tokenizer import Tokenizer
+from ...kernels.page_size import pages_for
 from .answerer import Answer, Answerer, OnProgress, TokenCount
 
 _REQUEST = "evaluation"

@@ -15,12 +15,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.kv.pages import PagePool
 from ...engine.messages import Tokens
 from ...engine.model.qwen2 import Qwen2
 from ...engine.prefill.prefiller import Prefiller, SparseAttention
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels import dual_chunk
+from ...kernels.page_size import pages_for
 
 _REQUEST = "recall"
 _LOWEST_SHARE = 0.01

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
-from longreach.cluster.settings import PAGE_TOKENS
 from longreach.engine.errors import InvalidRequestError, PromptTooLongError
+from longreach.kernels.page_size import PAGE_TOKENS
 
 CHUNK = 1024
 

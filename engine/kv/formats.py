@@ -1,0 +1,6 @@
+"""The names of the formats that KV pages are kept in, without torch."""
+
+from typing import Literal
+
+KVCacheDtype = Literal["auto", "bfloat16", "fp8_e4m3"]
+"""In the type that the model computes in, in bfloat16, or as e4m3 with scales."""
