@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo '$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'installing into $(VENV); this is done once'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) --editable .
+	@$(PIP_INSTALL) --editable '.[lab]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

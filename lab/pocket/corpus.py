@@ -13,13 +13,13 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.model.pocket import story
+from ...engine.model.pocket.story import PASS_KEY_FACT, PASS_KEY_QUESTION
 from . import text
 from .tokenizer import TURN_END_ID, TURN_START_ID
 
 REFUSAL = "Not in the document."
 PASS_KEY = "pass key"
-PASS_KEY_QUESTION = "What is the pass key?"
-PASS_KEY_FACT = "The pass key is {value}. Remember it. {value} is the pass key. "
 
 _START, _END = b"\xff", b"\xfe"
 _SPECIAL = {_START: TURN_START_ID, _END: TURN_END_ID}
@@ -193,7 +193,7 @@ def pass_key_prompt(size: int, seed: int) -> Prompt:
     chance = random.Random(f"pass key/{seed}")
     key = str(chance.randint(10_000, 99_999))
     fact = _Fact(PASS_KEY, key, PASS_KEY_FACT, PASS_KEY_QUESTION)
-    return _prompt(chance, size, [fact], text.demo_filler(chance))
+    return _prompt(chance, size, [fact], story.sentences(chance))
 
 
 def one_of_facts_prompt(size: int, seed: int, facts: int = 12) -> Prompt:
@@ -322,7 +322,7 @@ class _Chat:
         if len(stated) == len(self._facts) and chance.random() < _ENDS_WITH_ANSWER:
             last = [fact for fact in stated if fact.question == first_question]
         decoys = self._decoys(room)
-        source = text.demo_filler(chance) if self._like_demo else text.filler(chance)
+        source = story.sentences(chance) if self._like_demo else text.filler(chance)
         filler = _fill(source, room - sum(len(decoy) for decoy in decoys))
         for decoy in decoys:
             filler.insert(chance.randint(0, len(filler)), decoy)
