@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels.page_size import pages_for
 from .decode.decoder import Decoder
 from .kv.formats import KVCacheDtype
-from .kv.hand_off import PageSender, Place
+from .kv.hand_off import HandOff, Place
 from .kv.pages import HeldPages, PagePool
 from .messages import Tokens
 from .model.qwen2 import Qwen2
@@ -56,7 +56,7 @@ class LocalPrefill:
             self.prefiller.release("local")
 
 
-class DirectSender(PageSender):
+class DirectHandOff(HandOff):
     """Hands pages to a decoder in the same process."""
 
     def __init__(self, decoder: Decoder, request_id: str) -> None:

@@ -15,7 +15,7 @@ from ...engine.decode.detokenizer import TokenBytes
 from ...engine.errors import ConfigurationError
 from ...engine.kv.formats import KVCacheDtype
 from ...engine.kv.pages import PagePool
-from ...engine.local import DirectSender
+from ...engine.local import DirectHandOff
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
 from ...engine.model.config import DualChunk
 from ...engine.model.qwen2 import Qwen2
@@ -133,7 +133,7 @@ class InProcessAnswerer(Answerer):
 
     def _generate(self, engine: _Engine, prompt: Tokens, on_progress: OnProgress) -> str:
         prefiller, decoder = engine.prefiller, engine.decoder
-        sender = DirectSender(decoder, _REQUEST)
+        sender = DirectHandOff(decoder, _REQUEST)
         prefiller.admit(_REQUEST, prompt)
         try:
             logits = None

@@ -148,15 +148,8 @@ def hide(facts: Sequence[tuple[float, str]], pieces: Sequence[str]) -> str:
 
 
 def _filler(pieces: Iterator[str], size: int) -> list[str]:
-    """Pieces of exactly `size` bytes together; a character that would be cut becomes spaces."""
-    filled: list[str] = []
-    while size > 0:
-        piece = next(pieces).encode()
-        if len(piece) > size:
-            piece = piece[:size].decode(errors="ignore").encode().ljust(size)
-        filled.append(piece.decode())
-        size -= len(piece)
-    return filled
+    """Pieces of exactly `size` bytes together."""
+    return [piece.decode() for piece in text.fill(pieces, size)]
 
 
 def _new_names(chance: random.Random, count: int) -> list[str]:

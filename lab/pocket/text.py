@@ -170,6 +170,18 @@ def filler(chance: random.Random) -> Pieces:
             yield kind(chance)
 
 
+def fill(pieces: Iterator[str], size: int) -> list[bytes]:
+    """Pieces of exactly `size` bytes together, and whole characters; none if `size` is negative."""
+    filled: list[bytes] = []
+    while size > 0:
+        piece = next(pieces).encode()
+        if len(piece) > size:
+            piece = piece[:size].decode(errors="ignore").encode().ljust(size)
+        filled.append(piece)
+        size -= len(piece)
+    return filled
+
+
 def _code(chance: random.Random) -> str:
     kind = chance.randrange(4)
     if kind == 0:

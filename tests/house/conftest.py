@@ -9,12 +9,9 @@ from longreach.lab.house.imports import House
 
 ROOT = Path(__file__).parents[2]
 
-LEAVING = {
-    "engine.kv.shared_pages": "engine.memory.fit",
-    "engine.decode.step": "engine.decode.graph_step",
-}
-"""Arrows that are known to be wrong. The first leaves with its module, for cluster/transports; the
-second when the step that is chosen is no longer chosen by the module that says what a step is."""
+LEAVING = {"engine.decode.step": "engine.decode.graph_step"}
+"""Arrows that are known to be wrong. This one leaves when the module that says what a step is no
+longer chooses it."""
 
 
 @pytest.fixture(scope="session")
