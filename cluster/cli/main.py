@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ...engine.errors import LongreachError
 from ...engine.text.files import read_text
+from ..remedies import remedied
 from .commands import Commands
 
 app = typer.Typer(
@@ -173,9 +174,9 @@ def config(config: Config) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that users can mend are one line, without a trace."""
+    """Run the command line; errors that users can do something about are one line, no trace."""
     try:
         app()
     except LongreachError as error:
-        print(f"longreach: {error}", file=sys.stderr)
+        print(f"longreach: {remedied(error)}", file=sys.stderr)
         sys.exit(1)
