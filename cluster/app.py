@@ -3,9 +3,14 @@
 import logging
 import re
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +23,12 @@ from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .client import Endpoint
 from .decode.replica import DecodeReplica
 from .ingress import api_builder
+from .local_ray import LocalRay
+from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
+from .watch import ClusterWatch
 
 APP_NAME = "longreach"
 _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
@@ -91,13 +99,34 @@ def build_closing() -> serve.Application:
     return deployment(serve.ingress(build_refusal)(), **options).bind()
 
 
+class ClusterLostError(UnavailableError):
+    """Ray or its endpoint broke down under a running cluster; what was left of it was ended."""
+
+
+OnLost = Callable[["LocalCluster", str], None]
+"""Called once, in a thread of its own, with what broke down. Nothing has been ended then."""
+
+
 class LocalCluster:
     """A cluster on this machine alone: Ray, Serve and the application. Made by `start`."""
 
-    def __init__(self, settings: Settings, metrics_directory: Path, temporary: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics_directory: Path,
+        local_ray: LocalRay,
+        claim: socket.socket,
+    ) -> None:
+        """
+        Args:
+            claim: of the endpoint's port; see `claim_port`.
+        """
         self._settings = settings
+        self._ray = local_ray
+        self._claim = claim
+        self._watch: ClusterWatch | None = None
+        self._endpoint = Endpoint(self.url)
         self.metrics_directory = metrics_directory
-        self._temporary = temporary
 
     @property
     def url(self) -> str:
@@ -110,13 +139,21 @@ class LocalCluster:
         Raises:
             UnavailableError: time is up.
         """
-        endpoint = Endpoint(self.url)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if endpoint.is_ready():
+            if self._endpoint.is_ready():
                 return
             time.sleep(_POLL_SECONDS)
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
+
+    def watch(self, on_lost: OnLost) -> None:
+        """Look from now on whether Ray and the endpoint are there, until the cluster is stopped."""
+        self._watch = ClusterWatch(self._ray.ended, self._silent, partial(on_lost, self))
+        self._watch.start()
+
+    def _silent(self) -> list[str]:
+        proxy = [] if self._endpoint.is_alive() else [f"the endpoint at {self.url}"]
+        return [f"Ray's {name}" for name in self._ray.silent()] + proxy
 
     def stop(self) -> None:
         """Let accepted requests finish, then end every process; interrupted, end them at once.
@@ -132,10 +169,34 @@ class LocalCluster:
             self.kill()
 
     def kill(self) -> None:
-        """End every process without waiting for anything."""
-        ray.shutdown()
-        if self._temporary:
+        """End every process without waiting for anything; in the main thread, whatever comes."""
+        if self._watch is not None:
+            self._watch.close()
+        with _uninterrupted():
+            self._ray.stop()
+            self._claim.close()
+            if self._settings.metrics.directory is None:
+                shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """What `kill` does, but for what may wait for Ray: the last resort, from any thread."""
+        self._ray.kill()
+        if self._settings.metrics.directory is None:
             shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM: what they ask for is being done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:
@@ -208,32 +269,34 @@ def _startup_failure() -> str | None:
     return startup_failure(each.message for each in application.deployments.values())
 
 
-def start(settings: Settings) -> LocalCluster:
+def start(settings: Settings, on_lost: OnLost | None = None) -> LocalCluster:
     """Start a cluster on this machine; returns when every replica is up.
+
+    Args:
+        on_lost: called when Ray or the endpoint breaks down; without it nobody watches.
 
     Raises:
         ConfigurationError: API keys cannot be read, or there are too few CPUs or GPUs.
+        PortInUseError: another cluster, or somebody else, has the endpoint's port.
         UnavailableError: a part of the cluster did not come up.
     """
     read_api_keys(settings.ingress.api_keys_file)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    directory = settings.metrics.directory
-    cluster = LocalCluster(
-        settings,
-        directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-")),
-        temporary=directory is None,
-    )
+    claim = claim_port(settings.ingress.host, settings.ingress.port)
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        local_ray = LocalRay.start()
+    except BaseException:
+        claim.close()
+        raise
+    directory = settings.metrics.directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-"))
+    cluster = LocalCluster(settings, directory, local_ray, claim)
+    if on_lost is not None:
+        cluster.watch(on_lost)
+    try:
         check_room(settings, ray.cluster_resources())
         options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
         serve.start(http_options=options, logging_config=_LOGGING)
-        deploy(settings, cluster.metrics_directory)
+        deploy(settings, directory)
     except RuntimeError as error:
         reason = _startup_failure() or str(error)
         cluster.kill()

@@ -56,6 +56,14 @@ class Endpoint:
         except httpx2.TransportError:
             return False
 
+    def is_alive(self) -> bool:
+        """Whether the node's proxy answers at all, with or without an application behind it."""
+        try:
+            self._http.get("/-/healthz", timeout=2)
+        except httpx2.TransportError:
+            return False
+        return True
+
     def first_model(self) -> str:
         """The name of the model served here."""
         return self._json(self._request("GET", "/v1/models"))["data"][0]["id"]
