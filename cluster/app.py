@@ -133,6 +133,10 @@ class LocalCluster:
         """Of the endpoint."""
         return f"http://{self._settings.ingress.host}:{self._settings.ingress.port}"
 
+    def is_ready(self) -> bool:
+        """Whether the endpoint would serve requests now."""
+        return self._endpoint.is_ready()
+
     def wait_until_ready(self, timeout: float = _READY_SECONDS) -> None:
         """Return when the endpoint would serve requests.
 
@@ -141,7 +145,7 @@ class LocalCluster:
         """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if self._endpoint.is_ready():
+            if self.is_ready():
                 return
             time.sleep(_POLL_SECONDS)
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
@@ -301,7 +305,11 @@ def start(settings: Settings, on_lost: OnLost | None = None) -> LocalCluster:
         reason = _startup_failure() or str(error)
         cluster.kill()
         raise UnavailableError(f"the cluster did not start: {reason}") from error
-    except BaseException:
-        cluster.kill()
+    except BaseException as error:
+        # Clients may have come as soon as the endpoint was ready, which is a little before this.
+        if isinstance(error, KeyboardInterrupt) and cluster.is_ready():
+            cluster.stop()
+        else:
+            cluster.kill()
         raise
     return cluster

@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -58,8 +58,17 @@ def kill_session(session: Path, seconds: float = _KILL_SECONDS) -> list[int]:
             _kill(process)
         killed.update(process.pid for process in left)
         time.sleep(_POLL_SECONDS)
-    _collect(killed - {process.pid for process in left})
+    collect(killed - {process.pid for process in left})
     return [process.pid for process in left]
+
+
+def collect(ended: Iterable[int]) -> None:
+    """Take the exit status of those whose parent we are by now, or they stay as zombies."""
+    for pid in ended:
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            continue
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -93,12 +102,3 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
     except psutil.NoSuchProcess:
         return
-
-
-def _collect(ended: set[int]) -> None:
-    """Take the exit status of those whose parent we are by now, or they stay as zombies."""
-    for pid in ended:
-        try:
-            os.waitpid(pid, 0)
-        except ChildProcessError:
-            continue

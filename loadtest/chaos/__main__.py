@@ -55,10 +55,10 @@ def main(
         raise typer.BadParameter(str(error)) from error
     _say(chosen)
     rows = []
-    for row, besides in run(plan, chosen, report.commit()):
-        rows.append((row, besides))
-        report.write(csv, [row])
-        _console.print(f"{row.scenario}: {besides or 'done'}", markup=False)
+    for result in run(plan, chosen, report.commit()):
+        rows.append((result.row, result.measured.said))
+        report.write(csv, [result.row])
+        _console.print(f"{result.row.scenario}: {result.measured.said or 'done'}", markup=False)
     _console.print(report.table(rows))
 
 

@@ -15,7 +15,7 @@ from .prompts import Prompt, PromptMaker
 
 HUNG_SECONDS = 10.0
 _POLL_SECONDS = 0.02
-LONG_ANSWER = 400
+LONG_ANSWER = 200
 """Tokens of an answer during which there is time to break something."""
 
 _HANDED_OFF = ("longreach_handoff_bytes_total", "decode")
@@ -56,31 +56,43 @@ class Alone:
 class Workload:
     """Prompts of a few lengths for one cluster, and how long each takes alone."""
 
-    def __init__(self, client: Client, maker: PromptMaker, sizes: Sequence[int], timeout: float):
+    def __init__(
+        self,
+        client: Client,
+        maker: PromptMaker,
+        sizes: Sequence[int],
+        timeout: float,
+        alone: Alone | None = None,
+    ) -> None:
         """
         Args:
             sizes: tokens of prompts, the shortest first.
             timeout: seconds after which a request is given up, and counts as lost and hung.
+            alone: what was measured on another cluster of the same settings.
         """
         self.client = client
         self.maker = maker
         self.sizes = tuple(sizes)
         self.timeout = timeout
-        self.alone = Alone()
+        self.alone = alone or Alone()
 
     def measure_alone(self) -> None:
-        """Ask for each length by itself; the first one warms the cluster up.
+        """Ask for each length by itself.
 
         Raises:
             RuntimeError: an answer is not right although nothing disturbs it.
         """
-        self.ask(self.sizes[0])
         for answer in (SHORT_ANSWER, LONG_ANSWER):
             for tokens in self.sizes:
                 outcome = self.ask(tokens, answer)
                 if not outcome.is_right:
                     raise RuntimeError(f"not right when asked alone: {outcome}")
                 self.alone.seconds[tokens, answer] = outcome.seconds
+
+    def warm_up(self) -> None:
+        """Ask once for each length; what comes of it does not matter."""
+        for tokens in self.sizes:
+            self.ask(tokens)
 
     def ask(
         self,

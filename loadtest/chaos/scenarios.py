@@ -11,7 +11,7 @@ from functools import partial
 from .client import Outcome
 from .cluster import Cluster, Overrides
 from .load import Beside, Moment, Tally, Workload, leave_at_random, read_slowly, send_slowly
-from .processes import Kind, peak_memory, reset_peak_memory, send
+from .processes import Belongings, Kind, Remains, peak_memory, reset_peak_memory, send
 
 _REQUESTS = 3
 _RECOVERY_SECONDS = 150.0
@@ -30,6 +30,20 @@ _FATAL = (Kind.GCS, Kind.RAYLET)
 
 
 @dataclass(frozen=True)
+class Ending:
+    """How `longreach serve` ended: its exit status, None where it did not, and what was left."""
+
+    status: int | None
+    seconds: float
+    remains: Remains
+
+    def __str__(self) -> str:
+        how = "still there" if self.status is None else f"ended with status {self.status}"
+        left = f"left {self.remains}" if self.remains else "nothing left"
+        return f"{how} after {self.seconds:.1f} s; {left}"
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a scenario found. Seconds count from the fault; `besides` is for people."""
 
@@ -37,6 +51,13 @@ class Measured:
     served_again: float | None = None
     ready_again: float | None = None
     besides: str = ""
+    ending: Ending | None = None
+
+    @property
+    def said(self) -> str:
+        """All that has no column."""
+        parts = (self.besides, "" if self.ending is None else str(self.ending))
+        return "; ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -195,17 +216,14 @@ def _break_ray(
         victim = cluster.tree.wait_for(kind, _RECOVERY_SECONDS)[0]
         broken_at = time.monotonic()
         send(victim, number)
-        status = cluster.wait_for_end(_LOSS_SECONDS)
-        seconds = time.monotonic() - broken_at
-    remains = belongings.remains(_REMAIN_SECONDS)
-    besides = (
-        f"ended after {seconds:.1f} s with status {status}"
-        if status is not None
-        else (f"still there after {seconds:.0f} s")
-    )
-    return Measured(
-        workload.tally([each.result() for each in asked]), besides=f"{besides}; left: {remains}"
-    )
+        ending = _ending(cluster, belongings, broken_at)
+    return Measured(workload.tally([each.result() for each in asked]), ending=ending)
+
+
+def _ending(cluster: Cluster, belongings: Belongings, since: float) -> Ending:
+    status = cluster.wait_for_end(_LOSS_SECONDS)
+    seconds = time.monotonic() - since
+    return Ending(status, seconds, belongings.remains(_REMAIN_SECONDS))
 
 
 def _end(number: signal.Signals) -> Scenario:
@@ -222,15 +240,10 @@ def _end(number: signal.Signals) -> Scenario:
 def _ask_to_end(number: signal.Signals, cluster: Cluster, workload: Workload) -> Measured:
     belongings = cluster.belongings()
     with workload.under_way(Moment.DECODE, _REQUESTS) as asked:
+        asked_at = time.monotonic()
         send(cluster.tree.serve, number)
-        began = time.monotonic()
-        status = cluster.wait_for_end(_LOSS_SECONDS)
-        seconds = time.monotonic() - began
-    remains = belongings.remains(_REMAIN_SECONDS)
-    return Measured(
-        workload.tally([each.result() for each in asked]),
-        besides=f"status {status} after {seconds:.1f} s; left: {remains}",
-    )
+        ending = _ending(cluster, belongings, asked_at)
+    return Measured(workload.tally([each.result() for each in asked]), ending=ending)
 
 
 def _storm(count: int) -> Scenario:

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cluster import Cluster, attach, launched
-from .load import Workload
+from .cluster import Cluster, Overrides, attach, launched
+from .load import Alone, Workload
 from .prompts import PromptMaker
 from .report import Row
-from .scenarios import Scenario
+from .scenarios import Measured, Scenario
 
 _LEAK_SECONDS = 10.0
 
@@ -48,34 +48,44 @@ def check(plan: Plan, scenarios: Sequence[Scenario]) -> None:
             )
 
 
-def run(plan: Plan, scenarios: Sequence[Scenario], commit: str) -> Iterator[tuple[Row, str]]:
-    """Yields a scenario's row, and what else there is to say, as soon as it is over.
+@dataclass(frozen=True)
+class Result:
+    """A scenario's row, and all that was measured."""
+
+    row: Row
+    measured: Measured
+
+
+def run(plan: Plan, scenarios: Sequence[Scenario], commit: str) -> Iterator[Result]:
+    """Yields a scenario's result as soon as it is over.
 
     A cluster is started for the first scenario, and again where one has ended, did not recover, or
     has other settings than the next one needs.
     """
-    keeper = _Keeper(plan)
-    with keeper:
+    with _Keeper(plan) as keeper:
         for scenario in scenarios:
             cluster, workload = keeper.cluster_for(scenario)
             measured = scenario.run(cluster, workload)
             leaked = None if cluster.has_ended() else cluster.leaked_pages(_LEAK_SECONDS)
-            tally = measured.tally
-            row = Row(
-                scenario.name,
-                scenario.load,
-                tally.requests,
-                tally.lost,
-                tally.wrong,
-                tally.hung,
-                leaked,
-                measured.served_again,
-                measured.ready_again,
-                commit,
-            )
-            yield row, measured.besides
+            yield Result(_row(scenario, measured, leaked, commit), measured)
             if scenario.ends_cluster or measured.ready_again is None or leaked != 0:
                 keeper.end()
+
+
+def _row(scenario: Scenario, measured: Measured, leaked: int | None, commit: str) -> Row:
+    tally = measured.tally
+    return Row(
+        scenario.name,
+        scenario.load,
+        tally.requests,
+        tally.lost,
+        tally.wrong,
+        tally.hung,
+        leaked,
+        measured.served_again,
+        measured.ready_again,
+        commit,
+    )
 
 
 class _Keeper:
@@ -84,7 +94,8 @@ class _Keeper:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._stack = ExitStack()
-        self._overrides: object = None
+        self._overrides: Overrides = {}
+        self._alone: dict[str, Alone] = {}
         self._current: tuple[Cluster, Workload] | None = None
 
     def __enter__(self) -> "_Keeper":
@@ -115,6 +126,10 @@ class _Keeper:
             cluster = self._stack.enter_context(launched(plan.config, scenario.overrides))
         client = cluster.client
         maker = PromptMaker(client.characters_per_token(), plan.seed)
-        workload = Workload(client, maker, plan.sizes, plan.timeout)
-        workload.measure_alone()
+        settings = repr(scenario.overrides)
+        alone = self._alone.setdefault(settings, Alone())
+        workload = Workload(client, maker, plan.sizes, plan.timeout, alone)
+        workload.warm_up()
+        if not alone.seconds:
+            workload.measure_alone()
         return cluster, workload

@@ -16,8 +16,9 @@ from longreach.cluster.process_tree import adopt_orphans, kill_session, session_
 session = Path(sys.argv[1])
 sleeper = "import time; time.sleep(600)"
 # A raylet with a worker, which has a child that writes elsewhere.
-worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}], stdout=-3)"
-raylet = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(600)"
+start = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}], stdout={})"
+worker = start.format(sleeper, subprocess.DEVNULL)
+raylet = start.format(worker, None)
 adopt_orphans()
 other = subprocess.Popen([sys.executable, "-c", sleeper])
 with (session / "raylet.out").open("wb") as log:
