@@ -286,21 +286,11 @@ def start(settings: Settings, on_lost: OnLost | None = None) -> LocalCluster:
     """
     read_api_keys(settings.ingress.api_keys_file)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    claim = claim_port(settings.ingress.host, settings.ingress.port)
-    try:
-        local_ray = LocalRay.start()
-    except BaseException:
-        claim.close()
-        raise
-    directory = settings.metrics.directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-"))
-    cluster = LocalCluster(settings, directory, local_ray, claim)
+    cluster = _start_ray(settings)
     if on_lost is not None:
         cluster.watch(on_lost)
     try:
-        check_room(settings, ray.cluster_resources())
-        options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-        serve.start(http_options=options, logging_config=_LOGGING)
-        deploy(settings, directory)
+        _start_serve(settings, cluster.metrics_directory)
     except RuntimeError as error:
         reason = _startup_failure() or str(error)
         cluster.kill()
@@ -313,3 +303,22 @@ def start(settings: Settings, on_lost: OnLost | None = None) -> LocalCluster:
             cluster.kill()
         raise
     return cluster
+
+
+def _start_ray(settings: Settings) -> LocalCluster:
+    """Claim the endpoint's port, and start what Serve will run on."""
+    claim = claim_port(settings.ingress.host, settings.ingress.port)
+    try:
+        local_ray = LocalRay.start()
+    except BaseException:
+        claim.close()
+        raise
+    directory = settings.metrics.directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-"))
+    return LocalCluster(settings, directory, local_ray, claim)
+
+
+def _start_serve(settings: Settings, metrics_directory: Path) -> None:
+    check_room(settings, ray.cluster_resources())
+    options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
+    serve.start(http_options=options, logging_config=_LOGGING)
+    deploy(settings, metrics_directory)

@@ -70,8 +70,8 @@ class LocalRay:
         raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
         started = cls(Path(info["session_dir"]), {_GCS: info["gcs_address"], _RAYLET: raylet})
         try:
-            _check_address(info["node_ip_address"])
-            _check_tokens(started._addresses)
+            check_address(info["node_ip_address"])
+            check_tokens(started._addresses)
         except BaseException:
             started.stop()
             raise
@@ -156,7 +156,12 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
+    """Refuse a Ray that other machines can reach.
+
+    Raises:
+        UnavailableError: it is not on 127.0.0.1.
+    """
     if address != "127.0.0.1":
         raise UnavailableError(
             f"Ray would listen on {address}, where other machines can reach it; install the "
@@ -164,7 +169,7 @@ def _check_address(address: str) -> None:
         )
 
 
-def _check_tokens(addresses: dict[str, str]) -> None:
+def check_tokens(addresses: dict[str, str]) -> None:
     """Ask as a stranger would.
 
     Raises:

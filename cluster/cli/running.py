@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..app import LocalCluster
 
 _LOST_SECONDS = 30.0
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class _Loss:
 def wait_for_interrupt() -> None:
     """Return at Ctrl-C or SIGTERM."""
     try:
-        signal.pause()
+        # `signal.pause` would miss one that comes just before it.
+        while True:
+            time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
         return
