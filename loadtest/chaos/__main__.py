@@ -1,5 +1,6 @@
 """The command. See the package's docstring and docs/chaos.md."""
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,9 @@ def main(
     except (CannotRunError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     _say(chosen)
+    # Asked to end, do as at Ctrl-C, so that the cluster is ended as well.
+    for request_to_end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(request_to_end, signal.default_int_handler)
     rows = []
     for result in run(plan, chosen, report.commit()):
         rows.append((result.row, result.measured.said))
