@@ -2,7 +2,6 @@
 
 import pickle
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -36,24 +35,22 @@ def test_a_port_is_claimed_once(host: str) -> None:
     claim_port(host, port).close()
 
 
-def test_of_many_at_once_one_gets_it() -> None:
-    port, tried, claims, refused = free_port(), threading.Barrier(16), [], []
+def test_of_two_at_once_one_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes when the first is bound already, and gets further before that goes on."""
+    port, bind, rivals = free_port(), socket.socket.bind, []
 
-    def claim() -> None:
-        tried.wait()
-        try:
-            claims.append(claim_port(HOST, port))
-        except PortInUseError as error:
-            refused.append(error.port)
+    def bind_and_wait(claim: socket.socket, address: tuple[str, int]) -> None:
+        bind(claim, address)
+        if not rivals:
+            rivals.append(None)
+            rivals[0] = claim_port(HOST, port)
 
-    threads = [threading.Thread(target=claim) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    [claimed] = claims
-    claimed.close()
-    assert refused == [port] * 15
+    monkeypatch.setattr(socket.socket, "bind", bind_and_wait)
+    with pytest.raises(PortInUseError) as refused:
+        claim_port(HOST, port)
+    assert refused.value.port == port
+    [rival] = rivals
+    rival.close()
 
 
 def test_our_proxies_bind_beside_the_claim_and_get_every_connection() -> None:
