@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 
 from ..engine.errors import UnavailableError
-from .process_tree import adopt_orphans, collect, kill_session, session_processes
+from .process_tree import adopt_orphans, collect_orphans, kill_session
 
 _GCS, _RAYLET = "gcs_server", "raylet"
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -91,21 +91,18 @@ class LocalRay:
 
     def stop(self) -> None:
         """Disconnect, and end every process of this Ray, whatever state it is in."""
-        known = {process.pid for process in session_processes(self._session)}
         disconnecting = threading.Thread(target=ray.shutdown, daemon=True)
         disconnecting.start()
         # It waits without end for a process that is stopped, and returns once that is dead.
         disconnecting.join(_DISCONNECT_SECONDS if self.ended() is None else 0)
-        left = self.kill()
+        self.kill()
         disconnecting.join(_DISCONNECT_SECONDS)
-        collect(known - left)
+        collect_orphans("ray::")
 
-    def kill(self) -> set[int]:
-        """Kill every process of this Ray, from any thread; gives those that do not end."""
-        left = kill_session(self._session)
-        if left:
+    def kill(self) -> None:
+        """Kill every process of this Ray, from any thread."""
+        if left := kill_session(self._session):
             logger.error("processes %s do not end although they were killed", left)
-        return set(left)
 
 
 def _is_gone(process: psutil.Process) -> bool:

@@ -58,17 +58,17 @@ def kill_session(session: Path, seconds: float = _KILL_SECONDS) -> list[int]:
             _kill(process)
         killed.update(process.pid for process in left)
         time.sleep(_POLL_SECONDS)
-    collect(killed - {process.pid for process in left})
+    _collect(killed - {process.pid for process in left})
     return [process.pid for process in left]
 
 
-def collect(ended: Iterable[int]) -> None:
-    """Take the exit status of those whose parent we are by now, or they stay as zombies."""
-    for pid in ended:
-        try:
-            os.waitpid(pid, 0)
-        except ChildProcessError:
-            continue
+def collect_orphans(title: str) -> None:
+    """Take the exit status of children whose title began so, or they stay as zombies.
+
+    Of what a raylet started, nobody else does it once the raylet is dead.
+    """
+    children = psutil.Process().children()
+    _collect(child.pid for child in children if _is_zombie(child, title))
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -102,3 +102,19 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
     except psutil.NoSuchProcess:
         return
+
+
+def _is_zombie(process: psutil.Process, title: str) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE and process.name().startswith(title)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _collect(ended: Iterable[int]) -> None:
+    """Take the exit status of those that are children of ours by now."""
+    for pid in ended:
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            continue
