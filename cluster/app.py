@@ -28,7 +28,7 @@ from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
-from .watch import ClusterWatch
+from .watch import ClusterWatch, Silent
 
 APP_NAME = "longreach"
 _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
@@ -40,6 +40,11 @@ _NO_LIMIT = 1_000_000
 _READY_SECONDS = 300
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 30
+# More than a starved machine keeps a healthy one from answering. Ray ends this process by itself,
+# and leaves everything behind, when the GCS has not answered for a minute.
+_RAY_PATIENCE_SECONDS = 30.0
+# Longer than Serve takes to replace a proxy that hangs, which is about 40 s.
+_PROXY_PATIENCE_SECONDS = 75.0
 # The last line of a trace, as Python writes it.
 _OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)
 _logger = logging.getLogger(__name__)
@@ -155,9 +160,11 @@ class LocalCluster:
         self._watch = ClusterWatch(self._ray.ended, self._silent, partial(on_lost, self))
         self._watch.start()
 
-    def _silent(self) -> list[str]:
-        proxy = [] if self._endpoint.is_alive() else [f"the endpoint at {self.url}"]
-        return [f"Ray's {name}" for name in self._ray.silent()] + proxy
+    def _silent(self) -> Silent:
+        silent = {f"Ray's {name}": _RAY_PATIENCE_SECONDS for name in self._ray.silent()}
+        if not self._endpoint.is_alive():
+            silent[f"the endpoint at {self.url}"] = _PROXY_PATIENCE_SECONDS
+        return silent
 
     def stop(self) -> None:
         """Let accepted requests finish, then end every process; interrupted, end them at once.

@@ -6,29 +6,27 @@ says nothing when they are gone: the endpoint accepts connections then and does 
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _ENDED_SECONDS = 0.5
 _SILENT_SECONDS = 5.0
-# More than a starved machine keeps a healthy process from answering, and more than Serve takes
-# to replace a proxy.
-_PATIENCE_SECONDS = 60.0
 
 Problem = str
+Silent = Mapping[str, float]
+"""Who does not answer now, and for how many seconds each may go on so."""
 
 
 class SilenceBudget:
     """Who has not answered for how long."""
 
-    def __init__(self, patience: float = _PATIENCE_SECONDS) -> None:
-        self._patience = patience
+    def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
-    def update(self, silent: list[str], now: float) -> Problem | None:
+    def update(self, silent: Silent, now: float) -> Problem | None:
         """Which of those that are silent now has been so for too long; None where none has."""
         self._since = {name: self._since.get(name, now) for name in silent}
         for name, since in self._since.items():
-            if now - since >= self._patience:
+            if now - since >= silent[name]:
                 return f"{name} has not answered for {now - since:.0f} s"
         return None
 
@@ -39,13 +37,13 @@ class ClusterWatch:
     def __init__(
         self,
         ended: Callable[[], Problem | None],
-        silent: Callable[[], list[str]],
+        silent: Callable[[], Silent],
         on_lost: Callable[[Problem], None],
     ) -> None:
         """
         Args:
             ended: which process is gone; answers at once.
-            silent: who does not answer; may take some seconds.
+            silent: who does not answer; may take some seconds to find out.
             on_lost: called in the watching thread.
         """
         self._ended = ended
