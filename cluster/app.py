@@ -17,7 +17,7 @@ from ray.serve.config import HTTPOptions
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .client import Endpoint
 from .decode.replica import DecodeReplica
-from .ingress import api_builder
+from .ingress import api_builder, front_of
 from .prefill.replica import PrefillReplica
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
@@ -232,7 +232,11 @@ def start(settings: Settings) -> LocalCluster:
         )
         check_room(settings, ray.cluster_resources())
         options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-        serve.start(http_options=options, logging_config=_LOGGING)
+        serve.start(
+            http_options=options,
+            controller_options=front_of(settings),
+            logging_config=_LOGGING,
+        )
         deploy(settings, cluster.metrics_directory)
     except RuntimeError as error:
         reason = _startup_failure() or str(error)

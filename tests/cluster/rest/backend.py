@@ -1,14 +1,15 @@
 """A backend that says what it is told to, and the endpoint over it, without a cluster."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
 from starlette.applications import Starlette
 
 from longreach.cluster.metrics import Metrics, render
-from longreach.cluster.rest import IngressLimits, build_api
+from longreach.cluster.rest import Access, IngressLimits, build_api
+from longreach.cluster.rest.limits import OPEN
 from longreach.engine.messages import (
     ChosenToken,
     Delta,
@@ -81,21 +82,25 @@ class ScriptedBackend:
 class Endpoint:
     """The application over a scripted backend, called in process."""
 
-    def __init__(self, folder: Path, api_keys: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, access: Access = OPEN, limits: IngressLimits = LIMITS) -> None:
         save_tokenizer(folder, 100)
         self.tokenizer = Tokenizer(folder)
         self.backend = ScriptedBackend()
         figures = folder / "figures"
         self.api: Starlette = build_api(
-            LIMITS,
+            limits,
             self.tokenizer,
             self.backend,
             Metrics(figures, "ingress", MODEL),
             lambda: render(figures),
-            api_keys,
+            access,
         )
 
     def request(self, method: str, path: str, **arguments) -> httpx.Response:
+        if method == "POST":
+            headers = {"content-type": "application/json", **(arguments.get("headers") or {})}
+            arguments["headers"] = headers
+
         async def call() -> httpx.Response:
             transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:

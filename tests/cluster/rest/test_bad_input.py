@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from longreach.cluster.rest import read_api_keys
+from longreach.cluster.rest import Access, read_api_keys
 from longreach.engine.errors import (
     ConfigurationError,
     OutOfPagesError,
@@ -157,7 +157,7 @@ def test_unknown_models_and_paths(endpoint: Endpoint) -> None:
 
 
 def test_keys(tmp_path: Path) -> None:
-    guarded = Endpoint(tmp_path, api_keys=("first", "second"))
+    guarded = Endpoint(tmp_path, Access(api_keys=("first", "second")))
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first"}):
         error = refused(guarded.request("GET", "/v1/models", headers=headers), 401)
         assert error["code"] == "invalid_api_key"

@@ -138,7 +138,8 @@ def test_a_client_that_leaves_within_its_request_is_no_failure(
 
         scope = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
-            "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http",
+            "query_string": b"", "headers": [(b"content-type", b"application/json")],
+            "http_version": "1.1", "scheme": "http",
             "server": ("here", 80), "client": ("there", 1), "root_path": "",
         }  # fmt: skip
         await endpoint.api(scope, receive, send)
