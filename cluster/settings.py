@@ -77,8 +77,7 @@ class LimitSettings(_Section):
 class PrefillSettings(_Section):
     """The gangs: `tensor_parallel` × `sequence_parallel` ranks each, a KV pool on every rank.
 
-    `ageing`: a request with n tokens to go waits n / ageing seconds at most before it gets a chunk,
-    however many shorter ones come.
+    `patience`: how far shorter prompts may pass one that came before them; see `fairness.Turns`.
     """
 
     replicas: Count = 1
@@ -91,7 +90,17 @@ class PrefillSettings(_Section):
     gpus_per_rank: NotNegative = 0.0
     placement: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
     sparse: bool = True
-    ageing: Positive = 50_000.0
+    patience: Positive = 2.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_ageing(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "ageing" in raw:
+            raise ValueError(
+                "prefill.ageing, in tokens a second, is gone, because time is now counted in "
+                "computed tokens; remove it, or set prefill.patience (2.0 by default)"
+            )
+        return raw
 
     @property
     def num_ranks(self) -> int:
@@ -100,7 +109,10 @@ class PrefillSettings(_Section):
 
 
 class DecodeSettings(_Section):
-    """The decode replicas: one worker process each, with a KV pool."""
+    """The decode replicas: one worker process each, with a KV pool.
+
+    `patience`: as a gang's, for prompts that wait for pages here.
+    """
 
     replicas: Count = 1
     kv_cache_tokens: Count
@@ -108,6 +120,7 @@ class DecodeSettings(_Section):
     threads: Count = 1
     cpus: NotNegative = 1.0
     gpus: NotNegative = 0.0
+    patience: Positive = 2.0
 
 
 class IngressSettings(_Section):

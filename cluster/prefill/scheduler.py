@@ -1,11 +1,12 @@
-"""Which prompt a prefill gang computes next: shortest remaining first, with ageing.
+"""Which prompt a prefill gang computes next, and which prompts hold pages for it.
 
-Pure bookkeeping over token and page counts and a clock that the caller reads.
+Pure bookkeeping over token and page counts.
 """
 
 from dataclasses import dataclass
 
-from ...engine.errors import InvalidRequestError, PromptTooLongError
+from ...engine.errors import PromptTooLongError
+from ..fairness import Turns
 from ..settings import PAGE_TOKENS
 
 
@@ -22,33 +23,32 @@ class Chunk:
 @dataclass
 class _Entry:
     tokens: int
-    waiting_since: float
-    done: int = 0
+    dealt: int = 0
     admitted: bool = False
 
     @property
     def pages(self) -> int:
         return -(-self.tokens // PAGE_TOKENS)
 
-    @property
-    def remaining(self) -> int:
-        return self.tokens - self.done
-
 
 class ChunkScheduler:
     """Deals out chunks of several prompts, each with all its pages held from its first chunk on.
 
-    A waiting prompt seems shorter by `ageing` tokens each second until it gets a chunk. So short
-    ones overtake long ones at chunk boundaries, and one with n tokens to go waits n / ageing
-    seconds at most, however many shorter ones come. Where the prompt whose turn it is must wait
-    for pages, no other is let in before it.
+    The order is that of `Turns`: shortest remaining first at every chunk border, with a bound on
+    how often a prompt is passed. Where the prompt whose turn it is must wait for pages, no other
+    is admitted before it, and those that hold pages go on; so where pages are short, a prompt is
+    also passed by what they have to go.
+
+    Args:
+        chunk_tokens: of every chunk but a prompt's last; a multiple of PAGE_TOKENS.
+        patience: see `Turns`.
     """
 
-    def __init__(self, chunk_tokens: int, num_pages: int, ageing: float) -> None:
+    def __init__(self, chunk_tokens: int, num_pages: int, patience: float) -> None:
         self._chunk_tokens = chunk_tokens
         self._num_pages = num_pages
         self._free_pages = num_pages
-        self._ageing = ageing
+        self._turns = Turns(patience)
         self._entries: dict[str, _Entry] = {}
 
     @property
@@ -63,55 +63,55 @@ class ChunkScheduler:
 
     @property
     def usage(self) -> float:
-        """Share of pages held, 0 to 1."""
+        """Fraction of the pages that is held, 0 to 1."""
         return 1 - self._free_pages / self._num_pages
 
-    def add(self, request_id: str, tokens: int, now: float) -> None:
-        """Take a prompt in.
+    def add(self, request_id: str, tokens: int) -> None:
+        """Let a prompt wait for its turn.
 
         Raises:
             PromptTooLongError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
-        entry = _Entry(tokens, now)
-        if request_id in self._entries:
-            raise InvalidRequestError(f"request {request_id} is being prefilled already")
+        entry = _Entry(tokens)
         if entry.pages > self._num_pages:
             raise PromptTooLongError(
                 f"the prompt has {tokens} tokens and the prefill pool holds "
                 f"{self._num_pages * PAGE_TOKENS} (prefill.kv_cache_tokens); shorten it"
             )
+        self._turns.join(request_id, tokens)
         self._entries[request_id] = entry
 
     def remove(self, request_id: str) -> None:
-        """Forget a prompt, finished or not; unknown ones are no error."""
+        """Forget a prompt, finished or not, and free its pages; unknown ones are no error."""
+        self._turns.leave(request_id)
         entry = self._entries.pop(request_id, None)
         if entry is not None and entry.admitted:
             self._free_pages += entry.pages
 
-    def next(self, now: float) -> Chunk | None:
-        """The chunk to compute now; None when there is nothing to do, or no pages to do it in."""
-        in_turn = sorted(
-            self._entries.items(),
-            key=lambda item: item[1].remaining - self._ageing * (now - item[1].waiting_since),
-        )
-        blocked = False
-        for request_id, entry in in_turn:
-            if entry.remaining == 0:
-                continue
-            if not entry.admitted:
-                blocked = blocked or entry.pages > self._free_pages
-                if blocked:
-                    continue
-                entry.admitted = True
-                self._free_pages -= entry.pages
-            end = min(entry.done + self._chunk_tokens, entry.tokens)
-            return Chunk(request_id, entry.done, end, end == entry.tokens)
-        return None
+    def next(self) -> Chunk | None:
+        """Deal out the chunk to compute now; None when nothing is left, or no pages to do it in.
 
-    def computed(self, chunk: Chunk, now: float) -> None:
-        """Note that a chunk is done; its prompt may have been removed meanwhile."""
-        entry = self._entries.get(chunk.request_id)
-        if entry is not None:
-            entry.done = chunk.end
-            entry.waiting_since = now
+        Each chunk is dealt out once, and counts as computed from then on: a prompt that is
+        cancelled during its chunk has passed others all the same.
+        """
+        order = self._turns.order()
+        if order and not self._holds_pages(order[0]):
+            # Those that have pages go on: their ends bring pages for the one whose turn it is.
+            order = [name for name in order if self._entries[name].admitted]
+        return self._deal(order[0]) if order else None
+
+    def _holds_pages(self, request_id: str) -> bool:
+        """Whether a prompt has its pages; allocates them where enough are free."""
+        entry = self._entries[request_id]
+        if not entry.admitted and entry.pages <= self._free_pages:
+            entry.admitted = True
+            self._free_pages -= entry.pages
+        return entry.admitted
+
+    def _deal(self, request_id: str) -> Chunk:
+        entry = self._entries[request_id]
+        start = entry.dealt
+        entry.dealt = min(start + self._chunk_tokens, entry.tokens)
+        self._turns.serve(request_id, entry.dealt - start)
+        return Chunk(request_id, start, entry.dealt, entry.dealt == entry.tokens)

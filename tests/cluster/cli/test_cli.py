@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from longreach.cluster.cli import main as cli
 
-LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
+LAPTOP = Path(__file__).parents[3] / "configs" / "laptop.yaml"
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -1,110 +1,179 @@
-"""Which prompt is next: orders, pages and waiting, without a cluster."""
+"""Which prompt is next: chunks, orders and pages, without a cluster."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longreach.cluster.fairness import Turns
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
 from longreach.cluster.settings import PAGE_TOKENS
 from longreach.engine.errors import InvalidRequestError, PromptTooLongError
 
 CHUNK = 1024
+PAGES = 120
 
 
-def make_scheduler(pages: int = 1000, ageing: float = 100.0) -> ChunkScheduler:
-    return ChunkScheduler(CHUNK, pages, ageing)
+def make_scheduler(pages: int = 1000, patience: float = 2.0) -> ChunkScheduler:
+    return ChunkScheduler(CHUNK, pages, patience)
 
 
-def compute(scheduler: ChunkScheduler, now: float) -> Chunk:
-    chunk = scheduler.next(now)
+def pages_of(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+def compute(scheduler: ChunkScheduler) -> Chunk:
+    chunk = scheduler.next()
     assert chunk is not None
-    scheduler.computed(chunk, now)
     if chunk.is_last:
         scheduler.remove(chunk.request_id)
     return chunk
 
 
-def test_a_short_prompt_overtakes_a_long_one_at_a_chunk_boundary() -> None:
+def test_a_short_prompt_overtakes_a_long_one_at_a_chunk_border() -> None:
     scheduler = make_scheduler()
-    scheduler.add("long", 10 * CHUNK, 0.0)
-    assert compute(scheduler, 0.0) == Chunk("long", 0, CHUNK, False)
-    scheduler.add("short", 100, 0.0)
-    assert compute(scheduler, 0.0) == Chunk("short", 0, 100, True)
-    assert compute(scheduler, 0.0) == Chunk("long", CHUNK, 2 * CHUNK, False)
+    scheduler.add("long", 10 * CHUNK)
+    assert compute(scheduler) == Chunk("long", 0, CHUNK, False)
+    scheduler.add("short", 100)
+    assert compute(scheduler) == Chunk("short", 0, 100, True)
+    assert compute(scheduler) == Chunk("long", CHUNK, 2 * CHUNK, False)
 
 
-def test_a_long_prompt_gets_a_chunk_after_its_remaining_tokens_over_ageing() -> None:
-    scheduler = make_scheduler(ageing=1024.0)
-    scheduler.add("long", 10 * CHUNK, 0.0)
-    now, served = 0.0, []
-    while len(served) < 3:
-        scheduler.add(f"short {now}", CHUNK, now)
-        chunk = compute(scheduler, now)
-        served += [now] if chunk.request_id == "long" else []
-        now += 1.0
-    assert served[0] <= 10.0
-    assert served[1] - served[0] <= 10.0
+def test_equal_long_prompts_run_one_after_the_other() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("first", 8 * CHUNK)
+    scheduler.add("second", 8 * CHUNK)
+    computed = [compute(scheduler).request_id for _ in range(16)]
+    assert computed == ["first"] * 8 + ["second"] * 8
 
 
-def test_a_prompt_that_waits_for_pages_lets_shorter_ones_pass_until_its_turn_comes() -> None:
-    scheduler = make_scheduler(pages=20, ageing=1.0)
-    scheduler.add("first", 15 * PAGE_TOKENS, 0.0)
-    assert compute(scheduler, 0.0).request_id == "first"
-    scheduler.add("big", 18 * PAGE_TOKENS, 0.0)
-    scheduler.add("small", 2 * PAGE_TOKENS, 0.0)
-    assert compute(scheduler, 0.0).request_id == "small"
-    # By now its age weighs more than its length: nobody may take the pages it waits for.
-    later = 100.0 * CHUNK
-    scheduler.add("another", 2 * PAGE_TOKENS, later)
-    assert compute(scheduler, later).request_id == "first"
-    assert compute(scheduler, later).request_id == "big"
+def test_a_short_prompt_among_four_long_ones_waits_for_one_chunk() -> None:
+    scheduler = make_scheduler()
+    for name in "abcd":
+        scheduler.add(name, 32 * CHUNK)
+    assert compute(scheduler).request_id == "a"
+    scheduler.add("short", 1000)
+    assert compute(scheduler).request_id == "short"
+
+
+def test_a_chunk_counts_as_passing_even_if_its_prompt_is_cancelled_meanwhile() -> None:
+    scheduler = make_scheduler(patience=1.0)
+    scheduler.add("long", 10 * CHUNK)
+    computed = []
+    for turn in range(11):
+        scheduler.add(f"cancelled {turn}", 2 * CHUNK)
+        chunk = scheduler.next()
+        assert chunk is not None
+        computed.append(chunk.request_id)
+        scheduler.remove(f"cancelled {turn}")
+    assert computed == [f"cancelled {turn}" for turn in range(10)] + ["long"]
+
+
+def test_nobody_gets_pages_before_the_prompt_whose_turn_it_is() -> None:
+    scheduler = make_scheduler(pages=20, patience=1.0)
+    scheduler.add("big", 18 * PAGE_TOKENS)
+    scheduler.add("shorter", 15 * PAGE_TOKENS)
+    assert compute(scheduler) == Chunk("shorter", 0, CHUNK, False)
+    for turn in range(5):
+        scheduler.add(f"small {turn}", 2 * PAGE_TOKENS)
+        assert compute(scheduler).request_id == f"small {turn}"
+    # By now "big" has been passed by as many tokens as it has: nobody may have pages before it.
+    scheduler.add("another", 2 * PAGE_TOKENS)
+    assert compute(scheduler) == Chunk("shorter", CHUNK, 15 * PAGE_TOKENS, True)
+    assert compute(scheduler) == Chunk("big", 0, CHUNK, False)
+    assert compute(scheduler).request_id == "another"
 
 
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = make_scheduler(pages=4)
-    with pytest.raises(PromptTooLongError, match="shorten"):
-        scheduler.add("a", 4 * PAGE_TOKENS + 1, 0.0)
-    scheduler.add("a", 4 * PAGE_TOKENS, 0.0)
+    with pytest.raises(PromptTooLongError):
+        scheduler.add("a", 4 * PAGE_TOKENS + 1)
+    scheduler.add("a", 4 * PAGE_TOKENS)
     with pytest.raises(InvalidRequestError):
-        scheduler.add("a", 1, 0.0)
+        scheduler.add("a", 1)
+    assert scheduler.num_waiting == 1
+
+
+class Ledger:
+    """What a test knows of a scheduler by its own counting."""
+
+    def __init__(self, patience: float) -> None:
+        self.scheduler = make_scheduler(PAGES, patience)
+        self.turns = Turns(patience)
+        self.tokens: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.holders: set[str] = set()
+
+    def add(self, name: str, tokens: int) -> None:
+        self.scheduler.add(name, tokens)
+        self.turns.join(name, tokens)
+        self.tokens[name] = tokens
+
+    def remove(self, name: str) -> None:
+        self.scheduler.remove(name)
+        self.turns.leave(name)
+        self.holders.discard(name)
+
+    def compute(self) -> bool:
+        """Compute a chunk, if there is one, and check that it is the right one."""
+        order = self.turns.order()
+        chunk = self.scheduler.next()
+        if chunk is None:
+            assert not order
+            return False
+        name, tokens = chunk.request_id, self.tokens[chunk.request_id]
+        assert chunk.start == self.done.get(name, 0)
+        assert chunk.end == min(chunk.start + CHUNK, tokens)
+        assert chunk.is_last == (chunk.end == tokens)
+        if name == order[0]:
+            self.holders.add(name)
+        else:
+            # Nobody was admitted, and whose turn it is would not fit.
+            assert name == next(each for each in order if each in self.holders)
+            assert self.held + pages_of(self.tokens[order[0]]) > PAGES
+        self.done[name] = chunk.end
+        self.turns.serve(name, chunk.end - chunk.start)
+        if chunk.is_last:
+            self.remove(name)
+        return True
+
+    @property
+    def held(self) -> int:
+        return sum(pages_of(self.tokens[name]) for name in self.holders)
+
+    def check_pages(self) -> None:
+        assert self.held <= PAGES
+        assert self.scheduler.usage == pytest.approx(self.held / PAGES)
+        assert self.scheduler.num_running == len(self.holders)
 
 
 @given(
-    prompts=st.lists(
-        st.tuples(st.integers(1, 12 * CHUNK), st.floats(0, 50), st.booleans()), max_size=20
+    turns=st.lists(
+        st.tuples(
+            st.lists(st.integers(1, PAGES * PAGE_TOKENS) | st.integers(1, CHUNK), max_size=3),
+            st.none() | st.integers(0, 20),
+        ),
+        max_size=40,
     ),
-    ageing=st.floats(1, 1e5),
+    patience=st.sampled_from([0.1, 1.0, 1e9]),
 )
-def test_every_prompt_is_computed_once_in_order_and_all_pages_come_back(
-    prompts: list[tuple[int, float, bool]], ageing: float
+def test_every_prompt_is_computed_once_and_in_turn_within_the_pages_and_all_come_back(
+    turns: list[tuple[list[int], int | None]], patience: float
 ) -> None:
-    scheduler = make_scheduler(pages=120, ageing=ageing)
-    done: dict[str, int] = {}
-    expected: dict[str, int] = {}
-    pending = sorted(
-        (arrives, str(index), tokens, cancelled)
-        for index, (tokens, arrives, cancelled) in enumerate(prompts)
-    )
-    now = 0.0
-    while pending or scheduler.num_running or scheduler.num_waiting:
-        while pending and pending[0][0] <= now:
-            _, name, tokens, cancelled = pending.pop(0)
-            scheduler.add(name, tokens, now)
-            if cancelled:
-                scheduler.remove(name)
-            else:
-                expected[name] = tokens
-        now += 1.0
-        chunk = scheduler.next(now)
-        assert 0 <= scheduler.usage <= 1
-        if chunk is None:
-            assert not scheduler.num_running
-            continue
-        assert chunk.start == done.get(chunk.request_id, 0)
-        assert chunk.start % PAGE_TOKENS == 0
-        done[chunk.request_id] = chunk.end
-        scheduler.computed(chunk, now)
-        if chunk.is_last:
-            scheduler.remove(chunk.request_id)
-    assert done == expected
-    assert scheduler.usage == 0
+    ledger = Ledger(patience)
+    names = (str(number) for number in range(1000))
+    cancelled = set()
+    for joining, leaving in turns:
+        for tokens in joining:
+            ledger.add(next(names), tokens)
+        if leaving is not None:
+            # Cancelled, finished before, or never there: pages come back once or not at all.
+            cancelled.add(str(leaving))
+            ledger.remove(str(leaving))
+        ledger.compute()
+        ledger.check_pages()
+    while ledger.compute():
+        ledger.check_pages()
+    assert ledger.scheduler.usage == 0
+    assert ledger.scheduler.num_running == ledger.scheduler.num_waiting == 0
+    finished = {name for name, done in ledger.done.items() if done == ledger.tokens[name]}
+    assert finished >= ledger.tokens.keys() - cancelled
