@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import uvicorn.config
 from ray.serve.config import ControllerOptions
@@ -65,10 +64,7 @@ class FrontProtocol(H11Protocol):
 
     header_seconds = _HEADER_SECONDS
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.ws_protocol_class = None  # nothing here speaks WebSocket
-        self._header_timer: asyncio.TimerHandle | None = None
+    _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a first request."""
@@ -97,6 +93,10 @@ class FrontProtocol(H11Protocol):
         if self._is_answering() and self.scope["method"] in ("GET", "HEAD"):
             self.cycle.keep_alive = False
             return True
+        return False
+
+    def _should_upgrade(self) -> bool:
+        """Nothing here speaks anything but HTTP/1; whoever offers more is answered in that."""
         return False
 
     def _is_answering(self) -> bool:

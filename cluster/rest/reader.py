@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import resource
 import signal
 import subprocess
@@ -20,6 +19,8 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Literal, cast
+
+import numpy as np
 
 from ...engine.errors import LongreachError, UnavailableError
 from ...engine.text.tokenizer import Tokenizer
@@ -41,9 +42,9 @@ _MOST_RESIDENT_BYTES = 512 << 20
 _OTHER_VALUES = 1 << 14
 # A text may be counted that is longer than what is served, but not any number of times.
 _COUNTED_LENGTHS = 2
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+_BLOCK_BYTES = 1 << 20
 _LISTS: dict[Kind, str] = {
     "chat": "messages",
     "completion": "prompt",
@@ -113,14 +114,32 @@ class Reader:
     def _check_count(self, kind: Kind, body: bytes) -> None:
         """Refuse a body with more values than could be served, before any is parsed."""
         most = self._most_values[kind] + _OTHER_VALUES
-        # Most bodies have few commas, text included; only where they have many is text left out.
-        if body.count(b",") > most and (values := _STRING.sub(b"", body).count(b",")) > most:
+        if _has_more_values(body, most):
             raise invalid(
-                f"{_LISTS[kind]}: the body lists {values} values, and this model's maximum context "
-                f"length is {self._limits.max_model_len} tokens (limits.max_model_len); send fewer",
+                f"{_LISTS[kind]}: the body lists more than {most} values, and this model's maximum "
+                f"context length is {self._limits.max_model_len} tokens (limits.max_model_len); send fewer",
                 _LISTS[kind],
                 "context_length_exceeded",
             )
+
+
+def _has_more_values(body: bytes, most: int) -> bool:
+    """Whether JSON has more than so many commas outside its strings, from its bytes alone."""
+    if body.count(b",") <= most:
+        return False  # nearly all bodies, text included
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    values = quotes_before = 0
+    for start in range(0, len(unescaped), _BLOCK_BYTES):
+        length = min(_BLOCK_BYTES, len(unescaped) - start)
+        letters = np.frombuffer(unescaped, np.uint8, length, start)
+        quotes, commas = (np.flatnonzero(letters == ord(letter)) for letter in '",')
+        # Before a comma outside of strings there is an even number of quotes.
+        before = np.searchsorted(quotes, commas) + quotes_before
+        values += int(np.count_nonzero(before % 2 == 0))
+        quotes_before += len(quotes)
+        if values > most:
+            return True
+    return False
 
 
 class Readers:
@@ -167,7 +186,7 @@ class _ReaderProcess:
             # It must find the packages that this process found, however that was set up.
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -221,7 +240,7 @@ def _outcome(reader: Reader, kind: Kind, *job: Any) -> Any:
         return RuntimeError(traceback.format_exc())
 
 
-def _serve() -> None:
+def serve() -> None:
     """Read bodies from standard input until it is closed."""
     # Ctrl-C is for whoever started us, and closes our input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -238,7 +257,3 @@ def _serve() -> None:
         grown_to = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         _put(answers, (outcome, grown_to <= _MOST_RESIDENT_BYTES))
         del job, outcome
-
-
-if __name__ == "__main__":
-    _serve()

@@ -27,8 +27,8 @@ from ..model.config import read_json
 # joins: not the normalization, not the pattern that splits words, and so no merge.
 _PIECE_CHARACTERS = 1 << 16
 _SAFE_BORDER = re.compile(r"\n(?=[A-Za-z])")
-# Pieces that are encoded before anybody looks whether that is enough: memory for 1 MB of text.
-_PIECES_AT_ONCE = 16
+# Pieces that are encoded before anybody looks whether that is enough: half a megabyte of text.
+_PIECES_AT_ONCE = 8
 # A text without borders is looked at from its beginning before all of it is encoded.
 _MOST_WITHOUT_LOOKING = 1 << 19
 # Where a text is cut without a border, its last two words may not be words of the whole text.
@@ -110,13 +110,19 @@ class Tokenizer:
     @cached_property
     def least_tokens_per_message(self) -> int:
         """Tokens that the chat template writes around every message, at least 1."""
-        roles = ("user", "assistant")
-        sample = [{"role": roles[i % 2], "content": "a"} for i in range(2 * _SAMPLE_MESSAGES)]
+        around = map(self._tokens_around, (("user",), ("assistant",), ("user", "assistant")))
+        return max(min((tokens for tokens in around if tokens is not None), default=1), 1)
+
+    def _tokens_around(self, roles: Sequence[str]) -> int | None:
+        """Around each message of a chat in which these take turns; None where it may not be."""
+        sample = [
+            {"role": roles[i % len(roles)], "content": "a"} for i in range(2 * _SAMPLE_MESSAGES)
+        ]
         try:
-            lengths = [len(self.encode_chat(chat)) for chat in (sample[:_SAMPLE_MESSAGES], sample)]
+            half, whole = self.encode_chat(sample[:_SAMPLE_MESSAGES]), self.encode_chat(sample)
         except InvalidRequestError:
-            return 1
-        return max((lengths[1] - lengths[0]) // _SAMPLE_MESSAGES - 1, 1)
+            return None
+        return (len(whole) - len(half)) // _SAMPLE_MESSAGES - 1
 
     def encode(self, text: str, enough: int | None = None) -> Tokens:
         """Ids of ordinary text, int32 [tokens]; no control token comes out of it.

@@ -33,13 +33,16 @@ TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served
 class ScriptedBackend:
     """Answers every choice with `text`, a token a byte, after `prefill_seconds`.
 
-    `error` is raised first, or after `error_after` tokens of the answer.
+    `error` is raised first, or after `error_after` tokens of the answer. Tokens come `at_once`
+    together, with `step_seconds` between.
     """
 
     def __init__(self, text: str = "Yes.") -> None:
         self.text = text
         self.prefill_seconds = 0.0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self.at_once = 1
+        self.step_seconds = 0.0
         self.error_after: int | None = None
         self.is_ready = True
         self.requests: list[GenerationRequest] = []
@@ -53,7 +56,9 @@ class ScriptedBackend:
             yield Progress(len(request.prompt) // 2, len(request.prompt))
             await asyncio.sleep(self.prefill_seconds)
             for choice in range(request.sampling.choices):
-                for delta in self._deltas(choice, request):
+                for index, delta in enumerate(self._deltas(choice, request)):
+                    if self.step_seconds and index % self.at_once == 0:
+                        await asyncio.sleep(self.step_seconds)
                     yield delta
             tokens = len(self.text.encode()) * request.sampling.choices
             yield Finished(len(request.prompt), tokens, TIMINGS)
