@@ -14,7 +14,9 @@ from ...engine.errors import (
     PromptTooLongError,
     QueueFullError,
     UnavailableError,
+    innermost,
 )
+from ..remedies import remedied
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +102,9 @@ def as_rest_error(error: BaseException, request_id: str = "") -> RestError:
         request_id: the client's and the log's name of the request, where there is one.
     """
     # An error from another process may come wrapped, with that process's stack trace for a text.
-    cause = getattr(error, "cause", None)
+    cause = innermost(error)
     if isinstance(cause, LongreachError):
-        error = cause
+        error = remedied(cause)
     match error:
         case RestError():
             return error
