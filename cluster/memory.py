@@ -23,7 +23,7 @@ from ..engine.memory.fit import (
 from ..engine.model.config import ModelConfig
 from ..engine.model.precision import compute_dtype
 from ..engine.prefill.sparsity import SparsityConfig
-from .settings import Settings
+from .settings import GangSettings, ModelSettings, Settings
 
 _NARROW = "model.kv_cache_dtype fp8_e4m3"
 _LARGER = "a larger GPU"
@@ -31,7 +31,7 @@ _LARGER = "a larger GPU"
 
 @contextmanager
 def room_for_prefill(
-    settings: Settings, device: torch.device, ranks_on_card: int
+    settings: GangSettings, device: torch.device, ranks_on_card: int
 ) -> Iterator[None]:
     """Where a prefill rank takes what it needs.
 
@@ -44,7 +44,7 @@ def room_for_prefill(
     """
     fit = prefill_fit(settings, free_bytes(device), ranks_on_card)
     # No prompt is longer than the limit, however many tokens the pages hold.
-    longest = settings.limits.max_model_len
+    longest = settings.max_prompt_tokens
     with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
         yield
 
@@ -57,7 +57,7 @@ def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
         yield
 
 
-def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit:
+def prefill_fit(settings: GangSettings, free: int, ranks_on_card: int) -> PrefillFit:
     """One rank's share of the model, of its pages and of a chunk, in so many bytes.
 
     Raises:
@@ -65,10 +65,11 @@ def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit
         ConfigurationError: the ranks do not divide the model.
     """
     prefill = settings.prefill
-    weights, geometry = _model(settings, prefill.tensor_parallel)
-    others = ("a smaller prefill.chunk_tokens", "a larger prefill.tensor_parallel", _LARGER)
-    alone = _alone("prefill.gpus_per_rank", prefill.gpus_per_rank)
-    mends = Mends("prefill.kv_cache_tokens", _NARROW, others + alone)
+    weights, geometry = _model(settings.model, prefill.tensor_parallel)
+    chunk, mesh = prefill.key("chunk_tokens"), prefill.key("tensor_parallel")
+    others = (f"a smaller {chunk}", f"a larger {mesh}", _LARGER)
+    alone = _alone(prefill.key("gpus_per_rank"), prefill.gpus_per_rank)
+    mends = Mends(prefill.key("kv_cache_tokens"), _NARROW, others + alone)
     sparsity = SparsityConfig.from_folder(settings.model.folder) if prefill.sparse else None
     return PrefillFit(
         weights, geometry, free, mends, prefill.chunk_tokens, prefill.sequence_parallel,
@@ -81,20 +82,20 @@ def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit
 def decode_fit(settings: Settings, free: int) -> DecodeFit:
     """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
     decode = settings.decode
-    weights, geometry = _model(settings, 1)
+    weights, geometry = _model(settings.model, 1)
     others = ("a smaller decode.max_batch", _LARGER, *_alone("decode.gpus", decode.gpus))
     mends = Mends("decode.kv_cache_tokens", _NARROW, others)
-    chunk_tokens = settings.prefill.chunk_tokens
+    chunk_tokens = max(gang.chunk_tokens for gang in settings.prefill)
     return DecodeFit(weights, geometry, free, mends, decode.max_batch, chunk_tokens)
 
 
-def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
-    config = ModelConfig.from_folder(settings.model.folder)
+def _model(settings: ModelSettings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
+    config = ModelConfig.from_folder(settings.folder)
     # Sizes are held to on GPUs only.
-    dtype = compute_dtype(settings.model.dtype, torch.device("cuda"))
+    dtype = compute_dtype(settings.dtype, torch.device("cuda"))
     weights = Weights(config, dtype.itemsize, tensor_parallel)
     pages = PageGeometry(config.num_layers, weights.heads.num_kv_heads, config.head_dim, dtype)
-    return weights, pages.kept_as(settings.model.pages_kept_as)
+    return weights, pages.kept_as(settings.pages_kept_as)
 
 
 def _alone(setting: str, gpus: float) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from ...engine.kv.pages import PAGE_TOKENS, pages_for
 from ...engine.model.config import ModelConfig
-from ..settings import Settings
+from ..settings import GangSettings, Settings
 
 _FP16_BYTES = 2
 _SCALE_BYTES = 4
@@ -62,27 +62,13 @@ def _types(settings: Settings) -> str:
 
 
 def _processes(settings: Settings, model: ModelConfig) -> Table:
-    prefill, decode = settings.prefill, settings.decode
-    ranks = prefill.tensor_parallel * prefill.sequence_parallel
-    rank_bytes = kv_bytes(settings, model, prefill.kv_cache_tokens) // prefill.tensor_parallel
+    decode = settings.decode
     table = Table("processes", "what", "KV cache of each", "asks for, each")
     table.add_row(
         f"{settings.ingress.replicas}", "ingress: HTTP, tokenizer, limits", "", "no accelerator"
     )
-    table.add_row(
-        f"{prefill.replicas}",
-        f"prefill replica: schedules chunks of {prefill.chunk_tokens:,} tokens over its gang",
-        "",
-        "no accelerator",
-    )
-    table.add_row(
-        f"{prefill.replicas * ranks}",
-        f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
-        f"{prefill.sequence_parallel}), placed {prefill.placement}; "
-        + ("sparse where the checkpoint says so" if prefill.sparse else "dense"),
-        f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
-        _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
-    )
+    for gang in settings.gangs:
+        _add_gang(table, settings, model, gang)
     table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
     table.add_row(
         f"{decode.replicas}",
@@ -94,12 +80,33 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     return table
 
 
+def _add_gang(table: Table, settings: Settings, model: ModelConfig, gang: GangSettings) -> None:
+    prefill = gang.prefill
+    rank_bytes = kv_bytes(settings, model, prefill.kv_cache_tokens) // prefill.tensor_parallel
+    name = f" {prefill.name}, prompts up to {gang.max_prompt_tokens:,}" if prefill.name else ""
+    table.add_row(
+        f"{prefill.replicas}",
+        f"prefill replica{name}: schedules chunks of {prefill.chunk_tokens:,} tokens over its gang",
+        "",
+        "no accelerator",
+    )
+    table.add_row(
+        f"{prefill.replicas * prefill.num_ranks}",
+        f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
+        f"{prefill.sequence_parallel}), placed {prefill.placement}; "
+        + ("sparse where the checkpoint says so" if prefill.sparse else "dense"),
+        f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
+        _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
+    )
+
+
 def _totals(settings: Settings, model: ModelConfig) -> Text:
-    prefill, decode = settings.prefill, settings.decode
-    # Tensor parallel ranks share the heads; sequence parallel ranks each hold all tokens.
-    copies = prefill.replicas * prefill.sequence_parallel
-    total = copies * kv_bytes(settings, model, prefill.kv_cache_tokens)
-    total += decode.replicas * kv_bytes(settings, model, decode.kv_cache_tokens)
+    decode = settings.decode
+    total = decode.replicas * kv_bytes(settings, model, decode.kv_cache_tokens)
+    for gang in settings.prefill:
+        # Tensor parallel ranks share the heads; sequence parallel ranks each hold all tokens.
+        copies = gang.replicas * gang.sequence_parallel
+        total += copies * kv_bytes(settings, model, gang.kv_cache_tokens)
     return Text(f"KV caches together: {_gib(total)}")
 
 

@@ -15,6 +15,7 @@ from ...engine.errors import QueueFullError, UnavailableError
 from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
 from ..failures import CallError, as_ours, first_of
 from ..outbox import Outbox
+from ..router import PrefillRouter
 from ..settings import Settings
 from .worker import DecodeWorker
 
@@ -38,10 +39,9 @@ class DecodeReplica:
     """A Serve deployment. Its worker, which holds the pages, lives and dies with it."""
 
     async def __init__(
-        self, settings: Settings, metrics_directory: Path, prefill: DeploymentHandle
+        self, settings: Settings, metrics_directory: Path, prefill: list[DeploymentHandle]
     ) -> None:
-        self._prefill = prefill.options(stream=True)
-        self._health_of_prefill = prefill.check_health
+        self._prefill = PrefillRouter(settings, prefill)
         self._most_waiting = settings.limits.max_queued_requests
         self._waiting = 0
         self._outbox = Outbox()
@@ -61,9 +61,9 @@ class DecodeReplica:
         await asyncio.wait_for(self._worker.ping.remote(), _PING_SECONDS)
 
     async def ready(self) -> None:
-        """Return when this replica and a prefill replica could serve; raise if they cannot."""
+        """Return when this replica and a replica of each gang could serve; raise if not."""
         await self.check_health()
-        await self._health_of_prefill.remote()
+        await self._prefill.check_health()
 
     async def generate(
         self, request: GenerationRequest
@@ -85,9 +85,10 @@ class DecodeReplica:
         waiting = self._queue_up()
         try:
             prefilled = None
+            gang = self._prefill.gang_for(len(request.prompt)).options(stream=True)
             stream = cast(
                 DeploymentResponseGenerator[Progress | Prefilled],
-                self._prefill.prefill.remote(request, self._worker),
+                gang.prefill.remote(request, self._worker),
             )
             try:
                 await first_of(stream)

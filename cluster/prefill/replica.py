@@ -17,7 +17,7 @@ from .. import metrics
 from ..failures import as_ours
 from ..metrics import Metrics
 from ..outbox import detached
-from ..settings import PAGE_TOKENS, Settings
+from ..settings import PAGE_TOKENS, GangSettings
 from .gang import Gang
 from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
@@ -48,9 +48,9 @@ class _Job:
 class PrefillReplica:
     """A Serve deployment. Its gang lives and dies with it."""
 
-    async def __init__(self, settings: Settings, metrics_directory: Path) -> None:
+    async def __init__(self, settings: GangSettings, metrics_directory: Path) -> None:
         prefill = settings.prefill
-        self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
+        self._sink = Metrics(metrics_directory, "prefill", settings.model.name, prefill.name)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.patience
         )

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from longreach.cluster.cli import main as cli
 
-LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
+LAPTOP = Path(__file__).parents[3] / "configs" / "laptop.yaml"
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -49,6 +49,14 @@ def test_config_says_what_would_run() -> None:
     assert status == 0, output
     for words in ("ingress", "prefill rank", "decode worker", "tensor 1 × sequence 2", "GiB"):
         assert words in output
+
+
+def test_config_shows_every_gang() -> None:
+    status, output = run("config", str(LAPTOP.with_name("laptop-two-gangs.yaml")))
+    assert status == 0, output
+    said = " ".join(output.replace("│", " ").split())
+    for words in ("short, prompts up to 8,192", "long, prompts up to 1,056,768"):
+        assert words in said
 
 
 def test_a_missing_config_is_one_line(monkeypatch, capsys, tmp_path: Path) -> None:

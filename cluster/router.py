@@ -1,0 +1,34 @@
+"""Which gang computes a prompt: the first, in the order of the settings, that takes its length."""
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+from .settings import Settings
+
+
+class PrefillRouter:
+    """Knows the gangs' deployments by the prompt lengths that they take.
+
+    Args:
+        handles: Serve's, of the deployments in the order of `settings.prefill`.
+    """
+
+    def __init__(self, settings: Settings, handles: Sequence[Any]) -> None:
+        self._longest = [gang.max_prompt_tokens for gang in settings.gangs]
+        self._handles = list(handles)
+
+    def gang_for(self, prompt_tokens: int) -> Any:
+        """The handle of the deployment that takes prompts of this length.
+
+        The ingress has refused what is longer than the last gang's limit.
+        """
+        return self._handles[bisect_left(self._longest, prompt_tokens)]
+
+    async def check_health(self) -> None:
+        """Return when every gang says that it is well; raise what the first one raises that is not.
+
+        Serve asks one replica of each deployment, which it chooses as for a request.
+        """
+        await asyncio.gather(*(handle.check_health.remote() for handle in self._handles))
