@@ -1,24 +1,25 @@
 """The ingress: the OpenAI endpoint of `rest`, with the decode replicas for a backend."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.text.tokenizer import Tokenizer
-from .decode.replica import Taken
 from .failures import CallError, as_ours, first_of
+from .leases import LeaseKeeper
+from .messages import Taken
 from .metrics import Metrics, render
-from .outbox import Outbox, detached
 from .rest import build_api, read_api_keys
 from .settings import Settings
+from .tasks import detached, tell
 
 _READY_SECONDS = 5
 
@@ -31,15 +32,17 @@ class DecodeBackend:
     def __init__(self, decode: DeploymentHandle) -> None:
         self._decode = decode
         self._streams = decode.options(stream=True)
-        self._outbox: Outbox | None = None
-        self._releases: set[asyncio.Task[None]] = set()
+        self._leases = LeaseKeeper(f"ingress-{uuid.uuid4().hex}")
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
-        stream = cast(_Stream, self._streams.generate.remote(request))
+        name = request.request_id
+        stream = cast(_Stream, self._streams.generate.remote(request, self._leases.holder))
         taken, finished = None, False
         try:
             taken = cast(Taken, await first_of(stream))
+            self._leases.hold(taken.worker_id, taken.worker, name)
             async for message in stream:
                 for event in cast(list[Event], message):
                     finished = isinstance(event, Finished)
@@ -47,12 +50,14 @@ class DecodeBackend:
         except CallError as error:
             raise as_ours(error) from error
         finally:
-            if taken is not None and not finished:
-                self._release(taken, request.request_id)
-            elif taken is None:
-                release = detached(self._release_when_taken(stream, request.request_id))
-                self._releases.add(release)
-                release.add_done_callback(self._releases.discard)
+            if taken is None:
+                leaving = detached(_release_when_taken(stream, name))
+                self._leaving.add(leaving)
+                leaving.add_done_callback(self._leaving.discard)
+            else:
+                self._leases.drop(taken.worker_id, name)
+                if not finished:
+                    tell(taken.worker.release.remote, name)
 
     async def ready(self) -> bool:
         """Whether a decode replica and the gang behind it say that they are well."""
@@ -62,21 +67,16 @@ class DecodeBackend:
             return False
         return True
 
-    def _release(self, taken: Taken, request_id: str) -> None:
-        """Stop a request; one whose worker is gone has stopped."""
-        # Made at the first use: there is no event loop yet where the backend is made.
-        self._outbox = self._outbox or Outbox()
-        self._outbox.send(lambda: cast(Any, ray.get_actor(taken.worker)).release.remote(request_id))
 
-    async def _release_when_taken(self, stream: _Stream, request_id: str) -> None:
-        """Stop a request that no decode replica had taken yet when its client left."""
-        try:
-            async for message in stream:
-                if isinstance(message, Taken):
-                    self._release(message, request_id)
-                    return
-        except (*CallError, asyncio.CancelledError):
-            return  # it was refused, or stopped already
+async def _release_when_taken(stream: _Stream, request_id: str) -> None:
+    """Stop a request that no decode replica had taken yet when its client left."""
+    try:
+        async for message in stream:
+            if isinstance(message, Taken):
+                tell(message.worker.release.remote, request_id)
+                return
+    except (*CallError, asyncio.CancelledError):
+        return  # it was refused, or stopped already
 
 
 def api_builder(

@@ -3,7 +3,8 @@
 import asyncio
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+
+from ray.serve.handle import DeploymentHandle
 
 from .settings import Settings
 
@@ -15,16 +16,17 @@ class PrefillRouter:
         handles: Serve's, of the deployments in the order of `settings.prefill`.
     """
 
-    def __init__(self, settings: Settings, handles: Sequence[Any]) -> None:
+    def __init__(self, settings: Settings, handles: Sequence[DeploymentHandle]) -> None:
         self._longest = [gang.max_prompt_tokens for gang in settings.gangs]
         self._handles = list(handles)
+        self._streams = [handle.options(stream=True) for handle in handles]
 
-    def gang_for(self, prompt_tokens: int) -> Any:
-        """The handle of the deployment that takes prompts of this length.
+    def gang_for(self, prompt_tokens: int) -> DeploymentHandle:
+        """The deployment that takes prompts of this length, with streamed answers.
 
         The ingress has refused what is longer than the last gang's limit.
         """
-        return self._handles[bisect_left(self._longest, prompt_tokens)]
+        return self._streams[bisect_left(self._longest, prompt_tokens)]
 
     async def check_health(self) -> None:
         """Return when every gang says that it is well; raise what the first one raises that is not.

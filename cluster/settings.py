@@ -72,7 +72,7 @@ class ModelSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What one request may ask for, and how many may wait."""
+    """What one request may ask for, and how many may wait at a decode replica for each gang."""
 
     max_model_len: Count
     max_output_tokens: Count = 4096

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .decode.decoder import Decoder
-from .kv.hand_off import PageSender, Place
+from .kv.hand_off import HandOff, Place
 from .kv.pages import HeldPages, PagePool, pages_for
 from .messages import Tokens
 from .model.config import KVCacheDtype
@@ -55,7 +55,7 @@ class LocalPrefill:
             self.prefiller.release("local")
 
 
-class DirectSender(PageSender):
+class DirectHandOff(HandOff):
     """Hands pages to a decoder in the same process."""
 
     def __init__(self, decoder: Decoder, request_id: str) -> None:

@@ -1,38 +1,31 @@
-"""A decode replica: takes a request, has it prefilled into its own pages, and generates."""
+"""A decode replica: takes requests, and lets each live through prefill and decode."""
 
-import asyncio
-import time
+import logging
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from ...engine.errors import QueueFullError, UnavailableError
-from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
-from ..failures import CallError, as_ours, first_of
-from ..outbox import Outbox
+from ...engine.messages import Event, GenerationRequest
+from ..failures import CallError, as_ours
+from ..messages import Taken
+from ..pulse import Allowance, watch
 from ..router import PrefillRouter
 from ..settings import Settings
+from ..tasks import forever
+from .life import RequestLife, State
 from .worker import DecodeWorker
 
-_PING_SECONDS = 10
-# Of the worker: every waiting request is a call, and so is every page run under way.
+# Of the worker: every waiting request is a call, and so is every message of pages under way.
 _CALLS_AT_ONCE = 10_000
+_LOST = "the decode worker is gone, and is being replaced; send the request again"
 
-
-@dataclass(frozen=True)
-class Taken:
-    """Which actor holds a request's pages.
-
-    Its `release` is how to stop the request for certain, wherever it is: Serve's cancellation is
-    best effort.
-    """
-
-    worker: str
+logger = logging.getLogger(__name__)
 
 
 class DecodeReplica:
@@ -41,117 +34,73 @@ class DecodeReplica:
     async def __init__(
         self, settings: Settings, metrics_directory: Path, prefill: list[DeploymentHandle]
     ) -> None:
-        self._prefill = PrefillRouter(settings, prefill)
+        self._router = PrefillRouter(settings, prefill)
         self._most_waiting = settings.limits.max_queued_requests
-        self._waiting = 0
-        self._outbox = Outbox()
-        decode = settings.decode
-        self._worker_name = f"longreach-decode-{uuid.uuid4().hex}"
+        self._lives: set[RequestLife] = set()
+        self._lost = False
+        self._worker_id = f"longreach-decode-{uuid.uuid4().hex}"
         actor = cast(Any, ray.remote(DecodeWorker)).options(
-            name=self._worker_name,
-            num_cpus=decode.cpus,
-            num_gpus=decode.gpus,
+            name=self._worker_id,
+            num_cpus=settings.decode.cpus,
+            num_gpus=settings.decode.gpus,
             max_concurrency=_CALLS_AT_ONCE,
         )
         self._worker = actor.remote(settings, metrics_directory)
-        await self._worker.ping.remote()
+        await self._worker.start.remote(self._worker)
+        self._watch = forever(self._watch_worker(), self._lose)
 
     async def check_health(self) -> None:
-        """Raise if the worker is gone or cannot generate: Serve then replaces this replica."""
-        await asyncio.wait_for(self._worker.ping.remote(), _PING_SECONDS)
+        """Raise if the worker is gone, hangs or cannot generate: Serve replaces this replica."""
+        if self._lost:
+            raise UnavailableError(_LOST)
+        await self._worker.check.remote()
 
     async def ready(self) -> None:
         """Return when this replica and a replica of each gang could serve; raise if not."""
         await self.check_health()
-        await self._prefill.check_health()
+        await self._router.check_health()
 
     async def generate(
-        self, request: GenerationRequest
+        self, request: GenerationRequest, holder: str
     ) -> AsyncGenerator[Taken | list[Event], None]:
         """Serve one request from its prefill to its last token; see `rest.Backend`.
 
         Yields first who has taken it, then events, those that come at the same time in one
         message.
+
+        Args:
+            holder: of the request's lease; see `leases`.
         """
-        yield Taken(self._worker_name)
+        yield Taken(self._worker_id, self._worker)
+        life = self._begin(request, holder)
         try:
-            async for events in self._generate(request):
-                yield events
+            async with aclosing(life.events()) as messages:
+                async for events in messages:
+                    yield events
         except CallError as error:
             raise as_ours(error) from error
-
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
-        began = time.perf_counter()
-        waiting = self._queue_up()
-        try:
-            prefilled = None
-            gang = self._prefill.gang_for(len(request.prompt)).options(stream=True)
-            stream = cast(
-                DeploymentResponseGenerator[Progress | Prefilled],
-                gang.prefill.remote(request, self._worker),
-            )
-            try:
-                await first_of(stream)
-                async for event in stream:
-                    waiting.end()
-                    if isinstance(event, Prefilled):
-                        prefilled = event
-                    else:
-                        yield [event]
-            finally:
-                stream.cancel()
-            if prefilled is None:
-                raise UnavailableError("prefill ended early; send the request again")
-            async for events in self._answer(request, prefilled, began):
-                yield events
         finally:
-            waiting.end()
-            self._outbox.send(lambda: self._worker.release.remote(request.request_id))
+            self._lives.discard(life)
 
-    async def _answer(
-        self, request: GenerationRequest, prefilled: Prefilled, began: float
-    ) -> AsyncGenerator[list[Event], None]:
-        started = time.perf_counter()
-        first_token, completion_tokens = None, 0
-        answer = self._worker.answer.options(num_returns="streaming")
-        async for reference in answer.remote(request.request_id, prefilled.logits):
-            deltas, ended = await reference
-            now = time.perf_counter()
-            first_token = first_token or now - started
-            completion_tokens += sum(len(delta.tokens) for delta in deltas)
-            events: list[Event] = list(deltas)
-            if ended:
-                timings = Timings(
-                    queued=prefilled.queued,
-                    prefill=prefilled.prefill,
-                    hand_off=prefilled.hand_off,
-                    first_token=first_token,
-                    served=now - began,
-                    prefill_stages=prefilled.stages,
-                )
-                events.append(Finished(len(request.prompt), completion_tokens, timings))
-            yield events
+    def _begin(self, request: GenerationRequest, holder: str) -> RequestLife:
+        if self._lost:
+            raise UnavailableError(_LOST)
+        prefill = self._router.gang_for(len(request.prompt))
+        lives = [life for life in self._lives if life.prefill is prefill]
+        waiting = sum(life.state is State.WAITING for life in lives)
+        # One that nobody waits in front of does not wait itself.
+        if waiting > self._most_waiting:
+            raise QueueFullError(waiting - 1)
+        life = RequestLife(request, holder, self._worker, prefill)
+        self._lives.add(life)
+        return life
 
-    def _queue_up(self) -> "_Waiting":
-        if self._waiting >= self._most_waiting + 1:
-            raise QueueFullError(self._waiting - 1)
-        return _Waiting(self)
+    async def _watch_worker(self) -> None:
+        why = await watch(self._worker.pulse.remote, lambda: bool(self._lives), Allowance())
+        raise UnavailableError(f"the decode worker {why}")
 
-    def count_waiting(self, by: int) -> None:
-        """One more waits, or one fewer."""
-        self._waiting += by
-
-
-class _Waiting:
-    """A request that has seen nothing of its prefill yet."""
-
-    def __init__(self, replica: DecodeReplica) -> None:
-        self._replica = replica
-        self._waits = True
-        replica.count_waiting(+1)
-
-    def end(self) -> None:
-        """It waits no longer; twice does no harm."""
-        if self._waits:
-            self._waits = False
-            self._replica.count_waiting(-1)
+    def _lose(self, error: BaseException) -> None:
+        """The worker cannot go on: its end tells everybody who waits for it."""
+        logger.error("the decode worker is lost: %s", error)
+        self._lost = True
+        ray.kill(self._worker)

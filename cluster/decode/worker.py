@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,150 +13,155 @@ from typing import TYPE_CHECKING, Any
 from ...engine.errors import (
     InvalidRequestError,
     LongreachError,
-    OutOfPagesError,
     TransferError,
     UnavailableError,
 )
 from ...engine.messages import Delta, GenerationRequest
 from .. import metrics
-from ..fairness import Turns
+from ..leases import RENEWAL_SECONDS, LeaseBook
 from ..metrics import Metrics
+from ..pulse import Pulse, Reading
 from ..settings import Settings
+from ..tasks import forever
 
 if TYPE_CHECKING:
     import torch
 
-    from ...engine.decode.decoder import Decoder, Output
+    from ...engine.decode.decoder import Decoder
+    from ...engine.decode.engine import DecodeEngine, Output
     from ...engine.decode.sampler import Logits
-    from ...engine.kv.shared_pages import SharedPool, SharedRun
-    from ..transports.object_store import PageRun
+    from ...engine.kv.hand_off import Destination
 
 logger = logging.getLogger(__name__)
 
 _ENDED_REMEMBERED = 4096
-_STEP_FAILED = "the decode engine failed on a step, and is being replaced; send the request again"
+_FAILED = "the decode engine failed, and is being replaced; send the request again"
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request that is here, or about to be: until its release."""
+
+    holder: str
+    is_reserved: bool = False
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    events: "asyncio.Queue[Delta | LongreachError | None]" = field(default_factory=asyncio.Queue)
 
 
 class DecodeWorker:
-    """Wraps a Decoder. The event loop and one thread that steps take turns on it.
+    """Puts admission, copying and stepping together around one engine.
 
-    Receiving pages needs no turn: it writes pages that no step looks at and that only the event
-    loop gives back. Pages are copied on a thread of its own, one message after the other, which has
-    done with a request before the request's pages go back.
+    The event loop and the thread that steps take turns on the engine. Requests come and go by
+    name; an id never comes twice, so one that ended stays ended.
     """
 
     def __init__(self, settings: Settings, metrics_directory: Path) -> None:
         # torch is loaded here and not with the module: the replica knows its worker without it.
-        import ray
         import torch
 
-        from ...engine.kv.shared_pages import SharedPageReader
-
-        self._sink = Metrics(metrics_directory, "decode", settings.model.name)
-        set_threads = partial(torch.set_num_threads, settings.decode.threads)
-        self._stepper = ThreadPoolExecutor(1, "step", set_threads)
-        self._copier = ThreadPoolExecutor(1, "copy", set_threads)
-        set_threads()
         # What comes out of the object store is read-only, and is only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._decoder = _make_decoder(settings)
-        self._reader = SharedPageReader(
-            ray.util.get_node_ip_address(), self._decoder.device, self._decoder.receive
-        )
-        # Held by whoever uses the decoder; notified when pages came back.
-        self._turn = asyncio.Condition()
-        self._waiting_for_pages = Turns(settings.decode.patience)
-        self._outputs: dict[str, asyncio.Queue[Delta | LongreachError | None]] = {}
-        # Set when a request is released. An id never comes twice, so one that ended stays ended.
-        self._gone: dict[str, asyncio.Event] = {}
-        self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
-        self._work = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
+        self._settings = settings
+        self._set_threads = partial(torch.set_num_threads, settings.decode.threads)
+        self._set_threads()
+        self._sink = Metrics(metrics_directory, "decode", settings.model.name)
+        self._engine: DecodeEngine = _make_decoder(settings)
+        self._pulse = Pulse()
         self._failed = False
+        self._requests: dict[str, _Request] = {}
+        self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
+        self._turn = asyncio.Lock()
+        self._leases = LeaseBook()
 
-    async def ping(self) -> None:
-        """Answer, if alive and able to generate.
+    async def start(self, own_handle: Any) -> None:
+        """Begin to admit, copy and step; before all else.
+
+        Args:
+            own_handle: this actor's, which ranks send pages to.
+        """
+        import ray
+
+        from ..transports import make_receiver
+        from .admission import Admission
+        from .copier import PageCopier
+        from .stepper import Stepper
+
+        settings, engine = self._settings, self._engine
+        host = ray.util.get_node_ip_address()
+        self._receiver = make_receiver(
+            settings.transport, own_handle, host, engine.device, engine.receive
+        )
+        self._copier = PageCopier(self._receiver, self._pulse, self._set_threads)
+        self._admission = Admission(
+            engine, self._turn, settings.decode.patience, self._report, self._fail
+        )
+        self._stepper = Stepper(
+            engine, self._turn, self._pulse, self._after_step, self._fail, self._set_threads
+        )
+        self._lease_ticks = forever(self._watch_leases(), self._fail)
+        self._report()
+
+    async def pulse(self) -> Reading:
+        """How its work goes on; see `pulse.watch`."""
+        return self._pulse.read()
+
+    async def check(self) -> None:
+        """Return if it is able to generate.
 
         Raises:
-            UnavailableError: a step failed in a way that leaves the engine's state unknown.
+            UnavailableError: the engine failed in a way that leaves its state unknown.
         """
         self._check()
 
-    async def reserve(self, request: GenerationRequest) -> None:
-        """Take a request's pages, waiting until they are free.
+    async def reserve(self, request: GenerationRequest, holder: str) -> "Destination":
+        """Allocate a request's pages, waiting until they are free; where prefill sends them.
 
-        Shorter prompts go first, within the bound of `Turns`; none passes one whose turn it is.
+        Args:
+            holder: of the request's lease: without its renewals the request is released.
 
         Raises:
             PromptTooLongError: there will never be enough pages.
             InvalidRequestError: a request of that name is here already, or was released.
-            UnavailableError: as `ping`, also while waiting.
+            UnavailableError: as `check`, also while waiting.
         """
+        self._check()
         name = request.request_id
-        if request.request_id in self._ended:
-            raise InvalidRequestError(f"request {request.request_id} was released")
-        gone = self._gone[request.request_id] = asyncio.Event()
-        async with self._turn:
-            self._waiting_for_pages.join(name, len(request.prompt))
-            try:
-                while True:
-                    self._check()
-                    if gone.is_set():
-                        raise InvalidRequestError(f"request {request.request_id} was released")
-                    if self._waiting_for_pages.order()[0] == name and self._fits(request):
-                        self._waiting_for_pages.serve(name, len(request.prompt))
-                        return
-                    self._report()
-                    await self._turn.wait()
-            finally:
-                self._waiting_for_pages.leave(name)
-                # Whoever is next may fit into what is left.
-                self._turn.notify_all()
-                self._report()
+        if name in self._ended:
+            raise InvalidRequestError(f"request {name} was released")
+        here = self._expect(name, holder)
+        if here.is_reserved:
+            raise InvalidRequestError(f"request {name} is here already")
+        here.is_reserved = True
+        await self._admission.reserve(request)
+        return self._receiver.destination(name)
 
-    async def receive(self, request_id: str, runs: "list[PageRun]") -> None:
-        """Take pages that came to the host; answers when they lie in the decoder's, or, on a GPU,
-        when the copies are ahead of every later step on the stream that both use.
+    def _expect(self, request_id: str, holder: str) -> _Request:
+        """A request's entry, made by whichever call comes first: they overtake each other."""
+        if request_id not in self._requests:
+            self._requests[request_id] = _Request(holder)
+            self._leases.add(holder, request_id)
+        return self._requests[request_id]
+
+    async def deliver(self, request_id: str, message: Any) -> None:
+        """Take pages of a request; returns when they are in their place.
+
+        A rank is answered for all its pages before it says that a prompt is done, so no step of
+        the request can come before the copies.
 
         Raises:
             TransferError: the request takes no pages, or not these.
         """
-        await self._take(self._put, request_id, runs)
-
-    async def copy(self, request_id: str, pool: "SharedPool", runs: "list[SharedRun]") -> None:
-        """Take pages that lie in a prefill rank's pool; answers when they have been copied.
-
-        A rank asks for no logits before all its pages are answered for, so no step of the request
-        can come before the copies.
-
-        Raises:
-            TransferError: the request takes no pages, or the pool is out of reach.
-        """
-        await self._take(self._reader.read, request_id, pool, runs)
-
-    async def _take(self, take: Callable[..., int], request_id: str, *message: Any) -> None:
-        """Have the thread take a message's pages; `take` says how many bytes they were."""
-        if request_id not in self._gone:
+        if request_id not in self._requests:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled")
-        loop = asyncio.get_running_loop()
         try:
-            size = await loop.run_in_executor(self._copier, take, request_id, *message)
+            size = await self._copier.copy(request_id, message)
         except LongreachError:
             raise
-        except Exception:
+        except Exception as error:
             # A device that no longer works fails every request here, and no step ever finds out.
-            logger.exception("copying pages failed")
-            await self._fail()
+            self._fail(error)
             raise
         self._sink.add(metrics.HANDOFF_BYTES, size)
-
-    def _put(self, request_id: str, runs: "list[PageRun]") -> int:
-        size = 0
-        for run in runs:
-            pages = run.pages
-            self._decoder.receive(request_id, run.place, pages)
-            size += pages.nbytes
-        return size
 
     async def answer(
         self, request_id: str, logits: "Logits"
@@ -170,22 +174,25 @@ class DecodeWorker:
             logits: after the prompt's last token.
 
         Raises:
+            InvalidRequestError: the request was released.
             GenerationError: this answer cannot go on.
-            UnavailableError: as `ping`, also half-way.
+            UnavailableError: as `check`, also half-way.
         """
-        # Not awaited: the first token does not depend on it.
-        self._copier.submit(self._reader.close, request_id)
-        queue = self._outputs[request_id] = asyncio.Queue()
+        self._check()
+        request = self._requests.get(request_id)
+        if request is None:
+            raise InvalidRequestError(f"request {request_id} was released")
+        # Without waiting: other requests' copies may be in front, and the first token needs none.
+        self._copier.close_soon(request_id)
         async with self._turn:
             self._check()
-            self._deliver(self._decoder.start(request_id, logits))
-        self._loop = self._loop or asyncio.create_task(self._run())
-        self._work.set()
+            self._deliver(self._engine.start(request_id, logits))
+        self._stepper.wake()
         ended = False
         while not ended:
-            events = [await queue.get()]
-            while not queue.empty():
-                events.append(queue.get_nowait())
+            events = [await request.events.get()]
+            while not request.events.empty():
+                events.append(request.events.get_nowait())
             error = next((event for event in events if isinstance(event, LongreachError)), None)
             ended = None in events and error is None
             yield [event for event in events if isinstance(event, Delta)], ended
@@ -194,89 +201,83 @@ class DecodeWorker:
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
-        self._ended.append(request_id)
-        gone = self._gone.pop(request_id, None)
-        if gone is not None:
-            gone.set()
+        if request_id not in self._ended:
+            self._ended.append(request_id)
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        self._leases.remove(request.holder, request_id)
+        self._admission.refuse(request_id, InvalidRequestError(f"{request_id} was released"))
+        request.released.set()
         # No copy begins from here on. Those under way still write the request's pages, so these
-        # go back when the thread, which does one thing after the other, has done with them.
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._copier, self._reader.close, request_id)
+        # are freed when the thread, which does one thing after the other, has done with them.
+        await self._copier.close(request_id)
         async with self._turn:
-            self._decoder.cancel(request_id)
-            self._turn.notify_all()
-            self._report()
-        queue = self._outputs.pop(request_id, None)
-        if queue is not None:
-            queue.put_nowait(None)
+            self._engine.cancel(request_id)
+        self._admission.wake()
+        self._report()
+        request.events.put_nowait(None)
 
-    async def gone(self, request_id: str) -> None:
-        """Return when a request is released, or at once if it is not here.
+    async def until_released(self, request_id: str, holder: str) -> None:
+        """Return when a request is released.
 
         Raises:
-            UnavailableError: as `ping`, also while waiting.
+            UnavailableError: as `check`, also while waiting.
         """
-        event = self._gone.get(request_id)
-        if event is not None:
-            await event.wait()
+        if request_id not in self._ended:
+            await self._expect(request_id, holder).released.wait()
         self._check()
 
-    def _fits(self, request: GenerationRequest) -> bool:
-        """Reserve pages if they are free."""
-        try:
-            self._decoder.reserve(request)
-        except OutOfPagesError:
-            return False
-        return True
+    async def renew(self, holder: str) -> None:
+        """A holder of leases is alive."""
+        self._leases.renew(holder)
 
-    async def _run(self) -> None:
-        """Step for as long as there is something to generate, then sleep until there is."""
-        try:
-            while True:
-                await self._work.wait()
-                async with self._turn:
-                    await self._step()
-        except Exception:
-            logger.exception("the decode engine failed")
-            await self._fail()
+    async def _watch_leases(self) -> None:
+        while True:
+            await asyncio.sleep(RENEWAL_SECONDS)
+            for request_id in self._leases.tick():
+                logger.warning("request %s is released: its ingress is gone", request_id)
+                await self.release(request_id)
 
-    async def _step(self) -> None:
-        if not self._decoder.has_work:
-            self._work.clear()
-            return
-        started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        outputs = await loop.run_in_executor(self._stepper, self._decoder.step)
-        self._sink.observe(metrics.DECODE_STEP_TIME, time.perf_counter() - started)
+    def _after_step(self, outputs: "list[Output]", seconds: float) -> None:
+        self._sink.observe(metrics.DECODE_STEP_TIME, seconds)
         self._deliver(outputs)
-        self._turn.notify_all()
         self._report()
 
     def _deliver(self, outputs: "list[Output]") -> None:
+        """Hand out what came out, and let others have the pages of those that ended."""
+        pages_were_freed = False
         for request_id, output in outputs:
-            self._outputs[request_id].put_nowait(output)
+            pages_were_freed |= not isinstance(output, Delta) or output.finish_reason is not None
+            if (request := self._requests.get(request_id)) is not None:
+                request.events.put_nowait(output)
         for request_id in {request_id for request_id, _ in outputs}:
-            if not self._decoder.is_generating(request_id):
-                self._outputs[request_id].put_nowait(None)
+            request = self._requests.get(request_id)
+            if request is not None and not self._engine.is_generating(request_id):
+                request.events.put_nowait(None)
+        if pages_were_freed:
+            self._admission.wake()
 
     def _check(self) -> None:
         if self._failed:
-            raise UnavailableError(_STEP_FAILED)
+            raise UnavailableError(_FAILED)
 
-    async def _fail(self) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Refuse whatever comes from now on, and end whatever waits, wherever it does."""
+        if self._failed:
+            return
+        logger.error("the decode engine failed", exc_info=error)
         self._failed = True
-        for queue in self._outputs.values():
-            queue.put_nowait(UnavailableError(_STEP_FAILED))
-        for gone in self._gone.values():
-            gone.set()
-        async with self._turn:
-            self._turn.notify_all()
+        self._admission.refuse_all(UnavailableError(_FAILED))
+        for request in self._requests.values():
+            request.events.put_nowait(UnavailableError(_FAILED))
+            request.released.set()
 
     def _report(self) -> None:
-        self._sink.set(metrics.KV_CACHE_USAGE, self._decoder.usage)
-        self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._decoder.num_requests)
-        self._sink.set(metrics.NUM_REQUESTS_WAITING, len(self._waiting_for_pages))
+        self._sink.set(metrics.KV_CACHE_USAGE, self._engine.usage)
+        self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._engine.num_generating)
+        self._sink.set(metrics.NUM_REQUESTS_WAITING, self._admission.num_waiting)
+        self._sink.set(metrics.NUM_SEQUENCES_WAITING, self._engine.num_waiting)
 
 
 def _make_decoder(settings: Settings) -> "Decoder":

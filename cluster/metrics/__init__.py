@@ -169,6 +169,10 @@ NUM_REQUESTS_RUNNING = Gauge(
 NUM_REQUESTS_WAITING = Gauge(
     "longreach_num_requests_waiting", "Requests that wait for this role to begin on them."
 )
+NUM_SEQUENCES_WAITING = Gauge(
+    "longreach_num_sequences_waiting",
+    "Sequences whose prompt is prefilled and that wait for a place in the batch.",
+)
 KV_CACHE_USAGE = Gauge(
     "longreach_kv_cache_usage_perc",
     "Share of KV pages in use, 0 to 1, in the fullest pool of this role.",
@@ -180,6 +184,7 @@ VOCABULARY: tuple[Metric, ...] = (
     REQUEST_SUCCESS,
     NUM_REQUESTS_RUNNING,
     NUM_REQUESTS_WAITING,
+    NUM_SEQUENCES_WAITING,
     PROMPT_TOKENS,
     GENERATION_TOKENS,
     TIME_TO_FIRST_TOKEN,

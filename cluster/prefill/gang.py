@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import ray
@@ -9,12 +10,22 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...engine.errors import ConfigurationError
+from ..pulse import Allowance, Reading, watch
 from ..settings import GangSettings, PrefillSettings
 from .rank import PrefillRank, RankResult
 from .scheduler import Chunk
 
 # On top of the time that the gang of a replica which is being replaced may take to finish.
 _PLACEMENT_SECONDS = 120
+
+
+_HAND_OFF, _HEALTH = "hand-off", "health"
+_GROUPS = {_HAND_OFF: 16, _HEALTH: 1}
+"""Threads of a rank beside the one that computes: for flushes, and to say that it is well."""
+
+# A chunk may take longer than any before it: a prompt's later ones attend to more. So only a stop
+# of the whole process is found fast, and one within a chunk after minutes.
+_ALLOWANCE = Allowance(seconds=60.0, times=4.0, slowest_at_least=30.0)
 
 
 class Gang:
@@ -39,7 +50,7 @@ class Gang:
             [_resources(prefill)] * prefill.num_ranks, strategy=prefill.placement
         )
         await _placed(group, settings)
-        actor = cast(Any, ray.remote(PrefillRank))
+        actor = cast(Any, ray.remote)(concurrency_groups=_GROUPS)(PrefillRank)
         ranks = [
             actor.options(
                 num_cpus=prefill.cpus_per_rank,
@@ -64,20 +75,48 @@ class Gang:
         return len(self._ranks)
 
     async def run_chunk(
-        self, chunk: Chunk, prompt: "ray.ObjectRef | None", worker: Any
+        self,
+        chunk: Chunk,
+        prompt: "ray.ObjectRef | None" = None,
+        destination: "ray.ObjectRef | None" = None,
     ) -> list[RankResult]:
-        """Compute one chunk on all ranks; `prompt` goes with a prompt's first chunk."""
-        calls = [rank.run_chunk.remote(chunk, prompt, worker) for rank in self._ranks]
+        """Compute one chunk on all ranks; the other two go with a prompt's first chunk."""
+        calls = [rank.run_chunk.remote(chunk, prompt, destination) for rank in self._ranks]
         return list(await asyncio.gather(*calls))
+
+    async def flush(self, request_id: str) -> str | None:
+        """Return when all pages of a prompt have arrived, or why they did not.
+
+        The ranks compute other prompts meanwhile.
+        """
+        calls = [
+            rank.flush.options(concurrency_group=_HAND_OFF).remote(request_id)
+            for rank in self._ranks
+        ]
+        failures = await asyncio.gather(*calls)
+        return next((failure for failure in failures if failure is not None), None)
 
     def release(self, request_id: str) -> None:
         """Have every rank forget a request, after whatever it is computing."""
         for rank in self._ranks:
             rank.release.remote(request_id)
 
-    async def ping(self) -> None:
-        """Return when every rank has answered."""
-        await asyncio.gather(*(rank.ping.remote() for rank in self._ranks))
+    async def watch(self, is_busy: Callable[[], bool]) -> str:
+        """Return, in words, what has become of the first rank that died or hangs."""
+        watches = [
+            asyncio.create_task(watch(self._reader(rank), is_busy, _ALLOWANCE))
+            for rank in self._ranks
+        ]
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in watches:
+                each.cancel()
+        first = watches.index(next(iter(done)))
+        return f"rank {first} {watches[first].result()}"
+
+    def _reader(self, rank: Any) -> Callable[[], Awaitable[Reading]]:
+        return rank.pulse.options(concurrency_group=_HEALTH).remote
 
     def kill(self) -> None:
         """End all ranks: one that lost another would wait for it in a collective."""

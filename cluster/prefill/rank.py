@@ -3,39 +3,36 @@ in the same order.
 """
 
 import socket
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ...engine.errors import OutOfMemoryError, TransferError
 from ...engine.messages import Tokens
+from ..pulse import Pulse, Reading
 from ..settings import GangSettings
 from .scheduler import Chunk
 
 if TYPE_CHECKING:
     import torch
 
-    from ...engine.kv.hand_off import PageSender
-    from ...engine.kv.pages import PagePool
-    from ...engine.kv.shared_pages import SharedPool
+    from ...engine.kv.hand_off import Destination, HandOff, Sender
     from ...engine.parallel.mesh import Mesh
     from ...engine.prefill.prefiller import ChunkResult
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank says about a chunk it computed.
+    """What one rank says about a chunk that its device has computed.
 
-    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `hand_off` are the seconds
-    spent after it until all pages had arrived. `failure` says why pages could not be handed off.
+    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `stages` are seconds. `failure`
+    says why pages could not be handed off, where that is known already.
     """
 
     logits: npt.NDArray[np.float32] | None
     stages: dict[str, float]
-    hand_off: float
     failure: str | None
 
 
@@ -43,13 +40,10 @@ class PrefillRank:
     """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
 
     def __init__(self, settings: GangSettings, rank: int) -> None:
-        # torch is loaded here and not with the module: coordinators know ranks without it.
-        import torch
-
-        torch.set_num_threads(settings.prefill.threads_per_rank)
         self._settings = settings
         self._rank = rank
-        self._senders: dict[str, PageSender] = {}
+        self._hand_offs: dict[str, HandOff] = {}
+        self._pulse = Pulse()
 
     def free_address(self) -> str:
         """Where rank 0 can be met by the others."""
@@ -86,9 +80,13 @@ class PrefillRank:
             ConfigurationError: the mesh does not divide it, it does not fit on the GPU, or the
                 transport cannot reach this rank's pages.
         """
+        import torch
+
         from ...engine.parallel.mesh import Mesh
         from ..memory import room_for_prefill
 
+        # Here, because a thread of its own runs all calls but `flush` and `pulse`.
+        torch.set_num_threads(self._settings.prefill.threads_per_rank)
         prefill, device = self._settings.prefill, self._device()
         with room_for_prefill(self._settings, device, ranks_on_card):
             mesh = Mesh.join(
@@ -107,6 +105,8 @@ class PrefillRank:
         return torch.device("cuda" if self._settings.prefill.gpus_per_rank else "cpu")
 
     def _load(self, mesh: "Mesh", device: "torch.device") -> None:
+        import ray
+
         from ...engine.kv.background import hand_off_stream
         from ...engine.kv.pages import PagePool, pages_for
         from ...engine.model.precision import compute_dtype
@@ -114,6 +114,7 @@ class PrefillRank:
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
         from ...engine.prefill.warm_up import warm_up_prefill
+        from ..transports import make_sender
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files
@@ -121,7 +122,7 @@ class PrefillRank:
         geometry = model.pages_kept_as(settings.model.pages_kept_as)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         self._stream = hand_off_stream(device)
-        self._shared_pool = _share(pool) if settings.transport.kind == "cuda_ipc" else None
+        self._sender: Sender = make_sender(settings.transport, pool, ray.util.get_node_ip_address())
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
         if prefill.gpus_per_rank:
@@ -129,73 +130,67 @@ class PrefillRank:
             stride = model.positions.stride
             warm_up_prefill(self._prefiller, longest, prefill.chunk_tokens, stride)
 
-    def ping(self) -> None:
-        """Answer, if alive."""
+    def pulse(self) -> Reading:
+        """How its work goes on; see `pulse.watch`. On a thread of its own."""
+        return self._pulse.read()
 
-    def run_chunk(self, chunk: Chunk, prompt: Tokens | None, worker: Any) -> RankResult:
-        """Compute a chunk and hand its pages off.
+    def run_chunk(
+        self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
+    ) -> RankResult:
+        """Compute a chunk, and begin to hand its pages off.
+
+        Returns when the device has computed it. Pages are handed off beside the next chunks.
 
         Args:
             prompt: whole, with its first chunk; None with the others.
-            worker: the decode worker's actor handle.
+            destination: of its pages, with the first chunk.
 
         Raises:
             OutOfMemoryError: this rank is as it was before the request, but others may wait for it
                 in a collective.
         """
         name = chunk.request_id
-        if prompt is not None:
+        if prompt is not None and destination is not None:
             self._prefiller.admit(name, prompt)
-            self._senders[name] = self._make_sender(worker, name)
-        sender = self._senders[name]
-        result = self._compute(chunk, sender)
-        computed = time.perf_counter()
-        failure = sender.failure
-        if chunk.is_last:
-            try:
-                sender.flush()
-            except TransferError as error:
-                failure = str(error)
-            self.release(name)
-        wanted = result.logits is not None and self._rank == 0
-        return RankResult(
-            logits=result.logits.cpu().numpy() if wanted and result.logits is not None else None,
-            stages=result.stages,
-            hand_off=time.perf_counter() - computed,
-            failure=failure,
-        )
+            self._hand_offs[name] = self._open(destination)
+        hand_off = self._hand_offs[name]
+        with self._pulse.piece():
+            result = self._compute(chunk, hand_off)
+            wanted = result.logits is not None and self._rank == 0
+            logits = result.logits.cpu().numpy() if wanted and result.logits is not None else None
+            stages = result.stages
+        return RankResult(logits, stages, hand_off.failure)
 
-    def _compute(self, chunk: Chunk, sender: "PageSender") -> "ChunkResult":
+    def flush(self, request_id: str) -> str | None:
+        """Return when all pages of a request have arrived, or why they did not.
+
+        On threads of its own: the gang computes other prompts meanwhile.
+        """
+        hand_off = self._hand_offs.get(request_id)
+        if hand_off is None:
+            return "the request was released"
         try:
-            return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, sender)
+            hand_off.flush()
+        except TransferError as error:
+            return str(error)
+        return None
+
+    def release(self, request_id: str) -> None:
+        """Forget a request, finished or not; unknown ones are no error."""
+        hand_off = self._hand_offs.pop(request_id, None)
+        if hand_off is not None:
+            hand_off.abandon()
+        self._prefiller.release(request_id)
+
+    def _compute(self, chunk: Chunk, hand_off: "HandOff") -> "ChunkResult":
+        try:
+            return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, hand_off)
         except OutOfMemoryError:
             self.release(chunk.request_id)
             raise
 
-    def release(self, request_id: str) -> None:
-        """Forget a request, finished or not; unknown ones are no error."""
-        sender = self._senders.pop(request_id, None)
-        if sender is not None:
-            sender.abandon()
-        self._prefiller.release(request_id)
+    def _open(self, destination: "Destination") -> "HandOff":
+        from ...engine.kv.background import BackgroundHandOff
 
-    def _make_sender(self, worker: Any, request_id: str) -> "PageSender":
-        from ...engine.kv.background import BackgroundSender
-        from ..transports.cuda_ipc import CudaIpcSender
-        from ..transports.object_store import ObjectStoreSender
-
-        if self._shared_pool is not None:
-            sender = CudaIpcSender(worker, request_id, self._shared_pool)
-        else:
-            limit = self._settings.transport.max_in_flight_bytes
-            sender = ObjectStoreSender(worker, request_id, limit)
-        # A CPU has computed what it pushes, and a thread would only take time from it.
-        return sender if self._stream is None else BackgroundSender(sender, self._stream)
-
-
-def _share(pool: "PagePool") -> "SharedPool":
-    import ray
-
-    from ...engine.kv.shared_pages import SharedPool
-
-    return SharedPool.of(pool, ray.util.get_node_ip_address())
+        # In a thread, on CPUs too: a decode worker that hangs must not hold the gang up.
+        return BackgroundHandOff(self._sender.open(destination), self._stream)

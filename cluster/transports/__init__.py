@@ -1,0 +1,50 @@
+"""How KV pages travel from prefill ranks to decode workers: one module for each transport.
+
+To add one: a module with a `Sender` and a `Receiver`, its name in `settings.TransportSettings`, and
+a line in each of the two functions here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...engine.kv.hand_off import Place, Receiver, Sender
+from ...engine.kv.pages import PagePool, Pages
+from ..settings import TransportSettings
+from .cuda_ipc import CudaIpcReceiver, CudaIpcSender
+from .object_store import ObjectStoreReceiver, ObjectStoreSender
+from .shared_pages import SharedPool
+
+
+def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sender:
+    """A rank's end; `host` is where the pool's memory is.
+
+    Raises:
+        ConfigurationError: the transport cannot reach this pool.
+    """
+    match settings.kind:
+        case "object_store":
+            return ObjectStoreSender(settings.max_in_flight_bytes)
+        case "cuda_ipc":
+            return CudaIpcSender(SharedPool.of(pool, host))
+
+
+def make_receiver(
+    settings: TransportSettings,
+    worker: Any,
+    host: str,
+    device: torch.device,
+    put: Callable[[str, Place, Pages], None],
+) -> Receiver:
+    """A decode worker's end.
+
+    Args:
+        worker: the handle of its actor.
+        put: puts pages of a request in their place on `device`, as `DecodeEngine.receive`.
+    """
+    match settings.kind:
+        case "object_store":
+            return ObjectStoreReceiver(worker, put)
+        case "cuda_ipc":
+            return CudaIpcReceiver(worker, host, device, put)

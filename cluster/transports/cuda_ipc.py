@@ -1,77 +1,91 @@
 """Pages by CUDA IPC: the decode worker copies them out of the rank's pool, on GPUs of one host."""
 
+from collections.abc import Callable
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
+import torch
 
-from ...engine.errors import TransferError, in_one_line
-from ...engine.kv.hand_off import PageSender, Place
-from ...engine.kv.pages import HeldPages
-from ...engine.kv.shared_pages import SharedPool, SharedRun
+from ...engine.kv.hand_off import Destination, Place, Sender
+from ...engine.kv.pages import HeldPages, Pages
+from .mail import WorkerDestination, WorkerHandOff, WorkerReceiver
+from .shared_pages import SharedPageReader, SharedPool, SharedRun
+
+CudaIpcMessage = tuple[SharedPool, list[SharedRun]]
+"""Which pages of which pool hold what."""
 
 
-class CudaIpcSender(PageSender):
-    """Tells a decode worker which pages to copy. What is pushed must have been written.
-
-    One message is under way at a time, and what is pushed meanwhile goes with the next: a message
-    costs more than copying a layer's pages. A failure is remembered rather than raised by `push`,
-    as in `ObjectStoreSender`.
+class CudaIpcSender(Sender):
+    """A rank's end.
 
     Args:
-        worker: the decode worker's actor handle.
         pool: that all pages lie in.
     """
 
-    def __init__(self, worker: Any, request_id: str, pool: SharedPool) -> None:
-        self._worker = worker
-        self._request_id = request_id
+    def __init__(self, pool: SharedPool) -> None:
+        self._pool = pool
+
+    def open(self, destination: Destination) -> "CudaIpcHandOff":
+        assert isinstance(destination, WorkerDestination)
+        return CudaIpcHandOff(destination, self._pool)
+
+
+class CudaIpcHandOff(WorkerHandOff):
+    """Tells a decode worker which pages to copy. What is pushed must have been written.
+
+    One message is under way at a time, and what is pushed meanwhile goes with the next: a message
+    costs more than copying a layer's pages. The worker answers when it has copied: until then the
+    pages may not be overwritten.
+    """
+
+    def __init__(self, destination: WorkerDestination, pool: SharedPool) -> None:
+        super().__init__(destination)
         self._pool = pool
         self._collected: list[SharedRun] = []
-        self._under_way: ray.ObjectRef | None = None
-        self._failure: str | None = None
-
-    @property
-    def failure(self) -> str | None:
-        return self._failure
 
     def push(self, place: Place, pages: HeldPages) -> None:
         self._collected.append(SharedRun(place, pages.numbers))
-        if self._is_free():
+        self._note_answers()
+        if not self._under_way:
             self._send()
 
-    def flush(self) -> None:
-        # The worker answers when it has copied: then the pages may be overwritten.
-        self._settle()
-        self._send()
-        self._settle()
-        if self._failure is not None:
-            raise TransferError(self._failure)
-
     def abandon(self) -> None:
-        """Copies under way are not waited for; `engine.shared_pages` says why they do no harm."""
+        """Copies under way are not waited for; `shared_pages` says why they do no harm."""
         self._collected.clear()
-        self._under_way = None
+        self._under_way.clear()
 
-    def _is_free(self) -> bool:
-        """Whether no message is under way any more."""
-        if self._under_way is not None:
-            if not ray.wait([self._under_way], timeout=0)[0]:
-                return False
-            self._settle()
-        return True
+    def _send_rest(self) -> None:
+        while self._under_way:
+            self._wait_for_one()
+        self._send()
 
     def _send(self) -> None:
         runs, self._collected = self._collected, []
-        if runs and self._failure is None:
-            self._under_way = self._worker.copy.remote(self._request_id, self._pool, runs)
+        if runs:
+            self._deliver((self._pool, runs), 0)
 
-    def _settle(self) -> None:
-        """Wait until what is under way has been copied or has failed."""
-        if self._under_way is None:
-            return
-        try:
-            ray.get(self._under_way)
-        except RayError as error:
-            self._failure = f"pages did not reach the decode replica: {in_one_line(error)}"
-        self._under_way = None
+
+class CudaIpcReceiver(WorkerReceiver):
+    """A worker's end.
+
+    Args:
+        host: as in `SharedPool.of`, of this process.
+        device: that pages go to.
+        put: puts pages of a request in their place, as `DecodeEngine.receive`.
+    """
+
+    def __init__(
+        self,
+        worker: Any,
+        host: str,
+        device: torch.device,
+        put: Callable[[str, Place, Pages], None],
+    ) -> None:
+        super().__init__(worker)
+        self._reader = SharedPageReader(host, device, put)
+
+    def receive(self, request_id: str, message: CudaIpcMessage) -> int:
+        pool, runs = message
+        return self._reader.read(request_id, pool, runs)
+
+    def close(self, request_id: str) -> None:
+        self._reader.close(request_id)

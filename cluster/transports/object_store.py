@@ -1,5 +1,6 @@
 """Pages by way of Ray's object store: for one machine, and for wherever nothing faster is."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ...engine.errors import TransferError, in_one_line
-from ...engine.kv.hand_off import PageSender, Place
+from ...engine.errors import in_one_line
+from ...engine.kv.hand_off import Destination, Place, Sender
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
+from .mail import WorkerDestination, WorkerHandOff, WorkerReceiver
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -48,35 +50,36 @@ class PageRun:
         return PageRun(self.place, self.dtype, self.values.copy(), scales)
 
 
-class ObjectStoreSender(PageSender):
-    """Puts pages into the object store and tells a decode worker to fetch them.
-
-    Small pushes are collected: a message costs as much as copying a megabyte. A failure is
-    remembered rather than raised by `push`: a rank that left a chunk half-way would leave the
-    other ranks waiting for it.
-
-    A push waits for copies, to the host and into the store. A GPU's rank has a `BackgroundSender`
-    in front, whose thread waits and whose stream they run on.
+class ObjectStoreSender(Sender):
+    """A rank's end.
 
     Args:
-        worker: the decode worker's actor handle.
-        max_in_flight_bytes: `push` blocks rather than exceed it.
+        max_in_flight_bytes: of each hand-off, whose `push` blocks rather than exceed it.
     """
 
-    def __init__(self, worker: Any, request_id: str, max_in_flight_bytes: int) -> None:
-        self._worker = worker
-        self._request_id = request_id
+    def __init__(self, max_in_flight_bytes: int) -> None:
+        self._max_in_flight_bytes = max_in_flight_bytes
+
+    def open(self, destination: Destination) -> "ObjectStoreHandOff":
+        assert isinstance(destination, WorkerDestination)
+        return ObjectStoreHandOff(destination, self._max_in_flight_bytes)
+
+
+class ObjectStoreHandOff(WorkerHandOff):
+    """Puts pages into the object store and tells a decode worker to fetch them.
+
+    Small pushes are collected: a message costs as much as copying a megabyte.
+
+    A push waits for copies, to the host and into the store, so a rank has a `BackgroundHandOff` in
+    front, whose thread waits.
+    """
+
+    def __init__(self, destination: WorkerDestination, max_in_flight_bytes: int) -> None:
+        super().__init__(destination)
         self._max_in_flight_bytes = max_in_flight_bytes
         self._host_copies = HostCopies()
         self._collected: list[PageRun] = []
         self._collected_bytes = 0
-        self._in_flight: dict[ray.ObjectRef, int] = {}
-        self._failure: str | None = None
-
-    @property
-    def failure(self) -> str | None:
-        """Why the hand-off failed, if it did and it is known yet."""
-        return self._failure
 
     def push(self, place: Place, pages: HeldPages) -> None:
         read = self._host_copies.bring(pages.read())
@@ -86,39 +89,43 @@ class ObjectStoreSender(PageSender):
         # What is sent at once is copied by being sent.
         self._collected.append(run if whole else run.copy())
         if whole:
-            self._send()
-
-    def flush(self) -> None:
-        self._send()
-        self._settle(len(self._in_flight))
-        if self._failure is not None:
-            raise TransferError(self._failure)
+            self._send_rest()
 
     def abandon(self) -> None:
         self._collected.clear()
-        self._in_flight.clear()
+        self._under_way.clear()
 
-    def _send(self) -> None:
+    def _send_rest(self) -> None:
         runs, size = self._collected, self._collected_bytes
         self._collected, self._collected_bytes = [], 0
-        while self._in_flight and sum(self._in_flight.values()) + size > self._max_in_flight_bytes:
-            self._settle(1)
-        if runs and self._failure is None:
-            try:
-                received = self._worker.receive.remote(self._request_id, ray.put(runs))
-            except RayError as error:
-                self._failure = f"pages could not be sent: {in_one_line(error)}"
-            else:
-                self._in_flight[received] = size
-
-    def _settle(self, count: int) -> None:
-        """Wait until `count` of what is under way has arrived or failed."""
-        if not count:
+        while self._under_way and self.bytes_under_way + size > self._max_in_flight_bytes:
+            self._wait_for_one()
+        if not runs or self._failure is not None:
             return
-        arrived, _ = ray.wait(list(self._in_flight), num_returns=count)
-        for reference in arrived:
-            del self._in_flight[reference]
-            try:
-                ray.get(reference)
-            except RayError as error:
-                self._failure = f"pages did not reach the decode replica: {in_one_line(error)}"
+        try:
+            self._deliver(ray.put(runs), size)
+        except RayError as error:
+            self._fail(f"pages could not be sent: {in_one_line(error)}")
+
+
+class ObjectStoreReceiver(WorkerReceiver):
+    """A worker's end.
+
+    Args:
+        put: puts pages of a request in their place, as `DecodeEngine.receive`.
+    """
+
+    def __init__(self, worker: Any, put: Callable[[str, Place, Pages], None]) -> None:
+        super().__init__(worker)
+        self._put = put
+
+    def receive(self, request_id: str, message: Sequence[PageRun]) -> int:
+        size = 0
+        for run in message:
+            pages = run.pages
+            self._put(request_id, run.place, pages)
+            size += pages.nbytes
+        return size
+
+    def close(self, request_id: str) -> None:
+        """Nothing is kept from one message to the next."""

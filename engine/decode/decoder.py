@@ -8,6 +8,7 @@ choice is finished, when its pages go back.
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ...kernels.pages import BlockTable
@@ -24,16 +25,19 @@ from ..memory.fit import decode_ran_out, out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2
 from .detokenizer import Detokenizer, TokenBytes
+from .engine import DecodeEngine, Output
 from .sampler import Logits, Sampler, fresh_seed
 from .step import DecodeStep, Outcome, StepRow, make_step
 
-Output = tuple[str, Delta | GenerationError]
-"""A request's id, and what came out for it. After an error nothing more comes for the request."""
+_NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
 
 
 @dataclass(eq=False)
 class _Sequence:
-    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet."""
+    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet.
+
+    `prompt_logits` are kept until it has a place in the batch, and its first token with it.
+    """
 
     request_id: str
     choice: int
@@ -41,6 +45,7 @@ class _Sequence:
     length: int
     sampler: Sampler
     detokenizer: Detokenizer
+    prompt_logits: Logits
     next_token: int = -1
     num_generated: int = 0
 
@@ -59,11 +64,11 @@ class _Reservation:
         return bool(self.sequences)
 
 
-class Decoder:
-    """Decodes on one process. Not thread-safe, except for `receive`.
+class Decoder(DecodeEngine):
+    """Decodes on one process.
 
-    That may run beside everything but `start` and `cancel` of the same request, on any stream: its
-    pages are nobody else's. `start` is called when what it launched has run.
+    `receive` may be called on any stream: the pages are nobody else's. `start` is called when what
+    it launched has run.
 
     Args:
         model: whole on this process.
@@ -95,49 +100,32 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """That pages lie on."""
         return self._pool.memory.device
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would generate anything."""
         return bool(self._running or self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Sequences in the batch."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for room in the batch."""
         return len(self._waiting)
 
     @property
-    def num_requests(self) -> int:
-        """Requests that hold pages, those whose prompts are still being handed off included."""
-        return len(self._reservations)
+    def num_generating(self) -> int:
+        return sum(reservation.started for reservation in self._reservations.values())
 
     def is_generating(self, request_id: str) -> bool:
-        """Whether more will come out for a request that has started."""
         return request_id in self._reservations
 
     @property
     def usage(self) -> float:
-        """Share of pages in use, 0 to 1."""
         return 1 - self._pool.num_free / self._pool.num_pages
 
-    @torch.inference_mode()
-    def reserve(self, request: GenerationRequest) -> None:
-        """Take the pages of the whole prompt, and of everything that may be generated.
-
-        Raises:
-            PromptTooLongError: the request is larger than all pages together.
-            OutOfPagesError: the pages are not free now; nothing was taken.
-            InvalidRequestError: a request of that name is here already.
-        """
-        if request.request_id in self._reservations:
-            raise InvalidRequestError(f"request {request.request_id} is being served already")
+    def check(self, request: GenerationRequest) -> None:
         needed = pages_needed(request)
         if needed > self._pool.num_pages:
             raise PromptTooLongError(
@@ -145,7 +133,13 @@ class Decoder:
                 f"{self._pool.num_pages * PAGE_TOKENS} (decode.kv_cache_tokens); shorten the "
                 "prompt, max_tokens or n, or raise that setting"
             )
-        pages = self._pool.allocate(needed)
+
+    @torch.inference_mode()
+    def reserve(self, request: GenerationRequest) -> None:
+        if request.request_id in self._reservations:
+            raise InvalidRequestError(f"request {request.request_id} is being served already")
+        self.check(request)
+        pages = self._pool.allocate(pages_needed(request))
         tables = _block_tables(request, pages)
         shared = len(request.prompt) // PAGE_TOKENS
         for table in tables[1:]:
@@ -166,12 +160,6 @@ class Decoder:
         return reservation.block_tables[0].pages.tolist()
 
     def receive(self, request_id: str, place: Place, pages: Pages) -> None:
-        """Put handed-off pages in their place.
-
-        Raises:
-            TransferError: nothing is reserved under that name, the pages do not fit in, or the
-                device has no memory left for them on their way.
-        """
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
@@ -186,18 +174,6 @@ class Decoder:
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:
-        """Sample the first token of every choice, and let them join the batch.
-
-        Args:
-            logits: after the prompt's last token, [vocab] float32.
-
-        Returns:
-            the first tokens; an OutOfMemoryError alone where there was no memory to start with, and
-            the pages are free again.
-
-        Raises:
-            InvalidRequestError: nothing is reserved under that name, or it has started.
-        """
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
@@ -206,26 +182,15 @@ class Decoder:
                 self._copy_last_prompt_page(reservation)
         except OutOfMemoryError as error:
             return [self._give_up(request_id, error)]
-        reservation.sequences = self._make_sequences(reservation)
-        outputs: list[Output] = []
-        for sequence in list(reservation.sequences):
-            outputs.extend(self._sample(sequence, logits))
-            if isinstance(outputs[-1][1], GenerationError):
-                return outputs
+        reservation.sequences = self._make_sequences(reservation, logits)
         self._waiting.extend(reservation.sequences)
-        return outputs
+        return self._fill_batch()
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Generate one token for each sequence in the batch, after filling the batch up.
-
-        Where memory does not suffice for the batch, the request that joined last ends with an
-        OutOfMemoryError, and the others go on with the next step.
-        """
-        while self._waiting and len(self._running) < self._max_batch:
-            self._running.append(self._waiting.popleft())
+        outputs = self._fill_batch()
         if not self._running:
-            return []
+            return outputs
         batch = list(self._running)
         told = OutOfMemoryError(decode_ran_out(f"at a step of {len(batch)} sequences"))
         try:
@@ -233,8 +198,7 @@ class Decoder:
                 outcomes = self._step.run([_row_of(sequence) for sequence in batch])
         except OutOfMemoryError as error:
             # No sequence has grown: the next step writes the same K and V to the same places.
-            return [self._give_up(batch[-1].request_id, error)]
-        outputs: list[Output] = []
+            return [*outputs, self._give_up(batch[-1].request_id, error)]
         for sequence, outcome in zip(batch, outcomes, strict=True):
             sequence.length += 1
             if sequence.request_id in self._reservations:
@@ -242,7 +206,6 @@ class Decoder:
         return outputs
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request and give its pages back; unknown requests are no error."""
         reservation = self._reservations.pop(request_id, None)
         if reservation is None:
             return
@@ -251,6 +214,19 @@ class Decoder:
         held = [s.block_table for s in reservation.sequences]
         for table in held if reservation.started else reservation.block_tables:
             self._pool.release(table.pages.tolist())
+
+    def _fill_batch(self) -> list[Output]:
+        """Let those who wait join while there is room, each with its first token.
+
+        A first token is no promise of a place: who got one and then had to wait would seem to hang.
+        """
+        outputs: list[Output] = []
+        while self._waiting and len(self._running) < self._max_batch:
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            outputs.extend(self._sample(sequence, sequence.prompt_logits))
+            sequence.prompt_logits = _NO_LOGITS
+        return outputs
 
     def _give_up(self, request_id: str, error: OutOfMemoryError) -> Output:
         """End a request for want of memory."""
@@ -265,7 +241,7 @@ class Decoder:
             for table in others:
                 self._pool.copy_page(int(first.pages[full]), int(table.pages[full]))
 
-    def _make_sequences(self, reservation: _Reservation) -> list[_Sequence]:
+    def _make_sequences(self, reservation: _Reservation, logits: Logits) -> list[_Sequence]:
         request = reservation.request
         seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
         vocab_size = self._model.config.vocab_size
@@ -277,6 +253,7 @@ class Decoder:
                 len(request.prompt),
                 Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
                 Detokenizer(self._token_bytes, request.sampling.stop),
+                logits,
             )
             for choice, table in enumerate(reservation.block_tables)
         ]

@@ -5,25 +5,25 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ..errors import TransferError, in_one_line
-from .hand_off import PageSender, Place
+from .hand_off import HandOff, Place
 from .pages import HeldPages
 
 
-class BackgroundSender(PageSender):
-    """Pushes to another sender from a thread, once the device has written what is pushed.
+class BackgroundHandOff(HandOff):
+    """Pushes into another hand-off from a thread, once the device has written what is pushed.
 
     Whoever computes never waits, however slow the way is: pages lie in the pool until the flush,
     so what waits for its turn takes no memory. One event is recorded with every push, and the
-    thread waits for it, without holding Python's lock. What the sender launches goes to another
+    thread waits for it, without holding Python's lock. What is launched to send goes to another
     stream, and so does not stand in line behind the chunks that the host has launched ahead.
 
     Args:
         stream: of the device that the pages lie on, as `hand_off_stream` makes it; one for all
-            senders of a process. None where pages lie on a CPU, and are written when pushed.
+            hand-offs of a process. None where pages lie on a CPU, and are written when pushed.
     """
 
-    def __init__(self, sender: PageSender, stream: torch.cuda.Stream | None) -> None:
-        self._sender = sender
+    def __init__(self, inner: HandOff, stream: torch.cuda.Stream | None) -> None:
+        self._inner = inner
         self._stream = stream
         self._thread = ThreadPoolExecutor(1, "hand-off", _use, (stream,))
         self._abandoned = False
@@ -31,7 +31,7 @@ class BackgroundSender(PageSender):
 
     @property
     def failure(self) -> str | None:
-        return self._failure or self._sender.failure
+        return self._failure or self._inner.failure
 
     def push(self, place: Place, pages: HeldPages) -> None:
         self._thread.submit(self._push, _written(self._stream), place, pages)
@@ -42,9 +42,9 @@ class BackgroundSender(PageSender):
             raise TransferError(self._failure)
 
     def abandon(self) -> None:
-        # Does not wait: what the thread has begun ends as the sender's own way allows.
+        # Does not wait: what the thread has begun ends as the transport allows.
         self._abandoned = True
-        self._thread.submit(self._sender.abandon)
+        self._thread.submit(self._inner.abandon)
         self._thread.shutdown(wait=False)
 
     def _push(self, written: torch.cuda.Event | None, place: Place, pages: HeldPages) -> None:
@@ -53,14 +53,14 @@ class BackgroundSender(PageSender):
         try:
             if written is not None:
                 written.synchronize()
-            self._sender.push(place, pages)
+            self._inner.push(place, pages)
         except Exception as error:
             # Nobody reads what a thread raises; a request must not be called whole after it.
             self._failure = f"pages could not be sent: {in_one_line(error)}"
 
     def _flush(self) -> None:
         try:
-            self._sender.flush()
+            self._inner.flush()
         except TransferError:
             raise
         except Exception as error:

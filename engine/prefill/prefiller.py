@@ -19,7 +19,7 @@ from ...kernels.sparse import Selections
 from ...kernels.transfer import without_waiting
 from ..errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
 from ..kv.chunk_pages import ChunkPages
-from ..kv.hand_off import PageSender, Place
+from ..kv.hand_off import HandOff, Place
 from ..kv.pages import PAGE_TOKENS, PagePool, pages_for
 from ..memory.fit import out_of_memory_raises
 from ..messages import Tokens
@@ -160,7 +160,7 @@ class Prefiller:
 
     @torch.inference_mode()
     def run_chunk(
-        self, request_id: str, start: int, end: int, sender: PageSender | None = None
+        self, request_id: str, start: int, end: int, sender: HandOff | None = None
     ) -> ChunkResult:
         """Compute prompt tokens [start, end); collective over the mesh.
 
@@ -185,7 +185,7 @@ class Prefiller:
         return result
 
     def _compute(
-        self, admitted: _Admitted, start: int, end: int, sender: PageSender | None
+        self, admitted: _Admitted, start: int, end: int, sender: HandOff | None
     ) -> ChunkResult:
         chunk = _Chunk(
             self._model, self._pool, self._sparsity, admitted, start, end, sender,
@@ -222,7 +222,7 @@ class _Chunk:
         admitted: _Admitted,
         start: int,
         end: int,
-        sender: PageSender | None,
+        sender: HandOff | None,
         observer: Observer | None,
         widened: LayerPages | None,
     ) -> None:

@@ -14,7 +14,7 @@ from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.errors import ConfigurationError
 from ...engine.kv.pages import PagePool, pages_for
-from ...engine.local import DirectSender
+from ...engine.local import DirectHandOff
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
 from ...engine.model.config import DualChunk, KVCacheDtype
 from ...engine.model.qwen2 import Qwen2
@@ -131,7 +131,7 @@ class InProcessAnswerer(Answerer):
 
     def _generate(self, engine: _Engine, prompt: Tokens, on_progress: OnProgress) -> str:
         prefiller, decoder = engine.prefiller, engine.decoder
-        sender = DirectSender(decoder, _REQUEST)
+        sender = DirectHandOff(decoder, _REQUEST)
         prefiller.admit(_REQUEST, prompt)
         try:
             logits = None

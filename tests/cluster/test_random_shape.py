@@ -11,7 +11,8 @@ from longreach.cluster.decode.worker import _make_decoder
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
-from longreach.engine.local import DirectSender
+from longreach.engine.kv.hand_off import Destination
+from longreach.engine.local import DirectHandOff
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.model import files as models
 from longreach.engine.model.pocket import CHECKPOINT
@@ -47,14 +48,14 @@ def test_prefill_and_decode_make_up_the_same_weights(
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
     decoder = _make_decoder(settings)
-    monkeypatch.setattr(PrefillRank, "_make_sender", lambda *given: DirectSender(decoder, given[2]))
+    monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
     rank = PrefillRank(settings.gangs[0], 0)
     rank.join("", 1)
 
     def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:
         sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         decoder.reserve(GenerationRequest(name, prompt, sampling, 0.0))
-        logits = rank.run_chunk(Chunk(name, 0, len(prompt), True), prompt, None).logits
+        logits = rank.run_chunk(Chunk(name, 0, len(prompt), True), prompt, Destination(name)).logits
         assert logits is not None
         outputs = decoder.start(name, logits)
         while decoder.has_work:

@@ -1,7 +1,7 @@
 """Which gang computes a prompt, and whether all of them are well, over handles that only answer."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +19,10 @@ class FakeHandle:
         self._well = well
         self.check_health = self
 
+    def options(self, *, stream: bool) -> "FakeHandle":
+        assert stream
+        return self
+
     def remote(self) -> Any:
         return self._answer()
 
@@ -33,7 +37,8 @@ def make_router(*handles: FakeHandle) -> PrefillRouter:
     (gang,) = settings.prefill
     limits = (1000, 50_000, None)
     gangs = tuple(gang.model_copy(update={"max_prompt_tokens": limit}) for limit in limits)
-    return PrefillRouter(settings.model_copy(update={"prefill": gangs}), handles)
+    gangs_settings = settings.model_copy(update={"prefill": gangs})
+    return PrefillRouter(gangs_settings, cast(Any, handles))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ def make_router(*handles: FakeHandle) -> PrefillRouter:
 )
 def test_a_prompt_goes_to_the_first_gang_that_takes_its_length(tokens: int, gang: int) -> None:
     handles = [FakeHandle(), FakeHandle(), FakeHandle()]
-    assert make_router(*handles).gang_for(tokens) is handles[gang]
+    assert make_router(*handles).gang_for(tokens) is cast(Any, handles[gang])
 
 
 def test_gangs_are_well_when_each_is() -> None:

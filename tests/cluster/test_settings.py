@@ -288,5 +288,5 @@ def test_every_gang_must_divide_the_model(two_gangs: dict[str, Any]) -> None:
 
 def test_one_gang_leaves_no_length_out(raw: dict[str, Any]) -> None:
     raw["prefill"]["max_prompt_tokens"] = 8192
-    with pytest.raises(ConfigurationError, match="prefill.max_prompt_tokens is 8192"):
+    with pytest.raises(ConfigurationError, match=r"prefill\.max_prompt_tokens is 8192"):
         parse_settings(raw)

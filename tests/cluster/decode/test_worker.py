@@ -12,6 +12,7 @@ import torch
 
 from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.transports.object_store import PageRun
+from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import (
     GenerationError,
     OutOfMemoryError,
@@ -25,6 +26,7 @@ from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from ..conftest import make_settings
 
+HOLDER = "an ingress"
 WAITS = 1.0
 """Seconds after which something that waits is taken to wait for good."""
 
@@ -34,8 +36,13 @@ def worker(tmp_path: Path) -> DecodeWorker:
     settings = make_settings(1)
     decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
     made = DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
-    made._decoder._pool.memory.zero_()  # nobody hands pages off here
+    engine_of(made)._pool.memory.zero_()  # nobody hands pages off here
     return made
+
+
+def engine_of(worker: DecodeWorker) -> Decoder:
+    assert isinstance(worker._engine, Decoder)
+    return worker._engine
 
 
 def make_request(name: str, tokens: int = 300, max_tokens: int = 8) -> GenerationRequest:
@@ -44,7 +51,7 @@ def make_request(name: str, tokens: int = 300, max_tokens: int = 8) -> Generatio
 
 
 def logits_of(worker: DecodeWorker) -> np.ndarray:
-    return np.zeros(worker._decoder._model.config.vocab_size, dtype=np.float32)
+    return np.zeros(engine_of(worker)._model.config.vocab_size, dtype=np.float32)
 
 
 class Answer:
@@ -65,7 +72,7 @@ def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Ex
     def step() -> None:
         raise error
 
-    monkeypatch.setattr(worker._decoder, "step", step)
+    monkeypatch.setattr(worker._engine, "step", step)
 
 
 async def ended(calls: list[Awaitable[object]]) -> list[object]:
@@ -79,18 +86,19 @@ def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
     break_steps(worker, monkeypatch, RuntimeError("a broken kernel"))
 
     async def run() -> list[object]:
-        await worker.reserve(make_request("running"))
-        await worker.reserve(make_request("in prefill"))
+        await worker.start(None)
+        await worker.reserve(make_request("running"), HOLDER)
+        await worker.reserve(make_request("in prefill"), HOLDER)
         waiting = [
-            asyncio.create_task(worker.reserve(make_request("for pages", tokens=1000))),
-            asyncio.create_task(worker.gone("in prefill")),
+            asyncio.create_task(worker.reserve(make_request("for pages", tokens=1000), HOLDER)),
+            asyncio.create_task(worker.until_released("in prefill", HOLDER)),
         ]
         await asyncio.sleep(0)
         outcomes = await ended([Answer().read(worker, "running"), *waiting])
         late: list[Callable[[], Awaitable[object]]] = [
             lambda: Answer().read(worker, "in prefill"),
-            lambda: worker.reserve(make_request("late")),
-            worker.ping,
+            lambda: worker.reserve(make_request("late"), HOLDER),
+            worker.check,
         ]
         return outcomes + await ended([call() for call in late])
 
@@ -101,13 +109,14 @@ def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
 
 def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> None:
     async def run() -> None:
+        await worker.start(None)
         damaged, after = Answer(), Answer()
-        await worker.reserve(make_request("damaged"))
+        await worker.reserve(make_request("damaged"), HOLDER)
         with pytest.raises(GenerationError):
             await damaged.read(worker, "damaged", logits_of(worker) * np.nan)
         assert not damaged.is_whole
-        assert worker._decoder.usage == 0
-        await worker.reserve(make_request("after"))
+        assert worker._engine.usage == 0
+        await worker.reserve(make_request("after"), HOLDER)
         await after.read(worker, "after")
         assert after.is_whole
         assert after.tokens == 8
@@ -118,7 +127,7 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
 async def served(worker: DecodeWorker, name: str) -> Answer:
     """From a page that is handed off to the last token."""
     answer = Answer()
-    await worker.receive(name, [make_run(worker, 0)])
+    await worker.deliver(name, [make_run(worker, 0)])
     await answer.read(worker, name)
     return answer
 
@@ -141,7 +150,7 @@ def break_once(target: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_little_memory_ends_one_request_and_the_next_is_served(
     worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    decoder = worker._decoder
+    decoder = engine_of(worker)
     target, name = {
         "receive": (decoder._pool, "put"),
         "start": (decoder, "_copy_last_prompt_page"),
@@ -150,13 +159,14 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
     break_once(target, name, monkeypatch)
 
     async def run() -> None:
-        await worker.reserve(make_request("big"))
+        await worker.start(None)
+        await worker.reserve(make_request("big"), HOLDER)
         with pytest.raises((TransferError, OutOfMemoryError), match=r"lower decode\.max_batch"):
             await served(worker, "big")
         await worker.release("big")
         assert decoder.usage == 0
-        await worker.ping()
-        await worker.reserve(make_request("after"))
+        await worker.check()
+        await worker.reserve(make_request("after"), HOLDER)
         after = await served(worker, "after")
         assert after.is_whole
         assert after.tokens == 8
@@ -170,8 +180,8 @@ class HeldUp:
     def __init__(self, worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.let = threading.Event(), threading.Event()
         self.took: list[int] = []
-        self._receive = worker._decoder.receive
-        monkeypatch.setattr(worker._decoder, "receive", self.receive)
+        self._receive = worker._engine.receive
+        monkeypatch.setattr(worker._engine, "receive", self.receive)
 
     def receive(self, request_id: str, place: Place, pages: Pages) -> None:
         self.begun.set()
@@ -181,7 +191,7 @@ class HeldUp:
 
 
 def make_run(worker: DecodeWorker, page: int) -> PageRun:
-    return PageRun.of(Place(0, page, 0), Pages(worker._decoder._pool.memory[0, :1].clone()))
+    return PageRun.of(Place(0, page, 0), Pages(engine_of(worker)._pool.memory[0, :1].clone()))
 
 
 def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
@@ -191,15 +201,16 @@ def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
     held = HeldUp(worker, monkeypatch)
 
     async def run() -> None:
-        await worker.reserve(make_request("slow"))
+        await worker.start(None)
+        await worker.reserve(make_request("slow"), HOLDER)
         taking = [
-            asyncio.create_task(worker.receive("slow", [make_run(worker, page)]))
+            asyncio.create_task(worker.deliver("slow", [make_run(worker, page)]))
             for page in range(3)
         ]
         while not held.begun.is_set():
             await asyncio.sleep(0.001)
-        await worker.ping()
-        await worker.reserve(make_request("other"))
+        await worker.check()
+        await worker.reserve(make_request("other"), HOLDER)
         other = Answer()
         await other.read(worker, "other")
         assert other.is_whole
@@ -217,43 +228,42 @@ def test_pages_that_are_being_received_go_back_only_after_the_copy(
     held = HeldUp(worker, monkeypatch)
 
     async def run() -> None:
-        await worker.reserve(make_request("a"))
-        taking = asyncio.create_task(worker.receive("a", [make_run(worker, 0)]))
+        await worker.start(None)
+        await worker.reserve(make_request("a"), HOLDER)
+        taking = asyncio.create_task(worker.deliver("a", [make_run(worker, 0)]))
         while not held.begun.is_set():
             await asyncio.sleep(0.001)
         releasing = asyncio.create_task(worker.release("a"))
-        await worker.gone("a")
-        assert worker._decoder.usage > 0
+        await worker.until_released("a", HOLDER)
+        assert worker._engine.usage > 0
         with pytest.raises(TransferError, match="it was cancelled"):
-            await worker.receive("a", [make_run(worker, 1)])
+            await worker.deliver("a", [make_run(worker, 1)])
         held.let.set()
         await releasing
         await taking
         assert held.took == [0]
-        assert worker._decoder.usage == 0
+        assert worker._engine.usage == 0
 
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
 
 
-@pytest.mark.parametrize("way", ["receive", "copy"])
 def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
-    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, way: str
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would stay, and every request after would end the same way."""
 
     def broken(*arguments: Any) -> int:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(worker._reader, "read", broken)
-    monkeypatch.setattr(worker._decoder, "receive", broken)
-    message: tuple[Any, ...] = ([make_run(worker, 0)],) if way == "receive" else (None, [])
+    monkeypatch.setattr(worker._engine, "receive", broken)
 
     async def run() -> None:
-        await worker.reserve(make_request("a"))
+        await worker.start(None)
+        await worker.reserve(make_request("a"), HOLDER)
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            await getattr(worker, way)("a", *message)
+            await worker.deliver("a", [make_run(worker, 0)])
         with pytest.raises(UnavailableError):
-            await worker.ping()
+            await worker.check()
 
     asyncio.run(run())
 
@@ -262,11 +272,12 @@ def test_a_request_that_can_never_fit_is_told_so_at_once(worker: DecodeWorker) -
     """Also while others hold pages: it must not wait for those."""
 
     async def run() -> None:
-        await worker.reserve(make_request("small"))
+        await worker.start(None)
+        await worker.reserve(make_request("small"), HOLDER)
         with pytest.raises(
             PromptTooLongError, match=r"needs 1408 .* has 1280 \(decode\.kv_cache_tokens\); shorten"
         ):
-            await worker.reserve(make_request("huge", tokens=1300))
-        await worker.reserve(make_request("after"))
+            await worker.reserve(make_request("huge", tokens=1300), HOLDER)
+        await worker.reserve(make_request("after"), HOLDER)
 
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))

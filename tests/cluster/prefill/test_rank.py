@@ -10,21 +10,25 @@ import torch
 
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
+from longreach.cluster.transports.mail import WorkerDestination
 from longreach.engine.errors import OutOfMemoryError
 from longreach.engine.kv import background
+from longreach.engine.kv.hand_off import Destination, HandOff, Place
+from longreach.engine.kv.pages import HeldPages
 from longreach.kernels import dual_chunk
 
 from ..conftest import gangs_with, make_settings
 
 
-class Sender:
+class NoHandOff(HandOff):
     """Takes pages and does nothing with them."""
 
-    failure = None
-
-    def push(self, *arguments: Any) -> None: ...
+    def push(self, place: Place, pages: HeldPages) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
+
+
+TO = Destination("anywhere")
 
 
 def make_rank() -> PrefillRank:
@@ -37,7 +41,7 @@ def make_rank() -> PrefillRank:
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> PrefillRank:
-    monkeypatch.setattr(PrefillRank, "_make_sender", lambda *arguments: Sender())
+    monkeypatch.setattr(PrefillRank, "_open", lambda *arguments: NoHandOff())
     return make_rank()
 
 
@@ -45,18 +49,19 @@ def test_a_chunk_that_needs_too_much_memory_leaves_the_rank_as_it_was(
     rank: PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = np.full(1500, 65, dtype=np.int32)
-    expected = rank.run_chunk(Chunk("whole", 0, 1500, True), prompt, None).logits
+    expected = rank.run_chunk(Chunk("whole", 0, 1500, True), prompt, TO).logits
+    rank.release("whole")
     kernel = dual_chunk.attention
 
     def small_kernel(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    rank.run_chunk(Chunk("a", 0, 1024, False), prompt, None)
+    rank.run_chunk(Chunk("a", 0, 1024, False), prompt, TO)
     monkeypatch.setattr(dual_chunk, "attention", small_kernel)
     with pytest.raises(OutOfMemoryError, match=r"1024 to 1500 .* lower prefill\.chunk_tokens"):
         rank.run_chunk(Chunk("a", 1024, 1500, True), None, None)
     monkeypatch.setattr(dual_chunk, "attention", kernel)
-    after = rank.run_chunk(Chunk("b", 0, 1500, True), prompt, None).logits
+    after = rank.run_chunk(Chunk("b", 0, 1500, True), prompt, TO).logits
     assert expected is not None
     assert after is not None
     np.testing.assert_array_equal(after, expected)
@@ -73,10 +78,12 @@ def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
     monkeypatch.setattr(torch.cuda, "set_stream", used.append)
     rank = make_rank()
     monkeypatch.setattr(ray, "put", Mock())
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", Mock())
     prompt = np.full(300, 65, dtype=np.int32)
     for name in ("a", "b", "c"):
-        assert rank.run_chunk(Chunk(name, 0, 300, True), prompt, Mock()).failure is None
+        destination = WorkerDestination(name, Mock())
+        assert rank.run_chunk(Chunk(name, 0, 300, True), prompt, destination).failure is None
+        assert rank.flush(name) is None
     assert made.call_count == 1
     assert used == [used[0]] * 3

@@ -1,16 +1,17 @@
 """A prefill replica in this process, over a gang and a decode worker that do as they are told."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayTaskError
 
+from longreach.cluster.messages import PrefillOrder
 from longreach.cluster.prefill.gang import Gang
 from longreach.cluster.prefill.rank import RankResult
 from longreach.cluster.prefill.replica import PrefillReplica
@@ -36,15 +37,32 @@ class FakeGang:
         self.released: list[str] = []
         self.released_by: list[str] = []
         self.killed = False
+        self.rank_is_lost = asyncio.Event()
+        self.may_flush = asyncio.Event()
+        self.may_flush.set()
+        self.flush_seconds = 0.0
+        self.flush_failure: str | None = None
         self.num_ranks = 1
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
-    async def run_chunk(self, chunk: Chunk, prompt: Any, worker: Any) -> list[RankResult]:
+    async def run_chunk(
+        self, chunk: Chunk, prompt: Any = None, destination: Any = None
+    ) -> list[RankResult]:
+        assert (prompt is None) == (destination is None) == (chunk.start > 0)
         self.computed.append(chunk)
         await asyncio.sleep(0.001)
         failure = self.outcome(chunk)
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
-        return [RankResult(logits, {"linear": 0.1}, 0.0, failure)]
+        return [RankResult(logits, {"linear": 0.1}, failure)]
+
+    async def flush(self, request_id: str) -> str | None:
+        await self.may_flush.wait()
+        await asyncio.sleep(self.flush_seconds)
+        return self.flush_failure
+
+    async def watch(self, is_busy: Callable[[], bool]) -> str:
+        await self.rank_is_lost.wait()
+        return "rank 0 died"
 
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
@@ -55,27 +73,27 @@ class FakeGang:
 
 
 class FakeWorker:
-    """A decode worker's handle: its calls are `worker.method.remote(...)`."""
+    """What a decode worker promises: pages, and to say when the request is over."""
 
     def __init__(self) -> None:
         self.has_pages = asyncio.Event()
         self.has_pages.set()
         self.is_released = asyncio.Event()
-        self.called_by: list[str] = []
 
-    def __getattr__(self, name: str) -> Any:
-        class Method:
-            remote = staticmethod(getattr(type(self), f"do_{name}").__get__(self))
+    def order(self, request: GenerationRequest) -> PrefillOrder:
+        return PrefillOrder(
+            request, cast(Any, Promise(self.has_pages)), cast(Any, Promise(self.is_released))
+        )
 
-        return Method
 
-    async def do_reserve(self, request: GenerationRequest) -> None:
-        self.called_by.append(CALLER.get())
-        await self.has_pages.wait()
+class Promise:
+    """An object reference that is ready when an event happens."""
 
-    async def do_gone(self, request_id: str) -> None:
-        self.called_by.append(CALLER.get())
-        await self.is_released.wait()
+    def __init__(self, kept: asyncio.Event) -> None:
+        self._kept = kept
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._kept.wait().__await__()
 
 
 @pytest.fixture
@@ -113,7 +131,8 @@ async def prefill(
 ) -> list[Progress | Prefilled | None]:
     prompt = np.zeros(tokens, dtype=np.int32)
     request = GenerationRequest(name, prompt, SamplingParameters(max_tokens=1), arrived=0.0)
-    return [event async for event in replica.prefill(request, worker or FakeWorker())]
+    order = (worker or FakeWorker()).order(request)
+    return [event async for event in replica.prefill(order)]
 
 
 def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
@@ -138,7 +157,6 @@ def test_no_call_that_must_arrive_belongs_to_a_request(play: Any, gang: FakeGang
 
     play(scenario)
     assert gang.released_by == ["nobody"]
-    assert worker.called_by == ["nobody", "nobody"]
 
 
 def test_whatever_ends_the_loop_ends_the_requests(play: Any, gang: FakeGang) -> None:
@@ -170,7 +188,7 @@ def test_a_request_that_waits_for_pages_is_there_and_ends_with_the_gang(
         released = asyncio.create_task(prefill(replica, "served", 10))
         await released
         assert [chunk.request_id for chunk in gang.computed] == ["served"]
-        replica._lose(RuntimeError())
+        gang.rank_is_lost.set()
         with pytest.raises(UnavailableError, match="again"):
             await waiting
 
@@ -221,11 +239,66 @@ def test_too_little_memory_ends_one_request_with_the_remedy(
         requests = [prefill(replica, "big", 3 * CHUNK_TOKENS), prefill(replica, "small", 9)]
         outcomes = await asyncio.gather(*requests, return_exceptions=True)
         waiting = prefill(replica, "next", 9)
-        return [*outcomes, *await asyncio.gather(waiting, return_exceptions=True)]
+        after = await asyncio.gather(waiting, return_exceptions=True)
+        return [*outcomes, *after, gang.killed]
 
-    big, _, after = play(scenario)
+    big, _, after, killed = play(scenario)
     assert isinstance(big, OutOfMemoryError)
     assert "lower prefill.chunk_tokens" in str(big)
     assert ("big" in gang.released) == (num_ranks == 1)
-    assert gang.killed == (num_ranks > 1)
+    assert killed == (num_ranks > 1)
     assert isinstance(after, UnavailableError if num_ranks > 1 else list)
+
+
+def test_the_rest_of_a_hand_off_holds_nobody_up_and_is_what_hand_off_counts(
+    play: Any, gang: FakeGang
+) -> None:
+    """Pages of one prompt travel to a decode worker that takes its time; others are computed."""
+    gang.flush_seconds = 0.05
+
+    async def scenario(replica: PrefillReplica) -> Prefilled:
+        gang.may_flush.clear()
+        slow = asyncio.create_task(prefill(replica, "slow", 10))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        other = asyncio.create_task(prefill(replica, "other", 3 * CHUNK_TOKENS))
+        while len(gang.computed) < 4:
+            await asyncio.sleep(0.001)
+        assert not slow.done()
+        assert gang.released == []
+        gang.may_flush.set()
+        await other
+        [*_, prefilled] = await slow
+        assert isinstance(prefilled, Prefilled)
+        return prefilled
+
+    assert play(scenario).hand_off >= 0.05
+
+
+def test_pages_that_did_not_arrive_end_the_request(play: Any, gang: FakeGang) -> None:
+    gang.flush_failure = "pages did not reach the decode worker"
+
+    async def scenario(replica: PrefillReplica) -> None:
+        with pytest.raises(TransferError):
+            await prefill(replica, "a", 10)
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        assert replica._scheduler.usage == 0
+
+    play(scenario)
+
+
+def test_a_rank_that_hangs_ends_the_requests_and_the_gang(play: Any, gang: FakeGang) -> None:
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.may_flush.clear()
+        waiting = asyncio.create_task(prefill(replica, "a", 10))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        gang.rank_is_lost.set()
+        with pytest.raises(UnavailableError):
+            await waiting
+        with pytest.raises(UnavailableError):
+            await replica.check_health()
+
+    play(scenario)
+    assert gang.killed

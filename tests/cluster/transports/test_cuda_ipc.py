@@ -1,10 +1,11 @@
 """Pages that the decode worker copies by itself: what is said between it and a prefill rank.
 
 Both are in this process and on CPUs, where the rank's memory is mapped as what it is; only Ray is
-replaced. tests/engine/kv/test_shared_pages.py has two processes, and a GPU where there is one.
+replaced. `test_shared_pages.py` has two processes, and a GPU where there is one.
 """
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -21,12 +22,13 @@ from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
-from longreach.cluster.transports.cuda_ipc import CudaIpcSender
+from longreach.cluster.transports.cuda_ipc import CudaIpcMessage, CudaIpcReceiver, CudaIpcSender
+from longreach.cluster.transports.mail import WorkerDestination
+from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool
+from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import TransferError
-from longreach.engine.kv.background import BackgroundSender
-from longreach.engine.kv.hand_off import Place
+from longreach.engine.kv.hand_off import Destination, Place
 from longreach.engine.kv.pages import HeldPages, Pages
-from longreach.engine.kv.shared_pages import SharedPool, SharedRun
 from longreach.engine.local import LocalPrefill
 from longreach.engine.messages import GenerationRequest, SamplingParameters
 from longreach.engine.model.pocket import CHECKPOINT
@@ -43,7 +45,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's references are futures here."""
 
     def wait(futures: list[Future[Any]], timeout: float | None = None) -> tuple[list, list]:
-        assert timeout == 0
+        if timeout:
+            concurrent.futures.wait(futures, timeout, concurrent.futures.FIRST_COMPLETED)
         return [f for f in futures if f.done()], [f for f in futures if not f.done()]
 
     monkeypatch.setattr(ray, "wait", wait)
@@ -51,11 +54,11 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Handle:
-    """An actor's handle with one method, `copy`."""
+    """An actor's handle with one method, `deliver`."""
 
-    def __init__(self, copy: Callable[..., Future[None]]) -> None:
-        self.copy = self
-        self.remote = copy
+    def __init__(self, deliver: Callable[..., Future[None]]) -> None:
+        self.deliver = self
+        self.remote = deliver
 
 
 class Letters:
@@ -65,7 +68,8 @@ class Letters:
         self.runs: list[list[int]] = []
         self.answers: list[Future[None]] = []
 
-    def take(self, request_id: str, pool: SharedPool, runs: list[SharedRun]) -> Future[None]:
+    def take(self, request_id: str, message: CudaIpcMessage) -> Future[None]:
+        pool, runs = message
         assert (request_id, pool) == ("a", POOL)
         self.runs.append([run.place.layer for run in runs])
         self.answers.append(Future())
@@ -74,7 +78,7 @@ class Letters:
 
 def test_what_comes_while_a_message_is_under_way_goes_with_the_next() -> None:
     letters = Letters()
-    sender = CudaIpcSender(Handle(letters.take), "a", POOL)
+    sender = CudaIpcSender(POOL).open(WorkerDestination("a", Handle(letters.take)))
     for layer in range(4):
         sender.push(Place(layer, 0, 0), PAGES)
     assert letters.runs == [[0]]
@@ -98,14 +102,14 @@ def test_what_comes_while_a_message_is_under_way_goes_with_the_next() -> None:
 
 def test_a_dead_decode_worker_is_remembered_and_not_raised_by_push() -> None:
     letters = Letters()
-    sender = CudaIpcSender(Handle(letters.take), "a", POOL)
+    sender = CudaIpcSender(POOL).open(WorkerDestination("a", Handle(letters.take)))
     sender.push(Place(0, 0, 0), PAGES)
     letters.answers[0].set_exception(ActorDiedError())
     sender.push(Place(1, 0, 0), PAGES)
     sender.push(Place(2, 0, 0), PAGES)
     assert letters.runs == [[0]]
     assert sender.failure is not None
-    with pytest.raises(TransferError, match="did not reach the decode replica"):
+    with pytest.raises(TransferError, match="did not reach the decode worker"):
         sender.flush()
 
 
@@ -149,24 +153,33 @@ class Pair:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.loop = Loop()
         self.worker = DecodeWorker(settings, folder)
-        self.worker._decoder._pool.clear()
+        assert isinstance(self.worker._engine, Decoder)
+        self.worker._engine._pool.clear()
         self.rank = PrefillRank(settings.gangs[0], 0)
         self.rank.join("", 1)
-        self._handle = Handle(lambda *given: self.loop.submit(as_ray(self.worker.copy(*given))))
+        handle = Handle(lambda *given: self.loop.submit(as_ray(self.worker.deliver(*given))))
+        self.loop.run(self.worker.start(handle))
+        self._destinations: dict[str, Destination] = {}
 
     def reserve(self, name: str, prompt: np.ndarray) -> None:
         sampling = SamplingParameters(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.loop.run(self.worker.reserve(GenerationRequest(name, prompt, sampling, 0.0)))
+        request = GenerationRequest(name, prompt, sampling, 0.0)
+        self._destinations[name] = self.loop.run(self.worker.reserve(request, "an ingress"))
 
-    def prefill(self, name: str, prompt: np.ndarray, chunk: int = 640) -> Any:
-        """In chunks; the last one's result."""
+    def prefill(
+        self, name: str, prompt: np.ndarray, chunk: int = 640
+    ) -> tuple[np.ndarray | None, str | None]:
+        """In chunks; the last one's logits, and why pages did not arrive."""
         result = None
         for start in range(0, len(prompt), chunk):
             end = min(start + chunk, len(prompt))
             whole = prompt if start == 0 else None
             turn = Chunk(name, start, end, end == len(prompt))
-            result = self.rank.run_chunk(turn, whole, self._handle)
-        return result
+            result = self.rank.run_chunk(turn, whole, None if start else self._destinations[name])
+        assert result is not None
+        failure = self.rank.flush(name)
+        self.rank.release(name)
+        return result.logits, failure
 
     def answer(self, name: str, logits: np.ndarray) -> list[int]:
         async def read() -> list[int]:
@@ -192,15 +205,15 @@ async def as_ray(call: Coroutine[Any, Any, None]) -> None:
 
 
 @pytest.fixture
-def pair(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    """The rank sends from a thread, as one on a GPU does."""
+def pair(settings: Settings, tmp_path: Path) -> Iterator[Pair]:
     made = Pair(settings, tmp_path)
-    make_sender = made.rank._make_sender
-    monkeypatch.setattr(
-        made.rank, "_make_sender", lambda *given: BackgroundSender(make_sender(*given), None)
-    )
     yield made
     made.end()
+
+
+def reader_of(pair: Pair) -> SharedPageReader:
+    assert isinstance(pair.worker._receiver, CudaIpcReceiver)
+    return pair.worker._receiver._reader
 
 
 def make_prompt(length: int) -> np.ndarray:
@@ -218,29 +231,30 @@ def test_a_prompt_goes_on_from_pages_that_were_copied(pair: Pair, settings: Sett
         prompt = make_prompt(length)
         pair.reserve(f"before {name}", make_prompt(100))
         pair.reserve(name, prompt)
-        result = pair.prefill(name, prompt)
-        assert result.failure is None
-        tokens = pair.answer(name, result.logits)
+        logits, failure = pair.prefill(name, prompt)
+        assert failure is None
+        assert logits is not None
+        tokens = pair.answer(name, logits)
         text = prompt
         for token in tokens:
             assert token == int(local.logits(text).argmax())
             text = np.append(text, np.int32(token))
         pair.loop.run(pair.worker.release(name))
-    assert not pair.worker._reader._mapped
+    assert not reader_of(pair)._mapped
 
 
 def test_pages_of_a_released_request_go_back_only_after_the_copy(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, let = threading.Event(), threading.Event()
-    receive = pair.worker._reader._receive
+    receive = reader_of(pair)._receive
 
     def slowly(*given: Any) -> None:
         begun.set()
         assert let.wait(SECONDS)
         receive(*given)
 
-    monkeypatch.setattr(pair.worker._reader, "_receive", slowly)
+    monkeypatch.setattr(reader_of(pair), "_receive", slowly)
     prompt = make_prompt(300)
     pair.reserve("a", prompt)
     prefilling = threading.Thread(target=pair.prefill, args=("a", prompt))
@@ -249,12 +263,12 @@ def test_pages_of_a_released_request_go_back_only_after_the_copy(
     releasing = pair.loop.submit(pair.worker.release("a"))
     with pytest.raises(TimeoutError):
         releasing.result(0.2)
-    assert pair.worker._decoder.usage > 0
+    assert pair.worker._engine.usage > 0
     # Those who wait for the request's end need not wait for the copy.
-    pair.loop.run(pair.worker.gone("a"))
+    pair.loop.run(pair.worker.until_released("a", "an ingress"))
     let.set()
     releasing.result(SECONDS)
-    assert pair.worker._decoder.usage == 0
+    assert pair.worker._engine.usage == 0
     prefilling.join(SECONDS)
     assert not prefilling.is_alive()
 
@@ -263,13 +277,17 @@ def test_a_request_that_was_released_takes_no_pages_and_the_rank_goes_on(pair: P
     prompt = make_prompt(300)
     pair.reserve("a", prompt)
     pair.loop.run(pair.worker.release("a"))
-    assert "it was cancelled" in pair.prefill("a", prompt).failure
+    _, failure = pair.prefill("a", prompt)
+    assert failure is not None
+    assert "it was cancelled" in failure
     pair.reserve("b", prompt)
-    assert pair.prefill("b", prompt).failure is None
+    assert pair.prefill("b", prompt)[1] is None
 
 
 def test_a_rank_of_another_host_fails_requests_with_the_mend(pair: Pair) -> None:
     prompt = make_prompt(300)
-    pair.worker._reader._host = "elsewhere"
+    reader_of(pair)._host = "elsewhere"
     pair.reserve("a", prompt)
-    assert "set transport.kind: object_store" in pair.prefill("a", prompt).failure
+    _, failure = pair.prefill("a", prompt)
+    assert failure is not None
+    assert "set transport.kind: object_store" in failure

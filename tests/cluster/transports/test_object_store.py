@@ -10,6 +10,8 @@ import ray
 import torch
 from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
+from longreach.cluster.transports import mail
+from longreach.cluster.transports.mail import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
 from longreach.engine.kv.hand_off import Place
@@ -31,7 +33,7 @@ def test_a_full_object_store_is_remembered_and_not_raised_by_push(
         raise ObjectStoreFullError("no space left")
 
     monkeypatch.setattr(ray, "put", put)
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     layer = Pages(torch.zeros(64, 2, 2, 128, 64))
     pages = held(layer, list(range(64)))  # more than is collected before it is sent
     sender.push(Place(0, 0, 0), pages)
@@ -52,13 +54,13 @@ def test_what_a_worker_answers_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: RayError, said: str
 ) -> None:
     monkeypatch.setattr(ray, "put", Mock())
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", Mock(side_effect=error))
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     sender.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
     with pytest.raises(TransferError) as told:
         sender.flush()
-    assert str(told.value).startswith("pages did not reach the decode replica: ")
+    assert str(told.value).startswith("pages did not reach the decode worker: ")
     assert str(told.value).endswith(said)
     assert "\n" not in str(told.value)
 
@@ -69,9 +71,9 @@ def test_pages_of_8_bits_arrive_with_their_scales(
 ) -> None:
     sent: list[PageRun] = []
     monkeypatch.setattr(ray, "put", sent.extend)
-    monkeypatch.setattr(ray, "wait", lambda references, num_returns: (references, []))
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", lambda reference: None)
-    sender = ObjectStoreSender(worker=Mock(), request_id="a", max_in_flight_bytes=1 << 20)
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
     values = torch.randn(290, 2, 2, 128, 64).to(torch.float8_e4m3fn)
     scales = torch.rand(290, 2, 2)
     sender.push(Place(3, 5, 1), held(Pages(values, scales), list(numbers)))
@@ -81,3 +83,50 @@ def test_pages_of_8_bits_arrive_with_their_scales(
     assert torch.equal(run.pages.values.float(), values.float()[list(numbers)])
     assert run.pages.scales is not None
     assert torch.equal(run.pages.scales, scales[list(numbers)])
+
+
+def test_a_worker_that_answers_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever waits for its pages would wait for good."""
+    asked: list[float] = []
+
+    def wait(references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        asked.append(timeout)
+        return [], references
+
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", wait)
+    hand_off = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    hand_off.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
+    with pytest.raises(TransferError):
+        hand_off.flush()
+    assert asked == [mail.ANSWER_SECONDS]
+    with pytest.raises(TransferError):
+        hand_off.flush()
+    assert len(asked) == 1, "not waited for once more"
+
+
+def test_no_more_bytes_are_under_way_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    most, under_way = 0, 0
+
+    def deliver(request_id: str, message: Any) -> object:
+        nonlocal most, under_way
+        under_way += 1
+        most = max(most, under_way)
+        return object()
+
+    def wait(references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        nonlocal under_way
+        under_way -= 1
+        return references[:1], references[1:]
+
+    monkeypatch.setattr(ray, "put", Mock())
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", Mock())
+    worker = Mock()
+    worker.deliver.remote = deliver
+    hand_off = ObjectStoreSender(3 << 20).open(WorkerDestination("a", worker))
+    layer = Pages(torch.zeros(8, 2, 2, 128, 64))  # a MiB
+    for number in range(10):
+        hand_off.push(Place(number, 0, 0), held(layer, list(range(8))))
+    hand_off.flush()
+    assert most == 3

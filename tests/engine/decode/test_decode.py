@@ -21,7 +21,7 @@ from longreach.engine.errors import (
 )
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import PagePool, Pages
-from longreach.engine.local import DirectSender, LocalPrefill
+from longreach.engine.local import DirectHandOff, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.model.config import KVCacheDtype
 from longreach.engine.prefill.prefiller import Prefiller
@@ -64,7 +64,7 @@ class Engine:
         """Prefill a reserved request in chunks of 256 into the decoder; its logits."""
         prefiller = self.prefill.prefiller
         prefiller.admit(name, np.array(prompt, dtype=np.int32))
-        sender = DirectSender(self.decoder, name)
+        sender = DirectHandOff(self.decoder, name)
         result = None
         for start in range(0, len(prompt), 256):
             result = prefiller.run_chunk(name, start, min(start + 256, len(prompt)), sender)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from longreach.engine.errors import TransferError
-from longreach.engine.kv.background import BackgroundSender, hand_off_stream
-from longreach.engine.kv.hand_off import PageSender, Place
+from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
+from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages, Pages
 
 PAGES = HeldPages(Pages(torch.zeros(1, 1, 2, 128, 4)), np.array([0]), slice(0, 1))
 
 
-class SlowSender(PageSender):
+class SlowHandOff(HandOff):
     """Sends when it is let, and writes down what it is asked."""
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -38,14 +38,14 @@ class SlowSender(PageSender):
         self.given_up.set()
 
 
-def push(sender: BackgroundSender, layers: range) -> None:
+def push(sender: BackgroundHandOff, layers: range) -> None:
     for layer in layers:
         sender.push(Place(layer, 0, 0), PAGES)
 
 
 def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
-    slow = SlowSender()
-    sender = BackgroundSender(slow, None)
+    slow = SlowHandOff()
+    sender = BackgroundHandOff(slow, None)
     push(sender, range(5))
     assert slow.asked == []
     threading.Timer(0.05, slow.let.set).start()
@@ -58,14 +58,14 @@ def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
 
 
 def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = SlowSender()
+    slow = SlowHandOff()
     slow.let.set()
 
     def broken() -> None:
         raise ValueError("what nobody foresaw")
 
     monkeypatch.setattr(slow, "flush", broken)
-    sender = BackgroundSender(slow, None)
+    sender = BackgroundHandOff(slow, None)
     push(sender, range(1))
     with pytest.raises(TransferError, match="what nobody foresaw"):
         sender.flush()
@@ -73,8 +73,8 @@ def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.Monk
 
 
 def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
-    slow = SlowSender()
-    sender = BackgroundSender(slow, None)
+    slow = SlowHandOff()
+    sender = BackgroundHandOff(slow, None)
     push(sender, range(5))
     assert slow.begun.wait(10)
     sender.abandon()
@@ -84,9 +84,9 @@ def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
 
 
 def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
-    slow = SlowSender(RuntimeError("the device is gone\nCompile with ..."))
+    slow = SlowHandOff(RuntimeError("the device is gone\nCompile with ..."))
     slow.let.set()
-    sender = BackgroundSender(slow, None)
+    sender = BackgroundHandOff(slow, None)
     push(sender, range(3))
     with pytest.raises(TransferError, match=r"the device is gone$"):
         sender.flush()
@@ -96,7 +96,7 @@ def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
     sender.abandon()
 
 
-class Reader(PageSender):
+class Reader(HandOff):
     """Takes memory for pages on their way, as they do not lie side by side."""
 
     def push(self, place: Place, pages: HeldPages) -> None:
@@ -114,7 +114,7 @@ def test_memory_that_one_request_took_serves_all_that_follow() -> None:
     apart = HeldPages(layer, numbers, torch.from_numpy(numbers).to(device))
     reserved = []
     for _ in range(8):
-        sender = BackgroundSender(Reader(), stream)
+        sender = BackgroundHandOff(Reader(), stream)
         sender.push(Place(0, 0, 0), apart)
         sender.flush()
         sender.abandon()

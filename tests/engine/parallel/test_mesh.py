@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.errors import ConfigurationError
-from longreach.engine.kv.hand_off import PageSender, Place
+from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.config import KVCacheDtype, ModelConfig
@@ -27,7 +27,7 @@ PUBLISHED = {**DUAL_CHUNK, "sparse_attention_threshold": 800}
 
 
 @dataclass
-class RecordingSender(PageSender):
+class RecordingSender(HandOff):
     """Keeps the numbers it is given."""
 
     pushed: list[tuple[int, int, int, Tensor]] = field(default_factory=list)

@@ -18,13 +18,13 @@ import torch
 from torch import multiprocessing
 from torch.multiprocessing.spawn import spawn
 
+from longreach.cluster.transports import shared_pages
+from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool, SharedRun
 from longreach.engine.errors import ConfigurationError, TransferError
-from longreach.engine.kv import shared_pages
-from longreach.engine.kv.background import BackgroundSender, hand_off_stream
-from longreach.engine.kv.hand_off import PageSender, Place
+from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
+from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.host_copies import HostCopies
 from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, Pages, page_index
-from longreach.engine.kv.shared_pages import SharedPageReader, SharedPool, SharedRun
 
 LAYERS, HEADS, RANK_HEADS = 3, 5, 2
 """The owner is one of several ranks: it has some of the heads that the reader has."""
@@ -78,7 +78,7 @@ class Case:
         return Pages(values, scales).on(torch.device(self.device))
 
 
-class ConnectionSender(PageSender):
+class ConnectionSender(HandOff):
     """Announces pages through a pipe, one after the other, and waits for each answer."""
 
     def __init__(self, connection: Connection) -> None:
@@ -99,7 +99,7 @@ def own(case: Case, connection: Connection, queue: Any) -> None:
     table = torch.from_numpy(case.numbers).to(pool.memory.device)
     index = page_index(case.numbers, pool.memory.device)
     stream = hand_off_stream(pool.memory.device)
-    sender = BackgroundSender(ConnectionSender(connection), stream)
+    sender = BackgroundHandOff(ConnectionSender(connection), stream)
     for turn in range(ROUNDS):
         written = [case.values(turn, layer) for layer in range(LAYERS)]
         if case.device == "cuda":

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ..errors import ConfigurationError, TransferError, in_one_line
-from ..memory.fit import decode_ran_out, out_of_memory_raises
-from .hand_off import Place
-from .pages import PagePool, Pages, page_index
+from ...engine.errors import ConfigurationError, TransferError, in_one_line
+from ...engine.kv.hand_off import Place
+from ...engine.kv.pages import PagePool, Pages, page_index
+from ...engine.memory.fit import decode_ran_out, out_of_memory_raises
 
 _MEND = "set transport.kind: object_store"
 

@@ -1,0 +1,37 @@
+"""What replicas say to each other about a request, beside the engine's own messages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ..engine.messages import GenerationRequest
+
+
+@dataclass(frozen=True)
+class PrefillOrder:
+    """What a decode replica asks of a prefill replica: compute this prompt, and send it there.
+
+    Both promises are kept by the decode worker, so they fail when it dies.
+
+    `destination` becomes the `Destination` of the request's pages when they are allocated. Until
+    then the request is under way at the prefill replica already: replicas that are asked to stop
+    finish what they have, so it stays until the request is done. `released` is kept when the
+    request is over, for whatever reason.
+    """
+
+    request: GenerationRequest
+    destination: "ray.ObjectRef[Any]"
+    released: "ray.ObjectRef[None]"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which decode worker holds a request's pages: its name, and its actor's handle.
+
+    Its `release` is how to stop the request for certain, wherever it is: Serve's cancellation is
+    best effort.
+    """
+
+    worker_id: str
+    worker: Any

@@ -1,0 +1,94 @@
+"""Messages to a decode worker that is a Ray actor: what both transports over Ray have in common."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ...engine.errors import TransferError, in_one_line
+from ...engine.kv.hand_off import Destination, HandOff, Receiver
+
+ANSWER_SECONDS = 60.0
+"""A worker that answers nothing for so long takes no more pages. A hung one is replaced before."""
+
+
+@dataclass(frozen=True)
+class WorkerDestination(Destination):
+    """A request's pages in the worker behind an actor's handle."""
+
+    worker: Any
+
+    def deliver(self, message: Any) -> ray.ObjectRef:
+        """Send one message; the reference is ready when its pages have arrived."""
+        return self.worker.deliver.remote(self.request_id, message)
+
+
+class WorkerReceiver(Receiver):
+    """The end of a worker whose ranks send messages to its actor."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def destination(self, request_id: str) -> WorkerDestination:
+        return WorkerDestination(request_id, self._worker)
+
+
+class WorkerHandOff(HandOff):
+    """Counts the messages that are under way, and remembers the first failure."""
+
+    def __init__(self, destination: WorkerDestination) -> None:
+        self._destination = destination
+        self._under_way: dict[ray.ObjectRef, int] = {}
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    @property
+    def bytes_under_way(self) -> int:
+        """Of all messages that were sent and not answered yet."""
+        return sum(self._under_way.values())
+
+    def flush(self) -> None:
+        self._send_rest()
+        while self._under_way:
+            self._wait_for_one()
+        if self._failure is not None:
+            raise TransferError(self._failure)
+
+    @abstractmethod
+    def _send_rest(self) -> None:
+        """Send what was pushed and is not under way yet."""
+
+    def _deliver(self, message: Any, size: int) -> None:
+        if self._failure is None:
+            self._under_way[self._destination.deliver(message)] = size
+
+    def _note_answers(self) -> None:
+        """Look for answers without waiting."""
+        if self._under_way:
+            self._note(ray.wait(list(self._under_way), timeout=0)[0])
+
+    def _wait_for_one(self) -> None:
+        """Wait until one more message has been answered; without an answer in time, all failed."""
+        arrived, _ = ray.wait(list(self._under_way), timeout=ANSWER_SECONDS)
+        if arrived:
+            self._note(arrived)
+        else:
+            self._fail(f"a decode worker took no pages for {ANSWER_SECONDS:g} s")
+
+    def _note(self, arrived: Sequence[ray.ObjectRef]) -> None:
+        for reference in arrived:
+            self._under_way.pop(reference, None)
+            try:
+                ray.get(reference)
+            except RayError as error:
+                self._fail(f"pages did not reach the decode worker: {in_one_line(error)}")
+
+    def _fail(self, failure: str) -> None:
+        self._failure = self._failure or failure
+        self._under_way.clear()

@@ -1,0 +1,133 @@
+"""The ingress's backend: it holds leases, and releases what its clients leave."""
+
+import asyncio
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from longreach.cluster.ingress import DecodeBackend
+from longreach.cluster.messages import Taken
+from longreach.engine.messages import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    SamplingParameters,
+    Timings,
+)
+
+FINISHED = Finished(1, 1, Timings(0, 0, 0, 0, 0))
+DELTA = Delta(0, "a")
+REQUEST = GenerationRequest(
+    "a", np.zeros(1, dtype=np.int32), SamplingParameters(max_tokens=1), arrived=0.0
+)
+
+
+class Worker:
+    """A decode worker's handle."""
+
+    def __init__(self) -> None:
+        self.released: list[str] = []
+        self.release = self
+
+    def remote(self, request_id: str) -> None:
+        self.released.append(request_id)
+
+
+class Replica:
+    """The decode deployment's handle: takes a request when it is let, and says what it is told."""
+
+    def __init__(self, *messages: list[Event], stays: bool = False) -> None:
+        self.worker = Worker()
+        self.takes = asyncio.Event()
+        self.takes.set()
+        self.holders: list[str] = []
+        self._messages, self._stays = messages, stays
+        self.generate = self
+
+    def options(self, **ignored: Any) -> "Replica":
+        return self
+
+    def remote(self, request: GenerationRequest, holder: str) -> "Replica":
+        self.holders.append(holder)
+        self._left = iter([Taken("worker", self.worker), *self._messages])
+        return self
+
+    def __aiter__(self) -> "Replica":
+        return self
+
+    async def __anext__(self) -> Taken | list[Event]:
+        """As Ray's streams: who is cancelled while waiting may ask again."""
+        await self.takes.wait()
+        message = next(self._left, None)
+        if message is not None:
+            return message
+        if self._stays:
+            await asyncio.Event().wait()
+        raise StopAsyncIteration
+
+
+class Leases:
+    """What the backend's keeper was told."""
+
+    def __init__(self, backend: DecodeBackend) -> None:
+        self.held: set[tuple[str, str]] = set()
+        self.most = 0
+        keeper = backend._leases
+        self.holder = keeper.holder
+        keeper.hold = self._hold
+        keeper.drop = self._drop
+
+    def _hold(self, worker_id: str, worker: Any, request_id: str) -> None:
+        self.held.add((worker_id, request_id))
+        self.most = max(self.most, len(self.held))
+
+    def _drop(self, worker_id: str, request_id: str) -> None:
+        self.held.discard((worker_id, request_id))
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then() -> None:
+    async def run() -> None:
+        replica = Replica([DELTA], [FINISHED])
+        backend = DecodeBackend(cast(Any, replica))
+        leases = Leases(backend)
+        events = [event async for event in backend.generate(REQUEST)]
+        assert events == [DELTA, FINISHED]
+        assert replica.worker.released == []
+        assert replica.holders == [leases.holder]
+        assert (leases.most, leases.held) == (1, set())
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "not taken yet"])
+def test_a_client_that_leaves_has_its_request_released(taken: bool) -> None:
+    async def run() -> None:
+        replica = Replica([DELTA], stays=True)
+        backend = DecodeBackend(cast(Any, replica))
+        leases = Leases(backend)
+        if not taken:
+            replica.takes.clear()
+
+        async def listen() -> None:
+            async for _ in backend.generate(REQUEST):
+                pass
+
+        listening = asyncio.create_task(listen())
+        await settle()
+        assert replica.worker.released == []
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+        replica.takes.set()
+        await settle()
+        assert replica.worker.released == ["a"]
+        assert leases.held == set()
+
+    asyncio.run(run())
