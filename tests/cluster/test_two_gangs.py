@@ -3,6 +3,7 @@
 `longreach serve` runs it in a process of its own, because the other tests' cluster is in this one.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,7 +27,12 @@ LONG = 40_000
 """Tokens that take long enough for something to happen meanwhile."""
 CONFIGURATION = {
     "model": {"path": "pocket", "name": MODEL},
-    "limits": {"max_model_len": 65536, "max_output_tokens": 128, "max_choices": 1},
+    "limits": {
+        "max_model_len": 65536,
+        "max_output_tokens": 128,
+        "max_choices": 1,
+        "max_queued_requests": 1,
+    },
     "prefill": [
         {
             "name": "short",
@@ -51,14 +57,18 @@ class Cluster:
     http: httpx.Client
     tokenizer: Tokenizer
 
-    def ask(self, tokens: int) -> httpx.Response:
-        prompt = make_prompt(self.tokenizer, tokens)
-        return self.http.post("/v1/completions", json=ask_body(prompt, max_tokens=1))
+    def ask(self, tokens: int, timeout: float = 120) -> httpx.Response:
+        body = ask_body(make_prompt(self.tokenizer, tokens), max_tokens=1)
+        return self.http.post("/v1/completions", json=body, timeout=timeout)
 
     def computed(self) -> dict[str, float]:
         """Prompt tokens that each gang has computed."""
         name = "longreach_prefill_tokens_total"
         return {key[1]: value for key, value in scrape(self.http).items() if key[0] == name}
+
+    def waiting_for_long(self) -> float:
+        """Prompts that wait for the long ones' gang."""
+        return scrape(self.http)[("longreach_num_requests_waiting", "long", "prefill")]
 
     def is_ready(self) -> bool:
         return self.http.get("/ready").status_code == 200
@@ -136,3 +146,20 @@ def test_the_end_of_the_short_prompts_gang_does_a_long_one_no_harm(
         assert long.result().status_code == 200
     cluster_at_rest.wait_until_ready()
     assert cluster_at_rest.ask(1000).status_code == 200
+
+
+def test_a_full_queue_of_long_prompts_is_none_of_short_ones(cluster_at_rest: Cluster) -> None:
+    def wait_a_while() -> None:
+        with contextlib.suppress(httpx.ReadTimeout):
+            cluster_at_rest.ask(LONG, timeout=5)
+
+    with ThreadPoolExecutor(3) as pool:
+        long = begin_long(cluster_at_rest, pool)
+        for waiting in (1, 2):
+            pool.submit(wait_a_while)
+            wait_for(
+                lambda n=waiting: cluster_at_rest.waiting_for_long() == n, 10, "one more waits"
+            )
+        assert cluster_at_rest.ask(LONG).status_code == 429
+        assert cluster_at_rest.ask(1000).status_code == 200
+        assert long.result().status_code == 200
