@@ -48,7 +48,8 @@ def _summary(settings: Settings, model: ModelConfig) -> Text:
         f"{model.head_dim}, {_types(settings)}, {attention}\n"
         f"prompt and answer together up to {limits.max_model_len:,} tokens, "
         f"the answer up to {limits.max_output_tokens:,}; "
-        f"up to {limits.max_queued_requests} requests wait for a gang, the next is told to come back\n"
+        f"up to {limits.max_queued_requests} requests wait for a gang, "
+        "the next is told to come back\n"
         f"endpoint http://{settings.ingress.host}:{settings.ingress.port}/v1, "
         + ("API keys wanted\n" if settings.ingress.api_keys_file else "open to all who reach it\n")
     )
