@@ -6,7 +6,8 @@ from rich.text import Text
 
 from ...engine.kv.pages import PAGE_TOKENS, pages_for
 from ...engine.model.config import ModelConfig
-from ..settings import GangSettings, Settings
+from ...engine.prefill.budgets import dense_up_to, has_budgets
+from ..settings import GangSettings, Settings, warnings_about
 
 _FP16_BYTES = 2
 _SCALE_BYTES = 4
@@ -20,7 +21,12 @@ def explain(settings: Settings) -> RenderableType:
         CheckpointError: the model's folder cannot be read.
     """
     model = ModelConfig.from_folder(settings.model.folder)
-    return Group(_summary(settings, model), _processes(settings, model), _totals(settings, model))
+    warnings = [
+        Text(f"warning: {warning}", style="bold yellow") for warning in warnings_about(settings)
+    ]
+    return Group(
+        _summary(settings, model), _processes(settings, model), _totals(settings, model), *warnings
+    )
 
 
 def kv_bytes(settings: Settings, model: ModelConfig, tokens: int) -> int:
@@ -94,11 +100,19 @@ def _add_gang(table: Table, settings: Settings, model: ModelConfig, gang: GangSe
     table.add_row(
         f"{prefill.replicas * prefill.num_ranks}",
         f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
-        f"{prefill.sequence_parallel}), placed {prefill.placement}; "
-        + ("sparse where the checkpoint says so" if prefill.sparse else "dense"),
+        f"{prefill.sequence_parallel}), placed {prefill.placement}; {_attention(gang)}",
         f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
         _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
     )
+
+
+def _attention(gang: GangSettings) -> str:
+    """How the gang prefills its prompts: sparsely above a length, or none of them."""
+    folder = gang.model.folder
+    if not gang.prefill.sparse or not has_budgets(folder):
+        return "dense"
+    threshold = dense_up_to(folder)
+    return "dense" if gang.max_prompt_tokens <= threshold else f"sparse above {threshold:,} tokens"
 
 
 def _totals(settings: Settings, model: ModelConfig) -> Text:
