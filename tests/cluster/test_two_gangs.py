@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from longreach.cluster.client import Endpoint
+from longreach.cluster.readiness import is_ready
 from longreach.engine.text.tokenizer import Tokenizer
 
 from ..prometheus import free_port
@@ -90,7 +90,7 @@ def two_gangs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     process = subprocess.Popen([sys.executable, "-c", _SERVE, "serve", str(path)])
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(Endpoint(url).is_ready, 120, "the cluster is ready")
+        wait_for(lambda: is_ready(url), 120, "the cluster is ready")
         with httpx.Client(base_url=url, timeout=120) as http:
             yield Cluster(process.pid, http, tokenizer)
     finally:
