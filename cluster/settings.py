@@ -1,7 +1,7 @@
 """A cluster's configuration: YAML in, checked and frozen settings out.
 
 Every key has a default but `model.path`. What cannot run is refused before anything starts, with
-a sentence that says the mend.
+a sentence that names the remedy.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.model.config import Dtype, KVCacheDtype, ModelConfig
 from ..engine.model.files import ModelFiles
+from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
 from ..engine.text.tokenizer import Tokenizer
 from .rest.limits import IngressLimits
 
@@ -294,7 +295,8 @@ def check_model(settings: Settings) -> None:
     """Refuse settings that this checkpoint cannot be served with.
 
     Raises:
-        ConfigurationError: a length beyond the model's, or a mesh that does not divide it.
+        ConfigurationError: a length beyond the model's, a mesh that does not divide it, or sparse
+            prefill that is asked for by name where the checkpoint has no budgets for it.
         CheckpointError: the folder cannot be read, or has tokens that the model has no row for.
     """
     model = ModelConfig.from_folder(settings.model.folder)
@@ -304,6 +306,9 @@ def check_model(settings: Settings) -> None:
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
     model.check_tensor_parallel(settings.prefill.tensor_parallel)
+    missing = _missing_budgets(settings)
+    if missing is not None and "sparse" in settings.prefill.model_fields_set:
+        raise ConfigurationError(missing)
     # One such token in a prompt would end a whole gang.
     tokens = Tokenizer(settings.model.files.tokenizer_folder).vocab_size
     if tokens > model.vocab_size:
@@ -311,6 +316,32 @@ def check_model(settings: Settings) -> None:
             f"{settings.model.folder}: its tokenizer has ids up to {tokens - 1} and its embedding "
             f"only {model.vocab_size} rows; resize the embedding, or remove the added tokens"
         )
+
+
+def warnings_about(settings: Settings) -> list[str]:
+    """What would run otherwise than its defaults say; for settings that `check_model` let through.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    missing = _missing_budgets(settings)
+    return [] if missing is None else [missing]
+
+
+def _missing_budgets(settings: Settings) -> str | None:
+    """What to say where long prompts would be prefilled densely and are meant not to be."""
+    folder, longest = settings.model.folder, settings.limits.max_model_len
+    if not settings.prefill.sparse or has_budgets(folder):
+        return None
+    threshold = dense_up_to(folder)
+    if longest <= threshold:
+        return None
+    return (
+        f"prefill.sparse is true and {folder} has no {BUDGETS_FILE}, so prompts of more than "
+        f"{threshold:,} tokens would be prefilled densely, which takes about ten times as long at "
+        "a million; make the file with `longreach eval calibrate`, or set prefill.sparse: false "
+        "if dense is what you want"
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -6,7 +6,8 @@ from rich.text import Text
 
 from ...engine.kv.pages import PAGE_TOKENS, pages_for
 from ...engine.model.config import ModelConfig
-from ..settings import Settings
+from ...engine.prefill.budgets import dense_up_to, has_budgets
+from ..settings import Settings, warnings_about
 
 _FP16_BYTES = 2
 _SCALE_BYTES = 4
@@ -20,7 +21,12 @@ def explain(settings: Settings) -> RenderableType:
         CheckpointError: the model's folder cannot be read.
     """
     model = ModelConfig.from_folder(settings.model.folder)
-    return Group(_summary(settings, model), _processes(settings, model), _totals(settings, model))
+    warnings = [
+        Text(f"warning: {warning}", style="bold yellow") for warning in warnings_about(settings)
+    ]
+    return Group(
+        _summary(settings, model), _processes(settings, model), _totals(settings, model), *warnings
+    )
 
 
 def kv_bytes(settings: Settings, model: ModelConfig, tokens: int) -> int:
@@ -78,8 +84,7 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     table.add_row(
         f"{prefill.replicas * ranks}",
         f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
-        f"{prefill.sequence_parallel}), placed {prefill.placement}; "
-        + ("sparse where the checkpoint says so" if prefill.sparse else "dense"),
+        f"{prefill.sequence_parallel}), placed {prefill.placement}; " + _attention(settings),
         f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
         _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
     )
@@ -92,6 +97,14 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
         _asks(decode.gpus, decode.threads),
     )
     return table
+
+
+def _attention(settings: Settings) -> str:
+    """How prompts are prefilled: sparsely above a length, or none of them."""
+    folder = settings.model.folder
+    if not settings.prefill.sparse or not has_budgets(folder):
+        return "dense"
+    return f"sparse above {dense_up_to(folder):,} tokens"
 
 
 def _totals(settings: Settings, model: ModelConfig) -> Text:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ...engine.errors import InvalidRequestError, LongreachError
 from ...lab.evaluation import cli as evaluation
+from ..remedies import remedied
 
 if TYPE_CHECKING:
     from ...lab.evaluation.endpoint import EndpointAnswerer
@@ -217,9 +218,9 @@ def _read(path: Path) -> str:
 
 
 def main() -> None:
-    """Run the command line; errors that users can mend are one line, without a trace."""
+    """Run the command line; errors that users can do something about are one line, no trace."""
     try:
         app()
     except LongreachError as error:
-        print(f"longreach: {error}", file=sys.stderr)
+        print(f"longreach: {remedied(error)}", file=sys.stderr)
         sys.exit(1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ..settings import Settings
+from ..settings import Settings, warnings_about
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ def running_cluster(settings: Settings, console: Console) -> Iterator[RunningClu
     for request_to_end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(request_to_end, signal.default_int_handler)
     started = time.monotonic()
+    for warning in warnings_about(settings):
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False)
     console.print("starting the cluster")
     cluster = start(settings)
     try:

@@ -5,7 +5,7 @@ Pure bookkeeping over token and page counts.
 
 from dataclasses import dataclass
 
-from ...engine.errors import PromptTooLongError
+from ...engine.errors import CacheTooSmallError
 from ..fairness import Turns
 from ..settings import PAGE_TOKENS
 
@@ -70,15 +70,12 @@ class ChunkScheduler:
         """Let a prompt wait for its turn.
 
         Raises:
-            PromptTooLongError: it needs more pages than there are.
+            CacheTooSmallError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
         entry = _Entry(tokens)
         if entry.pages > self._num_pages:
-            raise PromptTooLongError(
-                f"the prompt has {tokens} tokens and the prefill pool holds "
-                f"{self._num_pages * PAGE_TOKENS} (prefill.kv_cache_tokens); shorten it"
-            )
+            raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
         self._turns.join(request_id, tokens)
         self._entries[request_id] = entry
 

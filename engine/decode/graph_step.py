@@ -26,9 +26,9 @@ from ...kernels import elementwise, greedy, matvec, quantized
 from ...kernels.dual_chunk.decode_plan import DecodePlan
 from ...kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
 from ...kernels.pages import BlockTable
-from ..errors import ConfigurationError
+from ..errors import StepDoesNotFitError
 from ..kv.pages import PagePool, pages_for
-from ..memory.fit import out_of_memory_raises
+from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken
 from ..model.positions import Rotations
 from ..model.qwen2 import Layer, Qwen2
@@ -101,7 +101,7 @@ class KernelStep(DecodeStep):
         capture: `captured`, or `eager`.
 
     Raises:
-        ConfigurationError: the device's memory does not suffice for the largest step.
+        StepDoesNotFitError: the device's memory does not suffice for the largest step.
     """
 
     @torch.inference_mode()
@@ -116,11 +116,7 @@ class KernelStep(DecodeStep):
         device, max_batch = model.device, row_counts[-1]
         self._device = device
         self._softmax_scale = model.positions.softmax_scale
-        told = ConfigurationError(
-            f"a decode step of {max_batch} sequences does not fit in the device's memory beside "
-            "weights and KV pages; lower decode.kv_cache_tokens or decode.max_batch"
-        )
-        with out_of_memory_raises(told):
+        with out_of_memory_raises(StepDoesNotFitError(max_batch)):
             # A row of block tables is written only when another sequence takes it.
             self._tables = torch.zeros(max_batch, pool.num_pages, dtype=torch.int32, device=device)
             self._held: list[BlockTable | None] = [None] * max_batch

@@ -64,7 +64,7 @@ class DecodeStep(ABC):
 
         Raises:
             RuntimeError: the device's memory does not suffice for these rows, in any of the ways
-                that `memory.out_of_memory_raises` knows.
+                that `memory.out_of_memory` knows.
         """
 
 
@@ -72,7 +72,7 @@ def make_step(model: Qwen2, pool: PagePool, max_batch: int) -> DecodeStep:
     """The step that suits the model's device.
 
     Raises:
-        ConfigurationError: the device's memory does not suffice for a step of `max_batch`.
+        StepDoesNotFitError: the device's memory does not suffice for a step of `max_batch`.
     """
     if model.device.type == "cuda":
         # Triton is installed where there is a GPU.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...kernels.pages import PAGE_TOKENS
 from ...kernels.transfer import without_waiting
-from ..errors import OutOfPagesError, TransferError
+from ..errors import OutOfPagesError, PageFormatError, TransferError
 from ..model.config import KVCacheDtype
 
 _SCALE_BYTES = 4
@@ -220,15 +220,12 @@ class PagePool:
             pages: on any device.
 
         Raises:
-            TransferError: they are of another format, or do not fit in.
+            PageFormatError: they are of another format.
+            TransferError: they do not fit in.
         """
         values = pages.values
         if values.dtype != self.memory.dtype or (pages.scales is None) != (self.scales is None):
-            raise TransferError(
-                f"KV pages came as {_name(values.dtype)} and are kept as "
-                f"{_name(self.memory.dtype)} here; give both sides the same model.dtype and "
-                "model.kv_cache_dtype"
-            )
+            raise PageFormatError(_name(values.dtype), _name(self.memory.dtype))
         target = self.layer(layer).heads(first_kv_head, values.shape[1])
         if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
             raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, TensorParallelError
 
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
 
@@ -68,14 +68,12 @@ class ModelConfig:
         """Refuse a number of tensor parallel ranks that this model cannot be cut into.
 
         Raises:
-            ConfigurationError: the heads or the MLP do not divide.
+            TensorParallelError: the heads or the MLP do not divide.
         """
         if not self._divides_by(ranks):
-            possible = [str(n) for n in range(1, self.num_heads + 1) if self._divides_by(n)]
-            raise ConfigurationError(
-                f"tensor_parallel {ranks} does not divide this model's {self.num_heads} query "
-                f"heads, {self.num_kv_heads} KV heads and MLP of {self.intermediate_size}; "
-                f"take one of {', '.join(possible)}, or more sequence_parallel"
+            possible = tuple(n for n in range(1, self.num_heads + 1) if self._divides_by(n))
+            raise TensorParallelError(
+                ranks, self.num_heads, self.num_kv_heads, self.intermediate_size, possible
             )
 
     def _divides_by(self, ranks: int) -> bool:

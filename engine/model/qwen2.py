@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ...kernels import elementwise
-from ..errors import ConfigurationError
+from ..errors import MixedPrecisionError
 from ..kv.pages import PageGeometry
 from ..parallel.mesh import Mesh
 from ..stages import UNTIMED, Stages
@@ -40,7 +40,7 @@ class HeadShare:
         """The share of one rank.
 
         Raises:
-            ConfigurationError: the heads or the MLP do not divide.
+            TensorParallelError: the heads or the MLP do not divide.
         """
         config.check_tensor_parallel(tensor_parallel)
         heads = config.num_heads // tensor_parallel
@@ -210,15 +210,12 @@ class Qwen2:
         """The same in another format.
 
         Raises:
-            ConfigurationError: a GPU's kernels do not read it beside this model's type.
+            MixedPrecisionError: a GPU's kernels do not read it beside this model's type.
         """
         geometry = self.page_geometry.kept_as(kv_cache_dtype)
         same = geometry.dtype == self.dtype
         if self.device.type == "cuda" and not (same or geometry.quantized):
-            raise ConfigurationError(
-                f"on GPUs, KV pages in {kv_cache_dtype} need a model of that type; set model.dtype "
-                f"{kv_cache_dtype}, or leave model.kv_cache_dtype out"
-            )
+            raise MixedPrecisionError(kv_cache_dtype, str(self.dtype).removeprefix("torch."))
         return geometry
 
     @classmethod
@@ -227,7 +224,7 @@ class Qwen2:
 
         Raises:
             CheckpointError: not a whole Qwen2 checkpoint.
-            ConfigurationError: the mesh does not divide the model.
+            TensorParallelError: the mesh does not divide the model.
         """
         config = ModelConfig.from_folder(folder)
         config.check_tensor_parallel(mesh.tensor_parallel)
@@ -247,7 +244,7 @@ class Qwen2:
 
         Raises:
             CheckpointError: the source lacks a tensor, or has another shape.
-            ConfigurationError: the mesh does not divide the model.
+            TensorParallelError: the mesh does not divide the model.
         """
         share = HeadShare.of(config, mesh.tensor_parallel, mesh.tensor_rank)
         loader = _Loader(config, mesh, share, source, dtype, device)

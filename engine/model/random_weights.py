@@ -52,7 +52,7 @@ def load_model(
 
     Raises:
         CheckpointError: not a whole Qwen2 checkpoint.
-        ConfigurationError: the mesh does not divide the model.
+        TensorParallelError: the mesh does not divide the model.
     """
     if not files.random:
         return Qwen2.load(files.folder, mesh, dtype, device)

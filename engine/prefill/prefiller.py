@@ -17,11 +17,11 @@ from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
 from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
 from ...kernels.transfer import without_waiting
-from ..errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
+from ..errors import CacheTooSmallError, ChunkOutOfMemoryError, InvalidRequestError
 from ..kv.chunk_pages import ChunkPages
 from ..kv.hand_off import HandOff, Place
 from ..kv.pages import PAGE_TOKENS, PagePool, pages_for
-from ..memory.fit import out_of_memory_raises
+from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
 from ..model.qwen2 import Qwen2
 from ..stages import Stages
@@ -122,7 +122,7 @@ class Prefiller:
                 starts there.
 
         Raises:
-            PromptTooLongError: the prompt is larger than all pages together.
+            CacheTooSmallError: the prompt is larger than all pages together.
             OutOfPagesError: they are not free now; nothing was reserved.
             InvalidRequestError: no tokens, too few pages, no place to go on at, or a request of
                 that name is admitted already.
@@ -138,11 +138,8 @@ class Prefiller:
             raise InvalidRequestError(f"request {request_id} is being prefilled already")
         needed = pages_for(len(prompt))
         if needed > self._pool.num_pages:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens and prefill has room for "
-                f"{self._pool.num_pages * PAGE_TOKENS}; shorten it or raise "
-                "prefill.kv_cache_tokens"
-            )
+            total = self._pool.num_pages * PAGE_TOKENS
+            raise CacheTooSmallError("prefill", len(prompt), total)
         if pages is None:
             held = self._pool.allocate(needed)
         elif len(pages) < needed:
@@ -171,15 +168,11 @@ class Prefiller:
 
         Raises:
             InvalidRequestError: no such request, or not its next chunk.
-            OutOfMemoryError: the device had too little. The request is as it was before, and its
-                pages are held until it is released; other ranks may wait in a collective.
+            ChunkOutOfMemoryError: the device had too little. The request is as it was before, and
+                its pages are held until it is released; other ranks may wait in a collective.
         """
         admitted = self._next_chunk_of(request_id, start, end)
-        told = OutOfMemoryError(
-            f"prefill ran out of memory at tokens {start} to {end} of a prompt; lower "
-            "prefill.chunk_tokens or prefill.kv_cache_tokens"
-        )
-        with out_of_memory_raises(told):
+        with out_of_memory_raises(ChunkOutOfMemoryError(start, end)):
             result = self._compute(admitted, start, end, sender)
         admitted.done = end
         return result

@@ -15,6 +15,7 @@ from .ceilings import Ceilings
 from .fit import fit
 from .lines import Line, Reporter, run_environment
 from .options import Options
+from .remedies import remedied
 from .running import run_batch, run_prompt, warm_up
 from .subject import Subject, load, page_geometry
 from .work import Work
@@ -24,7 +25,7 @@ def measure(options: Options, device: torch.device) -> bool:
     """Print and keep a line for each case; whether all of them could be run.
 
     Raises:
-        ConfigurationError: the longest prompt does not fit; nothing was run.
+        DoesNotFitError: the longest prompt does not; nothing was run.
     """
     config = ModelConfig.from_folder(options.files.folder)
     work = Work(config, torch.bfloat16.itemsize)
@@ -35,7 +36,7 @@ def measure(options: Options, device: torch.device) -> bool:
     longest = max(options.tokens, default=0)
     cached = _kv_tokens(longest, options.decode)
     room.check(cached)
-    most = room.most_tokens_beside(longest)
+    most = room.largest_cache_beside(longest)
     wanted = [sum(_kv_tokens(n, options.decode) for n in batch) for batch in options.batches]
     cached = max(cached, min(most, max(wanted, default=0)))
 
@@ -88,7 +89,7 @@ def _tried(case: Callable[[], Line | None]) -> list[Line | str]:
     try:
         line = case()
     except LongreachError as error:
-        return [f"{type(error).__name__}: {error}"]
+        return [f"{type(error).__name__}: {remedied(error)}"]
     return [] if line is None else [line]
 
 

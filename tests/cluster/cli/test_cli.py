@@ -1,5 +1,6 @@
 """The command line, without a cluster."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from longreach.cluster import app as cluster_app
 from longreach.cluster.cli import main as cli
+from longreach.cluster.settings import Settings
+from longreach.engine.errors import UnavailableError
+from longreach.engine.model.pocket import CHECKPOINT
 
 LAPTOP = Path(__file__).parents[3] / "configs" / "laptop.yaml"
 
@@ -49,6 +54,27 @@ def test_config_says_what_would_run() -> None:
     assert status == 0, output
     for words in ("ingress", "prefill rank", "decode worker", "tensor 1 × sequence 2", "GiB"):
         assert words in output
+
+
+def test_serve_and_demo_warn_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for path in CHECKPOINT.glob("*.json"):
+        if path.name != "sparse_attention_config.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    wrong = tmp_path / "dense.yaml"
+    wrong.write_text(LAPTOP.read_text().replace("path: pocket", f"path: {tmp_path}"))
+
+    def refused(settings: Settings) -> None:
+        raise UnavailableError("not in this test")
+
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(cluster_app, "start", refused)
+    for command in ("serve", "demo"):
+        status, output = run(command, str(wrong))
+        assert status == 1
+        assert "warning: prefill.sparse" in output
+    assert "warning" not in run("serve", str(LAPTOP))[1]
 
 
 def test_a_missing_config_is_one_line(monkeypatch, capsys, tmp_path: Path) -> None:

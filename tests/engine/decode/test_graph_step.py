@@ -13,7 +13,7 @@ from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.graph_step import Capture, KernelStep, captured, eager, row_counts
 from longreach.engine.decode.step import DecodeStep, Outcome, PortableStep, StepRow, make_step
-from longreach.engine.errors import ConfigurationError, GenerationError
+from longreach.engine.errors import GenerationError, StepDoesNotFitError
 from longreach.engine.kv.pages import PagePool, pages_for
 from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
 from longreach.engine.model.config import KVCacheDtype
@@ -302,12 +302,13 @@ def test_one_damaged_request_fails_alone_on_kernels(dual_folder: Path) -> None:
     assert engine.decoder.usage == 0
 
 
-def test_too_little_memory_to_prepare_steps_names_the_remedy(dual_folder: Path) -> None:
+def test_too_little_memory_to_prepare_steps_is_said_with_the_largest(dual_folder: Path) -> None:
     def without_memory(launch: object) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(ConfigurationError, match=r"step of 3 .* lower decode.kv_cache_tokens"):
+    with pytest.raises(StepDoesNotFitError) as refused:
         Engine(load(dual_folder), without_memory)
+    assert refused.value.sequences == 3
 
 
 @pytest.mark.parametrize(

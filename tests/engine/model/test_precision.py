@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longreach.engine.errors import ConfigurationError
+from longreach.engine.errors import MixedPrecisionError
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.precision import compute_dtype
@@ -28,7 +28,8 @@ def test_kernels_for_gpus_take_no_pages_of_another_type(monkeypatch: pytest.Monk
     model = LocalPrefill(CHECKPOINT, 128).model
     assert model.pages_kept_as("bfloat16").dtype == torch.bfloat16
     monkeypatch.setattr(type(model), "device", CUDA)
-    with pytest.raises(ConfigurationError, match=r"set model\.dtype bfloat16"):
+    with pytest.raises(MixedPrecisionError) as refused:
         model.pages_kept_as("bfloat16")
+    assert vars(refused.value) == {"pages": "bfloat16", "model": "float32"}
     assert model.pages_kept_as("auto").dtype == torch.float32
     assert model.pages_kept_as("fp8_e4m3").quantized
