@@ -8,7 +8,6 @@ import yaml
 
 from longreach.cluster.memory import decode_fit, prefill_fit
 from longreach.cluster.settings import Settings, check_model, parse_settings
-from longreach.engine.kv.pages import pages_for
 from longreach.engine.memory.fit import Fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,10 +28,10 @@ def read(name: str) -> Settings:
     return parse_settings(raw)
 
 
-def needed(fit: Fit, tokens: int, longest: int) -> float:
+def needed(fit: Fit, tokens: int, longest: int | None = None) -> int:
     """Bytes of weights, pages and computing."""
-    pages = pages_for(tokens) * fit.bytes_per_page
-    return fit.weights.num_bytes + pages + fit.besides(longest)
+    needs = fit.needs(tokens, longest)
+    return needs.weight_bytes + needs.cache_bytes + needs.computing_bytes
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -46,6 +45,6 @@ def test_it_fits_the_gpus_that_it_is_for(name: str, gpu: float) -> None:
     prefill, decode = settings.prefill, settings.decode
     longest = settings.limits.max_model_len
     rank = needed(prefill_fit(settings, int(gpu), 1), prefill.kv_cache_tokens, longest)
-    worker = needed(decode_fit(settings, int(gpu)), decode.kv_cache_tokens, decode.kv_cache_tokens)
+    worker = needed(decode_fit(settings, int(gpu)), decode.kv_cache_tokens)
     together = prefill.gpus_per_rank + decode.gpus <= 1
     assert max(rank + worker if together else rank, worker) <= gpu
