@@ -149,6 +149,20 @@ def check_pages(memory: Tensor, pages_apart: bool = False) -> None:
         )
 
 
+def as_tiles(memory: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Pages [pages, kv_heads, 2, 128, d] as rows of d, read 128 at a time.
+
+    Returns:
+        shape, strides and tile of a tensor descriptor.
+
+    Raises:
+        ValueError: as `check_pages`.
+    """
+    check_pages(memory)
+    head_dim = memory.shape[-1]
+    return [memory.numel() // head_dim, head_dim], [head_dim, 1], [PAGE_TOKENS, head_dim]
+
+
 def write_pages(
     memory: Tensor,
     block_table: Sequence[int] | npt.NDArray[np.int64],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...engine.kv.hand_off import Destination, HandOff, Sender
     from ...engine.parallel.mesh import Mesh
-    from ...engine.prefill.prefiller import ChunkResult
+    from ...engine.prefill.chunk import ChunkResult
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,9 @@ class PrefillRank:
 
     def compute_type(self) -> str:
         """The type of hidden states here, as "float32"."""
-        from ...engine.model.precision import compute_dtype
+        from ...engine.model.precision import compute_dtype, dtype_name
 
-        dtype = compute_dtype(self._settings.model.dtype, self._device())
-        return str(dtype).removeprefix("torch.")
+        return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
     def join(self, init_method: str, ranks_on_card: int) -> None:
         """Meet the other ranks and load this rank's share of the model.

@@ -28,10 +28,11 @@ from ..kv.pages import PAGE_TOKENS, PagePool, Pages, pages_for
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2
+from .choose import make_step
 from .detokenizer import Detokenizer, TokenBytes
 from .engine import DecodeEngine, Output
 from .sampler import Logits, Sampler, fresh_seed
-from .step import DecodeStep, Outcome, StepRow, make_step
+from .step import DecodeStep, Outcome, StepRow
 
 _NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
 

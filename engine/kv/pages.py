@@ -22,6 +22,7 @@ from ...kernels.pages import PAGE_TOKENS
 from ...kernels.transfer import without_waiting
 from ..errors import OutOfPagesError, PageFormatError, TransferError
 from ..model.config import KVCacheDtype
+from ..model.precision import dtype_name
 
 _SCALE_BYTES = 4
 _FORMATS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
@@ -225,7 +226,7 @@ class PagePool:
         """
         values = pages.values
         if values.dtype != self.memory.dtype or (pages.scales is None) != (self.scales is None):
-            raise PageFormatError(_name(values.dtype), _name(self.memory.dtype))
+            raise PageFormatError(dtype_name(values.dtype), dtype_name(self.memory.dtype))
         target = self.layer(layer).heads(first_kv_head, values.shape[1])
         if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
             raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")
@@ -251,11 +252,6 @@ class PagePool:
                 runs.append((start, page))
                 start = None
         return runs
-
-
-def _name(dtype: torch.dtype) -> str:
-    """As "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _fitting_first(count: int):

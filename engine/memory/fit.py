@@ -13,7 +13,7 @@ import torch
 from ..errors import DoesNotFitError, MemoryNeeds, Phase
 from ..kv.pages import PAGE_TOKENS, PageGeometry, pages_for
 from ..model.config import ModelConfig
-from ..model.qwen2 import HeadShare
+from ..model.heads import RankHeads
 
 _RESERVE_BYTES = 1 << 30
 """The driver's context, workspaces of the libraries, and what fragmentation loses."""
@@ -39,13 +39,13 @@ class Weights:
     tensor_parallel: int = 1
 
     @property
-    def heads(self) -> HeadShare:
+    def heads(self) -> RankHeads:
         """Those of the first rank; the others have as many.
 
         Raises:
             TensorParallelError: the ranks do not divide the model.
         """
-        return HeadShare.of(self.config, self.tensor_parallel, 0)
+        return RankHeads.of(self.config, self.tensor_parallel, 0)
 
     @property
     def products(self) -> list[tuple[int, int]]:

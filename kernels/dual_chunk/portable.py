@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..merging import merge_attention
 from ..pages import PAGE_TOKENS, BlockTable, LayerPages
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
@@ -28,12 +29,7 @@ class PartialAttention:
 
     def merge(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Take in attention of the same rows over other keys: [heads, n, d] and [heads, n]."""
-        own_lse = self.lse[:, rows]
-        merged = torch.logaddexp(own_lse, lse)
-        own_weight = (own_lse - merged).exp()[..., None]
-        new_weight = (lse - merged).exp()[..., None]
-        self.output[:, rows] = self.output[:, rows] * own_weight + output.float() * new_weight
-        self.lse[:, rows] = merged
+        merge_attention(self.output[:, rows], self.lse[:, rows], output, lse)
 
 
 def attention(

@@ -16,7 +16,8 @@ from ...engine.decode.decoder import Decoder
 from ...engine.errors import GenerationError, OutOfMemoryError
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
-from ...engine.prefill.prefiller import ChunkResult, Prefiller
+from ...engine.prefill.chunk import ChunkResult
+from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.warm_up import warm_up_prefill
 from .density import Density
 from .remedies import FEWER_SEQUENCES, FEWER_TOKENS

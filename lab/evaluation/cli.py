@@ -138,7 +138,8 @@ def recall(
 
         longreach eval recall --checkpoint Qwen2.5-7B-Instruct-1M --text book.txt --device cuda
     """
-    from .in_process import CHUNK_TOKENS, dtype_name, fingerprint, name_of, sparsity_of
+    from ...engine.model.precision import dtype_name
+    from .in_process import CHUNK_TOKENS, fingerprint, name_of, sparsity_of
     from .picture import draw_recall
     from .recall import RecallReport, measure
 

@@ -18,6 +18,7 @@ from ...engine.local import DirectHandOff
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
 from ...engine.model.config import DualChunk, KVCacheDtype
+from ...engine.model.precision import dtype_name
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.prefiller import Prefiller
@@ -76,6 +77,7 @@ class InProcessAnswerer(Answerer):
         self._dtype, self._chunk_tokens = dtype, chunk_tokens
         self._tokenizer = Tokenizer(folder)
         model = Qwen2.load(folder, Mesh.single(), dtype, self._device)
+        model = model.with_tokens(self._tokenizer.vocab_size)
         # One prompt at a time, so that all variants share the pages on either side.
         formats: set[KVCacheDtype] = {_kv_cache_dtype(variant) for variant in variants}
         pools = {
@@ -161,11 +163,6 @@ class InProcessAnswerer(Answerer):
 def name_of(folder: Path) -> str:
     """What results call a checkpoint: the last two parts of its path."""
     return "/".join(folder.resolve().parts[-2:])
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def fingerprint(folder: Path) -> str:

@@ -20,7 +20,8 @@ from ...engine.kv.pages import PagePool, pages_for
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Tokens
 from ...engine.model.qwen2 import Qwen2
-from ...engine.prefill.prefiller import Prefiller, SparseAttention
+from ...engine.prefill.attention import SparseAttention
+from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels import dual_chunk
 

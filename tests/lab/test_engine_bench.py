@@ -23,7 +23,8 @@ from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.model.shapes import known_shapes
 from longreach.engine.parallel.mesh import Mesh
-from longreach.engine.prefill.prefiller import Prefiller, SparseAttention
+from longreach.engine.prefill.attention import SparseAttention
+from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.prefill.sparsity import SparsityConfig
 from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries

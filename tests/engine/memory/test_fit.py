@@ -59,13 +59,11 @@ def decode_of(free: float, max_batch: int = 8) -> DecodeFit:
 def bytes_of(model: Qwen2) -> int:
     """Of a rank's matrices as they were loaded."""
     matrices = [
-        matrix
+        linear.weight
         for layer in model.layers
-        for matrix in (
-            layer.qkv_weight, layer.output_weight, layer.gate_up_weight, layer.down_weight
-        )
-    ]  # fmt: skip
-    tables = {tensor.data_ptr(): tensor for tensor in (model.head, model._embedding)}
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+    ]
+    tables = {tensor.data_ptr(): tensor for tensor in (model.head.weight, model.embedding)}
     return sum(each.numel() * each.element_size() for each in [*matrices, *tables.values()])
 
 
@@ -89,8 +87,8 @@ def test_what_prefill_takes_beside_pages_of_8_bits_is_counted(tmp_path: Path) ->
     pool = PagePool(model.page_geometry.kept_as("fp8_e4m3"), 7, CPU)
     prefiller = Prefiller(model, pool, None)
     assert pool.scales is not None
-    assert prefiller._widened is not None
-    taken = [pool.memory, pool.scales, prefiller._widened.memory]
+    assert prefiller._parts.widened is not None
+    taken = [pool.memory, pool.scales, prefiller._parts.widened.memory]
     fit = PrefillFit(weights, pool.geometry, 1 << 40, 256)
     assert 7 * fit.bytes_per_page == sum(each.numel() * each.element_size() for each in taken)
 

@@ -6,7 +6,7 @@ import torch
 from longreach.engine.errors import MixedPrecisionError
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.pocket import CHECKPOINT
-from longreach.engine.model.precision import compute_dtype
+from longreach.engine.model.precision import compute_dtype, dtype_name
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -22,6 +22,11 @@ def test_auto_is_what_the_cpu_is_fast_at(
     assert compute_dtype("auto", CPU) == expected
     assert compute_dtype("auto", CUDA) == torch.bfloat16
     assert compute_dtype("float16", CPU) == torch.float16
+
+
+def test_types_have_the_names_that_settings_give_them() -> None:
+    assert getattr(torch, dtype_name(torch.bfloat16)) == torch.bfloat16
+    assert dtype_name(compute_dtype("float16", CPU)) == "float16"
 
 
 def test_kernels_for_gpus_take_no_pages_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from longreach.engine.kv.pages import HeldPages
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.config import KVCacheDtype, ModelConfig
 from longreach.engine.model.files import ModelFiles
-from longreach.engine.model.qwen2 import HeadShare
+from longreach.engine.model.heads import RankHeads
 from longreach.engine.model.random_weights import load_model
 from longreach.engine.parallel.mesh import Mesh
 
@@ -146,8 +146,8 @@ def config_with(heads: int, kv_heads: int) -> ModelConfig:
 )
 def test_heads_are_shared(heads, kv_heads, tensor_parallel, expected) -> None:
     config = config_with(heads, kv_heads)
-    shares = [HeadShare.of(config, tensor_parallel, rank) for rank in range(tensor_parallel)]
-    assert shares == [HeadShare(*share) for share in expected]
+    shares = [RankHeads.of(config, tensor_parallel, rank) for rank in range(tensor_parallel)]
+    assert shares == [RankHeads(*share) for share in expected]
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def test_heads_are_shared(heads, kv_heads, tensor_parallel, expected) -> None:
 def test_a_mesh_that_does_not_divide_is_refused(heads, kv_heads, tensor_parallel) -> None:
     config = config_with(heads, kv_heads)
     with pytest.raises(TensorParallelError) as refused:
-        HeadShare.of(config, tensor_parallel, 0)
+        RankHeads.of(config, tensor_parallel, 0)
     assert refused.value.ranks == tensor_parallel
     assert (refused.value.num_heads, refused.value.num_kv_heads) == (heads, kv_heads)
     assert refused.value.possible[:2] == (1, 2)
     for ranks in refused.value.possible:
-        HeadShare.of(config, ranks, 0)
+        RankHeads.of(config, ranks, 0)
 
 
 @pytest.mark.parametrize("random", [True, False])
