@@ -11,9 +11,13 @@ from longreach.cluster.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("cluster", "configs", "docs", "engine", "kernels", "lab", "loadtest", "tests")
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/**/*.md"))]
-)
+PAGES = [
+    page
+    for pattern in ("*.md", *(f"{folder}/**/*.md" for folder in FOLDERS))
+    for page in sorted(ROOT.glob(pattern))
+    if page.name != "CHANGELOG.md"
+]
+"""A changelog names what was."""
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -23,6 +27,7 @@ CODE = re.compile(r"^ {4}.+$", re.MULTILINE)
 PATH = re.compile(rf"(?<![\w./*-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
 MODULE = re.compile(r"python -m longreach\.([\w.]+)")
 COMMAND = re.compile(r"(?<![\w./-])(?:\.venv/bin/)?longreach ([a-z]+)")
+NAME_IN_FILE = re.compile(r"`([\w.]+)`(?: of `[\w.]+`)? in \[?`([\w./-]+\.py)`")
 TARGET = re.compile(r"(?<![\w./-])make ([a-z]+)")
 
 
@@ -77,6 +82,14 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
     text = code_of(page) if page.suffix == ".md" else page.read_text(encoding="utf-8")
     named = {path.rstrip("./") for path in PATH.findall(text)}
     assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=called)
+def test_every_name_is_in_the_file_that_it_is_said_to_be_in(page: Path) -> None:
+    for name, path in NAME_IN_FILE.findall(page.read_text(encoding="utf-8")):
+        source = next(each for each in (ROOT / path, page.parent / path) if each.exists())
+        for word in name.split("."):
+            assert re.search(rf"\b{word}\b", source.read_text(encoding="utf-8")), (name, path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=called)
