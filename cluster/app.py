@@ -15,10 +15,10 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
-from .client import Endpoint
 from .decode.replica import DecodeReplica
 from .ingress import api_builder
 from .prefill.replica import PrefillReplica
+from .readiness import is_ready
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
 
@@ -110,10 +110,9 @@ class LocalCluster:
         Raises:
             UnavailableError: time is up.
         """
-        endpoint = Endpoint(self.url)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if endpoint.is_ready():
+            if is_ready(self.url):
                 return
             time.sleep(_POLL_SECONDS)
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
