@@ -55,10 +55,11 @@ def longreach() -> None:
 
 @app.command()
 def serve(config: Config) -> None:
-    """Start the cluster of CONFIG and keep it up until Ctrl-C.
+    """Start the cluster of CONFIG and keep it up until Ctrl-C or SIGTERM.
 
-    Accepted requests are finished before it stops, up to `shutdown.drain_seconds`; a second
-    Ctrl-C does not wait. See `longreach config CONFIG` for what it would start.
+    Accepted requests are finished before it stops, up to `shutdown.drain_seconds`, at Ctrl-C and
+    at SIGTERM; a second one does not wait. Should Ray break down under it, it ends every process
+    of the cluster and itself, with status 1. See `longreach config CONFIG` for what it would start.
 
         longreach serve configs/laptop.yaml
     """
