@@ -21,7 +21,7 @@ from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .decode.replica import DecodeReplica
-from .ingress import api_builder
+from .ingress import api_builder, front_of
 from .local_ray import LocalRay
 from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
@@ -326,5 +326,7 @@ def _start_ray(settings: Settings) -> LocalCluster:
 def _start_serve(settings: Settings, metrics_directory: Path) -> None:
     check_room(settings, ray.cluster_resources())
     options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-    serve.start(http_options=options, logging_config=_LOGGING)
+    serve.start(
+        http_options=options, controller_options=front_of(settings), logging_config=_LOGGING
+    )
     deploy(settings, metrics_directory)

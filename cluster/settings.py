@@ -67,6 +67,7 @@ class LimitSettings(_Section):
     max_model_len: Count
     max_output_tokens: Count = 4096
     max_body_bytes: Count = 64 << 20
+    receive_seconds: Positive = 120.0
     max_choices: Count = 8
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
@@ -122,12 +123,18 @@ class DecodeSettings(_Section):
 
 
 class IngressSettings(_Section):
-    """The HTTP endpoint. `api_keys_file` has one key a line; without it everybody is welcome."""
+    """The HTTP endpoint. `api_keys_file` has one key a line; without it everybody is welcome.
+
+    `allowed_hosts` are names that clients may reach it by, without ports, and `allowed_origins`
+    web pages that may use it. `*` stands for all.
+    """
 
     replicas: Count = 1
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     api_keys_file: Path | None = Field(default=None, strict=False)
+    allowed_hosts: list[str] = []
+    allowed_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")]] = []
     progress_seconds: Annotated[float, Field(gt=0, le=2)] = 1.0
 
 
