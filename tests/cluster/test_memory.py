@@ -215,7 +215,7 @@ def test_warming_up_without_memory_names_settings_that_are_too_large(
     )
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "device", lambda name: cpu)
-    monkeypatch.setattr(prefill.Prefiller, "_compute", without_memory)
+    monkeypatch.setattr(prefill, "run_chunk", without_memory)
     with pytest.raises(LoadingOutOfMemoryError) as raised:
         join(settings)
     assert raised.value.remedy is not None
