@@ -42,9 +42,9 @@ def test_it_is_accepted(name: str) -> None:
 @pytest.mark.parametrize(("name", "gpu"), GPUS.items())
 def test_it_fits_the_gpus_that_it_is_for(name: str, gpu: float) -> None:
     settings = read(name)
-    prefill, decode = settings.prefill, settings.decode
-    longest = settings.limits.max_model_len
-    rank = needed(prefill_fit(settings, int(gpu), 1), prefill.kv_cache_tokens, longest)
+    [gang], decode = settings.gangs, settings.decode
+    prefill = gang.prefill
+    rank = needed(prefill_fit(gang, int(gpu), 1), prefill.kv_cache_tokens, gang.max_prompt_tokens)
     worker = needed(decode_fit(settings, int(gpu)), decode.kv_cache_tokens)
     together = prefill.gpus_per_rank + decode.gpus <= 1
     assert max(rank + worker if together else rank, worker) <= gpu
