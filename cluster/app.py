@@ -3,9 +3,14 @@
 import logging
 import re
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +20,15 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
-from .client import Endpoint
 from .decode.replica import DecodeReplica
 from .ingress import api_builder, front_of
+from .local_ray import LocalRay
+from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
+from .readiness import is_alive, is_ready
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
+from .watch import ClusterWatch, Silent
 
 APP_NAME = "longreach"
 _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
@@ -32,6 +40,11 @@ _NO_LIMIT = 1_000_000
 _READY_SECONDS = 300
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 30
+# More than a starved machine keeps a healthy one from answering. Ray ends this process by itself,
+# and leaves everything behind, when the GCS has not answered for a minute.
+_RAY_PATIENCE_SECONDS = 30.0
+# Longer than Serve takes to replace a proxy that hangs, which is about 40 s.
+_PROXY_PATIENCE_SECONDS = 75.0
 # The last line of a trace, as Python writes it.
 _OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)
 _logger = logging.getLogger(__name__)
@@ -91,18 +104,42 @@ def build_closing() -> serve.Application:
     return deployment(serve.ingress(build_refusal)(), **options).bind()
 
 
+class ClusterLostError(UnavailableError):
+    """Ray or its endpoint broke down under a running cluster; what was left of it was ended."""
+
+
+OnLost = Callable[["LocalCluster", str], None]
+"""Called once, in a thread of its own, with what broke down. Nothing has been ended then."""
+
+
 class LocalCluster:
     """A cluster on this machine alone: Ray, Serve and the application. Made by `start`."""
 
-    def __init__(self, settings: Settings, metrics_directory: Path, temporary: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics_directory: Path,
+        local_ray: LocalRay,
+        claim: socket.socket,
+    ) -> None:
+        """
+        Args:
+            claim: of the endpoint's port; see `claim_port`.
+        """
         self._settings = settings
+        self._ray = local_ray
+        self._claim = claim
+        self._watch: ClusterWatch | None = None
         self.metrics_directory = metrics_directory
-        self._temporary = temporary
 
     @property
     def url(self) -> str:
         """Of the endpoint."""
         return f"http://{self._settings.ingress.host}:{self._settings.ingress.port}"
+
+    def is_ready(self) -> bool:
+        """Whether the endpoint would serve requests now."""
+        return is_ready(self.url)
 
     def wait_until_ready(self, timeout: float = _READY_SECONDS) -> None:
         """Return when the endpoint would serve requests.
@@ -110,13 +147,23 @@ class LocalCluster:
         Raises:
             UnavailableError: time is up.
         """
-        endpoint = Endpoint(self.url)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if endpoint.is_ready():
+            if self.is_ready():
                 return
             time.sleep(_POLL_SECONDS)
         raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
+
+    def watch(self, on_lost: OnLost) -> None:
+        """Look from now on whether Ray and the endpoint are there, until the cluster is stopped."""
+        self._watch = ClusterWatch(self._ray.ended, self._silent, partial(on_lost, self))
+        self._watch.start()
+
+    def _silent(self) -> Silent:
+        silent = {f"Ray's {name}": _RAY_PATIENCE_SECONDS for name in self._ray.silent()}
+        if not is_alive(self.url):
+            silent[f"the endpoint at {self.url}"] = _PROXY_PATIENCE_SECONDS
+        return silent
 
     def stop(self) -> None:
         """Let accepted requests finish, then end every process; interrupted, end them at once.
@@ -132,10 +179,34 @@ class LocalCluster:
             self.kill()
 
     def kill(self) -> None:
-        """End every process without waiting for anything."""
-        ray.shutdown()
-        if self._temporary:
+        """End every process without waiting for anything; in the main thread, whatever comes."""
+        if self._watch is not None:
+            self._watch.close()
+        with _uninterrupted():
+            self._ray.stop()
+            self._claim.close()
+            if self._settings.metrics.directory is None:
+                shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """What `kill` does, but for what may wait for Ray: the last resort, from any thread."""
+        self._ray.kill()
+        if self._settings.metrics.directory is None:
             shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM: what they ask for is being done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:
@@ -208,41 +279,54 @@ def _startup_failure() -> str | None:
     return startup_failure(each.message for each in application.deployments.values())
 
 
-def start(settings: Settings) -> LocalCluster:
+def start(settings: Settings, on_lost: OnLost | None = None) -> LocalCluster:
     """Start a cluster on this machine; returns when every replica is up.
+
+    Args:
+        on_lost: called when Ray or the endpoint breaks down; without it nobody watches.
 
     Raises:
         ConfigurationError: API keys cannot be read, or there are too few CPUs or GPUs.
+        PortInUseError: another cluster, or somebody else, has the endpoint's port.
         UnavailableError: a part of the cluster did not come up.
     """
     read_api_keys(settings.ingress.api_keys_file)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    directory = settings.metrics.directory
-    cluster = LocalCluster(
-        settings,
-        directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-")),
-        temporary=directory is None,
-    )
+    cluster = _start_ray(settings)
+    if on_lost is not None:
+        cluster.watch(on_lost)
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        check_room(settings, ray.cluster_resources())
-        options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-        serve.start(
-            http_options=options,
-            controller_options=front_of(settings),
-            logging_config=_LOGGING,
-        )
-        deploy(settings, cluster.metrics_directory)
+        _start_serve(settings, cluster.metrics_directory)
     except RuntimeError as error:
         reason = _startup_failure() or str(error)
         cluster.kill()
         raise UnavailableError(f"the cluster did not start: {reason}") from error
-    except BaseException:
-        cluster.kill()
+    except BaseException as error:
+        # Clients may have come as soon as the endpoint was ready, which is a little before this.
+        if isinstance(error, KeyboardInterrupt) and cluster.is_ready():
+            cluster.stop()
+        else:
+            cluster.kill()
         raise
     return cluster
+
+
+def _start_ray(settings: Settings) -> LocalCluster:
+    """Claim the endpoint's port, and start what Serve will run on."""
+    claim = claim_port(settings.ingress.host, settings.ingress.port)
+    try:
+        local_ray = LocalRay.start()
+    except BaseException:
+        claim.close()
+        raise
+    directory = settings.metrics.directory or Path(tempfile.mkdtemp(prefix="longreach-metrics-"))
+    return LocalCluster(settings, directory, local_ray, claim)
+
+
+def _start_serve(settings: Settings, metrics_directory: Path) -> None:
+    check_room(settings, ray.cluster_resources())
+    options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
+    serve.start(
+        http_options=options, controller_options=front_of(settings), logging_config=_LOGGING
+    )
+    deploy(settings, metrics_directory)

@@ -11,13 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..engine.errors import CheckpointError, ConfigurationError
-from ..engine.model.config import Dtype, KVCacheDtype, ModelConfig
+from ..engine.kv.formats import KVCacheDtype
+from ..engine.model.config import Dtype, ModelConfig
 from ..engine.model.files import ModelFiles
 from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
-from ..engine.text.tokenizer import Tokenizer
-from .rest.limits import IngressLimits
-
-PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
+from ..kernels.page_size import PAGE_TOKENS, pages_for
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -175,20 +173,6 @@ class Settings(_Section):
     metrics: MetricsSettings = MetricsSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
 
-    @property
-    def ingress_limits(self) -> IngressLimits:
-        """What the endpoint needs to know."""
-        return IngressLimits(
-            model_name=self.model.name,
-            max_model_len=self.limits.max_model_len,
-            max_output_tokens=self.limits.max_output_tokens,
-            max_body_bytes=self.limits.max_body_bytes,
-            max_choices=self.limits.max_choices,
-            max_logprobs=self.limits.max_logprobs,
-            progress_seconds=self.ingress.progress_seconds,
-            receive_seconds=self.limits.receive_seconds,
-        )
-
     @model_validator(mode="after")
     def _can_run(self) -> "Settings":
         problem = next(self._problems(), None)
@@ -212,8 +196,8 @@ class Settings(_Section):
             )
         # Choices share the pages that the prompt fills. Each has the page that it fills in part to
         # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most.
-        answer = _whole_pages(self.limits.max_output_tokens + PAGE_TOKENS - 1)
-        needed = _whole_pages(longest) + self.limits.max_choices * answer
+        answer = pages_for(self.limits.max_output_tokens + PAGE_TOKENS - 1)
+        needed = (pages_for(longest) + self.limits.max_choices * answer) * PAGE_TOKENS
         if self.decode.kv_cache_tokens < needed:
             yield (
                 f"decode.kv_cache_tokens ({self.decode.kv_cache_tokens}) cannot hold the longest "
@@ -253,11 +237,6 @@ class Settings(_Section):
                 f"{self.prefill.placement} may put the ranks of a gang on several; use "
                 "STRICT_PACK, or set transport.kind: object_store"
             )
-
-
-def _whole_pages(tokens: int) -> int:
-    """Tokens that fit into the pages that hold so many."""
-    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
 
 
 def load_settings(path: Path) -> Settings:
@@ -307,6 +286,9 @@ def check_model(settings: Settings) -> None:
             prefill that is asked for by name where the checkpoint has no budgets for it.
         CheckpointError: the folder cannot be read, or has tokens that the model has no row for.
     """
+    # With what it needs, it takes longer to import than the rest of reading a configuration.
+    from ..engine.text.tokenizer import Tokenizer
+
     model = ModelConfig.from_folder(settings.model.folder)
     if settings.limits.max_model_len > model.max_position_embeddings:
         raise ConfigurationError(

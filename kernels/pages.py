@@ -12,9 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .page_size import PAGE_TOKENS
 from .transfer import without_waiting
-
-PAGE_TOKENS = 128
 
 
 @dataclass(frozen=True, eq=False)

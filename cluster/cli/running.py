@@ -1,14 +1,24 @@
 """A cluster that lives as long as a `with` block, and ends cleanly however the block ends."""
 
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..settings import Settings, warnings_about
+
+if TYPE_CHECKING:
+    from ..app import LocalCluster
+
+_LOST_SECONDS = 30.0
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,13 @@ class RunningCluster:
 
 @contextmanager
 def running_cluster(settings: Settings, console: Console) -> Iterator[RunningCluster]:
-    """Start a cluster, wait until it is ready, and stop it at the end of the block."""
-    from ..app import start
+    """Start a cluster, wait until it is ready, and stop it at the end of the block.
+
+    Raises:
+        ClusterLostError: Ray or its endpoint broke down meanwhile. The block is interrupted then
+            by a KeyboardInterrupt, and no process is left.
+    """
+    from ..app import ClusterLostError, start
 
     # Asked to end politely by a supervisor, do as at Ctrl-C, to which background jobs start deaf.
     for request_to_end in (signal.SIGTERM, signal.SIGINT):
@@ -30,21 +45,63 @@ def running_cluster(settings: Settings, console: Console) -> Iterator[RunningClu
     started = time.monotonic()
     for warning in warnings_about(settings):
         console.print(f"warning: {warning}", style="bold yellow", highlight=False)
+    loss = _Loss()
     console.print("starting the cluster")
-    cluster = start(settings)
     try:
-        cluster.wait_until_ready()
-        seconds = time.monotonic() - started
-        console.print(f"ready after {seconds:.1f} s at {cluster.url}")
-        yield RunningCluster(cluster.url, seconds)
+        cluster = start(settings, loss.report)
+        try:
+            cluster.wait_until_ready()
+            seconds = time.monotonic() - started
+            console.print(f"ready after {seconds:.1f} s at {cluster.url}")
+            yield RunningCluster(cluster.url, seconds)
+        finally:
+            _end(cluster, loss, console)
+    except BaseException as error:
+        if loss.problem is None:
+            raise
+        raise ClusterLostError(loss.sentence) from error
     finally:
-        console.print("stopping the cluster")
-        cluster.stop()
+        loss.handled.set()
+    if loss.problem is not None:
+        raise ClusterLostError(loss.sentence)
+
+
+def _end(cluster: "LocalCluster", loss: "_Loss", console: Console) -> None:
+    if loss.problem is not None:
+        cluster.kill()
+        return
+    console.print("stopping the cluster")
+    cluster.stop()
+
+
+class _Loss:
+    """Interrupts the main thread when the cluster is lost, and ends the process if that is deaf."""
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+        self.handled = threading.Event()
+
+    @property
+    def sentence(self) -> str:
+        """For the user."""
+        return f"the cluster was lost: {self.problem}; see Ray's logs, and start it again"
+
+    def report(self, cluster: "LocalCluster", problem: str) -> None:
+        """See `LocalCluster.watch`."""
+        self.problem = problem
+        os.kill(os.getpid(), signal.SIGINT)
+        if not self.handled.wait(_LOST_SECONDS):
+            # The main thread waits in Ray for somebody who is no more, and nothing wakes it.
+            cluster.abandon()
+            print(f"longreach: {self.sentence}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def wait_for_interrupt() -> None:
     """Return at Ctrl-C or SIGTERM."""
     try:
-        signal.pause()
+        # `signal.pause` would miss one that comes just before it.
+        while True:
+            time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
         return

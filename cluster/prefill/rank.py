@@ -64,7 +64,8 @@ class PrefillRank:
 
     def compute_type(self) -> str:
         """The type of hidden states here, as "float32"."""
-        from ...engine.model.precision import compute_dtype, dtype_name
+        from ...engine.kv.formats import dtype_name
+        from ...engine.model.precision import compute_dtype
 
         return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
@@ -107,12 +108,13 @@ class PrefillRank:
         import ray
 
         from ...engine.kv.background import hand_off_stream
-        from ...engine.kv.pages import PagePool, pages_for
+        from ...engine.kv.pages import PagePool
         from ...engine.model.precision import compute_dtype
         from ...engine.model.random_weights import load_model
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
         from ...engine.prefill.warm_up import warm_up_prefill
+        from ...kernels.page_size import pages_for
         from ..transports import make_sender
 
         settings, prefill = self._settings, self._settings.prefill

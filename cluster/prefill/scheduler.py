@@ -6,8 +6,8 @@ Pure bookkeeping over token and page counts.
 from dataclasses import dataclass
 
 from ...engine.errors import CacheTooSmallError
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..fairness import Turns
-from ..settings import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Entry:
 
     @property
     def pages(self) -> int:
-        return -(-self.tokens // PAGE_TOKENS)
+        return pages_for(self.tokens)
 
 
 class ChunkScheduler:

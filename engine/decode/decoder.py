@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable
 from ..errors import (
     CacheTooSmallError,
@@ -24,7 +25,7 @@ from ..errors import (
     TransferError,
 )
 from ..kv.hand_off import Place
-from ..kv.pages import PAGE_TOKENS, PagePool, Pages, pages_for
+from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2

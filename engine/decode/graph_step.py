@@ -25,9 +25,10 @@ from ...kernels import elementwise, greedy, quantized
 from ...kernels.dual_chunk.decode_plan import DecodePlan
 from ...kernels.dual_chunk.segments import SegmentQueries
 from ...kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
+from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable
 from ..errors import StepDoesNotFitError
-from ..kv.pages import PagePool, pages_for
+from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken
 from ..model.layer import Attention, Layer

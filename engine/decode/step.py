@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.pages import BlockTable
-from ..kv.pages import PAGE_TOKENS
 from ..messages import ChosenToken
 from .sampler import Logits
 

@@ -18,19 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...kernels.pages import PAGE_TOKENS
+from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.transfer import without_waiting
 from ..errors import OutOfPagesError, PageFormatError, TransferError
-from ..model.config import KVCacheDtype
-from ..model.precision import dtype_name
+from .formats import KVCacheDtype, dtype_name
 
 _SCALE_BYTES = 4
 _FORMATS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold `tokens` tokens."""
-    return -(-tokens // PAGE_TOKENS)
 
 
 @dataclass(frozen=True)

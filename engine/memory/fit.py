@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import torch
 
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..errors import DoesNotFitError, MemoryNeeds, Phase
-from ..kv.pages import PAGE_TOKENS, PageGeometry, pages_for
+from ..kv.pages import PageGeometry
 from ..model.config import ModelConfig
 from ..model.heads import RankHeads
 

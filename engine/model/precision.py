@@ -15,8 +15,3 @@ def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
     return torch.bfloat16 if fast else torch.float32
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As "bfloat16"."""
-    return str(dtype).removeprefix("torch.")

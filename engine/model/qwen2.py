@@ -13,11 +13,12 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..errors import MixedPrecisionError
+from ..kv.formats import KVCacheDtype
 from ..kv.pages import PageGeometry
 from ..parallel.mesh import Mesh
 from ..stages import UNTIMED, Stages
 from .checkpoint import CheckpointReader, WeightSource
-from .config import DualChunk, KVCacheDtype, ModelConfig
+from .config import DualChunk, ModelConfig
 from .heads import RankHeads
 from .layer import Layer, RMSNorm
 from .linear import Linear

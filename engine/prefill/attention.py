@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...kernels import dual_chunk, quantized, sparse
 from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
+from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
 from ...kernels.transfer import without_waiting
 from ..kv.chunk_pages import ChunkPages
 from ..kv.hand_off import HandOff, Place
-from ..kv.pages import PagePool, pages_for
+from ..kv.pages import PagePool
 from ..model.layer import Attention, Layer
 from ..model.positions import Rotations
 from ..model.qwen2 import Qwen2

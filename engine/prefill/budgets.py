@@ -5,7 +5,7 @@ Read without torch, which those who only check a file need not load; `sparsity` 
 
 from pathlib import Path
 
-from ..model.config import read_json
+from ..json_files import read_json
 
 BUDGETS_FILE = "sparse_attention_config.json"
 DENSE_UP_TO = 32768

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ..errors import CacheTooSmallError, ChunkOutOfMemoryError, InvalidRequestError
 from ..kv.hand_off import HandOff
-from ..kv.pages import PAGE_TOKENS, PagePool, pages_for
+from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
 from ..model.qwen2 import Qwen2

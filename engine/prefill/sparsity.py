@@ -6,7 +6,8 @@ from typing import Any
 
 from ...kernels.sparse import HeadBudget
 from ..errors import CheckpointError
-from ..model.config import ModelConfig, read_json
+from ..json_files import read_json
+from ..model.config import ModelConfig
 from .budgets import BUDGETS_FILE, DENSE_UP_TO, dense_up_to, has_budgets
 
 _PATTERN = "vertical_and_slash"

@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from ..errors import CheckpointError, InvalidRequestError
+from ..json_files import read_json
 from ..messages import Tokens
-from ..model.config import read_json
 
 # Long text is encoded in pieces, on all cores. Between a line break and an ASCII letter nothing
 # joins: not the normalization, not the pattern that splits words, and so no merge.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS
+from ..page_size import PAGE_TOKENS
 
 _ITEM_COST = 1
 """Pages that could be read while an item starts: its bounds, its first page number, its first

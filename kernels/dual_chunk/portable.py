@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..merging import merge_attention
-from ..pages import PAGE_TOKENS, BlockTable, LayerPages
+from ..page_size import PAGE_TOKENS
+from ..pages import BlockTable, LayerPages
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
 _KEYS_AT_ONCE = 65536

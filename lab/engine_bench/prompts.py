@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ...engine.errors import LongreachError
-from ...engine.kv.pages import PAGE_TOKENS, pages_for
 from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..kernel_bench.measure import append
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.kv.pages import PagePool
 from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.model.heads import RankHeads
@@ -23,6 +23,7 @@ from ...engine.model.random_weights import load_model
 from ...engine.prefill.attention import SparseAttention
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
+from ...kernels.page_size import pages_for
 from ...kernels.sparse import Selections
 from ..kernel_bench.measure import append
 from .fit import fit

@@ -13,17 +13,18 @@ import torch
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.errors import ConfigurationError, OutOfMemoryError, ReceiveOutOfMemoryError
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.kv.formats import KVCacheDtype, dtype_name
+from ...engine.kv.pages import PagePool
 from ...engine.local import DirectHandOff
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
-from ...engine.model.config import DualChunk, KVCacheDtype
-from ...engine.model.precision import dtype_name
+from ...engine.model.config import DualChunk
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.text.tokenizer import Tokenizer
+from ...kernels.page_size import pages_for
 from .answerer import Answer, Answerer, OnProgress, TokenCount
 
 _REQUEST = "evaluation"

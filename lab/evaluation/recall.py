@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ...engine.errors import OutOfMemoryError
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.kv.pages import PagePool
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Tokens
 from ...engine.model.qwen2 import Qwen2
@@ -24,6 +24,7 @@ from ...engine.prefill.attention import SparseAttention
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels import dual_chunk
+from ...kernels.page_size import pages_for
 
 _REQUEST = "recall"
 _LOWEST_SHARE = 0.01

@@ -1,30 +1,66 @@
 """Starting and stopping a cluster, with Ray and Serve replaced by what they would say."""
 
+import signal
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
 from ray import serve
 
 from longreach.cluster.app import LocalCluster, check_room, start, startup_failure
+from longreach.cluster.local_ray import LocalRay
+from longreach.cluster.port_claim import PortInUseError
 from longreach.cluster.settings import Settings
 from longreach.engine.errors import ConfigurationError
 
+from ..prometheus import free_port
 from .conftest import make_settings
+
+
+class FakeRay:
+    """In place of `LocalRay`: says what it was asked for."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def ended(self) -> str | None:
+        return "Ray's raylet (process 7) ended" if "raylet ends" in self._calls else None
+
+    def silent(self) -> list[str]:
+        return []
+
+    def stop(self) -> None:
+        self._calls.append("ray.stop")
+
+    def kill(self) -> None:
+        self._calls.append("ray.kill")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was called, in order."""
     made: list[str] = []
-    monkeypatch.setattr(ray, "shutdown", lambda: made.append("ray.shutdown"))
+    monkeypatch.setattr(LocalRay, "start", lambda: FakeRay(made))
     monkeypatch.setattr(serve, "run_many", lambda *_, **__: made.append("serve.run_many"))
     return made
 
 
+@pytest.fixture
+def claim() -> Iterator[socket.socket]:
+    with socket.socket() as made:
+        yield made
+
+
+def make_cluster(calls: list[str], folder: Path, claim: socket.socket) -> LocalCluster:
+    return LocalCluster(make_settings(1), folder, cast(LocalRay, FakeRay(calls)), claim)
+
+
 def test_draining_may_take_longer_than_serve_waits(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, claim: socket.socket
 ) -> None:
     """`serve.delete` gives up after a minute, whatever a deployment's own limit."""
 
@@ -34,8 +70,8 @@ def test_draining_may_take_longer_than_serve_waits(
             raise TimeoutError("not deleted after 60s")
 
     monkeypatch.setattr(serve, "delete", delete)
-    LocalCluster(make_settings(1), tmp_path, temporary=False).stop()
-    assert calls == ["serve.run_many", *["serve.delete"] * 3, "ray.shutdown"]
+    make_cluster(calls, tmp_path, claim).stop()
+    assert calls == ["serve.run_many", *["serve.delete"] * 3, "ray.stop"]
 
 
 def test_a_cluster_that_cannot_announce_its_end_still_drains(
@@ -43,15 +79,69 @@ def test_a_cluster_that_cannot_announce_its_end_still_drains(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    claim: socket.socket,
 ) -> None:
     def run_many(*_: Any, **__: Any) -> None:
         raise TimeoutError("a proxy does not answer")
 
     monkeypatch.setattr(serve, "run_many", run_many)
     monkeypatch.setattr(serve, "delete", lambda name: calls.append("serve.delete"))
-    LocalCluster(make_settings(1), tmp_path, temporary=False).stop()
-    assert calls == ["serve.delete", "ray.shutdown"]
+    make_cluster(calls, tmp_path, claim).stop()
+    assert calls == ["serve.delete", "ray.stop"]
     assert "a proxy does not answer" in caplog.text
+
+
+def test_interrupted_while_it_drains_it_ends_at_once_and_is_not_interrupted_again(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, claim: socket.socket
+) -> None:
+    """Whoever presses Ctrl-C for a third time would leave processes behind."""
+
+    def delete(name: str) -> None:
+        raise KeyboardInterrupt
+
+    class Impatient(FakeRay):
+        def stop(self) -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+            super().stop()
+
+    monkeypatch.setattr(serve, "delete", delete)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    cluster = LocalCluster(make_settings(1), tmp_path, cast(LocalRay, Impatient(calls)), claim)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.stop()
+    assert calls == ["serve.run_many", "ray.stop"]
+    assert not tmp_path.exists(), "a temporary folder of figures goes with the cluster"
+    assert claim.fileno() == -1, "its port is free"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_lost_ray_is_told_while_the_cluster_runs_and_not_when_it_has_ended(
+    calls: list[str], tmp_path: Path, claim: socket.socket
+) -> None:
+    told: list[tuple[LocalCluster, str]] = []
+    first = make_cluster(calls, tmp_path, claim)
+    first.watch(lambda cluster, problem: told.append((cluster, problem)))
+    first.kill()
+    second = make_cluster(calls, tmp_path, claim)
+    calls.append("raylet ends")
+    second.watch(lambda cluster, problem: told.append((cluster, problem)))
+    deadline = time.monotonic() + 5
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert told == [(second, "Ray's raylet (process 7) ended")]
+
+
+def test_a_port_that_is_taken_is_refused_before_ray_is_started(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalRay, "start", lambda: calls.append("ray.start"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUseError) as refused:
+            start(make_settings(port))
+    assert refused.value.port == port
+    assert calls == []
 
 
 def changed(settings: Settings, section: str, **values: Any) -> Settings:
@@ -63,12 +153,11 @@ def test_a_machine_that_is_too_small_is_refused_before_anything_is_deployed(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks and a decode worker ask for half a CPU each."""
-    monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(serve, "start", lambda **options: calls.append("serve.start"))
     with pytest.raises(ConfigurationError, match=r"1\.5 CPUs together and this machine has 1;"):
-        start(make_settings(1))
-    assert calls == ["ray.shutdown"]
+        start(make_settings(free_port()))
+    assert calls == ["ray.stop"]
 
 
 @pytest.mark.parametrize(

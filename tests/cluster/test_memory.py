@@ -24,6 +24,7 @@ from longreach.engine.errors import (
 from longreach.engine.kv import pages
 from longreach.engine.model import qwen2, random_weights
 from longreach.engine.prefill import prefiller as prefill
+from longreach.kernels.page_size import pages_for
 
 from .conftest import make_settings
 
@@ -78,7 +79,7 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
     longest, tokens = settings.limits.max_model_len, settings.prefill.kv_cache_tokens
     decode = decode_fit(settings, int(card))
     decode.check(settings.decode.kv_cache_tokens)
-    taken = pages.pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
+    taken = pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
     left = decode.free - decode.weights.num_bytes - taken - decode.computing_bytes(longest)
     prefill_fit(settings, left, 1).check(tokens, longest)
 

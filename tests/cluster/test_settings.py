@@ -16,20 +16,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from longreach.cluster.cli.explain import explain, kv_bytes
-from longreach.cluster.settings import (
-    PAGE_TOKENS,
-    check_model,
-    load_settings,
-    parse_settings,
-    warnings_about,
-)
+from longreach.cluster.settings import check_model, load_settings, parse_settings, warnings_about
 from longreach.engine.decode.decoder import pages_needed
 from longreach.engine.errors import CheckpointError, ConfigurationError, TensorParallelError
-from longreach.engine.kv import pages
+from longreach.engine.kv.pages import PageGeometry, PagePool
 from longreach.engine.messages import GenerationRequest, SamplingParameters
 from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
+from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 
 LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
 
@@ -44,7 +39,6 @@ def test_the_laptop_configuration_serves_a_million_tokens() -> None:
     assert settings.limits.max_model_len >= 1 << 20
     assert settings.model.folder.is_dir()
     assert settings.prefill.num_ranks == 2
-    assert settings.ingress_limits.max_model_len == settings.limits.max_model_len
 
 
 def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
@@ -53,9 +47,10 @@ def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
         settings = parse_settings(raw)
         model = ModelConfig.from_folder(settings.model.folder)
         sizes = (model.num_layers, model.num_kv_heads, model.head_dim, torch.float32)
-        geometry = pages.PageGeometry(*sizes).kept_as(settings.model.pages_kept_as)
-        expected = 3 * geometry.bytes_per_page
-        assert kv_bytes(settings, model, 2 * PAGE_TOKENS + 1) == expected
+        geometry = PageGeometry(*sizes).kept_as(settings.model.pages_kept_as)
+        pool = PagePool(geometry, 3, torch.device("cpu"))
+        taken = pool.memory.nbytes + (0 if pool.scales is None else pool.scales.nbytes)
+        assert kv_bytes(settings, model, 2 * PAGE_TOKENS + 1) == taken
 
 
 def test_pages_are_alike_where_processes_compute_in_types_of_their_own(raw: dict[str, Any]) -> None:
@@ -88,10 +83,6 @@ def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> Non
         check_model(parse_settings(raw))
     raw["limits"]["max_model_len"] = 1_000_000
     check_model(parse_settings(raw))
-
-
-def test_pages_are_as_long_as_the_engine_says() -> None:
-    assert pages.PAGE_TOKENS == PAGE_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -180,7 +171,7 @@ def test_pages_that_are_called_enough_hold_every_request(
     with pytest.raises(ConfigurationError, match=r"decode\.kv_cache_tokens") as refused:
         parse_settings(changed)
     changed["decode"]["kv_cache_tokens"] = int(str(refused.value).split()[-3])
-    enough = pages.pages_for(parse_settings(changed).decode.kv_cache_tokens)
+    enough = pages_for(parse_settings(changed).decode.kv_cache_tokens)
     for tokens in range(1, max_model_len):
         answer = min(max_output_tokens, max_model_len - tokens)
         sampling = SamplingParameters(max_tokens=answer, choices=max_choices)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from longreach.cluster.fairness import Turns
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
-from longreach.cluster.settings import PAGE_TOKENS
 from longreach.engine.errors import CacheTooSmallError, InvalidRequestError
+from longreach.kernels.page_size import PAGE_TOKENS
 
 CHUNK = 1024
 PAGES = 120

@@ -25,8 +25,9 @@ from longreach.lab.pocket.tokenizer import save_tokenizer
 
 MODEL = "pocket"
 LIMITS = IngressLimits(
-    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02
-)
+    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02,
+    receive_seconds=120.0,
+)  # fmt: skip
 TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served=1.0)
 
 

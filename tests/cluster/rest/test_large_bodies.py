@@ -9,15 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longreach.cluster.rest import IngressLimits
 from longreach.cluster.rest.errors import RestError
 from longreach.cluster.rest.reader import LARGE_BYTES, Reader
 
+from . import backend
 from .backend import MODEL, Endpoint
 from .server import serving, wait_for
 
@@ -25,7 +26,13 @@ LONGEST = 131072
 LATE_SECONDS = 0.25
 _TRIES = 3
 MB = 1 << 20
-LIMITS = IngressLimits(MODEL, LONGEST, 50, progress_seconds=0.1, receive_seconds=2.0)
+LIMITS = replace(
+    backend.LIMITS,
+    max_model_len=LONGEST,
+    max_body_bytes=64 * MB,
+    progress_seconds=0.1,
+    receive_seconds=2.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,7 @@ def test_what_cannot_fit_is_refused_at_once_and_nobody_waits_for_it(
 
 @pytest.mark.parametrize("text", [", " * 150_000, '", ' * 90_000, '\\",' * 90_000, "\\," * 90_000])
 def test_commas_of_a_text_are_no_values(tmp_path: Path, text: str) -> None:
-    limits = IngressLimits(MODEL, max_model_len=10, max_output_tokens=5, max_choices=1)
+    limits = replace(backend.LIMITS, max_model_len=10, max_output_tokens=5, max_choices=1)
     reader = Reader(limits, Endpoint(tmp_path).tokenizer)
     with pytest.raises(RestError) as refused:
         reader.completion(completion(text), "id", 0.0)
@@ -220,7 +227,7 @@ def test_a_body_that_never_ends_is_given_up(large: tuple[Endpoint, int]) -> None
 
 
 def test_more_large_bodies_than_are_held_are_told_to_come_back(tmp_path: Path) -> None:
-    limits = IngressLimits(MODEL, 100, 50, max_body_bytes=MB, receive_seconds=10.0)
+    limits = replace(backend.LIMITS, max_body_bytes=MB, receive_seconds=10.0)
     endpoint = Endpoint(tmp_path, limits=limits)
     with serving(endpoint.api) as port:
         slow = [http.client.HTTPConnection("127.0.0.1", port, timeout=10) for _ in range(4)]

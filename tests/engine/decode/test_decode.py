@@ -24,11 +24,11 @@ from longreach.engine.errors import (
     StepOutOfMemoryError,
     TransferError,
 )
+from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import PagePool, Pages
 from longreach.engine.local import DirectHandOff, LocalPrefill
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
-from longreach.engine.model.config import KVCacheDtype
 from longreach.engine.prefill.prefiller import Prefiller
 from longreach.kernels import dual_chunk
 from longreach.lab.pocket.tokenizer import build_tokenizer

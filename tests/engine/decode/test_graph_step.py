@@ -16,15 +16,16 @@ from longreach.engine.decode.graph_step import Capture, KernelStep, captured, ea
 from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.decode.step import DecodeStep, Outcome, StepRow
 from longreach.engine.errors import GenerationError, StepDoesNotFitError
-from longreach.engine.kv.pages import PagePool, pages_for
+from longreach.engine.kv.formats import KVCacheDtype
+from longreach.engine.kv.pages import PagePool
 from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
-from longreach.engine.model.config import KVCacheDtype
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
 from longreach.kernels import elementwise, greedy, matvec, quantized
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.greedy import triton_greedy
 from longreach.kernels.matvec import triton_matvec
+from longreach.kernels.page_size import pages_for
 from longreach.kernels.pages import BlockTable
 from longreach.kernels.quantized import reference as quantized_reference
 from longreach.kernels.quantized import triton_quantized

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.engine.errors import OutOfPagesError, PageFormatError
-from longreach.engine.kv.pages import PageGeometry, PagePool, Pages, page_index, pages_for
+from longreach.engine.kv.pages import PageGeometry, PagePool, Pages, page_index
+from longreach.kernels.page_size import pages_for
 
 GEOMETRY = PageGeometry(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32)
 PAGES = 24

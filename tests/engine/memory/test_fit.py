@@ -8,20 +8,15 @@ import pytest
 import torch
 
 from longreach.engine.errors import DoesNotFitError, MemoryNeeds
-from longreach.engine.kv.pages import (
-    PAGE_TOKENS,
-    HeldPages,
-    PageGeometry,
-    PagePool,
-    page_index,
-    pages_for,
-)
+from longreach.engine.kv.formats import KVCacheDtype
+from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, page_index
 from longreach.engine.memory.fit import DecodeFit, PrefillFit, Weights
-from longreach.engine.model.config import KVCacheDtype, ModelConfig
+from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.model.shapes import known_shapes
 from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.prefiller import Prefiller
+from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 
 from ..checkpoints import DUAL_CHUNK, make_checkpoint
 

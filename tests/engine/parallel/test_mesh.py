@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.errors import ConfigurationError, TensorParallelError
+from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages
 from longreach.engine.local import LocalPrefill
-from longreach.engine.model.config import KVCacheDtype, ModelConfig
+from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
 from longreach.engine.model.heads import RankHeads
 from longreach.engine.model.random_weights import load_model

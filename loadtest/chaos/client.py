@@ -1,0 +1,212 @@
+"""The endpoint as its clients see it: honest ones, and those that leave, dawdle or overdo it."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from .prompts import Prompt, sample_text
+
+SHORT_ANSWER = 16
+"""Tokens that are enough for a key."""
+
+_CONNECT_SECONDS = 10.0
+_PROBE_SECONDS = 5.0
+_USAGE = "longreach_kv_cache_usage_perc"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one request ended, as its client saw it. `error` is None where it was answered whole."""
+
+    prompt: Prompt
+    text: str
+    seconds: float
+    max_tokens: int
+    error: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Answered whole, and with the key."""
+        return self.error is None and self.prompt.is_answered_by(self.text)
+
+
+class Client:
+    """Speaks to one endpoint. May be used by many threads at once."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._model: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The name of the model that is served."""
+        if self._model is None:
+            answer = httpx.get(f"{self.url}/v1/models", timeout=_CONNECT_SECONDS)
+            self._model = str(answer.raise_for_status().json()["data"][0]["id"])
+        return self._model
+
+    def characters_per_token(self) -> float:
+        """Of text as prompts have it."""
+        text = sample_text()
+        body = {"model": self.model, "prompt": text}
+        answer = httpx.post(f"{self.url}/tokenize", json=body, timeout=_CONNECT_SECONDS)
+        return len(text) / int(answer.raise_for_status().json()["count"])
+
+    def ask(
+        self,
+        prompt: Prompt,
+        timeout: float,
+        max_tokens: int = SHORT_ANSWER,
+        decoding: threading.Event | None = None,
+    ) -> Outcome:
+        """Stream one greedy answer of `max_tokens` tokens at most; a long one has them all.
+
+        Whatever goes wrong is an outcome, not an exception.
+
+        Args:
+            timeout: seconds after which it is given up.
+            decoding: set at the first text.
+        """
+        started = time.monotonic()
+        text, error = "", None
+        try:
+            for event in self._stream(self._body(prompt, max_tokens), timeout):
+                text += _delta(event)
+                if text and decoding is not None:
+                    decoding.set()
+        except (httpx.HTTPError, _RefusedError) as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        return Outcome(prompt, text, time.monotonic() - started, max_tokens, error)
+
+    def _body(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt.text}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "ignore_eos": max_tokens > SHORT_ANSWER,
+            "stream": True,
+        }
+
+    def _stream(self, body: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
+        """The events of an answer; raises `_RefusedError` where it does not end as it should."""
+        deadline = time.monotonic() + timeout
+        limits = httpx.Timeout(timeout, connect=_CONNECT_SECONDS)
+        with (
+            httpx.Client(timeout=limits) as http,
+            http.stream("POST", f"{self.url}/v1/chat/completions", json=body) as answer,
+        ):
+            if answer.status_code != 200:
+                raise _RefusedError(f"{answer.status_code} {answer.read()[:300]!r}")
+            for line in answer.iter_lines():
+                if time.monotonic() > deadline:
+                    raise _RefusedError(f"no end within {timeout:.0f} s")
+                if line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    yield _parse(line)
+        raise _RefusedError("the stream ended early")
+
+    def is_ready(self) -> bool:
+        """Whether `/ready` says so."""
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=_PROBE_SECONDS).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def health_seconds(self) -> float | None:
+        """How long `/health` takes to answer 200; None where it does not."""
+        started = time.monotonic()
+        try:
+            status = httpx.get(f"{self.url}/health", timeout=_PROBE_SECONDS).status_code
+        except httpx.HTTPError:
+            return None
+        return time.monotonic() - started if status == 200 else None
+
+    def metrics(self) -> dict[tuple[str, str], float] | None:
+        """(metric, role) -> value, summed over other labels; None where nobody answers."""
+        try:
+            answer = httpx.get(f"{self.url}/metrics", timeout=_PROBE_SECONDS)
+        except httpx.HTTPError:
+            return None
+        return parse_metrics(answer.text) if answer.status_code == 200 else None
+
+    def page_usage(self) -> dict[str, float] | None:
+        """Share of KV pages in use by role; None where nobody answers."""
+        metrics = self.metrics()
+        if metrics is None:
+            return None
+        return {role: value for (name, role), value in metrics.items() if name == _USAGE}
+
+    def post_and_leave(self, prompt: Prompt, seconds: float) -> None:
+        """Send a request, and close the connection after so many seconds, answered or not."""
+        with self.connect() as connection:
+            connection.sendall(self.raw_chat(prompt, SHORT_ANSWER))
+            time.sleep(seconds)
+
+    def connect(self) -> socket.socket:
+        """A connection of one's own."""
+        parts = urlsplit(self.url)
+        assert parts.hostname is not None
+        return socket.create_connection((parts.hostname, parts.port or 80), _CONNECT_SECONDS)
+
+    def raw_chat(self, prompt: Prompt, max_tokens: int) -> bytes:
+        """The bytes of a request."""
+        content = json.dumps(self._body(prompt, max_tokens)).encode()
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\n"
+            f"Host: {urlsplit(self.url).netloc}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        return head.encode() + content
+
+    def post_text(self, text: str, timeout: float) -> tuple[int | None, float]:
+        """Post a completion of this text; its status, None without one, and the seconds it took."""
+        body = {"model": self.model, "prompt": text, "max_tokens": 1}
+        content = json.dumps(body).encode()
+        started = time.monotonic()
+        try:
+            answer = httpx.post(
+                f"{self.url}/v1/completions",
+                content=content,
+                headers={"Content-Type": "application/json"},
+                timeout=timeout,
+            )
+        except httpx.HTTPError:
+            return None, time.monotonic() - started
+        return answer.status_code, time.monotonic() - started
+
+
+class _RefusedError(Exception):
+    """The endpoint said no, or broke off."""
+
+
+def parse_metrics(text: str) -> dict[tuple[str, str], float]:
+    """(metric, role) -> value, summed over other labels, of Prometheus's text format."""
+    values: dict[tuple[str, str], float] = {}
+    for line in text.splitlines():
+        if line.startswith("#") or "{" not in line:
+            continue
+        name, _, rest = line.partition("{")
+        labels, _, value = rest.rpartition("} ")
+        role = labels.partition('role="')[2].partition('"')[0]
+        values[name, role] = values.get((name, role), 0.0) + float(value.split()[0])
+    return values
+
+
+def _parse(line: str) -> dict[str, Any]:
+    event = json.loads(line.removeprefix("data: "))
+    if "error" in event:
+        raise _RefusedError(str(event["error"].get("message"))[:300])
+    return event
+
+
+def _delta(event: dict[str, Any]) -> str:
+    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", []))

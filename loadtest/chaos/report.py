@@ -1,0 +1,90 @@
+"""What came of each scenario: a table for people, and a file for those who compare."""
+
+import csv
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scenario. An empty figure is one that this scenario does not have.
+
+    Attributes:
+        load: what the cluster was doing.
+        requests: honest ones, whose answers are checked.
+        lost: of these, not answered to the end.
+        wrong: answered, with something else than the key.
+        hung: took over ten seconds longer than alone.
+        leaked_pages: in use ten seconds after everything had ended.
+        served_again_s: until a new request was answered right, from the moment of the fault.
+        ready_again_s: until `/ready` said so.
+    """
+
+    scenario: str
+    load: str
+    requests: int
+    lost: int
+    wrong: int
+    hung: int
+    leaked_pages: int | None
+    served_again_s: float | None
+    ready_again_s: float | None
+    commit: str
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def commit() -> str:
+    """Which state of the repository is in the working directory; "unknown" outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Put rows into a CSV file, in place of earlier ones of the same scenario and load."""
+    fresh = {(row.scenario, row.load): _as_text(row) for row in rows}
+    kept = [line for line in _read(path) if (line["scenario"], line["load"]) not in fresh]
+    lines = sorted([*kept, *fresh.values()], key=lambda line: (line["scenario"], line["load"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def table(rows: Iterable[tuple[Row, str]]) -> Table:
+    """Rows, and what else there is to say of each."""
+    made = Table(title="what the clients noticed", title_justify="left")
+    for name in COLUMNS[:-1]:
+        made.add_column(name, justify="left" if name in ("scenario", "load") else "right")
+    made.add_column("besides")
+    for row, besides in rows:
+        text = _as_text(row)
+        made.add_row(*(text[name] for name in COLUMNS[:-1]), besides)
+    return made
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _as_text(row: Row) -> dict[str, str]:
+    return {name: _figure(value) for name, value in asdict(row).items()}
+
+
+def _figure(value: str | float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
