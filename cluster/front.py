@@ -9,6 +9,7 @@ h2c` for an upgrade that nobody makes and loses the body, and puts middleware ar
 import asyncio
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -119,8 +120,8 @@ class FrontProtocol(H11Protocol):
 class WholeBodies:
     """Reads a body before Serve hears of the request.
 
-    So clients that send slowly, or never end, cost a connection and no call to an ingress, and an
-    ingress gets a body in one message.
+    So clients that send slowly, or never end, cost a connection and no call to an ingress, which
+    gets a body in few messages.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -221,14 +222,13 @@ def _is_foreign(scope: Scope) -> bool:
 
 
 def _replayed(body: HeldBody, receive: Receive) -> Receive:
-    """The body in one message, then what really comes."""
-    given = False
+    """The body, at least one part, then what really comes."""
+    parts = deque(body.take() or [b""])
 
     async def receive_again() -> Message:
-        nonlocal given
-        if given:
+        if not parts:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body.take(), "more_body": False}
+        part = parts.popleft()
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
 
     return receive_again

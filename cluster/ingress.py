@@ -93,6 +93,7 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         max_logprobs=settings.limits.max_logprobs,
         progress_seconds=settings.ingress.progress_seconds,
         receive_seconds=settings.limits.receive_seconds,
+        receive_seconds=settings.limits.receive_seconds,
     )
 
 

@@ -210,7 +210,7 @@ class _Endpoints:
         arrived = time.time()
         async with self._bodies.of(request) as body:
             request_id = request_id_of(request.scope)
-            return await self._readers.read(kind, body.data, request_id, arrived)
+            return await self._readers.read(kind, body.parts, request_id, arrived)
 
     def _model(self) -> dict[str, Any]:
         model = openai.types.Model.model_validate(

@@ -38,30 +38,24 @@ class Bodies:
 
 
 class HeldBody:
-    """One body, or as much of it as has come."""
+    """One body, or as much of it as has come, in parts: to join a large one stops the loop."""
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
-        self._parts: list[bytes] = []
+        self.parts: list[bytes] = []
         self._size = 0
-
-    @property
-    def data(self) -> bytes:
-        """All of it, which is still held."""
-        self._parts = [b"".join(self._parts)]
-        return self._parts[0]
 
     def extend(self, data: bytes) -> None:
         """Hold more."""
-        self._parts.append(data)
+        self.parts.append(data)
         self._size += len(data)
         self._bodies.held += len(data)
 
-    def take(self) -> bytes:
-        """All of it, which is not held any more."""
+    def take(self) -> list[bytes]:
+        """All parts, which are not held any more."""
         self._bodies.held -= self._size
-        data, self._parts, self._size = self.data, [], 0
-        return data
+        parts, self.parts, self._size = self.parts, [], 0
+        return parts
 
 
 def _too_many() -> RestError:

@@ -44,7 +44,7 @@ _OTHER_VALUES = 1 << 14
 _COUNTED_LENGTHS = 2
 
 Kind = Literal["chat", "completion", "tokenize", "detokenize"]
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 _LISTS: dict[Kind, str] = {
     "chat": "messages",
     "completion": "prompt",
@@ -131,13 +131,16 @@ def _has_more_values(body: bytes, most: int) -> bool:
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     values = quotes_before = 0
     for start in range(0, len(unescaped), _BLOCK_BYTES):
-        length = min(_BLOCK_BYTES, len(unescaped) - start)
-        letters = np.frombuffer(unescaped, np.uint8, length, start)
-        quotes, commas = (np.flatnonzero(letters == ord(letter)) for letter in '",')
+        block = unescaped[start : start + _BLOCK_BYTES]
         # Before a comma outside of strings there is an even number of quotes.
-        before = np.searchsorted(quotes, commas) + quotes_before
-        values += int(np.count_nonzero(before % 2 == 0))
-        quotes_before += len(quotes)
+        if b'"' not in block:
+            values += 0 if quotes_before % 2 else block.count(b",")
+        else:
+            letters = np.frombuffer(block, np.uint8)
+            quotes, commas = (np.flatnonzero(letters == ord(letter)) for letter in '",')
+            before = np.searchsorted(quotes, commas) + quotes_before
+            values += int(np.count_nonzero(before % 2 == 0))
+            quotes_before += len(quotes)
         if values > most:
             return True
     return False
@@ -152,19 +155,19 @@ class Readers:
         self._large = ThreadPoolExecutor(1, "read-large")
         self._process = _ReaderProcess(limits, tokenizer.folder)
 
-    async def read(self, kind: Kind, body: bytes, request_id: str, arrived: float) -> Any:
-        """What the method of `Reader` of that name returns.
+    async def read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
+        """What the method of `Reader` of that name makes of a body.
 
         Raises:
             RestError: as that method does.
             UnavailableError: the body took too long to read, or too much memory.
         """
         loop = asyncio.get_running_loop()
-        if len(body) > LARGE_BYTES:
-            job = (kind, body, request_id, arrived)
+        if sum(map(len, parts)) > LARGE_BYTES:
+            job = (kind, parts, request_id, arrived)
             return await loop.run_in_executor(self._large, self._process.do, *job)
         read = getattr(self._reader, kind)
-        return await loop.run_in_executor(self._small, read, body, request_id, arrived)
+        return await loop.run_in_executor(self._small, read, b"".join(parts), request_id, arrived)
 
     def warm_up(self) -> None:
         """Start the other process, if it is not up, without waiting for it."""
@@ -195,13 +198,13 @@ class _ReaderProcess:
             _put(self._process.stdin, self._setup)
         return self._process
 
-    def do(self, kind: Kind, body: bytes, request_id: str, arrived: float) -> Any:
+    def do(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
         process = self.start()
         goes_on = False
         too_long = threading.Timer(_READ_SECONDS, process.kill)
         too_long.start()
         try:
-            _put(process.stdin, (kind, body, request_id, arrived))
+            _put(process.stdin, (kind, parts, request_id, arrived))
             outcome, goes_on = pickle.load(cast(IO[bytes], process.stdout))
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             logger.error("request %s: the process that read its body died", request_id)
@@ -231,10 +234,12 @@ def _put(pipe: IO[bytes] | None, value: object) -> None:
     pipe.flush()
 
 
-def _outcome(reader: Reader, kind: Kind, *job: Any) -> Any:
+def _outcome(
+    reader: Reader, kind: Kind, parts: list[bytes], request_id: str, arrived: float
+) -> Any:
     """What a job returned, or what it raised, fit to travel."""
     try:
-        return getattr(reader, kind)(*job)
+        return getattr(reader, kind)(b"".join(parts), request_id, arrived)
     except (RestError, LongreachError) as error:
         return error
     except Exception:

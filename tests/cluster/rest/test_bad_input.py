@@ -1,6 +1,7 @@
 """What is refused, with which status and words, and that nothing else happens."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import httpx
 import pytest
 
 from longreach.cluster.rest import Access, read_api_keys
+from longreach.cluster.rest.errors import RestError
 from longreach.engine.errors import (
     ConfigurationError,
     OutOfPagesError,
@@ -168,6 +170,13 @@ def test_errors_repeat_little_of_what_was_sent(endpoint: Endpoint, body: dict[st
     answer = endpoint.post("/v1/completions", body)
     assert answer.status_code in (400, 404)
     assert len(answer.text) < 1000
+
+
+def test_an_error_is_cut_wherever_it_comes_from_and_travels_whole() -> None:
+    error = RestError(400, "m" * 9000, param="p" * 9000, headers={"Retry-After": "1"})
+    assert len(error.message) <= 500
+    assert len(error.param or "") <= 100
+    assert pickle.loads(pickle.dumps(error)) == error
 
 
 def test_long_paths_are_not_repeated(endpoint: Endpoint) -> None:

@@ -24,6 +24,7 @@ from .server import serving, wait_for
 
 LONGEST = 131072
 LATE_SECONDS = 0.25
+_TRIES = 3
 MB = 1 << 20
 LIMITS = replace(
     backend.LIMITS,
@@ -65,6 +66,14 @@ def latest_health(port: int, work: Callable[[], object]) -> float:
             time.sleep(0.01)
         done.result()
     return slowest
+
+
+def check_nobody_waits(port: int, work: Callable[[], object]) -> None:
+    """A machine that does something else may be late once; what stops the loop is late always."""
+    late = [latest_health(port, work)]
+    while late[-1] >= LATE_SECONDS and len(late) < _TRIES:
+        late.append(latest_health(port, work))
+    assert min(late) < LATE_SECONDS
 
 
 def reader_processes() -> list[int]:
@@ -120,7 +129,7 @@ def test_what_cannot_fit_is_refused_at_once_and_nobody_waits_for_it(
         assert (status, said["error"]["code"]) == (400, "context_length_exceeded")
         assert said["error"]["param"] == param
 
-    assert latest_health(port, send) < LATE_SECONDS
+    check_nobody_waits(port, send)
     assert taken < 5
     assert not endpoint.backend.requests
 
@@ -145,7 +154,7 @@ def test_four_large_texts_are_each_refused(large: tuple[Endpoint, int]) -> None:
             answers = [clients.submit(post, port, "/v1/completions", body) for _ in range(4)]
             assert [answer.result()[0] for answer in answers] == [400] * 4
 
-    assert latest_health(port, send_four) < LATE_SECONDS
+    check_nobody_waits(port, send_four)
 
 
 def test_a_long_prompt_is_read_elsewhere_and_comes_whole(large: tuple[Endpoint, int]) -> None:
