@@ -12,7 +12,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster engine kernels lab loadtest tests
 
-.PHONY: help run test lint format install clean
+.PHONY: help run test lint format house install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test                       the test suite (ARGS="-k name" to choose)'
 	@echo 'make lint                       ruff and basedpyright'
 	@echo 'make format                     put every file into the shared format'
+	@echo 'make house                      draw docs/house.svg from the imports'
 	@echo 'make install                    only set up $(VENV)'
 	@echo 'make clean                      remove $(VENV) and caches'
 	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
@@ -40,6 +41,9 @@ format: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+house: $(INSTALLED)
+	@$(BIN)/python -m longreach.lab.house
+
 install: $(INSTALLED_DEV)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -47,7 +51,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo '$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'installing into $(VENV); this is done once'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) --editable .
+	@$(PIP_INSTALL) --editable '.[lab]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

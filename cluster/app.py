@@ -20,12 +20,12 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
-from .client import Endpoint
 from .decode.replica import DecodeReplica
 from .ingress import api_builder
 from .local_ray import LocalRay
 from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
+from .readiness import is_alive, is_ready
 from .rest import build_refusal, read_api_keys
 from .settings import Settings
 from .watch import ClusterWatch, Silent
@@ -130,7 +130,6 @@ class LocalCluster:
         self._ray = local_ray
         self._claim = claim
         self._watch: ClusterWatch | None = None
-        self._endpoint = Endpoint(self.url)
         self.metrics_directory = metrics_directory
 
     @property
@@ -140,7 +139,7 @@ class LocalCluster:
 
     def is_ready(self) -> bool:
         """Whether the endpoint would serve requests now."""
-        return self._endpoint.is_ready()
+        return is_ready(self.url)
 
     def wait_until_ready(self, timeout: float = _READY_SECONDS) -> None:
         """Return when the endpoint would serve requests.
@@ -162,7 +161,7 @@ class LocalCluster:
 
     def _silent(self) -> Silent:
         silent = {f"Ray's {name}": _RAY_PATIENCE_SECONDS for name in self._ray.silent()}
-        if not self._endpoint.is_alive():
+        if not is_alive(self.url):
             silent[f"the endpoint at {self.url}"] = _PROXY_PATIENCE_SECONDS
         return silent
 

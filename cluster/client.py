@@ -49,21 +49,6 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.Client(base_url=self.base_url, headers=headers, timeout=600)
 
-    def is_ready(self) -> bool:
-        """Whether requests would be served now."""
-        try:
-            return self._http.get("/ready", timeout=2).status_code == 200
-        except httpx2.TransportError:
-            return False
-
-    def is_alive(self) -> bool:
-        """Whether the node's proxy answers at all, with or without an application behind it."""
-        try:
-            self._http.get("/-/healthz", timeout=2)
-        except httpx2.TransportError:
-            return False
-        return True
-
     def first_model(self) -> str:
         """The name of the model served here."""
         return self._json(self._request("GET", "/v1/models"))["data"][0]["id"]

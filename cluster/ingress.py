@@ -17,7 +17,7 @@ from .failures import CallError, as_ours, first_of
 from .leases import LeaseKeeper
 from .messages import Taken
 from .metrics import Metrics, render
-from .rest import build_api, read_api_keys
+from .rest import IngressLimits, build_api, read_api_keys
 from .settings import Settings
 from .tasks import detached, tell
 
@@ -79,6 +79,19 @@ async def _release_when_taken(stream: _Stream, request_id: str) -> None:
         return  # it was refused, or stopped already
 
 
+def ingress_limits(settings: Settings) -> IngressLimits:
+    """What the endpoint needs to know of a cluster's settings."""
+    return IngressLimits(
+        model_name=settings.model.name,
+        max_model_len=settings.limits.max_model_len,
+        max_output_tokens=settings.limits.max_output_tokens,
+        max_body_bytes=settings.limits.max_body_bytes,
+        max_choices=settings.limits.max_choices,
+        max_logprobs=settings.limits.max_logprobs,
+        progress_seconds=settings.ingress.progress_seconds,
+    )
+
+
 def api_builder(
     settings: Settings, metrics_directory: Path, decode_name: str, app_name: str
 ) -> Callable[[], FastAPI]:
@@ -86,7 +99,7 @@ def api_builder(
 
     def build() -> FastAPI:
         return build_api(
-            settings.ingress_limits,
+            ingress_limits(settings),
             Tokenizer(settings.model.files.tokenizer_folder),
             DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
             Metrics(metrics_directory, "ingress", settings.model.name),

@@ -1,7 +1,7 @@
-"""Whether a process of a cluster fits on its GPU, in the settings' words.
+"""Whether a process of a cluster fits on its GPU, said in the settings' words where it does not.
 
-Two processes may share a GPU, and what one of them has not taken yet is free to the other. So
-sizes are checked before anything is taken, and where memory runs out all the same, that is told
+Two processes may share a GPU, and what one of them has not allocated yet is free to the other. So
+sizes are checked before anything is allocated, and where memory runs out all the same, that is said
 like what was checked.
 """
 
@@ -10,51 +10,47 @@ from contextlib import contextmanager
 
 import torch
 
+from ..engine.errors import LoadingOutOfMemoryError, LongreachError
 from ..engine.kv.pages import PageGeometry
-from ..engine.memory.fit import (
-    DecodeFit,
-    Fit,
-    Mends,
-    PrefillFit,
-    Weights,
-    free_bytes,
-    out_of_memory_raises,
-)
+from ..engine.memory.fit import DecodeFit, Fit, PrefillFit, Weights, free_bytes
+from ..engine.memory.out_of_memory import out_of_memory_raises
 from ..engine.model.config import ModelConfig
 from ..engine.model.precision import compute_dtype
 from ..engine.prefill.sparsity import SparsityConfig
+from .remedies import remedied
 from .settings import Settings
-
-_NARROW = "model.kv_cache_dtype fp8_e4m3"
-_LARGER = "a larger GPU"
 
 
 @contextmanager
 def room_for_prefill(
     settings: Settings, device: torch.device, ranks_on_card: int
 ) -> Iterator[None]:
-    """Where a prefill rank takes what it needs.
+    """Where a prefill rank allocates what it needs. What it raises names its remedy.
 
     Args:
-        ranks_on_card: of its gang, itself among them. All look before they meet, and take nothing
-            before they have met, so each sees what all of them have together.
+        ranks_on_card: of its gang, itself among them. All look before they meet, and allocate
+            nothing before they have met, so each sees what all of them have together.
 
     Raises:
-        ConfigurationError: it does not fit on the GPU, or another process had taken too much of it.
+        DoesNotFitError: it would not fit on the GPU.
+        LoadingOutOfMemoryError: another process had allocated too much of it.
+        LongreachError: as `prefill_fit`, and whatever is raised within.
     """
-    fit = prefill_fit(settings, free_bytes(device), ranks_on_card)
     # No prompt is longer than the limit, however many tokens the pages hold.
     longest = settings.limits.max_model_len
-    with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
-        yield
+    with _remedied(settings.prefill.gpus_per_rank):
+        fit = prefill_fit(settings, free_bytes(device), ranks_on_card)
+        with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
+            yield
 
 
 @contextmanager
 def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
-    """Where a decode worker takes what it needs; as `room_for_prefill`."""
-    fit = decode_fit(settings, free_bytes(device))
-    with _room(fit, settings.decode.kv_cache_tokens, None, device):
-        yield
+    """Where a decode worker allocates what it needs; as `room_for_prefill`."""
+    with _remedied(settings.decode.gpus):
+        fit = decode_fit(settings, free_bytes(device))
+        with _room(fit, settings.decode.kv_cache_tokens, None, device):
+            yield
 
 
 def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit:
@@ -62,30 +58,24 @@ def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit
 
     Raises:
         CheckpointError: the model's configuration or its budgets cannot be read.
-        ConfigurationError: the ranks do not divide the model.
+        TensorParallelError: the ranks do not divide the model.
     """
     prefill = settings.prefill
     weights, geometry = _model(settings, prefill.tensor_parallel)
-    others = ("a smaller prefill.chunk_tokens", "a larger prefill.tensor_parallel", _LARGER)
-    alone = _alone("prefill.gpus_per_rank", prefill.gpus_per_rank)
-    mends = Mends("prefill.kv_cache_tokens", _NARROW, others + alone)
     sparsity = SparsityConfig.from_folder(settings.model.folder) if prefill.sparse else None
     return PrefillFit(
-        weights, geometry, free, mends, prefill.chunk_tokens, prefill.sequence_parallel,
+        weights, geometry, free, prefill.chunk_tokens, prefill.sequence_parallel,
         selects_above=None if sparsity is None else sparsity.threshold,
         gathers_pages=settings.transport.kind == "object_store",
-        sharing=ranks_on_card,
+        processes=ranks_on_card,
     )  # fmt: skip
 
 
 def decode_fit(settings: Settings, free: int) -> DecodeFit:
     """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
-    decode = settings.decode
     weights, geometry = _model(settings, 1)
-    others = ("a smaller decode.max_batch", _LARGER, *_alone("decode.gpus", decode.gpus))
-    mends = Mends("decode.kv_cache_tokens", _NARROW, others)
     chunk_tokens = settings.prefill.chunk_tokens
-    return DecodeFit(weights, geometry, free, mends, decode.max_batch, chunk_tokens)
+    return DecodeFit(weights, geometry, free, settings.decode.max_batch, chunk_tokens)
 
 
 def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
@@ -97,9 +87,14 @@ def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeome
     return weights, pages.kept_as(settings.model.pages_kept_as)
 
 
-def _alone(setting: str, gpus: float) -> tuple[str, ...]:
-    """What helps a process that shares its GPU."""
-    return () if gpus >= 1 else (f"a GPU of its own ({setting} 1)",)
+@contextmanager
+def _remedied(gpus: float) -> Iterator[None]:
+    """Whoever starts this process may get no more of an error than its words."""
+    try:
+        yield
+    except LongreachError as error:
+        remedied(error, gpus)
+        raise
 
 
 @contextmanager
@@ -107,5 +102,5 @@ def _room(fit: Fit, tokens: int, longest: int | None, device: torch.device) -> I
     # A host's memory is taken as pages are first used, and its operating system divides it.
     if device.type == "cuda":
         fit.check(tokens, longest)
-    with out_of_memory_raises(fit.overrun(tokens, longest)):
+    with out_of_memory_raises(LoadingOutOfMemoryError(fit.needs(tokens, longest))):
         yield

@@ -1,7 +1,7 @@
 """A cluster's configuration: YAML in, checked and frozen settings out.
 
 Every key has a default but `model.path`. What cannot run is refused before anything starts, with
-a sentence that says the mend.
+a sentence that names the remedy.
 """
 
 from pathlib import Path
@@ -11,12 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..engine.errors import CheckpointError, ConfigurationError
-from ..engine.model.config import Dtype, KVCacheDtype, ModelConfig
+from ..engine.kv.formats import KVCacheDtype
+from ..engine.model.config import Dtype, ModelConfig
 from ..engine.model.files import ModelFiles
-from ..engine.text.tokenizer import Tokenizer
-from .rest.limits import IngressLimits
-
-PAGE_TOKENS = 128  # engine.pages.PAGE_TOKENS, without importing torch to read a file
+from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
+from ..kernels.page_size import PAGE_TOKENS, pages_for
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -167,19 +166,6 @@ class Settings(_Section):
     metrics: MetricsSettings = MetricsSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
 
-    @property
-    def ingress_limits(self) -> IngressLimits:
-        """What the endpoint needs to know."""
-        return IngressLimits(
-            model_name=self.model.name,
-            max_model_len=self.limits.max_model_len,
-            max_output_tokens=self.limits.max_output_tokens,
-            max_body_bytes=self.limits.max_body_bytes,
-            max_choices=self.limits.max_choices,
-            max_logprobs=self.limits.max_logprobs,
-            progress_seconds=self.ingress.progress_seconds,
-        )
-
     @model_validator(mode="after")
     def _can_run(self) -> "Settings":
         problem = next(self._problems(), None)
@@ -203,8 +189,8 @@ class Settings(_Section):
             )
         # Choices share the pages that the prompt fills. Each has the page that it fills in part to
         # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most.
-        answer = _whole_pages(self.limits.max_output_tokens + PAGE_TOKENS - 1)
-        needed = _whole_pages(longest) + self.limits.max_choices * answer
+        answer = pages_for(self.limits.max_output_tokens + PAGE_TOKENS - 1)
+        needed = (pages_for(longest) + self.limits.max_choices * answer) * PAGE_TOKENS
         if self.decode.kv_cache_tokens < needed:
             yield (
                 f"decode.kv_cache_tokens ({self.decode.kv_cache_tokens}) cannot hold the longest "
@@ -244,11 +230,6 @@ class Settings(_Section):
                 f"{self.prefill.placement} may put the ranks of a gang on several; use "
                 "STRICT_PACK, or set transport.kind: object_store"
             )
-
-
-def _whole_pages(tokens: int) -> int:
-    """Tokens that fit into the pages that hold so many."""
-    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
 
 
 def load_settings(path: Path) -> Settings:
@@ -294,9 +275,13 @@ def check_model(settings: Settings) -> None:
     """Refuse settings that this checkpoint cannot be served with.
 
     Raises:
-        ConfigurationError: a length beyond the model's, or a mesh that does not divide it.
+        ConfigurationError: a length beyond the model's, a mesh that does not divide it, or sparse
+            prefill that is asked for by name where the checkpoint has no budgets for it.
         CheckpointError: the folder cannot be read, or has tokens that the model has no row for.
     """
+    # With what it needs, it takes longer to import than the rest of reading a configuration.
+    from ..engine.text.tokenizer import Tokenizer
+
     model = ModelConfig.from_folder(settings.model.folder)
     if settings.limits.max_model_len > model.max_position_embeddings:
         raise ConfigurationError(
@@ -304,6 +289,9 @@ def check_model(settings: Settings) -> None:
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
     model.check_tensor_parallel(settings.prefill.tensor_parallel)
+    missing = _missing_budgets(settings)
+    if missing is not None and "sparse" in settings.prefill.model_fields_set:
+        raise ConfigurationError(missing)
     # One such token in a prompt would end a whole gang.
     tokens = Tokenizer(settings.model.files.tokenizer_folder).vocab_size
     if tokens > model.vocab_size:
@@ -311,6 +299,32 @@ def check_model(settings: Settings) -> None:
             f"{settings.model.folder}: its tokenizer has ids up to {tokens - 1} and its embedding "
             f"only {model.vocab_size} rows; resize the embedding, or remove the added tokens"
         )
+
+
+def warnings_about(settings: Settings) -> list[str]:
+    """What would run otherwise than its defaults say; for settings that `check_model` let through.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    missing = _missing_budgets(settings)
+    return [] if missing is None else [missing]
+
+
+def _missing_budgets(settings: Settings) -> str | None:
+    """What to say where long prompts would be prefilled densely and are meant not to be."""
+    folder, longest = settings.model.folder, settings.limits.max_model_len
+    if not settings.prefill.sparse or has_budgets(folder):
+        return None
+    threshold = dense_up_to(folder)
+    if longest <= threshold:
+        return None
+    return (
+        f"prefill.sparse is true and {folder} has no {BUDGETS_FILE}, so prompts of more than "
+        f"{threshold:,} tokens would be prefilled densely, which takes about ten times as long at "
+        "a million; make the file with `longreach eval calibrate`, or set prefill.sparse: false "
+        "if dense is what you want"
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

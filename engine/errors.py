@@ -1,11 +1,49 @@
 """Errors that callers are expected to meet and tell their users about.
 
-Each message is one sentence that says what is wrong and, where there is one, the mend.
+Each says in one sentence what is wrong, with its numbers as fields where it has any. What a user
+may change is not said here: only the cluster knows its settings' names, and only a command those of
+its options. They add it with `with_remedy`.
 """
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, cast
+
+GB = 1e9
+
+Phase = Literal["prefill", "decode"]
+"""Whose memory or pages an error is about."""
 
 
 class LongreachError(Exception):
-    """The root of everything this project raises on purpose."""
+    """The root of everything this project raises on purpose.
+
+    `remedy` says what a user may change, in the words of whoever knows what can be set.
+    """
+
+    remedy: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong."""
+        return super().__str__()
+
+    def with_remedy(self, remedy: str | None) -> Self:
+        """The same error, which says the remedy from now on; the first one that is named stays."""
+        if self.remedy is None:
+            self.remedy = remedy
+        return self
+
+    def __str__(self) -> str:
+        return self.sentence if self.remedy is None else f"{self.sentence}; {self.remedy}"
+
+
+class FactualError(LongreachError):
+    """One that is made of facts instead of words. Its classes are dataclasses, and pickle."""
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...], dict[str, Any]]:
+        values = tuple(getattr(self, field.name) for field in fields(cast(Any, self)))
+        # The state has what was added later: a remedy, or notes.
+        return type(self), values, self.__dict__
 
 
 class CheckpointError(LongreachError):
@@ -13,7 +51,132 @@ class CheckpointError(LongreachError):
 
 
 class ConfigurationError(LongreachError):
-    """A combination of settings that cannot run."""
+    """A combination of sizes and choices that cannot run."""
+
+
+@dataclass(eq=False)
+class TensorParallelError(FactualError, ConfigurationError):
+    """A model cannot be cut into so many tensor parallel ranks; `possible` are those it can be."""
+
+    ranks: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    possible: tuple[int, ...]
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"{self.ranks} tensor parallel ranks do not divide this model's {self.num_heads} query "
+            f"heads, {self.num_kv_heads} KV heads and MLP of {self.intermediate_size}"
+        )
+
+
+@dataclass(eq=False)
+class MixedPrecisionError(FactualError, ConfigurationError):
+    """A GPU's kernels do not read pages of one type beside a model of another."""
+
+    pages: str
+    model: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"on GPUs, KV pages in {self.pages} need a model of that type, and this one computes "
+            f"in {self.model}"
+        )
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """What a process would allocate on its device, and what it finds there. All bytes.
+
+    `free_bytes` are for this process, one of `processes` that divide what the device has free.
+    Pages that are `quantized` cannot be made smaller.
+    """
+
+    phase: Phase
+    cache_tokens: int
+    cache_bytes: int
+    weight_bytes: int
+    computing_bytes: int
+    free_bytes: int
+    processes: int
+    quantized: bool
+
+    @property
+    def wanted(self) -> str:
+        """What is needed, in words."""
+        return (
+            f"{self.cache_tokens:,} tokens of KV cache for {self.phase} need "
+            f"{self.cache_bytes / GB:.1f} GB beside {self.weight_bytes / GB:.1f} GB of weights and "
+            f"up to {self.computing_bytes / GB:.1f} GB for computing"
+        )
+
+    def free(self, is_free: str) -> str:
+        """What is there, in words, as "80.0 GB free for each of 2 processes"."""
+        each = f" for each of {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.free_bytes / GB:.1f} GB {is_free}{each}"
+
+
+@dataclass(eq=False)
+class DoesNotFitError(FactualError, ConfigurationError):
+    """A process would not fit on its device; nothing was allocated.
+
+    `largest_cache` is in tokens, and 0 where not even the weights leave room for pages.
+    """
+
+    needs: MemoryNeeds
+    largest_cache: int
+
+    @property
+    def sentence(self) -> str:
+        free = self.needs.free("free")
+        if self.largest_cache == 0:
+            return (
+                f"{self.needs.phase}'s weights take {self.needs.weight_bytes / GB:.1f} GB and the "
+                f"device has {free}, which leaves no room for KV pages and for computing"
+            )
+        return f"{self.needs.wanted}, and of {free} {self.largest_cache:,} tokens would fit"
+
+
+@dataclass(eq=False)
+class LoadingOutOfMemoryError(FactualError, ConfigurationError):
+    """A device's memory ran out although sizes fitted: others allocate on the same device."""
+
+    needs: MemoryNeeds
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"the device ran out of memory: {self.needs.wanted}, and of "
+            f"{self.needs.free('that were free')} other processes may have allocated a part since"
+        )
+
+
+@dataclass(eq=False)
+class StepDoesNotFitError(FactualError, ConfigurationError):
+    """The device has no memory left to prepare the largest decode step."""
+
+    sequences: int
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"a decode step of {self.sequences} sequences does not fit in the device's memory "
+            "beside weights and KV pages"
+        )
+
+
+@dataclass(eq=False)
+class CannotSharePagesError(FactualError, ConfigurationError):
+    """The memory that pages lie in cannot be shared with other processes."""
+
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        return f"KV pages cannot be shared between processes ({self.reason})"
 
 
 class InvalidRequestError(LongreachError):
@@ -24,33 +187,113 @@ class PromptTooLongError(InvalidRequestError):
     """The prompt, or prompt plus the tokens asked for, exceeds what can be served."""
 
 
-class OutOfPagesError(LongreachError):
+@dataclass(eq=False)
+class CacheTooSmallError(FactualError, PromptTooLongError):
+    """A request needs more tokens of KV cache than there are altogether."""
+
+    phase: Phase
+    needed: int
+    total: int
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"the request needs {self.needed} tokens of KV cache and {self.phase} has {self.total}"
+        )
+
+
+@dataclass(eq=False)
+class OutOfPagesError(FactualError):
     """The page pool has too few free pages right now; the same request may fit later."""
 
-    def __init__(self, needed: int, free: int, total: int) -> None:
-        super().__init__(f"{needed} KV pages are needed but only {free} of {total} are free")
-        self.needed = needed
-        self.free = free
-        self.total = total
+    needed: int
+    free: int
+    total: int
 
-    def __reduce__(self) -> tuple[type["OutOfPagesError"], tuple[int, int, int]]:
-        return type(self), (self.needed, self.free, self.total)
+    @property
+    def sentence(self) -> str:
+        return f"{self.needed} KV pages are needed but only {self.free} of {self.total} are free"
 
 
 class TransferError(LongreachError):
     """Pages could not be handed to the decode replica."""
 
 
-class QueueFullError(LongreachError):
+@dataclass(eq=False)
+class PageFormatError(FactualError, TransferError):
+    """Pages came in another type than the one that they are kept in."""
+
+    came: str
+    kept: str
+
+    @property
+    def sentence(self) -> str:
+        return f"KV pages came as {self.came} and are kept as {self.kept} here"
+
+
+@dataclass(eq=False)
+class RefusedPagesError(FactualError, TransferError):
+    """Pages of a request could not be put in their place, and why."""
+
+    request_id: str
+    place: str
+    reason: TransferError
+
+    @property
+    def sentence(self) -> str:
+        return f"request {self.request_id}, {self.place}: {self.reason.sentence}"
+
+
+@dataclass(eq=False)
+class OtherHostError(FactualError, TransferError):
+    """Pages lie in the memory of another host, where they cannot be mapped."""
+
+    host: str
+    wanted_on: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"KV pages lie on host {self.host} and are wanted on {self.wanted_on}, where they "
+            "cannot be mapped"
+        )
+
+
+@dataclass(eq=False)
+class CannotMapPagesError(FactualError, TransferError):
+    """Pages of another process cannot be mapped; their owner may have died."""
+
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        return f"a prefill rank's KV pages cannot be mapped ({self.reason})"
+
+
+@dataclass(eq=False)
+class ReceiveOutOfMemoryError(FactualError, TransferError):
+    """The decode side's device had no memory left for pages on their way to their place.
+
+    No OutOfMemoryError: whoever pushes pages has the memory that it needs.
+    """
+
+    request_id: str
+
+    @property
+    def sentence(self) -> str:
+        return f"decode ran out of memory as it received pages of request {self.request_id}"
+
+
+@dataclass(eq=False)
+class QueueFullError(FactualError):
     """Too many requests wait already; try again in `retry_after` seconds."""
 
-    def __init__(self, waiting: int, retry_after: int = 5) -> None:
-        super().__init__(f"{waiting} requests wait already; try again in {retry_after} s")
-        self.waiting = waiting
-        self.retry_after = retry_after
+    waiting: int
+    retry_after: int = 5
 
-    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[int, int]]:
-        return type(self), (self.waiting, self.retry_after)
+    @property
+    def sentence(self) -> str:
+        return f"{self.waiting} requests wait already; try again in {self.retry_after} s"
 
 
 class GenerationError(LongreachError):
@@ -58,21 +301,63 @@ class GenerationError(LongreachError):
 
 
 class OutOfMemoryError(GenerationError):
-    """The device had no memory left for a step of one answer; smaller settings mend it."""
+    """The device had no memory left for a step of one answer."""
+
+
+@dataclass(eq=False)
+class ChunkOutOfMemoryError(FactualError, OutOfMemoryError):
+    """The device had no memory left for tokens [start, end) of a prompt."""
+
+    start: int
+    end: int
+
+    @property
+    def sentence(self) -> str:
+        return f"prefill ran out of memory at tokens {self.start} to {self.end} of a prompt"
+
+
+class DecodeOutOfMemoryError(FactualError, OutOfMemoryError):
+    """The device had no memory left for something in decode."""
+
+
+@dataclass(eq=False)
+class StartOutOfMemoryError(DecodeOutOfMemoryError):
+    """The device had no memory left to let a request's choices begin."""
+
+    choices: int
+
+    @property
+    def sentence(self) -> str:
+        return f"decode ran out of memory as a request with {self.choices} choices started"
+
+
+@dataclass(eq=False)
+class StepOutOfMemoryError(DecodeOutOfMemoryError):
+    """The device had no memory left for a step of so many sequences."""
+
+    sequences: int
+
+    @property
+    def sentence(self) -> str:
+        return f"decode ran out of memory at a step of {self.sequences} sequences"
 
 
 class UnavailableError(LongreachError):
     """A part of the cluster died or is not up yet; the same request may be sent again."""
 
 
-def in_one_line(error: BaseException) -> str:
-    """What an error says, for a sentence: its first line, or its type where it says nothing.
+def innermost(error: BaseException) -> BaseException:
+    """What was raised in the other process, where an error came from one.
 
-    What came from another process is wrapped in an error whose words are a stack trace, and whose
-    `cause` is the one that was raised there.
+    Such an error is wrapped in one whose words are a stack trace, and whose `cause` is the error
+    that was raised there.
     """
     cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return in_one_line(cause)
+    return innermost(cause) if isinstance(cause, BaseException) else error
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, for a sentence: its first line, or its type where it says nothing."""
+    error = innermost(error)
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels.page_size import pages_for
 from .decode.decoder import Decoder
+from .kv.formats import KVCacheDtype
 from .kv.hand_off import HandOff, Place
-from .kv.pages import HeldPages, PagePool, pages_for
+from .kv.pages import HeldPages, PagePool
 from .messages import Tokens
-from .model.config import KVCacheDtype
 from .model.qwen2 import Qwen2
 from .parallel.mesh import Mesh
 from .prefill.prefiller import Prefiller

@@ -12,9 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .page_size import PAGE_TOKENS
 from .transfer import without_waiting
-
-PAGE_TOKENS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +146,20 @@ def check_pages(memory: Tensor, pages_apart: bool = False) -> None:
             f"pages of strides {memory.stride()} are not contiguous, and kernels count on it; "
             "pass one layer of a pool, or a contiguous copy"
         )
+
+
+def as_tiles(memory: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Pages [pages, kv_heads, 2, 128, d] as rows of d, read 128 at a time.
+
+    Returns:
+        shape, strides and tile of a tensor descriptor.
+
+    Raises:
+        ValueError: as `check_pages`.
+    """
+    check_pages(memory)
+    head_dim = memory.shape[-1]
+    return [memory.numel() // head_dim, head_dim], [head_dim, 1], [PAGE_TOKENS, head_dim]
 
 
 def write_pages(

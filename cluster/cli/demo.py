@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 
+from ...engine.model.pocket.story import PASS_KEY_QUESTION
 from .. import metrics
 from ..client import Answer, Endpoint
 from .console import seconds_table, watch_prefill
-from .needle import QUESTION, HiddenKey, hide_key
+from .needle import HiddenKey, hide_key
 
 _ANSWER_TOKENS = 48
 
@@ -90,7 +91,7 @@ def ask_for_hidden_key(
 def show(report: DemoReport, console: Console) -> None:
     """The answer, whether it is right, and where the time went."""
     verdict = "[bold green]right[/]" if report.correct else "[bold red]wrong[/]"
-    console.print(f"question   {QUESTION}")
+    console.print(f"question   {PASS_KEY_QUESTION}")
     console.print(f"answer     {report.answer.strip()!r}", markup=False)
     console.print(f"expected   {report.expected}: {verdict}")
     console.print(

@@ -1,16 +1,16 @@
 """What a configuration would start, and where, in plain words."""
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...engine.kv.pages import PAGE_TOKENS, pages_for
+from ...engine.kv.pages import PageGeometry
 from ...engine.model.config import ModelConfig
-from ..settings import Settings
-
-_FP16_BYTES = 2
-_SCALE_BYTES = 4
-_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from ...engine.model.precision import compute_dtype
+from ...engine.prefill.budgets import dense_up_to, has_budgets
+from ...kernels.page_size import pages_for
+from ..settings import Settings, warnings_about
 
 
 def explain(settings: Settings) -> RenderableType:
@@ -20,18 +20,20 @@ def explain(settings: Settings) -> RenderableType:
         CheckpointError: the model's folder cannot be read.
     """
     model = ModelConfig.from_folder(settings.model.folder)
-    return Group(_summary(settings, model), _processes(settings, model), _totals(settings, model))
+    warnings = [
+        Text(f"warning: {warning}", style="bold yellow") for warning in warnings_about(settings)
+    ]
+    return Group(
+        _summary(settings, model), _processes(settings, model), _totals(settings, model), *warnings
+    )
 
 
 def kv_bytes(settings: Settings, model: ModelConfig, tokens: int) -> int:
     """Memory of a KV cache for so many tokens, all heads, in whole pages, scales included."""
-    pages, values = pages_for(tokens), model.kv_bytes_per_token_fp16 // _FP16_BYTES
-    if settings.model.kv_cache_dtype == "fp8_e4m3":
-        scales = values // model.head_dim * _SCALE_BYTES
-        return pages * (PAGE_TOKENS * values + scales)
-    kept = settings.model.pages_kept_as
-    name = settings.model.dtype if kept == "auto" else kept
-    return pages * PAGE_TOKENS * values * _NUMBER_BYTES[name]
+    # The device does not matter: where it decides the model's type, pages are kept in another.
+    dtype = compute_dtype(settings.model.dtype, torch.device("cpu"))
+    pages = PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
+    return pages_for(tokens) * pages.kept_as(settings.model.pages_kept_as).bytes_per_page
 
 
 def _summary(settings: Settings, model: ModelConfig) -> Text:
@@ -78,8 +80,7 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     table.add_row(
         f"{prefill.replicas * ranks}",
         f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
-        f"{prefill.sequence_parallel}), placed {prefill.placement}; "
-        + ("sparse where the checkpoint says so" if prefill.sparse else "dense"),
+        f"{prefill.sequence_parallel}), placed {prefill.placement}; " + _attention(settings),
         f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
         _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
     )
@@ -92,6 +93,14 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
         _asks(decode.gpus, decode.threads),
     )
     return table
+
+
+def _attention(settings: Settings) -> str:
+    """How prompts are prefilled: sparsely above a length, or none of them."""
+    folder = settings.model.folder
+    if not settings.prefill.sparse or not has_budgets(folder):
+        return "dense"
+    return f"sparse above {dense_up_to(folder):,} tokens"
 
 
 def _totals(settings: Settings, model: ModelConfig) -> Text:

@@ -6,19 +6,19 @@ Whatever is slow to import is imported inside the commands, so that `--help` ans
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ...engine.errors import InvalidRequestError, LongreachError
-from ...lab.evaluation import cli as evaluation
-
-if TYPE_CHECKING:
-    from ...lab.evaluation.endpoint import EndpointAnswerer
+from ...engine.errors import LongreachError
+from ...engine.text.files import read_text
+from ..remedies import remedied
+from .commands import Commands
 
 app = typer.Typer(
     name="longreach",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     add_completion=False,
@@ -143,8 +143,8 @@ def ask(
     from .console import watch_prefill
 
     console = Console(stderr=True)
-    message = {"role": "user", "content": f"{_read(file)}\n\n{question}"}
-    endpoint = Endpoint(base_url, _read(api_key_file).strip() if api_key_file else None)
+    message = {"role": "user", "content": f"{read_text(file)}\n\n{question}"}
+    endpoint = Endpoint(base_url, read_text(api_key_file).strip() if api_key_file else None)
     name = model or endpoint.first_model()
     with watch_prefill(console) as watch:
 
@@ -174,53 +174,10 @@ def config(config: Config) -> None:
     Console().print(explain(load_settings(config)))
 
 
-def evaluate(
-    context: typer.Context,
-    endpoint: Annotated[
-        str | None, typer.Option(help="Ask this endpoint; else a checkpoint in this process.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
-    api_key_file: ApiKeyFile = None,
-    characters_per_token: Annotated[
-        float | None, typer.Option(help="Of the endpoint's model; else it is asked.")
-    ] = None,
-) -> None:
-    """Measure how often a model is right, and what its sparse prefill loses.
-
-    In process with the bundled model, or any endpoint that speaks OpenAI's protocol:
-
-        longreach eval needles --lengths 2K,8K,32K
-
-        longreach eval --endpoint http://127.0.0.1:8000 needles --lengths 64K,1M --prompts 5
-    """
-    if endpoint is None:
-        return
-
-    def connect() -> "EndpointAnswerer":
-        from ...lab.evaluation.endpoint import EndpointAnswerer
-
-        key = _read(api_key_file).strip() if api_key_file else None
-        return EndpointAnswerer(endpoint, model, key, characters_per_token)
-
-    context.obj = connect
-
-
-app.add_typer(evaluation.app, name="eval", callback=evaluate)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{path} is not UTF-8 text: {error}; convert it first") from error
-    except OSError as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def main() -> None:
-    """Run the command line; errors that users can mend are one line, without a trace."""
+    """Run the command line; errors that users can do something about are one line, no trace."""
     try:
         app()
     except LongreachError as error:
-        print(f"longreach: {error}", file=sys.stderr)
+        print(f"longreach: {remedied(error)}", file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,4 @@
-"""A document of an exact number of tokens with a pass key hidden in it, and a question for it.
-
-The wording is the one that the pocket model was trained on; any other model understands it too.
-"""
+"""A document of an exact number of tokens with a pass key hidden in it, and a question for it."""
 
 import random
 from bisect import bisect_right
@@ -10,17 +7,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ...engine.errors import InvalidRequestError
+from ...engine.model.pocket import story
+from ...engine.text.fitting import fit
 
 Message = dict[str, str]
 TokenCount = Callable[[list[Message]], int]
 """How many tokens the whole prompt made of these messages has, chat template included."""
-
-QUESTION = "What is the pass key?"
-_FACT = "The pass key is {key}. Remember it. {key} is the pass key. "
-_SUBJECTS = ("The river", "A traveller", "The old clock", "Her brother", "The market", "One ship")
-_VERBS = ("waited for", "passed by", "remembered", "turned towards", "followed", "watched")
-_OBJECTS = ("the mountain", "a long winter", "the harbour", "an empty road", "the first light")
-_MOST_COUNTS = 64
 
 
 @dataclass(frozen=True)
@@ -37,12 +29,13 @@ def hide_key(tokens: int, count: TokenCount, seed: int, depth: float | None = No
     """Make a prompt of exactly `tokens` tokens; the same seed makes the same one.
 
     Raises:
-        InvalidRequestError: so few tokens cannot hold the key and the question.
+        InvalidRequestError: so few tokens cannot hold the key and the question, or no text of
+            this number was found.
     """
     chance = random.Random(seed)
     depth = chance.random() if depth is None else depth
     key = str(chance.randint(10_000, 99_999))
-    fact = _FACT.format(key=key)
+    fact = story.PASS_KEY_FACT.format(value=key)
     least = count(_messages(fact))
     if tokens < least:
         raise InvalidRequestError(
@@ -58,31 +51,21 @@ def hide_key(tokens: int, count: TokenCount, seed: int, depth: float | None = No
         text = filler.text(length)
         return _messages(text[:position] + fact + text[position:])
 
-    fitted = _fit(tokens, length, tokens_per_character, lambda length: count(messages(length)))
-    return HiddenKey(messages(fitted), key, tokens, depth)
-
-
-def _fit(tokens: int, length: int, tokens_per_character: float, count: Callable[[int], int]) -> int:
-    """The length of filler that makes exactly `tokens` tokens.
-
-    One character more makes at most one token more, so from below no count is ever skipped.
-    """
-    for _ in range(_MOST_COUNTS):
-        missing = tokens - count(length)
-        if missing == 0:
-            return length
-        near = abs(missing) < 16
-        length = max(0, length + (missing if near else round(missing / tokens_per_character)))
-    raise InvalidRequestError(
-        f"no text of exactly {tokens} tokens was found with this tokenizer; ask for another number"
-    )
+    # One character more makes at most one token more.
+    fitted = fit(lambda length: count(messages(length)), tokens, guess=length)
+    if fitted.tokens != tokens:
+        raise InvalidRequestError(
+            f"no text of exactly {tokens} tokens was found with this tokenizer; ask for another "
+            "number"
+        )
+    return HiddenKey(messages(fitted.size), key, tokens, depth)
 
 
 class _Filler:
-    """Ordinary varied sentences without end; the same seed tells the same story."""
+    """The story's first characters, as many as are asked for."""
 
     def __init__(self, chance: random.Random) -> None:
-        self._chance = chance
+        self._sentences = story.sentences(chance)
         self._text = ""
         self._starts: list[int] = []
 
@@ -101,15 +84,12 @@ class _Filler:
         sentences = []
         missing = length - len(self._text)
         while missing > 0:
-            sentences.append(self._sentence())
+            sentences.append(next(self._sentences))
             missing -= len(sentences[-1])
         lengths = [len(sentence) for sentence in sentences]
         self._starts.extend(accumulate(lengths[:-1], initial=len(self._text)))
         self._text += "".join(sentences)
 
-    def _sentence(self) -> str:
-        return " ".join(map(self._chance.choice, (_SUBJECTS, _VERBS, _OBJECTS))) + ". "
-
 
 def _messages(document: str) -> list[Message]:
-    return [{"role": "user", "content": f"{document}\n{QUESTION}"}]
+    return [{"role": "user", "content": f"{document}\n{story.PASS_KEY_QUESTION}"}]

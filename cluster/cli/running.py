@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..settings import Settings
+from ..settings import Settings, warnings_about
 
 if TYPE_CHECKING:
     from ..app import LocalCluster
@@ -43,6 +43,8 @@ def running_cluster(settings: Settings, console: Console) -> Iterator[RunningClu
     for request_to_end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(request_to_end, signal.default_int_handler)
     started = time.monotonic()
+    for warning in warnings_about(settings):
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False)
     loss = _Loss()
     console.print("starting the cluster")
     try:

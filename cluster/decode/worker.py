@@ -294,11 +294,12 @@ def _make_decoder(settings: Settings) -> "Decoder":
 def _load_decoder(settings: Settings, device: "torch.device") -> "Decoder":
     from ...engine.decode.decoder import Decoder
     from ...engine.decode.detokenizer import TokenBytes
-    from ...engine.kv.pages import PagePool, pages_for
+    from ...engine.kv.pages import PagePool
     from ...engine.model.precision import compute_dtype
     from ...engine.model.random_weights import load_model
     from ...engine.parallel.mesh import Mesh
     from ...engine.text.tokenizer import Tokenizer
+    from ...kernels.page_size import pages_for
 
     files = settings.model.files
     dtype = compute_dtype(settings.model.dtype, device)

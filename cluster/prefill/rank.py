@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...engine.kv.hand_off import Destination, HandOff, Sender
     from ...engine.parallel.mesh import Mesh
-    from ...engine.prefill.prefiller import ChunkResult
+    from ...engine.prefill.chunk import ChunkResult
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class PrefillRank:
 
     def compute_type(self) -> str:
         """The type of hidden states here, as "float32"."""
+        from ...engine.kv.formats import dtype_name
         from ...engine.model.precision import compute_dtype
 
-        dtype = compute_dtype(self._settings.model.dtype, self._device())
-        return str(dtype).removeprefix("torch.")
+        return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
     def join(self, init_method: str, ranks_on_card: int) -> None:
         """Meet the other ranks and load this rank's share of the model.
@@ -108,12 +108,13 @@ class PrefillRank:
         import ray
 
         from ...engine.kv.background import hand_off_stream
-        from ...engine.kv.pages import PagePool, pages_for
+        from ...engine.kv.pages import PagePool
         from ...engine.model.precision import compute_dtype
         from ...engine.model.random_weights import load_model
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
         from ...engine.prefill.warm_up import warm_up_prefill
+        from ...kernels.page_size import pages_for
         from ..transports import make_sender
 
         settings, prefill = self._settings, self._settings.prefill

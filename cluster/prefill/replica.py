@@ -12,11 +12,12 @@ from ray.exceptions import RayError
 
 from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
 from ...engine.messages import Prefilled, Progress
+from ...kernels.page_size import pages_for
 from .. import metrics
 from ..failures import as_ours
 from ..messages import PrefillOrder
 from ..metrics import Metrics
-from ..settings import PAGE_TOKENS, Settings
+from ..settings import Settings
 from ..tasks import detached, forever
 from .gang import Gang
 from .rank import RankResult
@@ -55,7 +56,7 @@ class PrefillReplica:
         prefill = settings.prefill
         self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
         self._scheduler = ChunkScheduler(
-            prefill.chunk_tokens, -(-prefill.kv_cache_tokens // PAGE_TOKENS), prefill.patience
+            prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
         self._jobs: dict[str, _Job] = {}
         self._leaving: list[str] = []

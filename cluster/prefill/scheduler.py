@@ -5,9 +5,9 @@ Pure bookkeeping over token and page counts.
 
 from dataclasses import dataclass
 
-from ...engine.errors import PromptTooLongError
+from ...engine.errors import CacheTooSmallError
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..fairness import Turns
-from ..settings import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Entry:
 
     @property
     def pages(self) -> int:
-        return -(-self.tokens // PAGE_TOKENS)
+        return pages_for(self.tokens)
 
 
 class ChunkScheduler:
@@ -70,15 +70,12 @@ class ChunkScheduler:
         """Let a prompt wait for its turn.
 
         Raises:
-            PromptTooLongError: it needs more pages than there are.
+            CacheTooSmallError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
         entry = _Entry(tokens)
         if entry.pages > self._num_pages:
-            raise PromptTooLongError(
-                f"the prompt has {tokens} tokens and the prefill pool holds "
-                f"{self._num_pages * PAGE_TOKENS} (prefill.kv_cache_tokens); shorten it"
-            )
+            raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
         self._turns.join(request_id, tokens)
         self._entries[request_id] = entry
 

@@ -12,7 +12,9 @@ from ...engine.errors import (
     OutOfPagesError,
     PromptTooLongError,
     QueueFullError,
+    innermost,
 )
+from ..remedies import remedied
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +65,9 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 def as_rest_error(error: BaseException) -> RestError:
     """What to tell the client about any error; whatever we did not expect stays in our log."""
     # An error from another process may come wrapped, with that process's stack trace for a text.
-    cause = getattr(error, "cause", None)
+    cause = innermost(error)
     if isinstance(cause, LongreachError):
-        error = cause
+        error = remedied(cause)
     match error:
         case RestError():
             return error

@@ -1,4 +1,4 @@
-"""What the endpoint needs to know of the settings."""
+"""What the endpoint is told of a cluster: limits of one request, all of them given."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ class IngressLimits:
 
     model_name: str
     max_model_len: int
-    max_output_tokens: int = 4096
-    max_body_bytes: int = 64 << 20
-    max_choices: int = 8
-    max_logprobs: int = 20
-    progress_seconds: float = 1.0
+    max_output_tokens: int
+    max_body_bytes: int
+    max_choices: int
+    max_logprobs: int
+    progress_seconds: float

@@ -43,7 +43,7 @@ class Planner:
     """Checks everything a body asks for. Its methods compute for long: call them in a thread.
 
     Raises (every method):
-        RestError: with what is wrong and how to mend it.
+        RestError: with what is wrong and the remedy.
         InvalidRequestError: the text or the chat cannot be encoded.
     """
 

@@ -8,8 +8,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ...engine.errors import TransferError, in_one_line
+from ...engine.errors import TransferError
 from ...engine.kv.hand_off import Destination, HandOff, Receiver
+from ..remedies import in_one_line
 
 ANSWER_SECONDS = 60.0
 """A worker that answers nothing for so long takes no more pages. A hung one is replaced before."""

@@ -10,10 +10,10 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ...engine.errors import in_one_line
 from ...engine.kv.hand_off import Destination, Place, Sender
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
+from ..remedies import in_one_line
 from .mail import WorkerDestination, WorkerHandOff, WorkerReceiver
 
 _MESSAGE_BYTES = 1 << 20

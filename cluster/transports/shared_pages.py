@@ -28,12 +28,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ...engine.errors import ConfigurationError, TransferError, in_one_line
+from ...engine.errors import (
+    CannotMapPagesError,
+    CannotSharePagesError,
+    OtherHostError,
+    ReceiveOutOfMemoryError,
+    in_one_line,
+)
 from ...engine.kv.hand_off import Place
 from ...engine.kv.pages import PagePool, Pages, page_index
-from ...engine.memory.fit import decode_ran_out, out_of_memory_raises
-
-_MEND = "set transport.kind: object_store"
+from ...engine.memory.out_of_memory import out_of_memory_raises
 
 Handle = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function and arguments that make a tensor over the same memory, in any process of the host."""
@@ -72,35 +76,28 @@ class SharedPool:
                 nothing about its host, and may by chance fit into another one.
 
         Raises:
-            ConfigurationError: the device's memory cannot be shared.
+            CannotSharePagesError: it was allocated in a way that cannot be shared.
         """
         try:
             scales = None if pool.scales is None else reduce_tensor(pool.scales)
             return cls(uuid.uuid4().hex, host, reduce_tensor(pool.memory), scales)
         except RuntimeError as error:
-            raise ConfigurationError(
-                f"KV pages cannot be shared between processes ({in_one_line(error)}); {_MEND}"
-            ) from error
+            raise CannotSharePagesError(in_one_line(error)) from error
 
     def open(self, host: str) -> list[Pages]:
         """Map it: all pages of each layer, over the owner's memory.
 
         Raises:
-            TransferError: the memory is on another host, or cannot be mapped.
+            OtherHostError: the memory is on another host.
+            CannotMapPagesError: it cannot be mapped.
         """
         if host != self.host:
-            raise TransferError(
-                f"KV pages lie on host {self.host} and are wanted on {host}, where they cannot be "
-                f"mapped; {_MEND}"
-            )
+            raise OtherHostError(self.host, host)
         try:
             memory = _mapped(self.memory)
             scales = None if self.scales is None else _mapped(self.scales)
         except (RuntimeError, OSError) as error:
-            raise TransferError(
-                f"a prefill rank's KV pages cannot be mapped ({in_one_line(error)}); if the rank "
-                f"is alive, {_MEND}"
-            ) from error
+            raise CannotMapPagesError(in_one_line(error)) from error
         every = [None] * len(memory) if scales is None else list(scales)
         return [Pages(values, own) for values, own in zip(memory, every, strict=True)]
 
@@ -133,17 +130,16 @@ class SharedPageReader:
         stream.
 
         Raises:
-            TransferError: as `SharedPool.open`, or as `receive`; or the device has no memory left
-                for pages on their way.
+            TransferError: as `SharedPool.open`, or as `receive`.
+            ReceiveOutOfMemoryError: the device has no memory left for pages on their way.
         """
-        told = TransferError(decode_ran_out(f"as it took pages of request {request_id}"))
         with torch.cuda.stream(self._stream):
             layers = self._layers(request_id, pool)
             copied = 0
             try:
                 for run in runs:
                     index = page_index(run.numbers, self._device)
-                    with out_of_memory_raises(told):
+                    with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
                         pages = layers[run.place.layer].at(index)
                     self._receive(request_id, run.place, pages)
                     copied += pages.nbytes

@@ -11,23 +11,29 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable
 from ..errors import (
+    CacheTooSmallError,
     GenerationError,
     InvalidRequestError,
     OutOfMemoryError,
-    PromptTooLongError,
+    ReceiveOutOfMemoryError,
+    RefusedPagesError,
+    StartOutOfMemoryError,
+    StepOutOfMemoryError,
     TransferError,
 )
 from ..kv.hand_off import Place
-from ..kv.pages import PAGE_TOKENS, PagePool, Pages, pages_for
-from ..memory.fit import decode_ran_out, out_of_memory_raises
+from ..kv.pages import PagePool, Pages
+from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2
+from .choose import make_step
 from .detokenizer import Detokenizer, TokenBytes
 from .engine import DecodeEngine, Output
 from .sampler import Logits, Sampler, fresh_seed
-from .step import DecodeStep, Outcome, StepRow, make_step
+from .step import DecodeStep, Outcome, StepRow
 
 _NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
 
@@ -78,7 +84,7 @@ class Decoder(DecodeEngine):
         step: of this model, this pool and `max_batch`; by default the one for the model's device.
 
     Raises:
-        ConfigurationError: the device's memory does not suffice for a step of `max_batch`.
+        StepDoesNotFitError: the device's memory does not suffice for a step of `max_batch`.
     """
 
     def __init__(
@@ -128,11 +134,8 @@ class Decoder(DecodeEngine):
     def check(self, request: GenerationRequest) -> None:
         needed = pages_needed(request)
         if needed > self._pool.num_pages:
-            raise PromptTooLongError(
-                f"the request needs {needed * PAGE_TOKENS} tokens of KV cache and this server has "
-                f"{self._pool.num_pages * PAGE_TOKENS} (decode.kv_cache_tokens); shorten the "
-                "prompt, max_tokens or n, or raise that setting"
-            )
+            total = self._pool.num_pages * PAGE_TOKENS
+            raise CacheTooSmallError("decode", needed * PAGE_TOKENS, total)
 
     @torch.inference_mode()
     def reserve(self, request: GenerationRequest) -> None:
@@ -163,14 +166,13 @@ class Decoder(DecodeEngine):
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
-        told = TransferError(decode_ran_out(f"as it took pages of request {request_id}"))
-        with out_of_memory_raises(told):
+        with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
             table = reservation.block_tables[0].on(self._pool.memory.device)
             table = table[place.first_page : place.first_page + len(pages)]
             try:
                 self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
             except TransferError as error:
-                raise TransferError(f"request {request_id}, {place}: {error}") from error
+                raise RefusedPagesError(request_id, str(place), error) from error
 
     @torch.inference_mode()
     def start(self, request_id: str, logits: Logits) -> list[Output]:
@@ -178,7 +180,8 @@ class Decoder(DecodeEngine):
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
         try:
-            with out_of_memory_raises(OutOfMemoryError(decode_ran_out("as a request started"))):
+            choices = reservation.request.sampling.choices
+            with out_of_memory_raises(StartOutOfMemoryError(choices)):
                 self._copy_last_prompt_page(reservation)
         except OutOfMemoryError as error:
             return [self._give_up(request_id, error)]
@@ -192,9 +195,8 @@ class Decoder(DecodeEngine):
         if not self._running:
             return outputs
         batch = list(self._running)
-        told = OutOfMemoryError(decode_ran_out(f"at a step of {len(batch)} sequences"))
         try:
-            with out_of_memory_raises(told):
+            with out_of_memory_raises(StepOutOfMemoryError(len(batch))):
                 outcomes = self._step.run([_row_of(sequence) for sequence in batch])
         except OutOfMemoryError as error:
             # No sequence has grown: the next step writes the same K and V to the same places.

@@ -61,7 +61,7 @@ class DecodeEngine(ABC):
         """Refuse a request that could never be served. On any thread.
 
         Raises:
-            PromptTooLongError: it is larger than all pages together.
+            CacheTooSmallError: it is larger than all pages together.
         """
 
     @abstractmethod
@@ -69,7 +69,7 @@ class DecodeEngine(ABC):
         """Allocate the pages of the whole prompt, and of everything that may be generated.
 
         Raises:
-            PromptTooLongError: as `check`.
+            CacheTooSmallError: as `check`.
             OutOfPagesError: the pages are not free now; nothing was allocated.
             InvalidRequestError: a request of that name is here already.
         """
@@ -79,8 +79,8 @@ class DecodeEngine(ABC):
         """Put pages that were handed off in their place.
 
         Raises:
-            TransferError: nothing is reserved under that name, the pages do not fit in, or the
-                device has no memory left for them on their way.
+            TransferError: nothing is reserved under that name, or the pages do not fit in.
+            ReceiveOutOfMemoryError: the device has no memory left for them on their way.
         """
 
     @abstractmethod

@@ -10,8 +10,8 @@ step lives, so nothing is ever captured again. That memory is shared by all grap
 the matrix products, the activations of the largest step, and for each graph its logits (at 152,064
 tokens and 16 bits, 0.3 MB a row).
 
-How many rows a matrix product has, and how attention is shared out (`DecodePlan`), may change
-how sums are rounded. So on GPUs, unlike on CPUs, two tokens that are all but equally good may
+How many rows a matrix product has, and how attention is divided (`DecodePlan`), may change how
+sums are rounded. So on GPUs, unlike on CPUs, two tokens that are all but equally good may
 change places with what else is in the batch; the same batch always gives the same.
 """
 
@@ -19,19 +19,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
-from ...kernels import elementwise, greedy, matvec, quantized
+from ...kernels import elementwise, greedy, quantized
 from ...kernels.dual_chunk.decode_plan import DecodePlan
+from ...kernels.dual_chunk.segments import SegmentQueries
 from ...kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
+from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable
-from ..errors import ConfigurationError
-from ..kv.pages import PagePool, pages_for
-from ..memory.fit import out_of_memory_raises
+from ..errors import StepDoesNotFitError
+from ..kv.pages import PagePool
+from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken
+from ..model.layer import Attention, Layer
 from ..model.positions import Rotations
-from ..model.qwen2 import Layer, Qwen2
+from ..model.qwen2 import Qwen2
 from .step import DecodeStep, Outcome, StepRow
 
 
@@ -101,7 +103,7 @@ class KernelStep(DecodeStep):
         capture: `captured`, or `eager`.
 
     Raises:
-        ConfigurationError: the device's memory does not suffice for the largest step.
+        StepDoesNotFitError: the device's memory does not suffice for the largest step.
     """
 
     @torch.inference_mode()
@@ -116,11 +118,7 @@ class KernelStep(DecodeStep):
         device, max_batch = model.device, row_counts[-1]
         self._device = device
         self._softmax_scale = model.positions.softmax_scale
-        told = ConfigurationError(
-            f"a decode step of {max_batch} sequences does not fit in the device's memory beside "
-            "weights and KV pages; lower decode.kv_cache_tokens or decode.max_batch"
-        )
-        with out_of_memory_raises(told):
+        with out_of_memory_raises(StepDoesNotFitError(max_batch)):
             # A row of block tables is written only when another sequence takes it.
             self._tables = torch.zeros(max_batch, pool.num_pages, dtype=torch.int32, device=device)
             self._held: list[BlockTable | None] = [None] * max_batch
@@ -240,51 +238,57 @@ class _Launches:
     """Everything that a step of so many rows launches; shapes and addresses never change."""
 
     def __init__(self, model: Qwen2, pool: PagePool, tables: Tensor, inputs: _Inputs) -> None:
-        self._model, self._pool = model, pool
-        self._tables, self._inputs = tables, inputs
-        # Libraries' matrix products are made for many rows.
-        self._linear = matvec.linear if len(tables) == 1 else functional.linear
+        self._model = model.for_one_row() if len(tables) == 1 else model
+        self._pool, self._tables, self._inputs = pool, tables, inputs
 
     def __call__(self) -> StepResults:
-        model, linear = self._model, self._linear
-        rotations = model.positions.rotations(self._inputs.positions)
-        residual = model.embed(self._inputs.tokens)
-        normed = model.layers[0].input_norm(residual)
-        for number, layer in enumerate(model.layers):
-            attended = self._attend(number, layer, normed, rotations)
-            projected = linear(attended.flatten(1), layer.output_weight)
-            normed, residual = layer.mlp_norm.add(projected, residual)
-            activated = elementwise.swiglu(linear(normed, layer.gate_up_weight))
-            down = linear(activated, layer.down_weight)
-            normed, residual = model.norm_after(number).add(down, residual)
-        logits = linear(normed, model.head)
+        model, inputs = self._model, self._inputs
+        rotations = model.positions.rotations(inputs.positions)
+        attention = _PagedAttention(
+            self._pool, self._tables, inputs, model.positions.stride, rotations
+        )
+        hidden = model.begin(inputs.tokens)
+        for layer in model.layers:
+            layer.forward(hidden, attention)
+        logits = model.logits(hidden[0])
         return StepResults(logits, *greedy.best_tokens(logits))
 
-    def _attend(
-        self,
-        number: int,
-        layer: Layer,
-        normed: Tensor,
-        rotations: Rotations,
-    ) -> Tensor:
-        """Write the new K and V, and attend: [rows, heads, d], zero for a row that is not used."""
-        inputs, memory = self._inputs, self._pool.memory[number]
-        q, k, v = layer.split(self._linear(normed, layer.qkv_weight, layer.qkv_bias))
-        scales = self._pool.layer_scales(number)
+
+@dataclass(frozen=True, eq=False)
+class _PagedAttention(Attention[SegmentQueries]):
+    """Attention of all rows at once, through the kernels; zero for a row that is not used."""
+
+    pool: PagePool
+    tables: Tensor  # int32 [rows, pages]
+    inputs: _Inputs
+    stride: int | None
+    rotations: Rotations
+
+    def write(self, layer: Layer, normed: Tensor) -> SegmentQueries:
+        q, k, v = layer.project(normed)
+        memory, scales = self._pages(layer)
+        slots, rotation = self.inputs.slots, self.rotations.intra
         if scales is None:
-            elementwise.write_pages(memory, inputs.slots, k, v, rotations.intra)
+            elementwise.write_pages(memory, slots, k, v, rotation)
         else:
-            quantized.append_tokens(memory, scales, inputs.slots, k, v, rotations.intra)
+            quantized.append_tokens(memory, scales, slots, k, v, rotation)
+        return self.rotations.rotate(q)
+
+    def attend(self, layer: Layer, queries: SegmentQueries) -> Tensor:
+        memory, scales = self._pages(layer)
         attended, _ = decode_attention(
-            rotations.rotate(q),
+            queries,
             memory,
-            self._tables,
-            inputs.plan,
-            self._model.positions.stride,
-            inputs.scales,
+            self.tables,
+            self.inputs.plan,
+            self.stride,
+            self.inputs.scales,
             page_scales=scales,
         )
         return attended
+
+    def _pages(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        return self.pool.memory[layer.number], self.pool.layer_scales(layer.number)
 
 
 def _host_memory(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -126,8 +126,9 @@ class Sampler:
         # In place: fresh memory for a whole vocabulary costs as much as the sums.
         cumulative = np.cumsum(np.exp(left, out=left), out=left)
         drawn = self._generator.random() * cumulative[-1]
-        # A draw that rounds up to the total belongs to the last candidate.
-        index = min(int(np.searchsorted(cumulative, drawn, side="right")), len(left) - 1)
+        # A draw that rounds up to the total belongs to the last candidate that can come at all.
+        last = int(np.searchsorted(cumulative, cumulative[-1]))
+        index = min(int(np.searchsorted(cumulative, drawn, side="right")), last)
         return index if candidates is None else int(candidates[index])
 
 

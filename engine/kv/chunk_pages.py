@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ...kernels import elementwise, quantized
 from ...kernels.dual_chunk.segments import Rotation
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.transfer import without_waiting
 from ..parallel.mesh import Mesh
-from .pages import PAGE_TOKENS, HeldPages, PagePool, Pages, page_index, pages_for
+from .pages import HeldPages, PagePool, Pages, page_index
 
 
 class ChunkPages:

@@ -18,18 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...kernels.pages import PAGE_TOKENS
+from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.transfer import without_waiting
-from ..errors import OutOfPagesError, TransferError
-from ..model.config import KVCacheDtype
+from ..errors import OutOfPagesError, PageFormatError, TransferError
+from .formats import KVCacheDtype, dtype_name
 
 _SCALE_BYTES = 4
 _FORMATS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold `tokens` tokens."""
-    return -(-tokens // PAGE_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -220,15 +215,12 @@ class PagePool:
             pages: on any device.
 
         Raises:
-            TransferError: they are of another format, or do not fit in.
+            PageFormatError: they are of another format.
+            TransferError: they do not fit in.
         """
         values = pages.values
         if values.dtype != self.memory.dtype or (pages.scales is None) != (self.scales is None):
-            raise TransferError(
-                f"KV pages came as {_name(values.dtype)} and are kept as "
-                f"{_name(self.memory.dtype)} here; give both sides the same model.dtype and "
-                "model.kv_cache_dtype"
-            )
+            raise PageFormatError(dtype_name(values.dtype), dtype_name(self.memory.dtype))
         target = self.layer(layer).heads(first_kv_head, values.shape[1])
         if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
             raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")
@@ -254,11 +246,6 @@ class PagePool:
                 runs.append((start, page))
                 start = None
         return runs
-
-
-def _name(dtype: torch.dtype) -> str:
-    """As "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _fitting_first(count: int):

@@ -1,19 +1,16 @@
 """The model's own configuration, read from a Hugging Face checkpoint folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, TensorParallelError
+from ..json_files import read_json
 
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """In which type a model computes; `precision.compute_dtype` says what "auto" is."""
-
-KVCacheDtype = Literal["auto", "bfloat16", "fp8_e4m3"]
-"""How KV pages are kept: in the model's type, in bfloat16, or as e4m3 with scales."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +56,16 @@ class ModelConfig:
     dual_chunk: DualChunk | None
     eos_token_ids: tuple[int, ...]
 
-    @property
-    def kv_bytes_per_token_fp16(self) -> int:
-        """Bytes of K and V that one token leaves in all layers, at two bytes an element."""
-        return self.num_layers * self.num_kv_heads * 2 * self.head_dim * 2
-
     def check_tensor_parallel(self, ranks: int) -> None:
         """Refuse a number of tensor parallel ranks that this model cannot be cut into.
 
         Raises:
-            ConfigurationError: the heads or the MLP do not divide.
+            TensorParallelError: the heads or the MLP do not divide.
         """
         if not self._divides_by(ranks):
-            possible = [str(n) for n in range(1, self.num_heads + 1) if self._divides_by(n)]
-            raise ConfigurationError(
-                f"tensor_parallel {ranks} does not divide this model's {self.num_heads} query "
-                f"heads, {self.num_kv_heads} KV heads and MLP of {self.intermediate_size}; "
-                f"take one of {', '.join(possible)}, or more sequence_parallel"
+            possible = tuple(n for n in range(1, self.num_heads + 1) if self._divides_by(n))
+            raise TensorParallelError(
+                ranks, self.num_heads, self.num_kv_heads, self.intermediate_size, possible
             )
 
     def _divides_by(self, ranks: int) -> bool:
@@ -129,16 +119,6 @@ class ModelConfig:
             dual_chunk=None if dual_chunk is None else _dual_chunk(dual_chunk),
             eos_token_ids=eos_token_ids,
         )
-
-
-def read_json(path: Path) -> Any:
-    """Parse one JSON file of a checkpoint, or say which file is wrong and how."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; name a checkpoint folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Which floating-point type a model computes in."""
+"""Which floating-point type a model computes in, and what types are called."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """What a prefill chunk attends to under sparse attention, layer by layer.
 
-Query heads are dealt to the sequence ranks, and what they choose is shared. Every method is
+Query heads are dealt to the sequence ranks, which exchange what they choose. Every method is
 collective over them.
 """
 
@@ -13,7 +13,8 @@ from ...kernels import sparse
 from ...kernels.pages import LayerPages
 from ...kernels.sparse import NOTHING, Selections
 from ...kernels.transfer import without_waiting
-from ..model.qwen2 import Layer, Qwen2
+from ..model.layer import Layer
+from ..model.qwen2 import Qwen2
 from ..stages import Stages
 from .sparsity import SparsityConfig
 
@@ -64,17 +65,17 @@ class ChunkSelector:
 
     def choose(self, number: int, last: Tensor, pages: LayerPages) -> Selections:
         """What each head attends to in layer `number`, given its last queries."""
-        share = self._model.heads
-        budgets = self._sparsity.heads(number, share.first_head, share.last_head)
+        heads = self._model.heads
+        budgets = self._sparsity.heads(number, heads.first_head, heads.last_head)
         ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
-        own = slice(share.num_heads * rank // ranks, share.num_heads * (rank + 1) // ranks)
+        own = slice(heads.num_heads * rank // ranks, heads.num_heads * (rank + 1) // ranks)
         chosen = None
         if own.start < own.stop:
             with self._stages.time("selection"):
                 sums = sparse.sums(
                     self._rotations.rotate(last[:, own]), self._first, pages, own.start,
                     self._model.positions.stride, self._scale,
-                    share.num_heads // share.num_kv_heads,
+                    heads.num_heads // heads.num_kv_heads,
                 )  # fmt: skip
                 chosen = sparse.by_bands(sums, budgets[own])
         if ranks == 1:
@@ -90,16 +91,16 @@ class ChunkSelector:
         Each rank fills in its heads and leaves the others 0, so a sum is an exchange.
         """
         heads, device = self._model.heads.num_heads, self._model.device
-        shared = torch.zeros(heads, sum(widths), dtype=torch.int32, device=device)
+        every = torch.zeros(heads, sum(widths), dtype=torch.int32, device=device)
         if chosen is not None:
-            shared[own] = torch.cat(
+            every[own] = torch.cat(
                 [
                     torch.nn.functional.pad(each, (0, width - each.shape[1]), value=NOTHING)
                     for each, width in zip((chosen.columns, chosen.distances), widths, strict=True)
                 ],
                 1,
             )
-        columns, distances = self._summed(shared).split(widths, 1)
+        columns, distances = self._summed(every).split(widths, 1)
         return Selections(columns.contiguous(), distances.contiguous())
 
     def _summed(self, partial: Tensor) -> Tensor:

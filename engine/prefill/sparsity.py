@@ -6,9 +6,10 @@ from typing import Any
 
 from ...kernels.sparse import HeadBudget
 from ..errors import CheckpointError
-from ..model.config import ModelConfig, read_json
+from ..json_files import read_json
+from ..model.config import ModelConfig
+from .budgets import BUDGETS_FILE, DENSE_UP_TO, dense_up_to, has_budgets
 
-_FILE = "sparse_attention_config.json"
 _PATTERN = "vertical_and_slash"
 
 
@@ -20,7 +21,7 @@ class SparsityConfig:
     """
 
     budgets: tuple[tuple[HeadBudget, ...], ...]
-    threshold: int = 32768
+    threshold: int = DENSE_UP_TO
     last_queries: int = 64
 
     @classmethod
@@ -33,9 +34,9 @@ class SparsityConfig:
         Raises:
             CheckpointError: malformed, or not for this model.
         """
-        path = folder / _FILE
-        if not path.exists():
+        if not has_budgets(folder):
             return None
+        path = folder / BUDGETS_FILE
         model = ModelConfig.from_folder(folder)
         layers = read_json(path)
         if not isinstance(layers, list) or len(layers) != model.num_layers:
@@ -51,7 +52,7 @@ class SparsityConfig:
                 f"{folder}/config.json: sparse_attention_last_q is {last_queries}; from 1 to "
                 f"{cls.last_queries} queries can choose what a chunk attends to"
             )
-        return cls(budgets, keys.get("sparse_attention_threshold", cls.threshold), last_queries)
+        return cls(budgets, dense_up_to(folder), last_queries)
 
     def heads(self, layer: int, start: int, end: int) -> list[HeadBudget]:
         """Budgets of the query heads [start, end) of one layer."""

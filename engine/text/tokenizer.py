@@ -18,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
 from ..errors import CheckpointError, InvalidRequestError
+from ..json_files import read_json
 from ..messages import Tokens
-from ..model.config import read_json
 
 # Long text is encoded in pieces, on all cores. Between a line break and an ASCII letter nothing
 # joins: not the normalization, not the pattern that splits words, and so no merge.
@@ -64,7 +64,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the highest token id; a model may have more rows than that."""
-        return max(self.raw.get_vocab(with_added_tokens=True).values()) + 1
+        return _count_ids(self.raw)
 
     def encode(self, text: str) -> Tokens:
         """Ids of ordinary text, int32 [tokens]; no control token comes out of it.
@@ -149,6 +149,19 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error.message}"
             ) from error
+
+
+def count_ids(folder: Path) -> int:
+    """`Tokenizer.vocab_size` of a checkpoint folder, without what texts and chats need.
+
+    Raises:
+        CheckpointError: as `Tokenizer`.
+    """
+    return _count_ids(_load(folder / "tokenizer.json"))
+
+
+def _count_ids(tokenizer: tokenizers.Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _replace(text: str, replacements: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""How one decode step's attention is shared out among programs, made once for all layers.
+"""How one decode step's attention is divided among programs, made once for all layers.
 
 A program is one thread block of one KV head. All pages of all sequences, one sequence after the
 other, are cut into as many stretches of equal cost as there are programs; a stretch that
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS
+from ..page_size import PAGE_TOKENS
 
 _ITEM_COST = 1
 """Pages that could be read while an item starts: its bounds, its first page number, its first
@@ -81,7 +81,7 @@ class DecodePlan:
         padded = np.zeros(self.batch, dtype=np.int64)
         padded[: len(lengths)] = lengths
         plan = np.zeros(len(self.storage), dtype=np.int32)
-        parts = (padded, *_share_out(-(-padded // PAGE_TOKENS), self.programs))
+        parts = (padded, *_divide(-(-padded // PAGE_TOKENS), self.programs))
         written = np.concatenate([part.ravel() for part in parts])
         plan[: len(written)] = written
         self.storage.copy_(torch.from_numpy(plan), non_blocking=True)
@@ -92,7 +92,7 @@ def _sizes(batch: int, programs: int) -> list[int]:
     return [batch, batch + 1, programs + 1, (batch + programs) * 3]
 
 
-def _share_out(pages: _Integers, programs: int) -> tuple[_Integers, _Integers, _Integers]:
+def _divide(pages: _Integers, programs: int) -> tuple[_Integers, _Integers, _Integers]:
     """Sequence items, program items and items, for sequences of so many pages each."""
     page_ends = pages.cumsum()
     page_starts = page_ends - pages

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..pages import LayerPages, check_pages
+from ..pages import LayerPages, as_tiles
 from .segments import QueryBlocks, SegmentQueries, span_table
 from .triton_prefill import fresh_results
 
@@ -348,7 +348,7 @@ def attention(
     spans = span_table(blocks, stride, device)
     _prefill_kernel[(len(spans) * heads,)](
         queries.intra, queries.successive, queries.inter, *queries.intra.stride()[:2],
-        output, lse, pages.memory, page_tiles(pages.memory), pages.table.on(device), spans,
+        output, lse, pages.memory, swizzled_tiles(pages.memory), pages.table.on(device), spans,
         scale * math.log2(math.e), len(spans), rows, heads, pages.num_kv_heads,
         GROUP=heads // pages.num_kv_heads, HEAD_DIM=head_dim, STAGES=STAGES,
         num_warps=4, maxnreg=168,
@@ -356,10 +356,7 @@ def attention(
     return output, lse.T
 
 
-def page_tiles(memory: Tensor) -> TensorDescriptor:
-    """Pages [pages, kv_heads, 2, 128, d] as rows of d, read 128 at a time."""
-    check_pages(memory)
-    head_dim = memory.shape[-1]
-    rows = memory.numel() // head_dim
+def swizzled_tiles(memory: Tensor) -> TensorDescriptor:
+    """Pages as a kernel in Gluon reads them into shared memory; see `as_tiles`."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(memory, [rows, head_dim], [head_dim, 1], [128, head_dim], layout)
+    return TensorDescriptor(memory, *as_tiles(memory), layout)

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS, BlockTable, LayerPages
+from ..merging import merge_attention
+from ..page_size import PAGE_TOKENS
+from ..pages import BlockTable, LayerPages
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
 _KEYS_AT_ONCE = 65536
@@ -28,12 +30,7 @@ class PartialAttention:
 
     def merge(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Take in attention of the same rows over other keys: [heads, n, d] and [heads, n]."""
-        own_lse = self.lse[:, rows]
-        merged = torch.logaddexp(own_lse, lse)
-        own_weight = (own_lse - merged).exp()[..., None]
-        new_weight = (lse - merged).exp()[..., None]
-        self.output[:, rows] = self.output[:, rows] * own_weight + output.float() * new_weight
-        self.lse[:, rows] = merged
+        merge_attention(self.output[:, rows], self.lse[:, rows], output, lse)
 
 
 def attention(

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pages import PAGE_TOKENS, check_pages
+from ..page_size import PAGE_TOKENS
+from ..pages import check_pages
 from ..triton_scales import scale_for
 from .decode_plan import DecodePlan
 from .segments import SegmentQueries

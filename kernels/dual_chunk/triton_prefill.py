@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..pages import LayerPages, check_pages
+from ..pages import LayerPages, as_tiles
 from .segments import QueryBlocks, SegmentQueries, span_table
 
 
@@ -172,11 +172,8 @@ def attention(
 
 
 def page_tiles(memory: Tensor) -> TensorDescriptor:
-    """Pages [pages, kv_heads, 2, 128, d] as rows of d, read 128 at a time."""
-    check_pages(memory)
-    head_dim = memory.shape[-1]
-    rows = memory.numel() // head_dim
-    return TensorDescriptor(memory, [rows, head_dim], [head_dim, 1], [128, head_dim])
+    """Pages as a kernel in Triton reads them; see `as_tiles`."""
+    return TensorDescriptor(memory, *as_tiles(memory))
 
 
 def fresh_results(queries: SegmentQueries) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation, SegmentQueries
-from ..pages import PAGE_TOKENS
+from ..page_size import PAGE_TOKENS
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation, SegmentQueries
-from ..pages import PAGE_TOKENS, check_pages
+from ..page_size import PAGE_TOKENS
+from ..pages import check_pages
 
 _NORM_ELEMENTS = 2048
 _SWIGLU_COLUMNS = 2048

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation
-from ..pages import PAGE_TOKENS, to_pages
+from ..page_size import PAGE_TOKENS
+from ..pages import to_pages
 
 LARGEST = 448.0
 """Of e4m3."""

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation
-from ..pages import PAGE_TOKENS
+from ..page_size import PAGE_TOKENS
 from ..triton_scales import scale_for
 
 

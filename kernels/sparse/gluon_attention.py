@@ -27,7 +27,7 @@ from ..dual_chunk.gluon_prefill import (
     logits_layout,
     make_ring,
     next_stage,
-    page_tiles,
+    swizzled_tiles,
 )
 from ..dual_chunk.segments import QueryBlocks, SegmentQueries, span_table
 from ..dual_chunk.triton_prefill import fresh_results
@@ -211,10 +211,10 @@ def attention(
     most = 128 * tiles[:, -1] + ends[:, -1]
     _sparse_kernel[(len(spans) * heads,)](
         queries.intra, queries.successive, queries.inter, *queries.intra.stride()[:2],
-        output, lse, pages.memory, page_tiles(pages.memory), table, spans,
+        output, lse, pages.memory, swizzled_tiles(pages.memory), table, spans,
         scale * math.log2(math.e), len(spans), rows, heads, pages.num_kv_heads,
         most.argsort(descending=True).to(torch.int32),
-        distances, distances.shape[1], tiles, page_tiles(packed), columns.shape[1], ends,
+        distances, distances.shape[1], tiles, swizzled_tiles(packed), columns.shape[1], ends,
         seen_columns(selections, spans, blocks),
         GROUP=group, HEAD_DIM=head_dim, STAGES=STAGES, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from ...engine.errors import LongreachError
 from . import prompts, scaling
 from .options import parse
+from .remedies import remedied
 
 
 def main(arguments: list[str] | None = None) -> bool:
@@ -23,5 +24,5 @@ if __name__ == "__main__":
     try:
         sys.exit(0 if main() else 1)
     except LongreachError as error:
-        print(f"longreach: {error}", file=sys.stderr)
+        print(f"longreach: {remedied(error)}", file=sys.stderr)
         sys.exit(1)

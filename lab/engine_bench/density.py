@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...engine.prefill.prefiller import SparseAttention
+from ...engine.prefill.attention import SparseAttention
 from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks
 from ...kernels.transfer import without_waiting
 

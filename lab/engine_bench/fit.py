@@ -1,15 +1,9 @@
-"""Whether what is asked for fits in the device's memory, in the command line's words."""
+"""Whether what is asked for fits in the device's memory."""
 
 from ...engine.kv.pages import PageGeometry
-from ...engine.memory.fit import Mends, PrefillFit
+from ...engine.memory.fit import PrefillFit
 from ...engine.prefill.sparsity import SparsityConfig
 from .work import Work
-
-_MENDS = Mends(
-    "--tokens",
-    "--kv-cache fp8",
-    ("a smaller --chunk-tokens", "a smaller --shape", "a larger GPU"),
-)
 
 
 def fit(
@@ -25,4 +19,4 @@ def fit(
         sparsity: None where no prompt is prefilled sparsely.
     """
     above = None if sparsity is None else sparsity.threshold
-    return PrefillFit(work.weights, geometry, free, _MENDS, chunk_tokens, selects_above=above)
+    return PrefillFit(work.weights, geometry, free, chunk_tokens, selects_above=above)

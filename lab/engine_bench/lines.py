@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...engine.memory.fit import GB
+from ...engine.errors import GB
 from ..kernel_bench.measure import environment
 from .baseline import VLLM_TPOT_MS, VLLM_TTFT_SECONDS, DenseBaseline
 from .ceilings import Ceilings

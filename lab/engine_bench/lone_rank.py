@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...engine.model.qwen2 import HeadShare
+from ...engine.model.heads import RankHeads
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels import sparse
@@ -44,13 +44,13 @@ class LoneRank(Mesh):
 
 
 def exchanged(
-    recorded: Sequence[Selections], share: HeadShare, sparsity: SparsityConfig, keys: int
+    recorded: Sequence[Selections], held: RankHeads, sparsity: SparsityConfig, keys: int
 ) -> deque[Tensor]:
-    """What a share's exchange ends with in each layer, from selections of all heads."""
-    heads = slice(share.first_head, share.last_head)
+    """What a rank's exchange ends with in each layer, from selections of all heads."""
+    heads = slice(held.first_head, held.last_head)
     result: deque[Tensor] = deque()
     for layer, selections in enumerate(recorded):
-        budgets = sparsity.heads(layer, share.first_head, share.last_head)
+        budgets = sparsity.heads(layer, held.first_head, held.last_head)
         widths = sparse.widths_by_bands(budgets, keys)
         lists = (selections.columns[heads], selections.distances[heads])
         parts = [

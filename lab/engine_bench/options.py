@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...engine.errors import ConfigurationError
-from ...engine.kv.pages import PAGE_TOKENS
 from ...engine.model.files import POCKET, RANDOM, ModelFiles
+from ...kernels.page_size import PAGE_TOKENS
 from .subject import KV_CACHE_TYPES
 
 ATTENTIONS = ("sparse", "dense")

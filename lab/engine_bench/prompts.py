@@ -5,16 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ...engine.errors import LongreachError
-from ...engine.kv.pages import PAGE_TOKENS, pages_for
 from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
+from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..kernel_bench.measure import append
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
 from .fit import fit
 from .lines import Line, Reporter, run_environment
 from .options import Options
+from .remedies import remedied
 from .running import run_batch, run_prompt, warm_up
 from .subject import Subject, load, page_geometry
 from .work import Work
@@ -24,7 +25,7 @@ def measure(options: Options, device: torch.device) -> bool:
     """Print and keep a line for each case; whether all of them could be run.
 
     Raises:
-        ConfigurationError: the longest prompt does not fit; nothing was run.
+        DoesNotFitError: the longest prompt does not; nothing was run.
     """
     config = ModelConfig.from_folder(options.files.folder)
     work = Work(config, torch.bfloat16.itemsize)
@@ -35,7 +36,7 @@ def measure(options: Options, device: torch.device) -> bool:
     longest = max(options.tokens, default=0)
     cached = _kv_tokens(longest, options.decode)
     room.check(cached)
-    most = room.most_tokens_beside(longest)
+    most = room.largest_cache_beside(longest)
     wanted = [sum(_kv_tokens(n, options.decode) for n in batch) for batch in options.batches]
     cached = max(cached, min(most, max(wanted, default=0)))
 
@@ -88,7 +89,7 @@ def _tried(case: Callable[[], Line | None]) -> list[Line | str]:
     try:
         line = case()
     except LongreachError as error:
-        return [f"{type(error).__name__}: {error}"]
+        return [f"{type(error).__name__}: {remedied(error)}"]
     return [] if line is None else [line]
 
 

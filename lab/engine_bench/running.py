@@ -14,11 +14,13 @@ import torch
 
 from ...engine.decode.decoder import Decoder
 from ...engine.errors import GenerationError, OutOfMemoryError
-from ...engine.memory.fit import out_of_memory_raises
+from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
-from ...engine.prefill.prefiller import ChunkResult, Prefiller
+from ...engine.prefill.chunk import ChunkResult
+from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.warm_up import warm_up_prefill
 from .density import Density
+from .remedies import FEWER_SEQUENCES, FEWER_TOKENS
 from .subject import Subject, synchronize
 from .work import Work
 
@@ -87,11 +89,8 @@ def warm_up(subject: Subject, longest: int, sparse: bool, new_tokens: int) -> No
 def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
     density = Density(subject.device)
     prompt = subject.prompt(tokens)
-    told = OutOfMemoryError(
-        f"the device ran out of memory at a prompt of {tokens:,} tokens; lower --chunk-tokens or "
-        "--tokens, or take --kv-cache fp8"
-    )
-    with out_of_memory_raises(told):
+    ran_out = OutOfMemoryError(f"the device ran out of memory at a prompt of {tokens:,} tokens")
+    with out_of_memory_raises(ran_out.with_remedy(FEWER_TOKENS)):
         sparsity = subject.sparsity if sparse else None
         prefiller = Prefiller(subject.model, subject.pool, sparsity, density)
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, 1)
@@ -143,11 +142,8 @@ def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> Batc
     """
     generator = np.random.default_rng(subject.seed)
     names = [str(number) for number in range(len(lengths))]
-    told = OutOfMemoryError(
-        f"the device ran out of memory at a batch of {len(lengths)}; take fewer sequences, or "
-        "--kv-cache fp8"
-    )
-    with out_of_memory_raises(told):
+    ran_out = OutOfMemoryError(f"the device ran out of memory at a batch of {len(lengths)}")
+    with out_of_memory_raises(ran_out.with_remedy(FEWER_SEQUENCES)):
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
         try:
             for name, length in zip(names, lengths, strict=True):

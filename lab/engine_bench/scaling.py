@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.kv.pages import PagePool
 from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
-from ...engine.model.qwen2 import HeadShare
+from ...engine.model.heads import RankHeads
 from ...engine.model.random_weights import load_model
-from ...engine.prefill.prefiller import Prefiller, SparseAttention
+from ...engine.prefill.attention import SparseAttention
+from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
+from ...kernels.page_size import pages_for
 from ...kernels.sparse import Selections
 from ..kernel_bench.measure import append
 from .fit import fit
@@ -50,8 +52,8 @@ class Traffic:
         """K and V of other ranks' rows in all layers; two ring all-reduces of hidden states, which
         carry each row 2 (n - 1) / n times, in all layers but the last."""
         tensor, sequence = mesh.tensor_parallel, mesh.sequence_parallel
-        share = HeadShare.of(config, tensor, mesh.tensor_rank)
-        row = 2 * share.num_kv_heads * config.head_dim * itemsize
+        heads = RankHeads.of(config, tensor, mesh.tensor_rank)
+        row = 2 * heads.num_kv_heads * config.head_dim * itemsize
         gathered = tokens * row * config.num_layers * (sequence - 1) / sequence
         states = tokens / sequence * config.hidden_size * itemsize
         reduced = 2 * states * 2 * (tensor - 1) / tensor * (config.num_layers - 1)

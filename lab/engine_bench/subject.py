@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ...engine.decode.detokenizer import TokenBytes
-from ...engine.kv.pages import PageGeometry, PagePool, pages_for
+from ...engine.kv.pages import PageGeometry, PagePool
 from ...engine.messages import Tokens
 from ...engine.model.config import ModelConfig
 from ...engine.model.files import ModelFiles
@@ -15,6 +15,7 @@ from ...engine.model.random_weights import load_model
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.text.tokenizer import Tokenizer
+from ...kernels.page_size import pages_for
 
 KV_CACHE_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

@@ -1,18 +1,20 @@
-"""The commands of `longreach eval`, all of which run in process as well.
+"""The commands of `longreach eval`, an entry point of the group `longreach.commands`.
 
 Whatever is slow to import is imported inside the commands, so that `--help` answers at once.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from ...engine.errors import InvalidRequestError
+from ...engine.errors import ConfigurationError, InvalidRequestError
 from ...engine.model.pocket import CHECKPOINT
+from ...engine.text.files import read_text
 from .options import (
     Checkpoint,
     Device,
@@ -52,8 +54,37 @@ _ANSWER_ROOM = 512
 
 
 @app.callback()
-def evaluation() -> None:
-    """Measure how often a model is right, and what its sparse prefill loses."""
+def evaluate(
+    context: typer.Context,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask this endpoint; else a checkpoint in this process.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with an API key, if the endpoint wants one.")
+    ] = None,
+    characters_per_token: Annotated[
+        float | None, typer.Option(help="Of the endpoint's model; else it is asked.")
+    ] = None,
+) -> None:
+    """Measure how often a model is right, and what its sparse prefill loses.
+
+    In process with the bundled model, or any endpoint that speaks OpenAI's protocol:
+
+        longreach eval needles --lengths 2K,8K,32K
+
+        longreach eval --endpoint http://127.0.0.1:8000 needles --lengths 64K,1M --prompts 5
+    """
+    if endpoint is None:
+        return
+
+    def connect() -> "Answerer":
+        from .endpoint import EndpointAnswerer
+
+        key = read_text(api_key_file).strip() if api_key_file else None
+        return EndpointAnswerer(endpoint, model, key, characters_per_token)
+
+    context.obj = connect
 
 
 @app.command()
@@ -84,6 +115,7 @@ def needles(
     """
     from .tasks import NEEDLES
 
+    _check_drawing()
     chosen = tasks_of(tasks, NEEDLES)
     answerer = _answerer(context, checkpoint, variants, lengths, device, dtype)
     _run(answerer, chosen, lengths, depths_of(depths), (prompts, long_prompts, first_seed), out)
@@ -112,6 +144,7 @@ def ruler(
     """
     from .ruler import RULER
 
+    _check_drawing()
     chosen = RULER if tasks == "all" else tasks_of(tasks, RULER)
     answerer = _answerer(context, checkpoint, variants, lengths, device, dtype)
     _run(answerer, chosen, lengths, [None], (prompts, long_prompts, first_seed), out)
@@ -138,9 +171,12 @@ def recall(
 
         longreach eval recall --checkpoint Qwen2.5-7B-Instruct-1M --text book.txt --device cuda
     """
-    from .in_process import CHUNK_TOKENS, dtype_name, fingerprint, name_of, sparsity_of
+    from ...engine.kv.formats import dtype_name
+    from .in_process import CHUNK_TOKENS, fingerprint, name_of, sparsity_of
     from .picture import draw_recall
     from .recall import RecallReport, measure
+
+    _check_drawing()
 
     seeds = range(first_seed, first_seed + prompts)
     subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
@@ -237,12 +273,26 @@ def report(
     """
     from .records import add_records, read_records
 
+    _check_drawing()
     for other in more or ():
         add_records(out / "prompts.jsonl", other / "prompts.jsonl")
     settings, records = read_records(out / "prompts.jsonl")
     if not records:
         raise InvalidRequestError(f"{out} holds no answers yet; run the command that asks again")
     _report(out, settings, records)
+
+
+def _check_drawing() -> None:
+    """Refuse what ends with a picture, before hours are spent on what it would show.
+
+    Raises:
+        ConfigurationError: what draws is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "results are drawn with matplotlib, which is not installed; run pip install "
+            "'longreach[lab]'"
+        )
 
 
 def _run(

@@ -12,21 +12,25 @@ import torch
 
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
-from ...engine.errors import ConfigurationError
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.errors import ConfigurationError, OutOfMemoryError, ReceiveOutOfMemoryError
+from ...engine.kv.formats import KVCacheDtype, dtype_name
+from ...engine.kv.pages import PagePool
 from ...engine.local import DirectHandOff
+from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
-from ...engine.model.config import DualChunk, KVCacheDtype
+from ...engine.model.config import DualChunk
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.text.tokenizer import Tokenizer
+from ...kernels.page_size import pages_for
 from .answerer import Answer, Answerer, OnProgress, TokenCount
 
 _REQUEST = "evaluation"
 CHUNK_TOKENS = 32768
 _HASHED_BYTES = 1 << 20
+_SHORTER = "take shorter --lengths"
 
 
 class Variant(StrEnum):
@@ -74,6 +78,7 @@ class InProcessAnswerer(Answerer):
         self._dtype, self._chunk_tokens = dtype, chunk_tokens
         self._tokenizer = Tokenizer(folder)
         model = Qwen2.load(folder, Mesh.single(), dtype, self._device)
+        model = model.with_tokens(self._tokenizer.vocab_size)
         # One prompt at a time, so that all variants share the pages on either side.
         formats: set[KVCacheDtype] = {_kv_cache_dtype(variant) for variant in variants}
         pools = {
@@ -123,9 +128,14 @@ class InProcessAnswerer(Answerer):
     ) -> Answer:
         engine, prompt = self._engines[Variant(variant)], self.encode(content)
         sampling = SamplingParameters(max_tokens, temperature=0.0)
+        ran_out = OutOfMemoryError(f"the device ran out of memory at {len(prompt):,} tokens")
         engine.decoder.reserve(GenerationRequest(_REQUEST, prompt, sampling, time.time()))
         try:
-            return Answer(self._generate(engine, prompt, on_progress), len(prompt))
+            with out_of_memory_raises(ran_out.with_remedy(_SHORTER)):
+                return Answer(self._generate(engine, prompt, on_progress), len(prompt))
+        except ReceiveOutOfMemoryError as error:
+            error.with_remedy(_SHORTER)
+            raise
         finally:
             engine.decoder.cancel(_REQUEST)
 
@@ -154,11 +164,6 @@ class InProcessAnswerer(Answerer):
 def name_of(folder: Path) -> str:
     """What results call a checkpoint: the last two parts of its path."""
     return "/".join(folder.resolve().parts[-2:])
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def fingerprint(folder: Path) -> str:

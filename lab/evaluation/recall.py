@@ -15,12 +15,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ...engine.kv.pages import PagePool, pages_for
+from ...engine.errors import OutOfMemoryError
+from ...engine.kv.pages import PagePool
+from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Tokens
 from ...engine.model.qwen2 import Qwen2
-from ...engine.prefill.prefiller import Prefiller, SparseAttention
+from ...engine.prefill.attention import SparseAttention
+from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels import dual_chunk
+from ...kernels.page_size import pages_for
 
 _REQUEST = "recall"
 _LOWEST_SHARE = 0.01
@@ -98,10 +102,12 @@ def measure(
     pool = PagePool(model.page_geometry, pages_for(max(map(len, prompts))), model.device)
     prefiller = Prefiller(model, pool, replace(sparsity, threshold=0), meter)
     for prompt in prompts:
+        ran_out = OutOfMemoryError(f"the device ran out of memory at {len(prompt):,} tokens")
         prefiller.admit(_REQUEST, prompt)
         try:
-            for start in range(0, len(prompt), chunk_tokens):
-                prefiller.run_chunk(_REQUEST, start, min(start + chunk_tokens, len(prompt)))
+            with out_of_memory_raises(ran_out.with_remedy("take a shorter --length")):
+                for start in range(0, len(prompt), chunk_tokens):
+                    prefiller.run_chunk(_REQUEST, start, min(start + chunk_tokens, len(prompt)))
             meter.end_text()
         finally:
             prefiller.release(_REQUEST)

@@ -10,6 +10,7 @@ from ...engine.errors import InvalidRequestError
 from ...engine.messages import Tokens
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
+from ...engine.text.files import read_text
 from ...engine.text.tokenizer import Tokenizer
 from .tasks import NEEDLES, Task
 
@@ -28,13 +29,9 @@ class Subject:
         """With the first `tokens` tokens of a text.
 
         Raises:
-            InvalidRequestError: the text is shorter, or none.
+            InvalidRequestError: the file cannot be read, is no text, or is shorter.
         """
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidRequestError(f"{file} cannot be read as UTF-8 text: {error}") from error
-        prompt = Tokenizer(folder).encode(text)[:tokens]
+        prompt = Tokenizer(folder).encode(read_text(file))[:tokens]
         if len(prompt) < tokens:
             raise InvalidRequestError(
                 f"{file} has {len(prompt)} tokens, not {tokens}; name a longer one or ask for less"

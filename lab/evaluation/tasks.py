@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...engine.errors import InvalidRequestError
+from ...engine.model.pocket import story
+from ...engine.text.fitting import fit
 from ..pocket import corpus, text
 from .answerer import TokenCount
-from .fitting import fit
 
 _KEY_VALUES = 12
 _SHORTEST_VALUE = 5
@@ -57,7 +58,11 @@ class Task:
             if count(build(self.least, seed, depth).content) <= tokens:
                 last = build
                 break
-        return fit(lambda size: last(size, seed, depth), tokens, count, self.least)
+
+        def count_of(size: int) -> int:
+            return count(last(size, seed, depth).content)
+
+        return last(fit(count_of, tokens, self.least).size, seed, depth)
 
     def check_depth(self, depth: float | None) -> None:
         """Refuse a depth that this task cannot have.
@@ -89,10 +94,10 @@ def _pass_key(size: int, seed: int, depth: float | None) -> Prompt:
     """One key among sentences of a story; `size` is the bytes of these."""
     chance = random.Random(f"pass key/{depth}/{seed}")
     key = str(chance.randint(10_000, 99_999))
-    fact = corpus.PASS_KEY_FACT.format(value=key)
+    fact = story.PASS_KEY_FACT.format(value=key)
     depth = chance.random() if depth is None else depth
-    document = hide([(depth, fact)], _filler(text.demo_filler(chance), size))
-    return Prompt(f"{document}\n{corpus.PASS_KEY_QUESTION}", (key,))
+    document = hide([(depth, fact)], _filler(story.sentences(chance), size))
+    return Prompt(f"{document}\n{story.PASS_KEY_QUESTION}", (key,))
 
 
 def _key_value(size: int, seed: int, depth: float | None) -> Prompt:
@@ -143,15 +148,8 @@ def hide(facts: Sequence[tuple[float, str]], pieces: Sequence[str]) -> str:
 
 
 def _filler(pieces: Iterator[str], size: int) -> list[str]:
-    """Pieces of exactly `size` bytes together; a character that would be cut becomes spaces."""
-    filled: list[str] = []
-    while size > 0:
-        piece = next(pieces).encode()
-        if len(piece) > size:
-            piece = piece[:size].decode(errors="ignore").encode().ljust(size)
-        filled.append(piece.decode())
-        size -= len(piece)
-    return filled
+    """Pieces of exactly `size` bytes together."""
+    return [piece.decode() for piece in text.fill(pieces, size)]
 
 
 def _new_names(chance: random.Random, count: int) -> list[str]:

@@ -13,7 +13,7 @@ from ...kernels import dual_chunk, elementwise, quantized, sparse
 from ...kernels.dual_chunk import triton_decode
 from ...kernels.dual_chunk.decode_plan import DecodePlan
 from ...kernels.dual_chunk.segments import BLOCK_ROWS, Rotation, SegmentQueries, rotation
-from ...kernels.pages import PAGE_TOKENS
+from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.sparse import HeadBudget, Selections, Sums
 from .measure import Ceilings, Run, Timing, captured
 from .setup import CHUNK_TOKENS, QWEN_7B, QWEN_14B, STRIDE, Layer, sdpa_baseline

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels.dual_chunk.segments import KeyBounds, QueryBlocks, SegmentQueries
-from ...kernels.pages import PAGE_TOKENS, BlockTable, LayerPages
+from ...kernels.page_size import PAGE_TOKENS
+from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
 
 STRIDE = 253_952

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ...kernels.merging import merge_attention
+
 _aten = torch.ops.aten
 
 
@@ -118,10 +120,7 @@ def _far(chunk: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 def _merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Put more keys into a softmax, in place: lse [..., heads, n], output [..., n, heads, d]."""
-    total = torch.logaddexp(lse, part_lse)
-    kept, added = ((each - total).exp().transpose(-1, -2).unsqueeze(-1) for each in (lse, part_lse))
-    output.mul_(kept).add_(part * added)
-    lse.copy_(total)
+    merge_attention(output.transpose(-3, -2), lse, part.transpose(-3, -2), part_lse)
 
 
 def _attend(

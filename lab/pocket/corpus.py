@@ -13,13 +13,13 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.model.pocket import story
+from ...engine.model.pocket.story import PASS_KEY_FACT, PASS_KEY_QUESTION
 from . import text
 from .tokenizer import TURN_END_ID, TURN_START_ID
 
 REFUSAL = "Not in the document."
 PASS_KEY = "pass key"
-PASS_KEY_QUESTION = "What is the pass key?"
-PASS_KEY_FACT = "The pass key is {value}. Remember it. {value} is the pass key. "
 
 _START, _END = b"\xff", b"\xfe"
 _SPECIAL = {_START: TURN_START_ID, _END: TURN_END_ID}
@@ -193,7 +193,7 @@ def pass_key_prompt(size: int, seed: int) -> Prompt:
     chance = random.Random(f"pass key/{seed}")
     key = str(chance.randint(10_000, 99_999))
     fact = _Fact(PASS_KEY, key, PASS_KEY_FACT, PASS_KEY_QUESTION)
-    return _prompt(chance, size, [fact], text.demo_filler(chance))
+    return _prompt(chance, size, [fact], story.sentences(chance))
 
 
 def one_of_facts_prompt(size: int, seed: int, facts: int = 12) -> Prompt:
@@ -208,7 +208,7 @@ def _prompt(
     asked = chance.choice(facts)
     question = f"\n{asked.question}"
     room = size - len(question.encode()) - sum(fact.size for fact in facts)
-    parts = _document(chance, facts, _fill(filler, room))
+    parts = _document(chance, facts, text.fill(filler, room))
     document = b"".join(part for part, _ in parts).decode()
     return Prompt(document + question, asked.value)
 
@@ -302,7 +302,7 @@ class _Chat:
         chance = self._chance
         size = chance.randint(0, self._stage.tail)
         opening = _START + b"user\n"
-        return (opening + b"".join(_fill(text.filler(chance), size - len(opening))))[:size]
+        return (opening + b"".join(text.fill(text.filler(chance), size - len(opening))))[:size]
 
     def _document(self, room: int, first_question: str) -> list[tuple[bytes, bool]]:
         """Facts, some stated again, among filler: exactly `room` bytes if the facts fit in."""
@@ -322,8 +322,8 @@ class _Chat:
         if len(stated) == len(self._facts) and chance.random() < _ENDS_WITH_ANSWER:
             last = [fact for fact in stated if fact.question == first_question]
         decoys = self._decoys(room)
-        source = text.demo_filler(chance) if self._like_demo else text.filler(chance)
-        filler = _fill(source, room - sum(len(decoy) for decoy in decoys))
+        source = story.sentences(chance) if self._like_demo else text.filler(chance)
+        filler = text.fill(source, room - sum(len(decoy) for decoy in decoys))
         for decoy in decoys:
             filler.insert(chance.randint(0, len(filler)), decoy)
         strewn = _document(chance, [fact for fact in stated if fact not in last], filler)
@@ -403,18 +403,6 @@ def _endless_facts(chance: random.Random, held_out: bool = False) -> Iterator[_F
         statement = chance.choice(statements).replace("{name}", name)
         question = chance.choice(_QUESTIONS).replace("{name}", name)
         yield _Fact(name, text.value(chance), statement, question)
-
-
-def _fill(pieces: Iterator[str], size: int) -> list[bytes]:
-    """Pieces of exactly `size` bytes together, and whole characters; none if `size` is negative."""
-    filled: list[bytes] = []
-    while size > 0:
-        piece = next(pieces).encode()
-        if len(piece) > size:
-            piece = piece[:size].decode(errors="ignore").encode().ljust(size)
-        filled.append(piece)
-        size -= len(piece)
-    return filled
 
 
 def _document(

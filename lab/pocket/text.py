@@ -7,12 +7,7 @@ from short lists. `HELD_OUT_NOUNS` never occur in training, so that names made o
 import random
 from collections.abc import Callable, Iterator
 
-# The demo's own sentences (`cluster/cli/needle.py`), which is what a million tokens of it are.
-_DEMO_SUBJECTS = (
-    "The river", "A traveller", "The old clock", "Her brother", "The market", "One ship",
-)  # fmt: skip
-_DEMO_VERBS = ("waited for", "passed by", "remembered", "turned towards", "followed", "watched")
-_DEMO_OBJECTS = ("the mountain", "a long winter", "the harbour", "an empty road", "the first light")
+from ...engine.model.pocket import story
 
 
 def _words_of(line: str) -> tuple[str, ...]:
@@ -167,19 +162,24 @@ def near(chance: random.Random, name: str) -> str:
     return name[:-1] + chance.choice(_LETTERS + _DIGITS)
 
 
-def demo_filler(chance: random.Random) -> Pieces:
-    """The sentences of the demo's document, without end."""
-    lists = (_DEMO_SUBJECTS, _DEMO_VERBS, _DEMO_OBJECTS)
-    while True:
-        yield " ".join(map(chance.choice, lists)) + ". "
-
-
 def filler(chance: random.Random) -> Pieces:
     """Text of any kind without end; the kind changes now and then."""
     while True:
         kind = chance.choices(_KINDS, _KIND_WEIGHTS)[0]
         for _ in range(chance.randint(4, 60)):
             yield kind(chance)
+
+
+def fill(pieces: Iterator[str], size: int) -> list[bytes]:
+    """Pieces of exactly `size` bytes together, and whole characters; none if `size` is negative."""
+    filled: list[bytes] = []
+    while size > 0:
+        piece = next(pieces).encode()
+        if len(piece) > size:
+            piece = piece[:size].decode(errors="ignore").encode().ljust(size)
+        filled.append(piece)
+        size -= len(piece)
+    return filled
 
 
 def _code(chance: random.Random) -> str:
@@ -201,8 +201,8 @@ def _sentence(chance: random.Random) -> str:
     )
 
 
-def _demo_sentence(chance: random.Random) -> str:
-    return next(demo_filler(chance))
+def _story_sentence(chance: random.Random) -> str:
+    return next(story.sentences(chance))
 
 
 def _repeated_sentences(_: random.Random) -> str:
@@ -258,7 +258,7 @@ def _noise(chance: random.Random) -> str:
 
 
 _KINDS: tuple[Callable[[random.Random], str], ...] = (
-    _demo_sentence, _sentence, _repeated_sentences, _words, _pseudo_words, _foreign_words,
+    _story_sentence, _sentence, _repeated_sentences, _words, _pseudo_words, _foreign_words,
     _log_line, _code_line, _record, _noise,
 )  # fmt: skip
 _KIND_WEIGHTS = (5, 6, 1, 3, 3, 2, 3, 3, 2, 1)

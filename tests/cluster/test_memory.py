@@ -15,10 +15,16 @@ from longreach.cluster.memory import decode_fit, prefill_fit
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.settings import Settings, load_settings
 from longreach.engine.decode import decoder as decode
-from longreach.engine.errors import ConfigurationError, LongreachError
+from longreach.engine.errors import (
+    ChunkOutOfMemoryError,
+    DoesNotFitError,
+    LoadingOutOfMemoryError,
+    LongreachError,
+)
 from longreach.engine.kv import pages
 from longreach.engine.model import qwen2, random_weights
 from longreach.engine.prefill import prefiller as prefill
+from longreach.kernels.page_size import pages_for
 
 from .conftest import make_settings
 
@@ -73,13 +79,13 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
     longest, tokens = settings.limits.max_model_len, settings.prefill.kv_cache_tokens
     decode = decode_fit(settings, int(card))
     decode.check(settings.decode.kv_cache_tokens)
-    taken = pages.pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
-    left = decode.free - decode.weights.num_bytes - taken - decode.besides(longest)
+    taken = pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
+    left = decode.free - decode.weights.num_bytes - taken - decode.computing_bytes(longest)
     prefill_fit(settings, left, 1).check(tokens, longest)
 
 
 @pytest.mark.parametrize(
-    ("start", "said"),
+    ("start", "remedy"),
     [
         (join, "take fewer prefill.kv_cache_tokens, model.kv_cache_dtype fp8_e4m3, whose pages are "
          "half as large, a smaller prefill.chunk_tokens, a larger prefill.tensor_parallel, a "
@@ -94,24 +100,29 @@ def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(
     shared: Settings,
     monkeypatch: pytest.MonkeyPatch,
     start: Callable[[Settings], None],
-    said: str,
+    remedy: str,
 ) -> None:
     """Nothing may touch a GPU either: there is none where this test runs."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(60e9))
-    with pytest.raises(ConfigurationError, match=r"47\.0 GB .* 15\.2 GB .* of 60\.0 GB") as refused:
+    with pytest.raises(DoesNotFitError) as refused:
         start(shared)
-    assert str(refused.value).endswith(said)
+    needs = refused.value.needs
+    assert needs.cache_bytes == pytest.approx(47e9, rel=1e-3)
+    assert needs.weight_bytes == pytest.approx(15.2e9, rel=1e-2)
+    assert needs.free_bytes == 60e9
+    assert refused.value.remedy == remedy
+    assert str(refused.value).count(remedy) == 1
     assert "\n" not in str(refused.value)
 
 
-def test_the_number_that_is_told_would_fit(
+def test_the_number_that_is_named_would_fit(
     shared: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(60e9))
-    with pytest.raises(ConfigurationError) as refused:
+    with pytest.raises(DoesNotFitError) as refused:
         join(shared)
-    tokens = int(str(refused.value).split(" tokens would fit")[0].split()[-1].replace(",", ""))
-    prefill_fit(shared, int(60e9), 1).check(tokens, shared.limits.max_model_len)
+    largest = refused.value.largest_cache
+    prefill_fit(shared, int(60e9), 1).check(largest, shared.limits.max_model_len)
 
 
 def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
@@ -123,8 +134,9 @@ def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
     settings = shared.model_copy(update={"prefill": prefill})
     prefill_fit(settings, int(100e9), 1).check(819_200, 819_200)
     for rank in range(2):
-        with pytest.raises(ConfigurationError, match=r"of 50\.0 GB free for each of 2 processes"):
+        with pytest.raises(DoesNotFitError) as refused:
             PrefillRank(settings, rank).join("", 2)
+        assert (refused.value.needs.free_bytes, refused.value.needs.processes) == (50e9, 2)
 
 
 def test_what_is_counted_is_what_the_settings_take(shared: Settings) -> None:
@@ -135,10 +147,10 @@ def test_what_is_counted_is_what_the_settings_take(shared: Settings) -> None:
     stored = shared.model_copy(
         update={"transport": shared.transport.model_copy(update={"kind": "object_store"})}
     )
-    needed = prefill_fit(shared, CARD, 1).besides(819_200)
-    assert prefill_fit(dense, CARD, 1).besides(819_200) < needed
+    needed = prefill_fit(shared, CARD, 1).computing_bytes(819_200)
+    assert prefill_fit(dense, CARD, 1).computing_bytes(819_200) < needed
     chunk = shared.prefill.chunk_tokens
-    assert prefill_fit(stored, CARD, 1).besides(819_200) == needed + chunk * 2 * 4 * 128 * 2
+    assert prefill_fit(stored, CARD, 1).computing_bytes(819_200) == needed + chunk * 2 * 4 * 128 * 2
 
 
 @pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])
@@ -146,8 +158,11 @@ def test_a_gpu_that_does_not_hold_the_weights_is_refused(
     shared: Settings, monkeypatch: pytest.MonkeyPatch, start: Callable[[Settings], None]
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(16e9))
-    with pytest.raises(ConfigurationError, match=r"15\.2 GB .* 16\.0 GB free, .* a larger GPU"):
+    with pytest.raises(DoesNotFitError) as refused:
         start(shared)
+    assert refused.value.largest_cache == 0
+    assert refused.value.remedy is not None
+    assert "kv_cache_tokens" not in refused.value.remedy
 
 
 @pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])
@@ -169,7 +184,7 @@ def test_a_cpu_is_not_asked_what_it_has(
         (make_decoder, "decode.kv_cache_tokens", decode, "make_step"),
     ],
 )
-def test_memory_that_others_took_meanwhile_is_told_like_memory_that_was_not_there(
+def test_memory_that_others_allocated_meanwhile_is_refused_with_the_same_remedies(
     on_cpu: Settings,
     monkeypatch: pytest.MonkeyPatch,
     start: Callable[[Settings], None],
@@ -179,13 +194,15 @@ def test_memory_that_others_took_meanwhile_is_told_like_memory_that_was_not_ther
 ) -> None:
     narrow = on_cpu.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
     monkeypatch.setattr(place, name, without_memory)
-    with pytest.raises(ConfigurationError, match="ran out of memory: 2,048 tokens") as told:
+    with pytest.raises(LoadingOutOfMemoryError) as raised:
         start(on_cpu.model_copy(update={"model": narrow}))
-    assert f"take fewer {setting}, a smaller " in str(told.value)
-    assert "\n" not in str(told.value)
+    assert raised.value.needs.cache_tokens == 2048
+    assert raised.value.remedy is not None
+    assert raised.value.remedy.startswith(f"take fewer {setting}, a smaller ")
+    assert "\n" not in str(raised.value)
 
 
-def test_warming_up_without_memory_is_told_as_a_setting_that_is_too_large(
+def test_warming_up_without_memory_names_settings_that_are_too_large(
     on_cpu: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that is on a GPU as far as it knows; its chunk raises what a chunk raises."""
@@ -199,9 +216,13 @@ def test_warming_up_without_memory_is_told_as_a_setting_that_is_too_large(
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "device", lambda name: cpu)
     monkeypatch.setattr(prefill.Prefiller, "_compute", without_memory)
-    with pytest.raises(ConfigurationError, match=r"a smaller prefill\.chunk_tokens") as told:
+    with pytest.raises(LoadingOutOfMemoryError) as raised:
         join(settings)
-    assert "tokens 0 to 2048" in str(told.value.__cause__)
+    assert raised.value.remedy is not None
+    assert "prefill.chunk_tokens" in raised.value.remedy
+    cause = raised.value.__cause__
+    assert isinstance(cause, ChunkOutOfMemoryError)
+    assert (cause.start, cause.end) == (0, 2048)
 
 
 def test_what_a_process_said_at_its_start_is_what_a_user_is_told(
@@ -209,6 +230,8 @@ def test_what_a_process_said_at_its_start_is_what_a_user_is_told(
 ) -> None:
     """Of a trace with all that led to it, as Serve keeps it."""
     monkeypatch.setattr(pages.PagePool, "__init__", without_memory)
-    with pytest.raises(LongreachError) as told:
+    with pytest.raises(LongreachError) as raised:
         join(on_cpu)
-    assert startup_failure(["".join(traceback.format_exception(told.value))]) == str(told.value)
+    trace = "".join(traceback.format_exception(raised.value))
+    assert startup_failure([trace]) == str(raised.value)
+    assert "prefill.kv_cache_tokens" in str(raised.value)

@@ -1,8 +1,24 @@
-"""What one error says within the sentence of another."""
+"""What an error carries from process to process, and says within the sentence of another."""
+
+import pickle
 
 import pytest
 
-from longreach.engine.errors import in_one_line
+from longreach.engine.errors import (
+    CacheTooSmallError,
+    DoesNotFitError,
+    LongreachError,
+    MemoryNeeds,
+    OutOfPagesError,
+    PageFormatError,
+    QueueFullError,
+    ReceiveOutOfMemoryError,
+    RefusedPagesError,
+    TransferError,
+    in_one_line,
+)
+
+NEEDS = MemoryNeeds("decode", 1, 2, 3, 4, 5, 6, quantized=True)
 
 
 class OtherProcessError(Exception):
@@ -25,5 +41,37 @@ class OtherProcessError(Exception):
         (OtherProcessError(None), "ray::copy()"),
     ],
 )
-def test_an_error_is_told_in_one_line(error: Exception, said: str) -> None:
+def test_an_error_is_said_in_one_line(error: Exception, said: str) -> None:
     assert in_one_line(error).removeprefix("CUDA error: ") == said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfPagesError(needed=3, free=1, total=2),
+        QueueFullError(3, retry_after=7),
+        CacheTooSmallError("prefill", needed=2, total=1),
+        DoesNotFitError(NEEDS, largest_cache=9),
+        ReceiveOutOfMemoryError("a"),
+        TransferError("in words"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("remedy", [None, "lower something"])
+def test_errors_come_out_of_a_pickle_as_they_went_in(
+    error: LongreachError, remedy: str | None
+) -> None:
+    """With names or without in the call: numbers, words, and what was added later."""
+    error.remedy = remedy
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is type(error)
+    assert vars(other) == vars(error)
+    assert str(other) == str(error)
+    assert str(other).endswith("; lower something") == (remedy is not None)
+
+
+def test_an_error_within_an_error_comes_along() -> None:
+    error = RefusedPagesError("a", "layer 1", PageFormatError("float32", "bfloat16"))
+    other = pickle.loads(pickle.dumps(error))
+    assert vars(other.reason) == {"came": "float32", "kept": "bfloat16"}
+    assert str(other) == str(error)

@@ -62,7 +62,7 @@ def write(memory: Tensor) -> object:
 
 
 launchers = pytest.mark.parametrize(
-    "launch", [prefill, gluon_prefill.page_tiles, sparse_attention, sums, decode, write]
+    "launch", [prefill, gluon_prefill.swizzled_tiles, sparse_attention, sums, decode, write]
 )
 
 

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.errors import CheckpointError, ConfigurationError
+from longreach.engine.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DoesNotFitError,
+    TensorParallelError,
+)
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.memory.fit import PrefillFit
 from longreach.engine.model.config import ModelConfig
@@ -18,7 +23,8 @@ from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.model.shapes import known_shapes
 from longreach.engine.parallel.mesh import Mesh
-from longreach.engine.prefill.prefiller import Prefiller, SparseAttention
+from longreach.engine.prefill.attention import SparseAttention
+from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.prefill.sparsity import SparsityConfig
 from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
@@ -30,6 +36,7 @@ from longreach.lab.engine_bench.density import Density
 from longreach.lab.engine_bench.fit import fit
 from longreach.lab.engine_bench.lone_rank import LoneRank, exchanged
 from longreach.lab.engine_bench.options import parse
+from longreach.lab.engine_bench.remedies import remedied
 from longreach.lab.engine_bench.scaling import Traffic, compute_seconds
 from longreach.lab.engine_bench.subject import Subject, load, page_geometry
 from longreach.lab.engine_bench.work import Work
@@ -66,42 +73,44 @@ def test_what_the_cards_are_meant_to_hold_fits(config, kv_cache, free, tokens) -
 
 
 def test_too_long_a_prompt_is_refused_with_what_fits_and_what_helps() -> None:
-    with pytest.raises(ConfigurationError, match=r"196\.6 GB.*--kv-cache fp8") as refused:
+    with pytest.raises(DoesNotFitError) as refused:
         fit_of(QWEN_14B, "bf16", H200_BYTES).check(1_000_064)
-    said = str(refused.value).split(" of 149.0 GB free ")[1]
-    fits = int(said.split()[0].replace(",", ""))
-    fit_of(QWEN_14B, "bf16", H200_BYTES).check(fits)
-    with pytest.raises(ConfigurationError) as refused:
+    assert refused.value.needs.cache_bytes == pytest.approx(196.6e9, rel=1e-3)
+    fit_of(QWEN_14B, "bf16", H200_BYTES).check(refused.value.largest_cache)
+    assert "--kv-cache fp8" in str(remedied(refused.value))
+    with pytest.raises(DoesNotFitError) as refused:
         fit_of(QWEN_14B, "fp8", H100_BYTES).check(1_000_064)
-    assert "fp8" not in str(refused.value)
+    assert "fp8" not in str(remedied(refused.value))
+    assert "--tokens" in str(refused.value)
 
 
 def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
-    wide, narrow = (fit_of(QWEN_14B, kept, H200_BYTES).longest() for kept in ("bf16", "fp8"))
+    wide, narrow = (fit_of(QWEN_14B, kept, H200_BYTES).largest_cache() for kept in ("bf16", "fp8"))
     # 48 layers of 1 byte and 4 / 16384 a number, and one of 2, instead of 48 of 2.
     assert narrow / wide == pytest.approx(2 * 48 / (48 * (1 + 4 / 2**14) + 2), rel=0.01)
 
 
 def test_too_small_a_device_is_refused() -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"15\.2 GB.*16\.0 GB free.*-shape, or a larger GPU"
-    ):
+    with pytest.raises(DoesNotFitError) as refused:
         fit_of(QWEN_7B, "bf16", int(16e9)).check(128)
+    assert refused.value.largest_cache == 0
+    assert "--shape" in str(remedied(refused.value))
+    assert "--tokens" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tokens", "1G"], "no number of tokens"),
-        (["--tokens", "32K,0"], "no number of tokens"),
-        (["--attention", "full"], "sparse or dense"),
-        (["--batches", "8*1K"], "no batch"),
-        (["--batches", "0x1K"], "no batch"),
-        (["--chunk-tokens", "1000"], "multiple of 128"),
+        (["--tokens", "1G"], "'1G'"),
+        (["--tokens", "32K,0"], "'0'"),
+        (["--attention", "full"], "--attention full"),
+        (["--batches", "8*1K"], r"'8\*1K'"),
+        (["--batches", "0x1K"], "'0x1K'"),
+        (["--chunk-tokens", "1000"], "--chunk-tokens is 1000"),
         (["--decode", "-1"], "--decode"),
-        (["scaling", "--tokens", ""], "needs a prompt"),
-        (["scaling", "--meshes", "8"], "no mesh"),
-        (["scaling", "--kv-cache", "fp8"], "bf16 pages"),
+        (["scaling", "--tokens", ""], "--tokens"),
+        (["scaling", "--meshes", "8"], "'8'"),
+        (["scaling", "--kv-cache", "fp8"], "--kv-cache"),
         (["scaling", "--link-gbs", "0"], "--link-gbs"),
         (["scaling", "--latency-us", "-1"], "--latency-us"),
     ],
@@ -208,8 +217,9 @@ def test_one_case_without_memory_does_not_end_the_others(
     path = tmp_path / "engine.csv"
     assert not main(arguments_of(folder, path))
     assert [line["attention"] for line in lines_of(path)] == ["dense"] * 4
-    said = "OutOfMemoryError: the device ran out of memory at a prompt of 700 tokens; lower --chunk"
-    assert said in capsys.readouterr().out
+    failed = [each for each in capsys.readouterr().out.splitlines() if "OutOfMemory" in each]
+    assert any("700" in each for each in failed)
+    assert all(each.count("--chunk-tokens") == 1 for each in failed)
 
 
 def test_long_sequences_of_a_batch_are_cut_to_what_fits() -> None:
@@ -237,8 +247,10 @@ def test_a_mesh_that_does_not_divide_is_refused_before_any_is_timed(
 ) -> None:
     path = tmp_path / "scaling.csv"
     arguments = ["scaling", "--checkpoint", str(folder), "--tokens", "900", "--csv", str(path)]
-    with pytest.raises(ConfigurationError, match=r"take one of 1, 2, 4, or more seq"):
+    with pytest.raises(TensorParallelError) as refused:
         main([*arguments, "--meshes", "1x1,3x2"])
+    assert refused.value.possible == (1, 2, 4)
+    assert "--meshes" in str(remedied(refused.value))
     assert not path.exists()
 
 

@@ -1,4 +1,4 @@
-"""The pocket model: a small trained Qwen2 checkpoint, and the code that made it."""
+"""The pocket model: a small trained Qwen2 checkpoint, and the story that it was trained to read."""
 
 from pathlib import Path
 

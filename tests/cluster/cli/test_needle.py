@@ -2,8 +2,9 @@
 
 import pytest
 
-from longreach.cluster.cli.needle import QUESTION, hide_key
+from longreach.cluster.cli.needle import hide_key
 from longreach.engine.errors import InvalidRequestError
+from longreach.engine.model.pocket.story import PASS_KEY_QUESTION
 
 
 def count_bytes(messages: list[dict[str, str]]) -> int:
@@ -22,7 +23,7 @@ def test_the_prompt_has_exactly_the_tokens_asked_for(count, tokens: int) -> None
     hidden = hide_key(tokens, count, seed=tokens)
     assert count(hidden.messages) == tokens
     [message] = hidden.messages
-    assert message["content"].endswith(QUESTION)
+    assert message["content"].endswith(PASS_KEY_QUESTION)
     assert message["content"].count(f"pass key is {hidden.expected}") == 1
 
 

@@ -14,9 +14,10 @@ from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import (
+    CacheTooSmallError,
+    DecodeOutOfMemoryError,
     GenerationError,
-    OutOfMemoryError,
-    PromptTooLongError,
+    ReceiveOutOfMemoryError,
     TransferError,
     UnavailableError,
 )
@@ -161,7 +162,7 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
     async def run() -> None:
         await worker.start(None)
         await worker.reserve(make_request("big"), HOLDER)
-        with pytest.raises((TransferError, OutOfMemoryError), match=r"lower decode\.max_batch"):
+        with pytest.raises((DecodeOutOfMemoryError, ReceiveOutOfMemoryError)):
             await served(worker, "big")
         await worker.release("big")
         assert decoder.usage == 0
@@ -274,10 +275,9 @@ def test_a_request_that_can_never_fit_is_told_so_at_once(worker: DecodeWorker) -
     async def run() -> None:
         await worker.start(None)
         await worker.reserve(make_request("small"), HOLDER)
-        with pytest.raises(
-            PromptTooLongError, match=r"needs 1408 .* has 1280 \(decode\.kv_cache_tokens\); shorten"
-        ):
+        with pytest.raises(CacheTooSmallError) as refused:
             await worker.reserve(make_request("huge", tokens=1300), HOLDER)
+        assert vars(refused.value) == {"phase": "decode", "needed": 1408, "total": 1280}
         await worker.reserve(make_request("after"), HOLDER)
 
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))

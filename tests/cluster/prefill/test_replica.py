@@ -16,7 +16,7 @@ from longreach.cluster.prefill.gang import Gang
 from longreach.cluster.prefill.rank import RankResult
 from longreach.cluster.prefill.replica import PrefillReplica
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.engine.errors import OutOfMemoryError, TransferError, UnavailableError
+from longreach.engine.errors import ChunkOutOfMemoryError, TransferError, UnavailableError
 from longreach.engine.messages import GenerationRequest, Prefilled, Progress, SamplingParameters
 
 from ..conftest import CHUNK_TOKENS, make_settings
@@ -223,15 +223,13 @@ def test_after_a_failed_hand_off_nothing_more_is_computed(play: Any, gang: FakeG
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_too_little_memory_ends_one_request_with_the_remedy(
-    play: Any, gang: FakeGang, num_ranks: int
-) -> None:
+def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks: int) -> None:
     """A gang of one rank goes on; of several, the others wait in a collective, so all end."""
     gang.num_ranks = num_ranks
 
     def outcome(chunk: Chunk) -> None:
         if chunk.request_id == "big" and chunk.start:
-            raise RayTaskError("run_chunk", "", OutOfMemoryError("lower prefill.chunk_tokens"))
+            raise RayTaskError("run_chunk", "", ChunkOutOfMemoryError(chunk.start, chunk.end))
 
     gang.outcome = outcome
 
@@ -243,8 +241,8 @@ def test_too_little_memory_ends_one_request_with_the_remedy(
         return [*outcomes, *after, gang.killed]
 
     big, _, after, killed = play(scenario)
-    assert isinstance(big, OutOfMemoryError)
-    assert "lower prefill.chunk_tokens" in str(big)
+    assert isinstance(big, ChunkOutOfMemoryError)
+    assert big.end == 2 * CHUNK_TOKENS
     assert ("big" in gang.released) == (num_ranks == 1)
     assert killed == (num_ranks > 1)
     assert isinstance(after, UnavailableError if num_ranks > 1 else list)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from longreach.cluster.fairness import Turns
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
-from longreach.cluster.settings import PAGE_TOKENS
-from longreach.engine.errors import InvalidRequestError, PromptTooLongError
+from longreach.engine.errors import CacheTooSmallError, InvalidRequestError
+from longreach.kernels.page_size import PAGE_TOKENS
 
 CHUNK = 1024
 PAGES = 120
@@ -85,8 +85,11 @@ def test_nobody_gets_pages_before_the_prompt_whose_turn_it_is() -> None:
 
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = make_scheduler(pages=4)
-    with pytest.raises(PromptTooLongError):
+    with pytest.raises(CacheTooSmallError) as refused:
         scheduler.add("a", 4 * PAGE_TOKENS + 1)
+    assert vars(refused.value) == {
+        "phase": "prefill", "needed": 4 * PAGE_TOKENS + 1, "total": 4 * PAGE_TOKENS
+    }  # fmt: skip
     scheduler.add("a", 4 * PAGE_TOKENS)
     with pytest.raises(InvalidRequestError):
         scheduler.add("a", 1)

@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 from longreach.cluster.transports import shared_pages
 from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool, SharedRun
-from longreach.engine.errors import ConfigurationError, TransferError
+from longreach.engine.errors import CannotMapPagesError, CannotSharePagesError, OtherHostError
 from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.host_copies import HostCopies
@@ -225,15 +225,16 @@ def test_pages_come_to_the_host_whole_whatever_came_before(device: str, dtype: t
             assert torch.equal(brought.scales, pages.scales.cpu())
 
 
-def test_a_pool_of_another_host_is_refused_with_the_mend() -> None:
+def test_a_pool_of_another_host_is_refused_with_both_hosts() -> None:
     case = Case("cpu", torch.bfloat16, False)
     pool = SharedPool.of(case.make_pool(RANK_HEADS, case.pages), "elsewhere")
     run = SharedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
-    with pytest.raises(TransferError, match=r"on host elsewhere.*transport\.kind: object_store"):
+    with pytest.raises(OtherHostError) as refused:
         Receiver(case).reader.read("a", pool, [run])
+    assert vars(refused.value) == {"host": "elsewhere", "wanted_on": HOST}
 
 
-def test_memory_that_cannot_be_mapped_is_refused_with_the_mend() -> None:
+def test_memory_that_cannot_be_mapped_is_refused_with_the_reason() -> None:
     def fail() -> torch.Tensor:
         raise RuntimeError("CUDA error: invalid argument\nCompile with ...")
 
@@ -241,11 +242,12 @@ def test_memory_that_cannot_be_mapped_is_refused_with_the_mend() -> None:
     shared = SharedPool.of(case.make_pool(RANK_HEADS, case.pages), HOST)
     broken = dataclasses.replace(shared, memory=(fail, ()))
     run = SharedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
-    with pytest.raises(TransferError, match=r"invalid argument\).*transport\.kind: object_store"):
+    with pytest.raises(CannotMapPagesError) as refused:
         Receiver(case).reader.read("a", broken, [run])
+    assert refused.value.reason == "CUDA error: invalid argument"
 
 
-def test_memory_that_cannot_be_shared_is_refused_with_the_mend(
+def test_memory_that_cannot_be_shared_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def reduce_tensor(tensor: torch.Tensor) -> None:
@@ -253,8 +255,9 @@ def test_memory_that_cannot_be_shared_is_refused_with_the_mend(
 
     monkeypatch.setattr(shared_pages, "reduce_tensor", reduce_tensor)
     case = Case("cpu", torch.bfloat16, False)
-    with pytest.raises(ConfigurationError, match=r"MallocAsync.*transport\.kind: object_store"):
+    with pytest.raises(CannotSharePagesError) as refused:
         SharedPool.of(case.make_pool(1, 1), HOST)
+    assert refused.value.reason == "cudaMallocAsync does not yet support shareIpcHandle"
 
 
 def test_a_mapping_ends_with_the_last_request_that_comes_through_it() -> None:

@@ -9,20 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from longreach.engine.decode.choose import make_step
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.graph_step import Capture, KernelStep, captured, eager, row_counts
-from longreach.engine.decode.step import DecodeStep, Outcome, PortableStep, StepRow, make_step
-from longreach.engine.errors import ConfigurationError, GenerationError
-from longreach.engine.kv.pages import PagePool, pages_for
+from longreach.engine.decode.portable_step import PortableStep
+from longreach.engine.decode.step import DecodeStep, Outcome, StepRow
+from longreach.engine.errors import GenerationError, StepDoesNotFitError
+from longreach.engine.kv.formats import KVCacheDtype
+from longreach.engine.kv.pages import PagePool
 from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
-from longreach.engine.model.config import KVCacheDtype
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
 from longreach.kernels import elementwise, greedy, matvec, quantized
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.greedy import triton_greedy
 from longreach.kernels.matvec import triton_matvec
+from longreach.kernels.page_size import pages_for
 from longreach.kernels.pages import BlockTable
 from longreach.kernels.quantized import reference as quantized_reference
 from longreach.kernels.quantized import triton_quantized
@@ -236,6 +239,51 @@ def test_rows_get_what_they_ask_for(dual_folder: Path) -> None:
     check_same(portable, kernels, [best[0], full[1]], 1e-4)
 
 
+def test_one_row_alone_is_multiplied_as_one_row(
+    monkeypatch: pytest.MonkeyPatch, dual_folder: Path
+) -> None:
+    calls: list[int] = []
+
+    def spy(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return triton_matvec.linear(x, *others)
+
+    monkeypatch.setattr(matvec, "linear", spy)
+    model = load(dual_folder)
+    _, kernels = make_sides(model, counts=(1, 2))
+    calls.clear()
+    kernels.step.run(make_rows([30, 31]))
+    assert calls == []
+    kernels.step.run(make_rows([30]))
+    assert calls == [1] * (4 * len(model.layers) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[30], [300, 31, 129]], ids=str)
+def test_what_is_no_token_cannot_come(
+    dual_folder: Path, lengths: list[int], dtype: torch.dtype
+) -> None:
+    """One row, whose products are others, and several; of tokens fewer than the best row's id."""
+    model = load(dual_folder, dtype)
+    best, full = make_rows(lengths, takes_best=True), make_rows(lengths)
+    for side, limited in zip(make_sides(model), make_sides(model.with_tokens(1)), strict=True):
+        ids = [each.token_id for each in side.step.run(best) if isinstance(each, ChosenToken)]
+        outcomes = limited.step.run(best)
+        assert max(ids) > 0
+        assert outcomes == [ChosenToken(0, 0.0)] * len(lengths)
+    for side, limited in zip(make_sides(model), make_sides(model.with_tokens(50)), strict=True):
+        every = [each.copy() for each in side.step.run(full) if isinstance(each, np.ndarray)]
+        chosen = limited.step.run(best)
+        for logits, outcome, token in zip(every, limited.step.run(full), chosen, strict=True):
+            assert isinstance(outcome, np.ndarray)
+            assert isinstance(token, ChosenToken)
+            assert (outcome[:50] == logits[:50]).all()
+            assert (outcome[50:] == -np.inf).all()
+            logprobs = torch.from_numpy(logits[:50]).log_softmax(0)
+            assert token.token_id == int(logprobs.argmax())
+            assert token.logprob == pytest.approx(float(logprobs.max()), abs=1e-5)
+
+
 class Engine:
     """A decoder whose prompts are not prefilled: pages hold what they happen to."""
 
@@ -302,12 +350,13 @@ def test_one_damaged_request_fails_alone_on_kernels(dual_folder: Path) -> None:
     assert engine.decoder.usage == 0
 
 
-def test_too_little_memory_to_prepare_steps_names_the_remedy(dual_folder: Path) -> None:
+def test_too_little_memory_to_prepare_steps_is_said_with_the_largest(dual_folder: Path) -> None:
     def without_memory(launch: object) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(ConfigurationError, match=r"step of 3 .* lower decode.kv_cache_tokens"):
+    with pytest.raises(StepDoesNotFitError) as refused:
         Engine(load(dual_folder), without_memory)
+    assert refused.value.sequences == 3
 
 
 @pytest.mark.parametrize(

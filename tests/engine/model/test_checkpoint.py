@@ -57,7 +57,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_truncated_file_is_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="whole safetensors file"):
+    with pytest.raises(CheckpointError, match=path.name):
         load(folder)
 
 
@@ -97,16 +97,16 @@ def test_a_missing_key_and_a_broken_file_are_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="hidden_size"):
         load(folder)
     path.write_text("{")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+    with pytest.raises(CheckpointError, match=path.name):
         load(folder)
     path.unlink()
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=path.name):
         load(folder)
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="neither"):
+    with pytest.raises(CheckpointError, match=folder.name):
         load(folder)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from longreach.engine.errors import ConfigurationError
+from longreach.engine.errors import MixedPrecisionError
+from longreach.engine.kv.formats import dtype_name
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.precision import compute_dtype
@@ -24,11 +25,17 @@ def test_auto_is_what_the_cpu_is_fast_at(
     assert compute_dtype("float16", CPU) == torch.float16
 
 
+def test_types_have_the_names_that_settings_give_them() -> None:
+    assert getattr(torch, dtype_name(torch.bfloat16)) == torch.bfloat16
+    assert dtype_name(compute_dtype("float16", CPU)) == "float16"
+
+
 def test_kernels_for_gpus_take_no_pages_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LocalPrefill(CHECKPOINT, 128).model
     assert model.pages_kept_as("bfloat16").dtype == torch.bfloat16
     monkeypatch.setattr(type(model), "device", CUDA)
-    with pytest.raises(ConfigurationError, match=r"set model\.dtype bfloat16"):
+    with pytest.raises(MixedPrecisionError) as refused:
         model.pages_kept_as("bfloat16")
+    assert vars(refused.value) == {"pages": "bfloat16", "model": "float32"}
     assert model.pages_kept_as("auto").dtype == torch.float32
     assert model.pages_kept_as("fp8_e4m3").quantized

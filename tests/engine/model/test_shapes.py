@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.errors import CheckpointError
-from longreach.engine.kv.pages import PagePool, pages_for
+from longreach.engine.kv.pages import PageGeometry, PagePool
 from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
 from longreach.engine.model.pocket import CHECKPOINT
@@ -18,6 +18,7 @@ from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.prefill.sparsity import SparsityConfig
 from longreach.engine.text.tokenizer import Tokenizer
+from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 
 CPU = torch.device("cpu")
 LENGTH = 700
@@ -34,7 +35,8 @@ def test_shapes_are_the_published_sizes(name: str, parameters: float, kv_bytes: 
     layer = 2 * hidden * (hidden + kv_width) + 3 * hidden * config.intermediate_size
     counted = config.num_layers * layer + 2 * config.vocab_size * hidden
     assert counted == pytest.approx(parameters, rel=1e-3)
-    assert config.kv_bytes_per_token_fp16 == kv_bytes
+    heads = (config.num_layers, config.num_kv_heads, config.head_dim)
+    assert PageGeometry(*heads, torch.bfloat16).bytes_per_page == PAGE_TOKENS * kv_bytes
     assert config.dual_chunk is not None
     assert config.dual_chunk.stride == 253_952
     sparsity = SparsityConfig.from_folder(files.folder)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from longreach.engine.errors import ConfigurationError
+from longreach.engine.errors import ConfigurationError, TensorParallelError
+from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages
 from longreach.engine.local import LocalPrefill
-from longreach.engine.model.config import KVCacheDtype, ModelConfig
+from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
-from longreach.engine.model.qwen2 import HeadShare
+from longreach.engine.model.heads import RankHeads
 from longreach.engine.model.random_weights import load_model
 from longreach.engine.parallel.mesh import Mesh
 
@@ -146,34 +147,41 @@ def config_with(heads: int, kv_heads: int) -> ModelConfig:
 )
 def test_heads_are_shared(heads, kv_heads, tensor_parallel, expected) -> None:
     config = config_with(heads, kv_heads)
-    shares = [HeadShare.of(config, tensor_parallel, rank) for rank in range(tensor_parallel)]
-    assert shares == [HeadShare(*share) for share in expected]
+    shares = [RankHeads.of(config, tensor_parallel, rank) for rank in range(tensor_parallel)]
+    assert shares == [RankHeads(*share) for share in expected]
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tensor_parallel"), [(28, 4, 8), (12, 4, 6), (6, 2, 5)]
 )
 def test_a_mesh_that_does_not_divide_is_refused(heads, kv_heads, tensor_parallel) -> None:
-    with pytest.raises(ConfigurationError, match=r"take one of 1, 2"):
-        HeadShare.of(config_with(heads, kv_heads), tensor_parallel, 0)
+    config = config_with(heads, kv_heads)
+    with pytest.raises(TensorParallelError) as refused:
+        RankHeads.of(config, tensor_parallel, 0)
+    assert refused.value.ranks == tensor_parallel
+    assert (refused.value.num_heads, refused.value.num_kv_heads) == (heads, kv_heads)
+    assert refused.value.possible[:2] == (1, 2)
+    for ranks in refused.value.possible:
+        RankHeads.of(config, ranks, 0)
 
 
 @pytest.mark.parametrize("random", [True, False])
 def test_a_mesh_that_does_not_divide_is_refused_before_weights_are_read(
     checkpoint: Path, random: bool
 ) -> None:
-    """The folder of a partial download has no weights: the mesh is what is told."""
+    """The folder of a partial download has no weights: the mesh is what is named."""
     (checkpoint / "model.safetensors").rename(checkpoint / "elsewhere")
     try:
-        with pytest.raises(ConfigurationError, match=r"tensor_parallel 3 .* take one of 1, 2, 4"):
+        with pytest.raises(TensorParallelError) as refused:
             load_model(
                 ModelFiles(checkpoint, checkpoint, random), Mesh(3, 1, 0), torch.float32,
                 torch.device("cpu"),
             )  # fmt: skip
+        assert (refused.value.ranks, refused.value.possible) == (3, (1, 2, 4))
     finally:
         (checkpoint / "elsewhere").rename(checkpoint / "model.safetensors")
 
 
 def test_a_rank_outside_the_mesh_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="does not exist"):
+    with pytest.raises(ConfigurationError, match=r"rank 2 .* 2 × 1"):
         Mesh.join(2, 1, 2, "tcp://127.0.0.1:1")

@@ -10,10 +10,10 @@ import uvicorn
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from longreach.cluster.cli import main as cli
 from longreach.cluster.client import EndpointError
 from longreach.cluster.rest import IngressLimits
 from longreach.engine.errors import ConfigurationError
+from longreach.lab.evaluation.cli import app
 from longreach.lab.evaluation.endpoint import EndpointAnswerer
 from longreach.lab.evaluation.records import RecordFile, read_records
 from longreach.lab.evaluation.running import Grid, run
@@ -84,9 +84,9 @@ def test_prompts_of_another_ratio_are_not_mixed_in(
     endpoint: Endpoint, url: str, tmp_path: Path, other: list[str]
 ) -> None:
     def ask(*ratio: str) -> Result:
-        command = ["eval", "--endpoint", url, *ratio, "needles", "--lengths", "1K", "--depths", "0"]
+        command = ["--endpoint", url, *ratio, "needles", "--lengths", "1K", "--depths", "0"]
         out = ["--prompts", "1", "--out", str(tmp_path / "out")]
-        return CliRunner().invoke(cli.app, [*command, *out])
+        return CliRunner().invoke(app, [*command, *out])
 
     assert ask("--characters-per-token", "1").exit_code == 0
     asked = len(endpoint.backend.requests)
@@ -113,13 +113,13 @@ def test_an_endpoint_that_fails_leaves_what_was_answered(
 
 def test_the_command_asks_the_endpoint(endpoint: Endpoint, url: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ["eval", "--endpoint", url, "needles", "--lengths", "2K", "--depths", "0.5"]
-    done = CliRunner().invoke(cli.app, [*command, "--prompts", "1", "--out", str(out)])
+    command = ["--endpoint", url, "needles", "--lengths", "2K", "--depths", "0.5"]
+    done = CliRunner().invoke(app, [*command, "--prompts", "1", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert {path.name for path in out.iterdir()} == {"prompts.jsonl", "summary.json", "picture.png"}
     assert len(endpoint.backend.requests) == 2
     before = (out / "picture.png").stat().st_mtime_ns
-    assert CliRunner().invoke(cli.app, ["eval", "report", str(out)]).exit_code == 0
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
     assert (out / "picture.png").stat().st_mtime_ns > before
     assert len(endpoint.backend.requests) == 2
 
@@ -132,5 +132,5 @@ def test_the_command_asks_the_endpoint(endpoint: Endpoint, url: str, tmp_path: P
     ],
 )
 def test_what_an_endpoint_cannot_do_is_refused(command: list[str], says: str) -> None:
-    done = CliRunner().invoke(cli.app, ["eval", "--endpoint", "http://127.0.0.1:9", *command])
+    done = CliRunner().invoke(app, ["--endpoint", "http://127.0.0.1:9", *command])
     assert says in str(done.exception)

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from longreach.engine.errors import ConfigurationError
+from longreach.cluster.remedies import remedied
+from longreach.engine.errors import ConfigurationError, OutOfMemoryError
 from longreach.engine.model.pocket import CHECKPOINT
+from longreach.engine.prefill.prefiller import Prefiller
 from longreach.lab.evaluation.in_process import InProcessAnswerer, Variant
 from longreach.lab.evaluation.tasks import NEEDLES
 from longreach.lab.pocket.corpus import REFUSAL, one_of_facts_prompt
@@ -87,3 +89,18 @@ def test_variants_that_a_checkpoint_lacks_are_refused(tmp_path) -> None:
     for variant, words in ((Variant.PLAIN, "no dual chunks"), (Variant.SPARSE, "calibrate")):
         with pytest.raises(ConfigurationError, match=words):
             InProcessAnswerer(plain, [variant], 1024)
+
+
+def test_too_little_memory_names_an_option_and_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`longreach eval` is a command of the cluster's command line, which knows settings alone."""
+
+    def without_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("as the allocator says it")
+
+    answerer = InProcessAnswerer(CHECKPOINT, [Variant.DENSE], 1024, torch.float32)
+    monkeypatch.setattr(Prefiller, "_compute", without_memory)
+    with pytest.raises(OutOfMemoryError) as raised:
+        answerer.answer("dense", "a question", 4, lambda _: None)
+    said = str(remedied(raised.value))
+    assert "--lengths" in said
+    assert "prefill." not in said

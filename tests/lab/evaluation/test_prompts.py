@@ -1,6 +1,5 @@
 """Prompts: their length, where their facts lie, and how answers to them are scored."""
 
-import random
 import re
 from collections import Counter
 
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.engine.errors import InvalidRequestError
-from longreach.lab.evaluation.fitting import fit
 from longreach.lab.evaluation.ruler import RULER, string_match_all
 from longreach.lab.evaluation.tasks import NEEDLES, Prompt, says_it
 
@@ -158,26 +156,10 @@ def test_a_needle_is_found_as_whole_words(answered, expected, score) -> None:
 
 
 def test_too_few_tokens_are_refused_with_the_least() -> None:
-    with pytest.raises(InvalidRequestError, match="greater length"):
+    with pytest.raises(InvalidRequestError, match=r"\d+ tokens.* 50;"):
         TASKS["pass-key"].prompt(50, 0, None, count_bytes)
 
 
 def test_a_task_without_a_depth_says_so() -> None:
     with pytest.raises(InvalidRequestError, match="--depths any"):
         TASKS["one-of-12-facts"].prompt(2000, 0, 0.5, count_bytes)
-
-
-@given(tokens=st.integers(100, 10**6), per_unit=st.integers(1, 200), seed=SEEDS)
-@settings(max_examples=60, deadline=None)
-def test_nothing_larger_would_have_fitted(tokens: int, per_unit: int, seed: int) -> None:
-    """For any tokenizer in which larger texts have more tokens, however unevenly."""
-    jitter = random.Random(seed).choices(range(per_unit + 1), k=50)
-
-    def counted(size: int) -> int:
-        return size * per_unit + jitter[size % 50] // 2
-
-    def build(size: int) -> Prompt:
-        return Prompt(str(size), ())
-
-    best = fit(build, tokens, lambda content: counted(int(content)))
-    assert counted(int(best.content)) <= tokens < counted(int(best.content) + 2)

@@ -93,15 +93,15 @@ def test_a_grid_may_grow(tmp_path: Path) -> None:
     assert len(parrot.asked) == len(set(parrot.asked)) == 3 * asked
 
 
-def test_other_settings_are_refused_with_both_and_the_mend(tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_both_and_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     RecordFile(path, {"dtype": "float32", "device": "cpu"})
     with pytest.raises(ConfigurationError, match=r"dtype was float32 and is bfloat16.*--out"):
         RecordFile(path, {"dtype": "bfloat16", "device": "cpu"})
     path.write_text("hello\n")
-    with pytest.raises(ConfigurationError, match="no evaluation results"):
+    with pytest.raises(ConfigurationError, match=path.name):
         RecordFile(path, {})
-    with pytest.raises(ConfigurationError, match="cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"none\.jsonl"):
         read_records(tmp_path / "none.jsonl")
 
 
@@ -234,6 +234,6 @@ def test_results_under_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     for path, settings in zip(paths, (SAME, {"model": "other"}), strict=True):
         run(Parrot(), grid, RecordFile(path, settings), QUIET)
     before = paths[0].read_bytes()
-    with pytest.raises(ConfigurationError, match="other settings"):
+    with pytest.raises(ConfigurationError):
         add_records(*paths)
     assert paths[0].read_bytes() == before

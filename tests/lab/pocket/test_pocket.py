@@ -14,13 +14,13 @@ from transformers import Qwen2ForCausalLM
 from longreach.cluster.cli.needle import hide_key
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.pocket import CHECKPOINT
+from longreach.engine.model.pocket.story import PASS_KEY_QUESTION
 from longreach.engine.text.tokenizer import Tokenizer
 from longreach.kernels.dual_chunk import reference
 from longreach.lab.evaluation.in_process import InProcessAnswerer, Variant
 from longreach.lab.evaluation.tasks import NEEDLES
 from longreach.lab.pocket.attention import dual_chunk_attention
 from longreach.lab.pocket.corpus import (
-    PASS_KEY_QUESTION,
     Stage,
     make_batch,
     one_of_facts_prompt,

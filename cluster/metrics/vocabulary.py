@@ -1,0 +1,181 @@
+"""Every metric by name: what it counts or measures, its labels and its buckets.
+
+docs/metrics.md is this list; a test holds the two together.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["ingress", "prefill", "decode"]
+COMMON_LABELS = ("model_name", "role")
+
+_PROMPT_CLASSES = ((8192, "8k"), (32768, "32k"), (131072, "128k"), (524288, "512k"))
+
+
+def prompt_class(prompt_tokens: int) -> str:
+    """The label of the smallest class that holds a prompt: 8k, 32k, 128k, 512k or 1m."""
+    return next((name for limit, name in _PROMPT_CLASSES if prompt_tokens <= limit), "1m")
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Something that only grows. `labels` come on top of COMMON_LABELS."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Something measured now. `merge` says how the figures of several processes become one."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    merge: Literal["sum", "max"] = "sum"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A distribution; `buckets` are upper bounds, without the infinite one."""
+
+    name: str
+    help: str
+    buckets: tuple[float, ...]
+    labels: tuple[str, ...] = ()
+
+
+Metric = Counter | Gauge | Histogram
+
+# From an ingress's overhead to a million tokens on a small machine, twice as wide at each step.
+_REQUEST_SECONDS = (
+    0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
+    160.0, 320.0, 640.0, 1280.0, 2560.0,
+)  # fmt: skip
+_SHORT_SECONDS = (
+    0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
+    0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0,
+)  # fmt: skip
+_TOKENS_PER_SECOND = tuple(float(100 * 2**step) for step in range(16))
+
+REQUESTS = Counter(
+    "longreach_requests_total",
+    "Requests by how they ended: success, invalid (4xx), rejected (429), cancelled by the client, "
+    "or failed.",
+    ("outcome",),
+)
+REQUEST_SUCCESS = Counter(
+    "longreach_request_success_total",
+    "Choices of successful requests by why they ended: stop or length.",
+    ("finished_reason",),
+)
+PROMPT_TOKENS = Counter(
+    "longreach_prompt_tokens_total", "Prompt tokens of requests whose prefill ended well."
+)
+GENERATION_TOKENS = Counter("longreach_generation_tokens_total", "Tokens generated.")
+TIME_TO_FIRST_TOKEN = Histogram(
+    "longreach_time_to_first_token_seconds",
+    "From a request's arrival to its first token.",
+    _REQUEST_SECONDS,
+    ("prompt_class",),
+)
+INTER_TOKEN_LATENCY = Histogram(
+    "longreach_inter_token_latency_seconds",
+    "Between one token of a choice and its next.",
+    _SHORT_SECONDS,
+    ("prompt_class",),
+)
+E2E_REQUEST_LATENCY = Histogram(
+    "longreach_e2e_request_latency_seconds",
+    "From a successful request's arrival to the end of its answer.",
+    _REQUEST_SECONDS,
+    ("prompt_class",),
+)
+REQUEST_QUEUE_TIME = Histogram(
+    "longreach_request_queue_time_seconds",
+    "From a request's arrival to the start of its first chunk.",
+    _REQUEST_SECONDS,
+    ("prompt_class",),
+)
+REQUEST_PREFILL_TIME = Histogram(
+    "longreach_request_prefill_time_seconds",
+    "From the start of a request's first chunk to the end of its last.",
+    _REQUEST_SECONDS,
+    ("prompt_class",),
+)
+REQUEST_HANDOFF_TIME = Histogram(
+    "longreach_request_handoff_time_seconds",
+    "From the end of a request's last chunk until all its pages lay in the decode replica: the "
+    "part of the hand-off that computing did not hide.",
+    _REQUEST_SECONDS,
+    ("prompt_class",),
+)
+PREFILL_TOKENS_PER_SECOND = Histogram(
+    "longreach_prefill_tokens_per_second",
+    "Prompt tokens of one request over its prefill time.",
+    _TOKENS_PER_SECOND,
+    ("prompt_class",),
+)
+HANDOFF_BYTES = Counter(
+    "longreach_handoff_bytes_total", "Bytes of KV pages that reached a decode replica."
+)
+PREFILL_CHUNKS = Counter("longreach_prefill_chunks_total", "Chunks computed by prefill gangs.")
+PREFILL_TOKENS = Counter(
+    "longreach_prefill_tokens_total",
+    "Prompt tokens computed by prefill gangs, those of requests that were cancelled later too.",
+)
+PREFILL_STAGE_SECONDS = Counter(
+    "longreach_prefill_stage_seconds_total",
+    "Where the time of prefill chunks went, on the slowest rank of each chunk.",
+    ("stage",),
+)
+RANK_SKEW = Histogram(
+    "longreach_rank_skew_seconds",
+    "How much longer the slowest rank of a gang computed one chunk than the fastest.",
+    _SHORT_SECONDS,
+)
+DECODE_STEP_TIME = Histogram(
+    "longreach_decode_step_time_seconds",
+    "One step of the decode engine: one token for every sequence in the batch.",
+    _SHORT_SECONDS,
+)
+NUM_REQUESTS_RUNNING = Gauge(
+    "longreach_num_requests_running", "Requests that this role is working on."
+)
+NUM_REQUESTS_WAITING = Gauge(
+    "longreach_num_requests_waiting", "Requests that wait for this role to begin on them."
+)
+NUM_SEQUENCES_WAITING = Gauge(
+    "longreach_num_sequences_waiting",
+    "Sequences whose prompt is prefilled and that wait for a place in the batch.",
+)
+KV_CACHE_USAGE = Gauge(
+    "longreach_kv_cache_usage_perc",
+    "Share of KV pages in use, 0 to 1, in the fullest pool of this role.",
+    merge="max",
+)
+
+VOCABULARY: tuple[Metric, ...] = (
+    REQUESTS,
+    REQUEST_SUCCESS,
+    NUM_REQUESTS_RUNNING,
+    NUM_REQUESTS_WAITING,
+    NUM_SEQUENCES_WAITING,
+    PROMPT_TOKENS,
+    GENERATION_TOKENS,
+    TIME_TO_FIRST_TOKEN,
+    INTER_TOKEN_LATENCY,
+    E2E_REQUEST_LATENCY,
+    REQUEST_QUEUE_TIME,
+    REQUEST_PREFILL_TIME,
+    REQUEST_HANDOFF_TIME,
+    HANDOFF_BYTES,
+    PREFILL_TOKENS_PER_SECOND,
+    PREFILL_TOKENS,
+    PREFILL_CHUNKS,
+    PREFILL_STAGE_SECONDS,
+    RANK_SKEW,
+    DECODE_STEP_TIME,
+    KV_CACHE_USAGE,
+)

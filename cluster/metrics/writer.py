@@ -1,0 +1,113 @@
+"""What a process writes its figures with."""
+
+import os
+import secrets
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from prometheus_client.mmap_dict import mmap_key
+from prometheus_client.utils import floatToGoString
+
+from .sheet import Sheet
+from .vocabulary import Counter, Gauge, Histogram, Metric, Role
+
+
+class Metrics:
+    """One writer of figures. Safe to use from several threads, not across a fork.
+
+        metrics = Metrics(directory, role="decode", model_name="longreach-pocket")
+        metrics.observe(TIME_TO_FIRST_TOKEN, seconds, prompt_class=prompt_class(tokens))
+        metrics.add(GENERATION_TOKENS, 3)
+        metrics.set(KV_CACHE_USAGE, pool.used / pool.num_pages)
+
+    A process usually has one, and keeps it as long as it lives; several do no harm.
+    """
+
+    def __init__(self, directory: Path, role: Role, model_name: str) -> None:
+        self._directory = directory
+        self._common = {"model_name": model_name, "role": role}
+        # The process id is for people who look into the folder; the token makes it unique, even
+        # when containers with process ids of their own share the folder.
+        self._identity = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sheets: dict[str, Sheet] = {}
+        self._series: dict[tuple[str, str, tuple[tuple[str, str], ...]], str] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, metric: Counter, amount: float = 1, **labels: str) -> None:
+        """Count `amount` more."""
+        if amount < 0:
+            raise ValueError(f"{metric.name} can only grow, not by {amount}")
+        with self._lock:
+            sheet = self._sheet("counter")
+            # The format calls a counter's family by its name without "_total".
+            key = self._key(metric, metric.name.removesuffix("_total"), metric.name, labels)
+            sheet.add(key, amount)
+
+    def set(self, metric: Gauge, value: float, **labels: str) -> None:
+        """Replace what this writer gauges."""
+        with self._lock:
+            sheet = self._sheet(f"gauge_live{metric.merge}")
+            sheet.set(self._key(metric, metric.name, metric.name, labels), value)
+
+    def observe(self, metric: Histogram, value: float, **labels: str) -> None:
+        """Put one more value into a distribution."""
+        bound = next((bound for bound in metric.buckets if value <= bound), float("inf"))
+        with self._lock:
+            sheet = self._sheet("histogram")
+            if self._is_new(metric, labels):
+                self._open_buckets(sheet, metric, labels)
+            sheet.add(self._key(metric, metric.name, f"{metric.name}_sum", labels), value)
+            sheet.add(self._bucket_key(metric, bound, labels), 1)
+
+    def close(self) -> None:
+        """Close the files: counts stay in the scrape, gauges leave it."""
+        with self._lock:
+            for sheet in self._sheets.values():
+                sheet.close()
+            self._sheets.clear()
+            self._closed = True
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _sheet(self, kind: str) -> Sheet:
+        if self._closed:
+            raise ValueError("these metrics are closed; make new ones")
+        if kind not in self._sheets:
+            self._sheets[kind] = Sheet(self._directory / f"{kind}_{self._identity}.db")
+        return self._sheets[kind]
+
+    def _is_new(self, metric: Histogram, labels: dict[str, str]) -> bool:
+        return (metric.name, f"{metric.name}_sum", tuple(labels.items())) not in self._series
+
+    def _open_buckets(self, sheet: Sheet, metric: Histogram, labels: dict[str, str]) -> None:
+        """Write every bucket once, so that empty ones show as well."""
+        for bound in (*metric.buckets, float("inf")):
+            sheet.add(self._bucket_key(metric, bound, labels), 0)
+
+    def _bucket_key(self, metric: Histogram, bound: float, labels: dict[str, str]) -> str:
+        bounded = {**labels, "le": floatToGoString(bound)}
+        return self._key(metric, metric.name, f"{metric.name}_bucket", bounded)
+
+    def _key(self, metric: Metric, family: str, sample: str, labels: dict[str, str]) -> str:
+        """The text that names one series in a file; made once for each."""
+        series = (metric.name, sample, tuple(labels.items()))
+        key = self._series.get(series)
+        if key is None:
+            if {*labels} - {"le"} != {*metric.labels}:
+                raise ValueError(f"{metric.name} has labels {metric.labels}, not {(*labels,)}")
+            names = {**self._common, **labels}
+            key = mmap_key(family, sample, [*names], [*names.values()], metric.help)
+            self._series[series] = key
+        return key

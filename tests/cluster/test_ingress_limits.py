@@ -1,0 +1,22 @@
+"""What the endpoint is told of a cluster."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from longreach.cluster.ingress import ingress_limits
+from longreach.cluster.rest import IngressLimits
+from longreach.cluster.settings import load_settings
+
+LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
+
+
+def test_every_limit_is_the_settings() -> None:
+    settings = load_settings(LAPTOP)
+    said = {
+        **settings.limits.model_dump(),
+        **settings.ingress.model_dump(),
+        "model_name": settings.model.name,
+    }
+    limits = ingress_limits(settings)
+    for field in fields(IngressLimits):
+        assert getattr(limits, field.name) == said[field.name]
