@@ -18,7 +18,7 @@ from ..pulse import Allowance, watch
 from ..router import PrefillRouter
 from ..settings import Settings
 from ..tasks import forever
-from .life import RequestLife, State
+from .request_life import RequestLife, State
 from .worker import DecodeWorker
 
 # Of the worker: every waiting request is a call, and so is every message of pages under way.

@@ -10,7 +10,7 @@ import torch
 
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.cluster.transports.mail import WorkerDestination
+from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.engine.errors import ChunkOutOfMemoryError
 from longreach.engine.kv import background
 from longreach.engine.kv.hand_off import Destination, HandOff, Place

@@ -22,8 +22,8 @@ from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
+from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.cuda_ipc import CudaIpcMessage, CudaIpcReceiver, CudaIpcSender
-from longreach.cluster.transports.mail import WorkerDestination
 from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import TransferError
