@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.text.tokenizer import Tokenizer
-from .failures import CallError, as_ours, first_of
+from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
@@ -92,7 +92,6 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         max_choices=settings.limits.max_choices,
         max_logprobs=settings.limits.max_logprobs,
         progress_seconds=settings.ingress.progress_seconds,
-        receive_seconds=settings.limits.receive_seconds,
         receive_seconds=settings.limits.receive_seconds,
     )
 

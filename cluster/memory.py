@@ -14,8 +14,8 @@ from ..engine.errors import LoadingOutOfMemoryError, LongreachError
 from ..engine.kv.pages import PageGeometry
 from ..engine.memory.fit import DecodeFit, Fit, PrefillFit, Weights, free_bytes
 from ..engine.memory.out_of_memory import out_of_memory_raises
+from ..engine.model.compute_type import compute_dtype
 from ..engine.model.config import ModelConfig
-from ..engine.model.precision import compute_dtype
 from ..engine.prefill.sparsity import SparsityConfig
 from .remedies import remedied
 from .settings import GangSettings, ModelSettings, Settings
@@ -66,7 +66,7 @@ def prefill_fit(settings: GangSettings, free: int, ranks_on_card: int) -> Prefil
     return PrefillFit(
         weights, geometry, free, prefill.chunk_tokens, prefill.sequence_parallel,
         selects_above=None if sparsity is None else sparsity.threshold,
-        gathers_pages=settings.transport.kind == "object_store",
+        gathers_pages=settings.transport.gathers_pages,
         processes=ranks_on_card,
     )  # fmt: skip
 

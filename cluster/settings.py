@@ -40,7 +40,7 @@ class ModelSettings(_Section):
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
     shape of engine/model/shapes for random weights of a real model's sizes. `dtype` "auto" is up to
-    each process: see `engine.model.precision`. `kv_cache_dtype` is how KV pages are kept.
+    each process: see `engine.model.compute_type`. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str
@@ -164,6 +164,11 @@ class TransportSettings(_Section):
 
     kind: Literal["object_store", "cuda_ipc"] = "object_store"
     max_in_flight_bytes: Count = 256 << 20
+
+    @property
+    def gathers_pages(self) -> bool:
+        """Whether a rank copies what it sends, a layer's pages at a time, on its device."""
+        return self.kind == "object_store"
 
 
 class MetricsSettings(_Section):

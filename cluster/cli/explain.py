@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...engine.kv.pages import PageGeometry
+from ...engine.model.compute_type import compute_dtype
 from ...engine.model.config import ModelConfig
-from ...engine.model.precision import compute_dtype
 from ...engine.prefill.budgets import dense_up_to, has_budgets
 from ...kernels.page_size import pages_for
 from ..settings import GangSettings, Settings, warnings_about

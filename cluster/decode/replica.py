@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ...engine.errors import QueueFullError, UnavailableError
 from ...engine.messages import Event, GenerationRequest
-from ..failures import CallError, as_ours
+from ..call_errors import CallError, as_ours
 from ..messages import Taken
 from ..pulse import Allowance, watch
 from ..router import PrefillRouter

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ...engine.errors import UnavailableError
 from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
-from ..failures import first_of
+from ..call_errors import first_of
 from ..messages import PrefillOrder
 from ..tasks import as_nobody, tell
 

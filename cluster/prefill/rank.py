@@ -65,7 +65,7 @@ class PrefillRank:
     def compute_type(self) -> str:
         """The type of hidden states here, as "float32"."""
         from ...engine.kv.formats import dtype_name
-        from ...engine.model.precision import compute_dtype
+        from ...engine.model.compute_type import compute_dtype
 
         return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
@@ -109,8 +109,8 @@ class PrefillRank:
 
         from ...engine.kv.background import hand_off_stream
         from ...engine.kv.pages import PagePool
-        from ...engine.model.precision import compute_dtype
-        from ...engine.model.random_weights import load_model
+        from ...engine.model.compute_type import compute_dtype
+        from ...engine.model.load import load_model
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
         from ...engine.prefill.warm_up import warm_up_prefill

@@ -14,7 +14,7 @@ from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, Un
 from ...engine.messages import Prefilled, Progress
 from ...kernels.page_size import pages_for
 from .. import metrics
-from ..failures import as_ours
+from ..call_errors import as_ours
 from ..messages import PrefillOrder
 from ..metrics import Metrics
 from ..settings import GangSettings

@@ -10,7 +10,8 @@ import torch
 
 from longreach.cluster import memory
 from longreach.cluster.app import startup_failure
-from longreach.cluster.decode.worker import _make_decoder
+from longreach.cluster.decode import engines
+from longreach.cluster.decode.engines import make_engine
 from longreach.cluster.memory import decode_fit, prefill_fit
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.settings import Settings, load_settings
@@ -22,7 +23,7 @@ from longreach.engine.errors import (
     LongreachError,
 )
 from longreach.engine.kv import pages
-from longreach.engine.model import qwen2, random_weights
+from longreach.engine.model import qwen2
 from longreach.engine.prefill import prefiller as prefill
 from longreach.kernels.page_size import pages_for
 
@@ -37,7 +38,7 @@ def join(settings: Settings) -> None:
 
 
 def make_decoder(settings: Settings) -> None:
-    _make_decoder(settings)
+    make_engine(settings)
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_a_cpu_is_not_asked_what_it_has(
         (join, "prefill.kv_cache_tokens", qwen2.Qwen2, "from_weights"),
         (join, "prefill.kv_cache_tokens", pages.PagePool, "__init__"),
         (join, "prefill.kv_cache_tokens", prefill, "_widened"),
-        (make_decoder, "decode.kv_cache_tokens", random_weights, "load_model"),
+        (make_decoder, "decode.kv_cache_tokens", engines, "load_model"),
         (make_decoder, "decode.kv_cache_tokens", pages.PagePool, "__init__"),
         (make_decoder, "decode.kv_cache_tokens", decode, "make_step"),
     ],

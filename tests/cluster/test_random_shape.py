@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longreach.cluster.decode.worker import _make_decoder
+from longreach.cluster.decode.engines import make_engine
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
@@ -47,7 +47,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     model = settings.model.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
-    decoder = _make_decoder(settings)
+    decoder = make_engine(settings)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
     rank = PrefillRank(settings.gangs[0], 0)
     rank.join("", 1)

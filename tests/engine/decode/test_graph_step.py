@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.decode.choose import make_step
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.graph_step import Capture, GraphStep, captured, eager, row_counts
+from longreach.engine.decode.make_step import make_step
 from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.decode.step import DecodeStep, Outcome, StepRow
 from longreach.engine.errors import GenerationError, StepDoesNotFitError
