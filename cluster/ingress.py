@@ -1,7 +1,6 @@
 """The ingress: the OpenAI endpoint of `rest`, with the decode replicas for a backend."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from .messages import Taken
 from .metrics import Metrics, render
 from .rest import Access, IngressLimits, build_api, read_api_keys
 from .settings import IngressSettings, Settings
+from .streams import listening
 from .tasks import detached, tell
 
 _READY_SECONDS = 5
@@ -35,18 +35,18 @@ class DecodeBackend:
     def __init__(self, decode: DeploymentHandle) -> None:
         self._decode = decode
         self._streams = decode.options(stream=True)
-        self._leases = LeaseKeeper(f"ingress-{uuid.uuid4().hex}")
+        self._leases = LeaseKeeper()
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
         name = request.request_id
-        stream = cast(_Stream, self._streams.generate.remote(request, self._leases.holder))
+        stream = cast(_Stream, self._streams.generate.remote(request))
         taken, finished = None, False
         try:
             taken = cast(Taken, await first_of(stream))
             self._leases.hold(taken.worker_id, taken.worker, name)
-            async for message in stream:
+            async for message in listening(stream):
                 for event in cast(list[Event], message):
                     finished = isinstance(event, Finished)
                     yield event
@@ -77,7 +77,10 @@ async def _release_when_taken(stream: _Stream, request_id: str) -> None:
         async for message in stream:
             if isinstance(message, Taken):
                 tell(message.worker.release.remote, request_id)
-                return
+            else:
+                # Who has taken it was said before, to whoever was cancelled: its lease lapses.
+                stream.cancel()
+            return
     except (*CallError, asyncio.CancelledError):
         return  # it was refused, or stopped already
 

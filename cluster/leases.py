@@ -1,63 +1,57 @@
 """Who still wants what a decode worker holds: the leases of ingresses.
 
-An ingress that dies cannot release anything. So it renews a lease, at every worker that it has
-requests at, for as long as it lives; and a worker releases the requests of an ingress that it has
-not heard of for a while. Time is counted in ticks of whoever waits: where a process is starved, its
-ticks are late, and what has arrived meanwhile is heard before the next.
+An ingress that dies cannot release anything, and what it says may be lost. So it names, again and
+again for as long as it lives, the requests that it still wants of each worker; and a worker
+releases those that nobody has named for a while. Time is counted in ticks of whoever waits: where a
+process is starved, its ticks are late, and what has arrived meanwhile is heard before the next.
 """
 
+import logging
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
-from .tasks import tell
+from .tasks import as_nobody
 
 RENEWAL_SECONDS = 1.0
 TICKS_WITHOUT_RENEWAL = 7
 """Ticks of RENEWAL_SECONDS after which a lease has run out."""
 
+logger = logging.getLogger(__name__)
+
 
 class LeaseBook:
-    """A worker's: which requests each ingress has here, and how long ago it was heard of."""
+    """A worker's: how many ticks ago each request that is here was named."""
 
     def __init__(self) -> None:
-        self._requests: defaultdict[str, set[str]] = defaultdict(set)
         self._silent_ticks: dict[str, int] = {}
 
-    def add(self, holder: str, request_id: str) -> None:
-        """A request came; its holder is alive."""
-        self._requests[holder].add(request_id)
-        self._silent_ticks[holder] = 0
+    def add(self, request_id: str) -> None:
+        """A request came: somebody wants it."""
+        self._silent_ticks[request_id] = 0
 
-    def remove(self, holder: str, request_id: str) -> None:
+    def remove(self, request_id: str) -> None:
         """A request is over; unknown ones are no error."""
-        self._requests[holder].discard(request_id)
-        if not self._requests[holder]:
-            del self._requests[holder]
-            self._silent_ticks.pop(holder, None)
+        self._silent_ticks.pop(request_id, None)
 
-    def renew(self, holder: str) -> None:
-        """A holder said that it is alive."""
-        if holder in self._silent_ticks:
-            self._silent_ticks[holder] = 0
+    def renew(self, request_ids: Iterable[str]) -> None:
+        """An ingress still wants these; unknown ones are no error."""
+        for request_id in request_ids:
+            if request_id in self._silent_ticks:
+                self._silent_ticks[request_id] = 0
 
     def tick(self) -> list[str]:
-        """Let a tick pass; the requests whose holders have been silent for too long."""
-        for holder in self._silent_ticks:
-            self._silent_ticks[holder] += 1
-        lapsed = [h for h, ticks in self._silent_ticks.items() if ticks > TICKS_WITHOUT_RENEWAL]
-        return [request_id for holder in lapsed for request_id in sorted(self._requests[holder])]
+        """Let a tick pass; the requests that nobody has named for too long."""
+        for request_id in self._silent_ticks:
+            self._silent_ticks[request_id] += 1
+        return [r for r, ticks in self._silent_ticks.items() if ticks > TICKS_WITHOUT_RENEWAL]
 
 
 class LeaseKeeper:
-    """An ingress's: renews its leases from a thread, which no busy event loop holds up.
+    """An ingress's: renews its leases from a thread, which no busy event loop holds up."""
 
-    Args:
-        holder: the name that its requests carry, unlike that of any other.
-    """
-
-    def __init__(self, holder: str) -> None:
-        self.holder = holder
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._workers: dict[str, Any] = {}
         self._requests: defaultdict[str, set[str]] = defaultdict(set)
@@ -85,6 +79,10 @@ class LeaseKeeper:
     def _run(self) -> None:
         while not self._closed.wait(RENEWAL_SECONDS):
             with self._lock:
-                workers = list(self._workers.values())
-            for worker in workers:
-                tell(worker.renew.remote, self.holder)
+                leases = [(self._workers[w], tuple(ids)) for w, ids in self._requests.items()]
+            for worker, request_ids in leases:
+                try:
+                    as_nobody(worker.renew.remote, request_ids)
+                except Exception:
+                    # One that is gone holds nothing; and no failure may end all other leases.
+                    logger.warning("a lease was not renewed", exc_info=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ray.exceptions import ActorUnavailableError, RayError
 
 TICK_SECONDS = 1.0
-BUSY_MISSES = 9
+BUSY_MISSES = 8
 """Ticks without an answer after which a process that has work is taken to hang."""
 IDLE_MISSES = 60
 """The same for one that has none. Serve's own checks find processes that died."""
@@ -89,26 +89,37 @@ async def watch(
         read: asks once.
         is_busy: whether it has been given work.
     """
-    missed = 0
+    missed, exceeded, was_busy = 0, 0, False
     asked: asyncio.Future[Reading] | None = None
     while True:
+        busy = is_busy()
+        if busy and not was_busy:
+            missed = 0  # What an idle process missed proves nothing about one that has work.
+        was_busy = busy
         # One question at a time: a process that answers late is not asked meanwhile.
         asked = asked or asyncio.ensure_future(read())
         await asyncio.wait({asked}, timeout=tick_seconds)
         if not asked.done():
             # Counted in ticks of this process: where the whole machine is starved, they are late.
             missed += 1
-            if missed >= (BUSY_MISSES if is_busy() else IDLE_MISSES):
+            if missed >= (BUSY_MISSES if busy else IDLE_MISSES):
                 asked.cancel()
                 return f"did not answer for {missed} ticks"
             continue
-        answered, asked, missed = asked, None, 0
+        answered, asked = asked, None
+        await asyncio.sleep(tick_seconds)
         try:
             reading = answered.result()
         except ActorUnavailableError:
-            reading = None  # A connection broke, and Ray makes another: nobody has died.
+            # A connection broke, and Ray makes another: nobody has died, and nobody has answered.
+            missed += 1
+            if missed >= IDLE_MISSES:
+                return f"was out of reach for {missed} ticks"
+            continue
         except RayError as error:
             return f"died ({type(error).__name__})"
-        if reading is not None and allowance.is_exceeded(reading):
+        missed = 0
+        # Twice in a row: a machine that was frozen wakes to an old piece of work, which then ends.
+        exceeded = exceeded + 1 if allowance.is_exceeded(reading) else 0
+        if exceeded == 2:
             return f"has been at one piece of work for {reading.running:.0f} s"
-        await asyncio.sleep(tick_seconds)

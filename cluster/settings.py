@@ -156,7 +156,8 @@ class IngressSettings(_Section):
 
 
 class TransportSettings(_Section):
-    """How pages travel to decode replicas, and how many bytes a rank may have under way.
+    """How pages travel to decode replicas, and how many bytes each of a rank's hand-offs may have
+    under way.
 
     By "object_store", Ray's, they go anywhere over the host's memory. By "cuda_ipc" a decode worker
     copies them from GPU to GPU, of one host; nothing is under way then but messages.

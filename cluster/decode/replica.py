@@ -1,5 +1,6 @@
 """A decode replica: takes requests, and lets each live through prefill and decode."""
 
+import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator
@@ -17,12 +18,14 @@ from ..messages import Taken
 from ..pulse import Allowance, watch
 from ..router import PrefillRouter
 from ..settings import Settings
+from ..streams import beating
 from ..tasks import forever
 from .request_life import RequestLife, State
 from .worker import DecodeWorker
 
 # Of the worker: every waiting request is a call, and so is every message of pages under way.
-_CALLS_AT_ONCE = 10_000
+_CALLS_AT_ONCE = 1_000_000
+_READY_SECONDS = 5.0
 _LOST = "the decode worker is gone, and is being replaced; send the request again"
 
 logger = logging.getLogger(__name__)
@@ -57,24 +60,22 @@ class DecodeReplica:
 
     async def ready(self) -> None:
         """Return when this replica and a replica of each gang could serve; raise if not."""
-        await self.check_health()
-        await self._router.check_health()
+        async with asyncio.timeout(_READY_SECONDS):
+            await self.check_health()
+            await self._router.check_health()
 
     async def generate(
-        self, request: GenerationRequest, holder: str
+        self, request: GenerationRequest
     ) -> AsyncGenerator[Taken | list[Event], None]:
         """Serve one request from its prefill to its last token; see `rest.Backend`.
 
         Yields first who has taken it, then events, those that come at the same time in one
-        message.
-
-        Args:
-            holder: of the request's lease; see `leases`.
+        message; an empty one says that the replica is there.
         """
         yield Taken(self._worker_id, self._worker)
-        life = self._begin(request, holder)
+        life = self._begin(request)
         try:
-            async with aclosing(life.events()) as messages:
+            async with aclosing(beating(life.events(), beat=[])) as messages:
                 async for events in messages:
                     yield events
         except CallError as error:
@@ -82,7 +83,7 @@ class DecodeReplica:
         finally:
             self._lives.discard(life)
 
-    def _begin(self, request: GenerationRequest, holder: str) -> RequestLife:
+    def _begin(self, request: GenerationRequest) -> RequestLife:
         if self._lost:
             raise UnavailableError(_LOST)
         prefill = self._router.gang_for(len(request.prompt))
@@ -91,7 +92,7 @@ class DecodeReplica:
         # One that nobody waits in front of does not wait itself.
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
-        life = RequestLife(request, holder, self._worker, prefill)
+        life = RequestLife(request, self._worker, prefill)
         self._lives.add(life)
         return life
 

@@ -17,6 +17,7 @@ from ...engine.errors import UnavailableError
 from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
 from ..call_errors import first_of
 from ..messages import PrefillOrder
+from ..streams import listening
 from ..tasks import as_nobody, tell
 
 
@@ -34,7 +35,6 @@ class RequestLife:
     """One request, from when a decode replica takes it until its last token.
 
     Args:
-        holder: of its lease; see `leases`.
         worker: the handle of the decode worker's actor.
         prefill: the deployment that computes its prompt, with streamed answers.
     """
@@ -42,11 +42,10 @@ class RequestLife:
     def __init__(
         self,
         request: GenerationRequest,
-        holder: str,
         worker: Any,
         prefill: DeploymentHandle,
     ) -> None:
-        self._request, self._holder = request, holder
+        self._request = request
         self._worker, self.prefill = worker, prefill
         self._began = time.perf_counter()
         self.state = State.WAITING
@@ -76,20 +75,22 @@ class RequestLife:
         name = self._request.request_id
         return PrefillOrder(
             self._request,
-            destination=as_nobody(self._worker.reserve.remote, self._request, self._holder),
-            released=as_nobody(self._worker.until_released.remote, name, self._holder),
+            destination=as_nobody(self._worker.reserve.remote, self._request),
+            released=as_nobody(self._worker.until_released.remote, name),
         )
 
     async def _prefilling(self, order: PrefillOrder) -> AsyncGenerator[Progress | Prefilled, None]:
         """Have the prompt computed into those pages; ends with Prefilled."""
         stream = cast(
-            DeploymentResponseGenerator[Progress | Prefilled], self.prefill.prefill.remote(order)
+            DeploymentResponseGenerator[Progress | Prefilled | None],
+            self.prefill.prefill.remote(order),
         )
         try:
             await first_of(stream)
-            async for event in stream:
-                self.state = State.PREFILLING
-                yield event
+            async for event in listening(stream):
+                if event is not None:
+                    self.state = State.PREFILLING
+                    yield event
         finally:
             stream.cancel()
 

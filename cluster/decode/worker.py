@@ -4,7 +4,7 @@ import asyncio
 import logging
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ENDED_REMEMBERED = 4096
+_RELEASED = "the request was released; send it again"
 _FAILED = "the decode engine failed, and is being replaced; send the request again"
 
 
@@ -39,7 +40,6 @@ _FAILED = "the decode engine failed, and is being replaced; send the request aga
 class _Request:
     """A request that is here, or about to be: until its release."""
 
-    holder: str
     is_reserved: bool = False
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[Delta | LongreachError | None]" = field(default_factory=asyncio.Queue)
@@ -112,33 +112,32 @@ class DecodeWorker:
         """
         self._check()
 
-    async def reserve(self, request: GenerationRequest, holder: str) -> "Destination":
+    async def reserve(self, request: GenerationRequest) -> "Destination":
         """Allocate a request's pages, waiting until they are free; where prefill sends them.
 
-        Args:
-            holder: of the request's lease: without its renewals the request is released.
+        A request that no ingress renews is released; see `leases`.
 
         Raises:
             PromptTooLongError: there will never be enough pages.
-            InvalidRequestError: a request of that name is here already, or was released.
-            UnavailableError: as `check`, also while waiting.
+            InvalidRequestError: a request of that name is here already.
+            UnavailableError: as `check`, also while waiting; or the request was released.
         """
         self._check()
         name = request.request_id
         if name in self._ended:
-            raise InvalidRequestError(f"request {name} was released")
-        here = self._expect(name, holder)
+            raise UnavailableError(_RELEASED)
+        here = self._expect(name)
         if here.is_reserved:
             raise InvalidRequestError(f"request {name} is here already")
         here.is_reserved = True
         await self._admission.reserve(request)
         return self._receiver.destination(name)
 
-    def _expect(self, request_id: str, holder: str) -> _Request:
+    def _expect(self, request_id: str) -> _Request:
         """A request's entry, made by whichever call comes first: they overtake each other."""
         if request_id not in self._requests:
-            self._requests[request_id] = _Request(holder)
-            self._leases.add(holder, request_id)
+            self._requests[request_id] = _Request()
+            self._leases.add(request_id)
         return self._requests[request_id]
 
     async def deliver(self, request_id: str, message: Any) -> None:
@@ -173,14 +172,13 @@ class DecodeWorker:
             logits: after the prompt's last token.
 
         Raises:
-            InvalidRequestError: the request was released.
             GenerationError: this answer cannot go on.
-            UnavailableError: as `check`, also half-way.
+            UnavailableError: as `check`, or the request was released; also half-way.
         """
         self._check()
         request = self._requests.get(request_id)
         if request is None:
-            raise InvalidRequestError(f"request {request_id} was released")
+            raise UnavailableError(_RELEASED)
         # Without waiting: other requests' copies may be in front, and the first token needs none.
         self._copier.close_soon(request_id)
         async with self._turn:
@@ -205,38 +203,43 @@ class DecodeWorker:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
-        self._leases.remove(request.holder, request_id)
-        self._admission.refuse(request_id, InvalidRequestError(f"{request_id} was released"))
+        self._leases.remove(request_id)
+        self._admission.refuse(request_id, UnavailableError(_RELEASED))
         request.released.set()
         # No copy begins from here on. Those under way still write the request's pages, so these
         # are freed when the thread, which does one thing after the other, has done with them.
-        await self._copier.close(request_id)
+        try:
+            await self._copier.close(request_id)
+        except Exception as error:
+            self._fail(error)
         async with self._turn:
             self._engine.cancel(request_id)
         self._admission.wake()
         self._report()
-        request.events.put_nowait(None)
+        # An answer that is whole has ended already; any other must not be taken for a whole one.
+        request.events.put_nowait(UnavailableError(_RELEASED))
 
-    async def until_released(self, request_id: str, holder: str) -> None:
+    async def until_released(self, request_id: str) -> None:
         """Return when a request is released.
 
         Raises:
             UnavailableError: as `check`, also while waiting.
         """
         if request_id not in self._ended:
-            await self._expect(request_id, holder).released.wait()
+            await self._expect(request_id).released.wait()
         self._check()
 
-    async def renew(self, holder: str) -> None:
-        """A holder of leases is alive."""
-        self._leases.renew(holder)
+    async def renew(self, request_ids: Iterable[str]) -> None:
+        """An ingress still wants these requests."""
+        self._leases.renew(request_ids)
 
     async def _watch_leases(self) -> None:
         while True:
             await asyncio.sleep(RENEWAL_SECONDS)
-            for request_id in self._leases.tick():
-                logger.warning("request %s is released: its ingress is gone", request_id)
-                await self.release(request_id)
+            lapsed = self._leases.tick()
+            for request_id in lapsed:
+                logger.warning("request %s is released: no ingress wants it", request_id)
+            await asyncio.gather(*map(self.release, lapsed))
 
     def _after_step(self, outputs: "list[Output]", seconds: float) -> None:
         self._sink.observe(metrics.DECODE_STEP_TIME, seconds)

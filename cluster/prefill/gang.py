@@ -2,14 +2,14 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ...engine.errors import ConfigurationError
+from ...engine.errors import ConfigurationError, UnavailableError
 from ..pulse import Allowance, Reading, watch
 from ..settings import GangSettings, PrefillSettings
 from .rank import PrefillRank, RankResult
@@ -20,7 +20,7 @@ _PLACEMENT_SECONDS = 120
 
 
 _HAND_OFF, _HEALTH = "hand-off", "health"
-_GROUPS = {_HAND_OFF: 16, _HEALTH: 1}
+_GROUPS = {_HAND_OFF: 64, _HEALTH: 1}
 """Threads of a rank beside the one that computes: for flushes, and to say that it is well."""
 
 # A chunk may take longer than any before it: a prompt's later ones attend to more. So only a stop
@@ -63,7 +63,7 @@ class Gang:
         ]
         gang = cls(group, ranks)
         try:
-            await _join(ranks, settings.prefill.tensor_parallel)
+            await gang._watched(_join(ranks, settings.prefill.tensor_parallel))
         except BaseException:
             gang.kill()
             raise
@@ -114,6 +114,23 @@ class Gang:
                 each.cancel()
         first = watches.index(next(iter(done)))
         return f"rank {first} {watches[first].result()}"
+
+    async def _watched(self, joining: Coroutine[Any, Any, None]) -> None:
+        """Wait until all ranks have joined; a rank that dies or hangs meanwhile ends the wait.
+
+        Raises:
+            UnavailableError: one did. Otherwise as `joining`.
+        """
+        work = asyncio.ensure_future(joining)
+        end = asyncio.ensure_future(self.watch(is_busy=lambda: False))
+        try:
+            await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise UnavailableError(f"{end.result()} while it loaded")
+            work.result()
+        finally:
+            for each in (work, end):
+                each.cancel()
 
     def _reader(self, rank: Any) -> Callable[[], Awaitable[Reading]]:
         return rank.pulse.options(concurrency_group=_HEALTH).remote

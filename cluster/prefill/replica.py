@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..call_errors import as_ours
 from ..messages import PrefillOrder
 from ..metrics import Metrics
 from ..settings import GangSettings
+from ..streams import beating
 from ..tasks import detached, forever
 from .gang import Gang
 from .rank import RankResult
@@ -37,6 +39,16 @@ class _Job:
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+
+    async def heard(self) -> AsyncGenerator[Progress | Prefilled, None]:
+        """Its events, to the last."""
+        while True:
+            event = await self.events.get()
+            if isinstance(event, LongreachError):
+                raise event
+            yield event
+            if isinstance(event, Prefilled):
+                return
 
     @property
     def name(self) -> str:
@@ -78,8 +90,9 @@ class PrefillReplica:
     ) -> AsyncGenerator[Progress | Prefilled | None, None]:
         """Compute a prompt into the pages that a decode worker allocates for it.
 
-        Yields None at once, Progress after every chunk but the last, then Prefilled. Leaving early
-        stops the work after the chunk that is being computed.
+        Yields None at once, Progress after every chunk but the last, then Prefilled; and None again
+        and again in between, to say that the replica is there. Leaving early stops the work after
+        the chunk that is being computed.
         """
         if self._lost:
             raise UnavailableError(_LOST)
@@ -88,13 +101,9 @@ class PrefillReplica:
         following = detached(self._follow(job))
         try:
             yield None
-            while True:
-                event = await job.events.get()
-                if isinstance(event, LongreachError):
-                    raise event
-                yield event
-                if isinstance(event, Prefilled):
-                    return
+            async with aclosing(beating(job.heard(), beat=None)) as events:
+                async for event in events:
+                    yield event
         finally:
             following.cancel()
             self._forget(job.name)
@@ -111,7 +120,8 @@ class PrefillReplica:
             self._report()
             await job.order.released
             error: LongreachError = UnavailableError("the request was released")
-        except (RayError, LongreachError) as raised:
+        except (Exception, asyncio.CancelledError) as raised:
+            # Whatever it was: a request whose client has left is gone already, any other is told.
             error = as_ours(raised)
         self._end(job.name, error)
 
@@ -185,7 +195,7 @@ class PrefillReplica:
         computed = time.time()
         try:
             failure = await self._gang.flush(job.name)
-        except RayError as error:
+        except (Exception, asyncio.CancelledError) as error:
             failure = f"a rank did not hand its pages off ({type(error).__name__})"
         if failure is not None:
             self._end(job.name, TransferError(failure))

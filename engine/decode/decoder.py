@@ -122,7 +122,7 @@ class Decoder(DecodeEngine):
 
     @property
     def num_generating(self) -> int:
-        return sum(reservation.started for reservation in self._reservations.values())
+        return sum(reservation.started for reservation in list(self._reservations.values()))
 
     def is_generating(self, request_id: str) -> bool:
         return request_id in self._reservations

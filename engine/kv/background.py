@@ -37,7 +37,11 @@ class BackgroundHandOff(HandOff):
         self._thread.submit(self._push, _written(self._stream), place, pages)
 
     def flush(self) -> None:
-        self._thread.submit(self._flush).result()
+        try:
+            flushed = self._thread.submit(self._flush)
+        except RuntimeError as error:
+            raise TransferError("the hand-off was abandoned") from error
+        flushed.result()
         if self._failure is not None:
             raise TransferError(self._failure)
 

@@ -46,15 +46,13 @@ class Replica:
         self.worker = Worker()
         self.takes = asyncio.Event()
         self.takes.set()
-        self.holders: list[str] = []
         self._messages, self._stays = messages, stays
         self.generate = self
 
     def options(self, **ignored: Any) -> "Replica":
         return self
 
-    def remote(self, request: GenerationRequest, holder: str) -> "Replica":
-        self.holders.append(holder)
+    def remote(self, request: GenerationRequest) -> "Replica":
         self._left = iter([Taken("worker", self.worker), *self._messages])
         return self
 
@@ -79,7 +77,6 @@ class Leases:
         self.held: set[tuple[str, str]] = set()
         self.most = 0
         keeper = backend._leases
-        self.holder = keeper.holder
         keeper.hold = self._hold
         keeper.drop = self._drop
 
@@ -104,7 +101,6 @@ def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then() 
         events = [event async for event in backend.generate(REQUEST)]
         assert events == [DELTA, FINISHED]
         assert replica.worker.released == []
-        assert replica.holders == [leases.holder]
         assert (leases.most, leases.held) == (1, set())
 
     asyncio.run(run())

@@ -83,9 +83,16 @@ def test_a_dead_process_is_found() -> None:
 
 
 def test_one_that_answers_while_its_work_stands_still_is_found() -> None:
-    process = Process(WELL, Reading(9.0, 1.0), Reading(12.0, 1.0))
-    assert "12 s" in watched(process, lambda: True)
-    assert process.asked == 3
+    process = Process(WELL, Reading(9.0, 1.0), Reading(12.0, 1.0), Reading(13.0, 1.0))
+    assert "13 s" in watched(process, lambda: True)
+    assert process.asked == 4
+
+
+def test_a_machine_that_was_frozen_for_a_while_is_forgiven() -> None:
+    """It wakes to an old piece of work, which then ends."""
+    process = Process(Reading(99.0, 1.0), WELL)
+    with pytest.raises(TimeoutError):
+        watched(process, lambda: True, seconds=0.1)
 
 
 @pytest.mark.parametrize(("busy", "misses"), [(True, BUSY_MISSES), (False, IDLE_MISSES)])
@@ -100,3 +107,18 @@ def test_a_broken_connection_is_no_death() -> None:
     with pytest.raises(TimeoutError):
         watched(process, lambda: True, seconds=0.1)
     assert process.asked > 2
+
+
+def test_one_that_stays_out_of_reach_is_given_up() -> None:
+    process = Process(WELL, ActorUnavailableError("", None))
+    assert f" {IDLE_MISSES} " in watched(process, lambda: True)
+
+
+def test_what_was_missed_while_idle_does_not_count_once_there_is_work() -> None:
+    """A starved idle process is alive, and its first request is not its end."""
+    process = Process(WELL, None)
+    ticks = itertools.count()
+    # Idle for longer than a busy one may be silent; then there is work.
+    result = watched(process, lambda: next(ticks) > 2 * BUSY_MISSES)
+    assert f" {BUSY_MISSES} " in result
+    assert next(ticks) >= 3 * BUSY_MISSES

@@ -80,7 +80,7 @@ class Stage:
             release=Remote(self.calls, "release"),
         )
         prefill = SimpleNamespace(prefill=Remote(self.calls, "prefill", self._prefill))
-        self.life = RequestLife(request, "an ingress", worker, cast(Any, prefill))
+        self.life = RequestLife(request, worker, cast(Any, prefill))
 
     def _prefill(self) -> Stream:
         async def events() -> AsyncGenerator[Any, None]:

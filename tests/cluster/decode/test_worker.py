@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
@@ -27,7 +28,6 @@ from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from ..conftest import make_settings
 
-HOLDER = "an ingress"
 WAITS = 1.0
 """Seconds after which something that waits is taken to wait for good."""
 
@@ -88,17 +88,17 @@ def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
 
     async def run() -> list[object]:
         await worker.start(None)
-        await worker.reserve(make_request("running"), HOLDER)
-        await worker.reserve(make_request("in prefill"), HOLDER)
+        await worker.reserve(make_request("running"))
+        await worker.reserve(make_request("in prefill"))
         waiting = [
-            asyncio.create_task(worker.reserve(make_request("for pages", tokens=1000), HOLDER)),
-            asyncio.create_task(worker.until_released("in prefill", HOLDER)),
+            asyncio.create_task(worker.reserve(make_request("for pages", tokens=1000))),
+            asyncio.create_task(worker.until_released("in prefill")),
         ]
         await asyncio.sleep(0)
         outcomes = await ended([Answer().read(worker, "running"), *waiting])
         late: list[Callable[[], Awaitable[object]]] = [
             lambda: Answer().read(worker, "in prefill"),
-            lambda: worker.reserve(make_request("late"), HOLDER),
+            lambda: worker.reserve(make_request("late")),
             worker.check,
         ]
         return outcomes + await ended([call() for call in late])
@@ -112,12 +112,12 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
     async def run() -> None:
         await worker.start(None)
         damaged, after = Answer(), Answer()
-        await worker.reserve(make_request("damaged"), HOLDER)
+        await worker.reserve(make_request("damaged"))
         with pytest.raises(GenerationError):
             await damaged.read(worker, "damaged", logits_of(worker) * np.nan)
         assert not damaged.is_whole
         assert worker._engine.usage == 0
-        await worker.reserve(make_request("after"), HOLDER)
+        await worker.reserve(make_request("after"))
         await after.read(worker, "after")
         assert after.is_whole
         assert after.tokens == 8
@@ -161,13 +161,13 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
 
     async def run() -> None:
         await worker.start(None)
-        await worker.reserve(make_request("big"), HOLDER)
+        await worker.reserve(make_request("big"))
         with pytest.raises((DecodeOutOfMemoryError, ReceiveOutOfMemoryError)):
             await served(worker, "big")
         await worker.release("big")
         assert decoder.usage == 0
         await worker.check()
-        await worker.reserve(make_request("after"), HOLDER)
+        await worker.reserve(make_request("after"))
         after = await served(worker, "after")
         assert after.is_whole
         assert after.tokens == 8
@@ -203,7 +203,7 @@ def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
 
     async def run() -> None:
         await worker.start(None)
-        await worker.reserve(make_request("slow"), HOLDER)
+        await worker.reserve(make_request("slow"))
         taking = [
             asyncio.create_task(worker.deliver("slow", [make_run(worker, page)]))
             for page in range(3)
@@ -211,7 +211,7 @@ def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
         while not held.begun.is_set():
             await asyncio.sleep(0.001)
         await worker.check()
-        await worker.reserve(make_request("other"), HOLDER)
+        await worker.reserve(make_request("other"))
         other = Answer()
         await other.read(worker, "other")
         assert other.is_whole
@@ -230,12 +230,12 @@ def test_pages_that_are_being_received_go_back_only_after_the_copy(
 
     async def run() -> None:
         await worker.start(None)
-        await worker.reserve(make_request("a"), HOLDER)
+        await worker.reserve(make_request("a"))
         taking = asyncio.create_task(worker.deliver("a", [make_run(worker, 0)]))
         while not held.begun.is_set():
             await asyncio.sleep(0.001)
         releasing = asyncio.create_task(worker.release("a"))
-        await worker.until_released("a", HOLDER)
+        await worker.until_released("a")
         assert worker._engine.usage > 0
         with pytest.raises(TransferError, match="it was cancelled"):
             await worker.deliver("a", [make_run(worker, 1)])
@@ -260,7 +260,7 @@ def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
 
     async def run() -> None:
         await worker.start(None)
-        await worker.reserve(make_request("a"), HOLDER)
+        await worker.reserve(make_request("a"))
         with pytest.raises(RuntimeError, match="illegal memory access"):
             await worker.deliver("a", [make_run(worker, 0)])
         with pytest.raises(UnavailableError):
@@ -274,10 +274,47 @@ def test_a_request_that_can_never_fit_is_told_so_at_once(worker: DecodeWorker) -
 
     async def run() -> None:
         await worker.start(None)
-        await worker.reserve(make_request("small"), HOLDER)
+        await worker.reserve(make_request("small"))
         with pytest.raises(CacheTooSmallError) as refused:
-            await worker.reserve(make_request("huge", tokens=1300), HOLDER)
+            await worker.reserve(make_request("huge", tokens=1300))
         assert vars(refused.value) == {"phase": "decode", "needed": 1408, "total": 1280}
-        await worker.reserve(make_request("after"), HOLDER)
+        await worker.reserve(make_request("after"))
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+def test_a_request_that_nobody_wants_is_released_and_its_answer_never_called_whole(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ingress is gone, or what it said was lost."""
+    monkeypatch.setattr(worker_module, "RENEWAL_SECONDS", 0.001)
+    monkeypatch.setattr(worker._leases, "tick", lambda: ["orphan"] if orphan.tokens else [])
+    orphan = Answer()
+
+    async def run() -> None:
+        await worker.start(None)
+        await worker.reserve(make_request("orphan", max_tokens=900))
+        waiting = asyncio.create_task(worker.reserve(make_request("other", tokens=900)))
+        with pytest.raises(UnavailableError):
+            await orphan.read(worker, "orphan")
+        assert not orphan.is_whole
+        await waiting
+        with pytest.raises(UnavailableError):
+            await worker.reserve(make_request("orphan"))
+
+    asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+def test_a_request_that_is_released_while_it_waits_for_pages_is_told(worker: DecodeWorker) -> None:
+    async def run() -> None:
+        await worker.start(None)
+        await worker.reserve(make_request("holder", tokens=900))
+        waiting = asyncio.create_task(worker.reserve(make_request("waiting", tokens=900)))
+        released = asyncio.create_task(worker.until_released("waiting"))
+        await asyncio.sleep(0.01)
+        await worker.release("waiting")
+        await released
+        with pytest.raises(UnavailableError):
+            await waiting
 
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))

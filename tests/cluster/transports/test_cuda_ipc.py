@@ -164,7 +164,7 @@ class Pair:
     def reserve(self, name: str, prompt: np.ndarray) -> None:
         sampling = SamplingParameters(max_tokens=2, temperature=0.0, ignore_eos=True)
         request = GenerationRequest(name, prompt, sampling, 0.0)
-        self._destinations[name] = self.loop.run(self.worker.reserve(request, "an ingress"))
+        self._destinations[name] = self.loop.run(self.worker.reserve(request))
 
     def prefill(
         self, name: str, prompt: np.ndarray, chunk: int = 640
@@ -265,7 +265,7 @@ def test_pages_of_a_released_request_go_back_only_after_the_copy(
         releasing.result(0.2)
     assert pair.worker._engine.usage > 0
     # Those who wait for the request's end need not wait for the copy.
-    pair.loop.run(pair.worker.until_released("a", "an ingress"))
+    pair.loop.run(pair.worker.until_released("a"))
     let.set()
     releasing.result(SECONDS)
     assert pair.worker._engine.usage == 0
