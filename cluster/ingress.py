@@ -9,19 +9,22 @@ from typing import cast
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import ControllerOptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.text.tokenizer import Tokenizer
-from .failures import CallError, as_ours, first_of
+from .call_errors import CallError, as_ours, first_of
+from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
 from .metrics import Metrics, render
-from .rest import IngressLimits, build_api, read_api_keys
-from .settings import Settings
+from .rest import Access, IngressLimits, build_api, read_api_keys
+from .settings import IngressSettings, Settings
 from .tasks import detached, tell
 
 _READY_SECONDS = 5
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 _Stream = DeploymentResponseGenerator[Taken | list[Event]]
 
@@ -89,6 +92,7 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         max_choices=settings.limits.max_choices,
         max_logprobs=settings.limits.max_logprobs,
         progress_seconds=settings.ingress.progress_seconds,
+        receive_seconds=settings.limits.receive_seconds,
     )
 
 
@@ -104,7 +108,29 @@ def api_builder(
             DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
             Metrics(metrics_directory, "ingress", settings.model.name),
             partial(render, metrics_directory),
-            read_api_keys(settings.ingress.api_keys_file),
+            access_of(settings.ingress),
         )
 
     return build
+
+
+def front_of(settings: Settings) -> ControllerOptions:
+    """What has Serve's proxies put our front before this endpoint."""
+    limits = settings.limits
+    return controller_options(FrontLimits(limits.max_body_bytes, limits.receive_seconds))
+
+
+def access_of(settings: IngressSettings) -> Access:
+    """Who may use the endpoint, and from where.
+
+    A server for this machine alone, without keys, goes by local names only, unless others are set:
+    a web page could reach it by a name of its own otherwise.
+
+    Raises:
+        ConfigurationError: the API keys cannot be read.
+    """
+    keys = read_api_keys(settings.api_keys_file)
+    hosts = tuple(settings.allowed_hosts)
+    if not hosts and not keys and settings.host in _LOCAL_NAMES:
+        hosts = _LOCAL_NAMES
+    return Access(keys, hosts, tuple(settings.allowed_origins))

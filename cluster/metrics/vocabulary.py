@@ -82,7 +82,15 @@ TIME_TO_FIRST_TOKEN = Histogram(
 )
 INTER_TOKEN_LATENCY = Histogram(
     "longreach_inter_token_latency_seconds",
-    "Between one token of a choice and its next.",
+    "Between one token of a choice and its next; tokens that came together count as equal steps "
+    "since those before them.",
+    _SHORT_SECONDS,
+    ("prompt_class",),
+)
+INTER_CHUNK_LATENCY = Histogram(
+    "longreach_inter_chunk_latency_seconds",
+    "Between the arrival of one or more tokens of a choice and of the next ones: the pauses that a "
+    "reader sees.",
     _SHORT_SECONDS,
     ("prompt_class",),
 )
@@ -166,6 +174,7 @@ VOCABULARY: tuple[Metric, ...] = (
     GENERATION_TOKENS,
     TIME_TO_FIRST_TOKEN,
     INTER_TOKEN_LATENCY,
+    INTER_CHUNK_LATENCY,
     E2E_REQUEST_LATENCY,
     REQUEST_QUEUE_TIME,
     REQUEST_PREFILL_TIME,

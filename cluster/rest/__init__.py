@@ -2,7 +2,7 @@
 
 from .api import build_api, build_refusal
 from .generation import Backend
-from .limits import IngressLimits
+from .limits import Access, IngressLimits
 from .middleware import read_api_keys
 
-__all__ = ["Backend", "IngressLimits", "build_api", "build_refusal", "read_api_keys"]
+__all__ = ["Access", "Backend", "IngressLimits", "build_api", "build_refusal", "read_api_keys"]

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 
@@ -20,18 +21,20 @@ from ...engine.text.tokenizer import Tokenizer
 from .. import metrics
 from ..metrics import Metrics
 from .answers import AnswerFormat, ChatFormat, CompletionFormat, TokenTexts
-from .errors import BUSY_SECONDS, RestError, as_rest_error
+from .bodies import Bodies
+from .errors import BUSY_SECONDS, RestError, as_rest_error, shown
 from .generation import Backend
-from .limits import IngressLimits
+from .limits import OPEN, Access, IngressLimits
 from .meter import Meter, Running
-from .middleware import ApiKeys, BodyLimit, Failures, RequestIds
-from .plan import Plan, Planner
+from .middleware import ApiKeys, BodyLimit, Doors, Failures, Options, RequestIds, request_id_of
+from .plan import check_model
+from .reader import Kind, Readers
 from .response import AnswerResponse
-from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 
 OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")
 """These need no API key."""
 
+_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's word for it, in access logs
 
 
@@ -41,7 +44,7 @@ def build_api(
     backend: Backend,
     sink: Metrics,
     render_metrics: Callable[[], bytes],
-    api_keys: Sequence[str] = (),
+    access: Access = OPEN,
 ) -> FastAPI:
     """Make the application.
 
@@ -51,12 +54,29 @@ def build_api(
         backend: generates.
         sink: where the endpoint's own figures go.
         render_metrics: what `/metrics` answers with; called in a thread.
-        api_keys: without any, everybody is welcome.
+        access: who may send requests, and from where.
     """
-    middleware = [Middleware(RequestIds), Middleware(Failures)]
-    if api_keys:
-        middleware.append(Middleware(ApiKeys, keys=api_keys, open_paths=OPEN_PATHS))
-    middleware.append(Middleware(BodyLimit, max_bytes=limits.max_body_bytes))
+    middleware = [
+        Middleware(RequestIds),
+        Middleware(Failures),
+        Middleware(Doors, hosts=access.hosts, origins=access.origins),
+    ]
+    if access.origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=access.origins,
+                allow_methods=_METHODS,
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )
+    middleware.append(Middleware(Options, methods=_METHODS))
+    if access.api_keys:
+        middleware.append(Middleware(ApiKeys, keys=access.api_keys, open_paths=OPEN_PATHS))
+    middleware.append(
+        Middleware(BodyLimit, max_bytes=limits.max_body_bytes, seconds=limits.receive_seconds)
+    )
     api = FastAPI(
         title="Longreach",
         middleware=middleware,
@@ -76,9 +96,12 @@ def build_api(
     api.post("/detokenize")(endpoints.detokenize)
     api.get("/v1/models")(endpoints.models)
     api.get("/v1/models/{name:path}")(endpoints.model)
-    api.get("/health")(endpoints.health)
-    api.get("/ready")(endpoints.ready)
-    api.get("/version")(endpoints.version)
+    for path, answer in (
+        ("/health", endpoints.health),
+        ("/ready", endpoints.ready),
+        ("/version", endpoints.version),
+    ):
+        api.api_route(path, methods=["GET", "HEAD"])(answer)
 
     @api.get("/metrics")
     async def scrape() -> Response:
@@ -102,7 +125,7 @@ def build_refusal() -> Starlette:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return as_rest_error(error).response()
+    return as_rest_error(error, request_id_of(request.scope)).response()
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
@@ -112,7 +135,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail}"
+    what = f"{shown(request.method)} {shown(request.url.path)}: {error.detail}"
     return RestError(error.status_code, what, headers=error.headers or {}).response()
 
 
@@ -121,43 +144,38 @@ class _Endpoints:
         self, limits: IngressLimits, tokenizer: Tokenizer, backend: Backend, sink: Metrics
     ) -> None:
         self._limits = limits
-        self._tokenizer = tokenizer
         self._backend = backend
         self._sink = sink
-        self._planner = Planner(limits, tokenizer)
+        self._readers = Readers(limits, tokenizer)
+        self._bodies = Bodies(limits.max_body_bytes)
         self._texts = TokenTexts(tokenizer)
         self._started = int(time.time())
         self._running = Running(sink)
 
     async def chat(self, request: Request) -> Response:
-        def plan(body: bytes, arrived: float) -> Plan:
-            return self._planner.chat(parse(ChatBody, body), arrived)
-
-        return await self._generate(request, plan, ChatFormat)
+        return await self._generate(request, "chat", ChatFormat)
 
     async def completion(self, request: Request) -> Response:
-        def plan(body: bytes, arrived: float) -> Plan:
-            return self._planner.completion(parse(CompletionBody, body), arrived)
-
-        return await self._generate(request, plan, CompletionFormat)
+        return await self._generate(request, "completion", CompletionFormat)
 
     async def tokenize(self, request: Request) -> Response:
-        return await asyncio.to_thread(self._tokenize, await request.body())
+        return Response(await self._read(request, "tokenize"), media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
-        return await asyncio.to_thread(self._detokenize, await request.body())
+        return Response(await self._read(request, "detokenize"), media_type="application/json")
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, name: str) -> Response:
-        self._planner.check_model(name)
+        check_model(name, self._limits.model_name)
         return JSONResponse(self._model())
 
     async def health(self) -> Response:
         return JSONResponse({"status": "alive"})
 
     async def ready(self) -> Response:
+        self._readers.warm_up()
         if await self._backend.ready():
             return JSONResponse({"status": "ready"})
         retry = {"Retry-After": "1"}
@@ -168,21 +186,15 @@ class _Endpoints:
     async def version(self) -> Response:
         return JSONResponse({"version": version("longreach")})
 
-    async def _generate(
-        self,
-        request: Request,
-        plan_from: Callable[[bytes, float], Plan],
-        form: type[AnswerFormat],
-    ) -> Response:
-        arrived = time.time()
+    async def _generate(self, request: Request, kind: Kind, form: type[AnswerFormat]) -> Response:
         try:
-            plan = await asyncio.to_thread(plan_from, await request.body(), arrived)
+            plan = await self._read(request, kind)
         except (ClientDisconnect, asyncio.CancelledError):
             # Which of the two depends on whether the server or a proxy noticed first.
             self._sink.add(metrics.REQUESTS, outcome="cancelled")
             raise
         except Exception as error:
-            refusal = as_rest_error(error)
+            refusal = as_rest_error(error, request_id_of(request.scope))
             self._sink.add(metrics.REQUESTS, outcome=refusal.outcome)
             return refusal.response()
         return AnswerResponse(
@@ -193,29 +205,12 @@ class _Endpoints:
             self._limits.progress_seconds,
         )
 
-    def _tokenize(self, data: bytes) -> Response:
-        body = parse(TokenizeBody, data)
-        self._planner.check_model(body.model)
-        if body.messages is None:
-            tokens = self._tokenizer.encode(body.prompt or "")
-        else:
-            prompted = body.add_generation_prompt is not False
-            chat = [message.for_template for message in body.messages]
-            tokens = self._tokenizer.encode_chat(chat, add_generation_prompt=prompted)
-        answer = {
-            "count": len(tokens),
-            "max_model_len": self._limits.max_model_len,
-            "tokens": tokens.tolist(),
-            "token_strs": None,
-        }
-        return JSONResponse(answer)
-
-    def _detokenize(self, data: bytes) -> Response:
-        body = parse(DetokenizeBody, data)
-        self._planner.check_model(body.model)
-        return JSONResponse(
-            {"prompt": self._tokenizer.decode(self._planner.encode(body.tokens, "tokens"))}
-        )
+    async def _read(self, request: Request, kind: Kind) -> Any:
+        """What `Reader`'s method of that name makes of the body."""
+        arrived = time.time()
+        async with self._bodies.of(request) as body:
+            request_id = request_id_of(request.scope)
+            return await self._readers.read(kind, body.parts, request_id, arrived)
 
     def _model(self) -> dict[str, Any]:
         model = openai.types.Model.model_validate(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi.responses import JSONResponse
 
@@ -21,10 +22,23 @@ logger = logging.getLogger(__name__)
 BUSY_SECONDS = 5
 """After which a client may try again, where nothing says better."""
 
+_MOST_MESSAGE = 500
+_MOST_PARAM = 100
+_MOST_SHOWN = 80
+
+
+def shown(sent: str) -> str:
+    """What a client sent, cut to what an error may repeat of it."""
+    return _clipped(sent, _MOST_SHOWN)
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
 
 @dataclass
 class RestError(Exception):
-    """One error response. `message` must be fit for strangers."""
+    """One error response. `message` must be fit for strangers, and is cut where it is too long."""
 
     status: int
     message: str
@@ -32,6 +46,14 @@ class RestError(Exception):
     param: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.message = _clipped(self.message, _MOST_MESSAGE)
+        self.param = None if self.param is None else _clipped(self.param, _MOST_PARAM)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.status, self.message, self.type, self.param, self.code, dict(self.headers))
+        return type(self), fields
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -62,8 +84,12 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return RestError(400, message, param=param, code=code)
 
 
-def as_rest_error(error: BaseException) -> RestError:
-    """What to tell the client about any error; whatever we did not expect stays in our log."""
+def as_rest_error(error: BaseException, request_id: str = "") -> RestError:
+    """What to tell the client about any error; whatever we did not expect stays in our log.
+
+    Args:
+        request_id: the client's and the log's name of the request, where there is one.
+    """
     # An error from another process may come wrapped, with that process's stack trace for a text.
     cause = innermost(error)
     if isinstance(cause, LongreachError):
@@ -84,13 +110,15 @@ def as_rest_error(error: BaseException) -> RestError:
                 429, f"{error}; try again later", "rate_limit_error", code="busy", headers=retry
             )
         case LongreachError():
+            logger.warning("request %s ended: %s", request_id, error)
             retry = {"Retry-After": str(BUSY_SECONDS)}
             return RestError(503, str(error), "server_error", code="unavailable", headers=retry)
         case _:
-            logger.error("a request failed unexpectedly", exc_info=error)
+            logger.error("request %s failed unexpectedly", request_id, exc_info=error)
+            known_as = f" under {request_id}" if request_id else ""
             return RestError(
                 500,
-                "the server failed on this request; its log says why",
+                f"the server failed on this request; its log says why{known_as}",
                 "server_error",
                 code="internal_error",
             )

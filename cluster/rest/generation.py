@@ -1,11 +1,14 @@
 """The events of all prompts of one HTTP request, in one stream."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from ...engine.errors import CancelledElsewhereError
 from ...engine.messages import Event, GenerationRequest
 from .plan import Plan
 
@@ -28,6 +31,15 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """An event, the index of its prompt, and when it came (seconds, monotonic)."""
+
+    index: int
+    event: Event
+    at: float
+
+
 class Generation:
     """Runs the requests of a plan at once; leaving the context stops whatever still runs.
 
@@ -39,7 +51,7 @@ class Generation:
     def __init__(self, backend: Backend, plan: Plan) -> None:
         self._backend = backend
         self._plan = plan
-        self._events: asyncio.Queue[tuple[int, Event | BaseException | None]]
+        self._events: asyncio.Queue[tuple[int, float, Event | BaseException | None]]
         self._events = asyncio.Queue(_EVENTS_AHEAD)
         self._tasks: list[asyncio.Task[None]] = []
         self._running = len(plan.requests)
@@ -49,8 +61,8 @@ class Generation:
         """Whether every request has ended."""
         return self._running == 0
 
-    async def next(self, timeout: float | None = None) -> tuple[int, Event] | None:
-        """The next event and the index of its prompt; None when time is up or all have ended.
+    async def next(self, timeout: float | None = None) -> Arrival | None:
+        """The next event; None when time is up or all have ended.
 
         Raises:
             Exception: whatever the backend raised for one of the requests.
@@ -58,11 +70,11 @@ class Generation:
         try:
             async with asyncio.timeout(timeout):
                 while not self.done:
-                    index, event = await self._events.get()
+                    index, arrived, event = await self._events.get()
                     if isinstance(event, BaseException):
                         raise event
                     if event is not None:
-                        return index, event
+                        return Arrival(index, event, arrived)
                     self._running -= 1
         except TimeoutError:
             return None
@@ -89,8 +101,21 @@ class Generation:
         try:
             async with aclosing(self._backend.generate(request)) as events:
                 async for event in events:
-                    await self._events.put((index, event))
+                    await self._put(index, event)
+        except asyncio.CancelledError:
+            if _is_asked_to_stop():
+                raise
+            # Of a call to another process, say. Whoever waits for the answer would wait forever.
+            await self._put(index, CancelledElsewhereError())
         except Exception as error:
-            await self._events.put((index, error))
+            await self._put(index, error)
         else:
-            await self._events.put((index, None))
+            await self._put(index, None)
+
+    async def _put(self, index: int, event: Event | BaseException | None) -> None:
+        await self._events.put((index, time.monotonic(), event))
+
+
+def _is_asked_to_stop() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

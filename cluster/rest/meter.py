@@ -1,11 +1,16 @@
 """What the endpoint measures of a request: the ingress sees it from arrival to end."""
 
 import time
+from dataclasses import dataclass
 
-from ...engine.messages import Delta, Event, Finished
+from ...engine.messages import Delta, Finished
 from .. import metrics
 from ..metrics import Metrics, prompt_class
+from .generation import Arrival
 from .plan import Plan
+
+# Tokens travel in batches. No engine makes two of one choice within this time.
+_TOGETHER_SECONDS = 0.001
 
 
 class Running:
@@ -21,6 +26,15 @@ class Running:
         self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._count)
 
 
+@dataclass
+class _Burst:
+    """Tokens of one choice that came together at `at`, and when those before them came."""
+
+    at: float
+    tokens: int
+    since: float | None
+
+
 class Meter:
     """Turns the events of one HTTP request into figures."""
 
@@ -29,7 +43,7 @@ class Meter:
         self._running = running
         self._plan = plan
         self._classes = [prompt_class(len(request.prompt)) for request in plan.requests]
-        self._last_token: dict[tuple[int, int], float] = {}
+        self._bursts: dict[tuple[int, int], _Burst] = {}
         self._begun: set[int] = set()
         self._reasons: list[str] = []
 
@@ -37,11 +51,12 @@ class Meter:
         """The request is on its way to the backend."""
         self._running.change(+1)
 
-    def saw(self, index: int, event: Event) -> None:
-        """An event of the prompt at `index` came."""
+    def saw(self, arrival: Arrival) -> None:
+        """An event of a prompt came."""
+        index, event = arrival.index, arrival.event
         match event:
             case Delta():
-                self._saw_delta(index, event)
+                self._saw_delta(index, event, arrival.at)
             case Finished():
                 self._saw_end(index, event)
 
@@ -49,6 +64,8 @@ class Meter:
         """The request is over: success, rejected, invalid, cancelled or failed."""
         self._running.change(-1)
         self._sink.add(metrics.REQUESTS, outcome=outcome)
+        for (index, _), burst in self._bursts.items():
+            self._count_burst(burst, self._classes[index])
         if outcome != "success":
             return
         for reason in self._reasons:
@@ -58,7 +75,7 @@ class Meter:
             metrics.E2E_REQUEST_LATENCY, self._since_arrival(), prompt_class=self._classes[longest]
         )
 
-    def _saw_delta(self, index: int, delta: Delta) -> None:
+    def _saw_delta(self, index: int, delta: Delta, at: float) -> None:
         label = self._classes[index]
         if index not in self._begun:
             self._begun.add(index)
@@ -71,14 +88,23 @@ class Meter:
         if not delta.tokens:
             return
         self._sink.add(metrics.GENERATION_TOKENS, len(delta.tokens))
-        now = time.monotonic()
-        before = self._last_token.get((index, delta.choice))
-        self._last_token[index, delta.choice] = now
-        if before is not None:
-            # Several tokens at once are as many equal steps.
-            step = (now - before) / len(delta.tokens)
-            for _ in delta.tokens:
-                self._sink.observe(metrics.INTER_TOKEN_LATENCY, step, prompt_class=label)
+        burst = self._bursts.get((index, delta.choice))
+        if burst is not None and at - burst.at < _TOGETHER_SECONDS:
+            burst.tokens += len(delta.tokens)
+            return
+        if burst is not None:
+            self._count_burst(burst, label)
+        since = None if burst is None else burst.at
+        self._bursts[index, delta.choice] = _Burst(at, len(delta.tokens), since)
+
+    def _count_burst(self, burst: "_Burst", label: str) -> None:
+        """Tokens that came together were made one after the other since the last ones came."""
+        if burst.since is None:
+            return  # how long the first tokens took is the time to the first token
+        gap = burst.at - burst.since
+        self._sink.observe(metrics.INTER_CHUNK_LATENCY, gap, prompt_class=label)
+        for _ in range(burst.tokens):
+            self._sink.observe(metrics.INTER_TOKEN_LATENCY, gap / burst.tokens, prompt_class=label)
 
     def _saw_end(self, index: int, finished: Finished) -> None:
         label = self._classes[index]

@@ -1,19 +1,24 @@
 """What happens to every request before any endpoint sees it."""
 
+import asyncio
 import hashlib
 import hmac
 import re
+import time
 import uuid
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...engine.errors import ConfigurationError
-from .errors import RestError, as_rest_error
+from .errors import RestError, as_rest_error, shown
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_STATE_KEY = "longreach_request_id"
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
@@ -36,6 +41,16 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
+def fit_request_id(given: str) -> str:
+    """A client's `x-request-id` where it is fit for headers and logs, else a new one."""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def request_id_of(scope: Scope) -> str:
+    """What `RequestIds` named this request; empty before it did."""
+    return scope.get("state", {}).get(_STATE_KEY, "")
+
+
 class RequestIds:
     """Every response carries `x-request-id`: the client's own where it is fit to repeat."""
 
@@ -46,12 +61,20 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        headers = MutableHeaders(scope=scope)
+        request_id = fit_request_id(headers.get("x-request-id", ""))
+        # Whoever stands behind, in this process or the next, is to see the same one.
+        headers["x-request-id"] = request_id
+        scope.setdefault("state", {})[_STATE_KEY] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                others = [
+                    (name, value)
+                    for name, value in message.get("headers", [])
+                    if name.lower() != b"x-request-id"
+                ]
+                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -74,9 +97,84 @@ class Failures:
         try:
             await self._app(scope, receive, send_and_note)
         except Exception as error:
-            if started or scope["type"] != "http":
+            if scope["type"] != "http":
                 raise
-            await as_rest_error(error).response()(scope, receive, send)
+            refusal = as_rest_error(error, request_id_of(scope))
+            if started:
+                raise
+            await refusal.response()(scope, receive, send)
+
+
+class Doors:
+    """Refuses what a web page of somebody else may send to a server on this machine.
+
+    A page can post what it likes to any address as long as it calls it plain text, and reach a
+    local server under a name of its own (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._origins = frozenset(origin.lower() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        app = self._app if refusal is None else refusal.response()
+        await app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> RestError | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "").lower()
+        if self._hosts and "*" not in self._hosts and _name_of(host) not in self._hosts:
+            return RestError(
+                403,
+                f"this server is not known as '{shown(host)}'; add that name to "
+                "ingress.allowed_hosts",
+                "permission_error",
+                code="host_not_allowed",
+            )
+        origin = headers.get("origin", "").lower()
+        if origin and not self._is_known(origin, host):
+            return RestError(
+                403,
+                f"pages of '{shown(origin)}' may not use this server; add it to "
+                "ingress.allowed_origins",
+                "permission_error",
+                code="origin_not_allowed",
+            )
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and media_type != "application/json":
+            return RestError(
+                415,
+                "the body must be JSON; send 'Content-Type: application/json'",
+                code="unsupported_media_type",
+            )
+        return None
+
+    def _is_known(self, origin: str, host: str) -> bool:
+        own = origin.partition("://")[2] == host
+        return own or origin in self._origins or "*" in self._origins
+
+
+class Options:
+    """Answers OPTIONS of any path, `*` included: the methods of all."""
+
+    def __init__(self, app: ASGIApp, methods: Sequence[str]) -> None:
+        self._app = app
+        self._allow = ", ".join(methods)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"Allow": self._allow})(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _name_of(host: str) -> str:
+    """A `Host` header without its port; an IPv6 address without brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
 
 
 class ApiKeys:
@@ -119,30 +217,43 @@ def _bearer(scope: Scope) -> bytes:
 
 
 class BodyLimit:
-    """Refuses bodies over the limit while they are read, announced or not."""
+    """Refuses bodies over the limit while they are read, announced or not, and slow ones."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get("content-length", "")
+        deadline = time.monotonic() + self._seconds
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self._max_bytes:
-            await self._discard(receive, 0)
+            if not headers.get("expect"):  # who asks first is answered first
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._seconds):
+                        await self._discard(receive, 0)
             await self._too_large().response()(scope, receive, send)
             return
-        read = 0
+        read, whole = 0, False
 
         async def receive_within_limit() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
+            nonlocal read, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                    message = await receive()
+                    read += len(message.get("body", b""))
+                    whole = not message.get("more_body", False)
+                    if read > self._max_bytes and not whole:
+                        await self._discard(receive, read)
+            except TimeoutError:
+                raise self._too_slow() from None
             if read > self._max_bytes:
-                if message.get("more_body", False):
-                    await self._discard(receive, read)
                 raise self._too_large()
             return message
 
@@ -161,4 +272,12 @@ class BodyLimit:
             413,
             f"the body is larger than {self._max_bytes} bytes, the most that is read",
             code="body_too_large",
+        )
+
+    def _too_slow(self) -> RestError:
+        return RestError(
+            408,
+            f"the body did not come within {self._seconds:g} s",
+            code="body_too_slow",
+            headers={"Connection": "close"},
         )

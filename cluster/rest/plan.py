@@ -1,27 +1,31 @@
 """From a parsed body to requests that the engine can start on: tokenized and within limits."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ...engine.errors import InvalidRequestError
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
 from ...engine.text.tokenizer import Tokenizer
-from .errors import RestError, invalid
+from .errors import RestError, invalid, shown
 from .limits import IngressLimits
-from .schemas import ChatBody, CompletionBody, GenerationBody, Prompt
+from .schemas import ChatBody, CompletionBody, GenerationBody, Message, Prompt
 
 
 @dataclass(frozen=True)
 class Plan:
     """One HTTP request's work: a request to the engine for each prompt, and how to answer.
 
-    The answer's choice index is prompt index × `choices` + the engine's choice.
+    The answer's choice index is prompt index × `choices` + the engine's choice. `request_id` is
+    what the client and the logs call it, and a part of the engine's ids.
     """
 
     answer_id: str
+    request_id: str
     arrived: float
     requests: tuple[GenerationRequest, ...]
     choices: int
@@ -39,12 +43,46 @@ class Plan:
         return len(self.requests) * self.choices
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """How many tokens an answer may have, and the field that says so."""
+
+    param: str
+    tokens: int | None
+
+    @classmethod
+    def of_chat(cls, body: ChatBody) -> "_Asked":
+        """A chat may say it in two fields."""
+        if body.max_completion_tokens is not None:
+            return cls("max_completion_tokens", body.max_completion_tokens)
+        return cls("max_tokens", body.max_tokens)
+
+
+@contextmanager
+def _blamed_on(param: str) -> Iterator[None]:
+    """Say which field holds what the tokenizer refuses."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise invalid(str(error), param, "invalid_value") from error
+
+
+def check_model(name: str, served: str) -> None:
+    """Refuse a model that is not served here."""
+    if name != served:
+        raise RestError(
+            404,
+            f"the model '{shown(name)}' does not exist; this server has '{served}'",
+            param="model",
+            code="model_not_found",
+        )
+
+
 class Planner:
     """Checks everything a body asks for. Its methods compute for long: call them in a thread.
 
     Raises (every method):
-        RestError: with what is wrong and the remedy.
-        InvalidRequestError: the text or the chat cannot be encoded.
+        RestError: with what is wrong, the field it is wrong in, and the remedy.
     """
 
     def __init__(self, limits: IngressLimits, tokenizer: Tokenizer) -> None:
@@ -54,58 +92,89 @@ class Planner:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served here."""
-        if name is not None and name != self._limits.model_name:
-            raise RestError(
-                404,
-                f"the model '{name}' does not exist; this server has '{self._limits.model_name}'",
-                param="model",
-                code="model_not_found",
-            )
+        if name is not None:
+            check_model(name, self._limits.model_name)
 
-    def chat(self, body: ChatBody, arrived: float) -> Plan:
+    def chat(self, body: ChatBody, request_id: str, arrived: float) -> Plan:
         """A chat has one prompt."""
         self.check_model(body.model)
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        self._check_limits(body, 1, top_logprobs, max_tokens)
-        prompt = self._tokenizer.encode_chat([message.for_template for message in body.messages])
-        return self._plan("chatcmpl", body, [prompt], top_logprobs, max_tokens, arrived)
+        asked = _Asked.of_chat(body)
+        self._check_limits(body, 1, top_logprobs, asked)
+        prompt = self.encode_chat(body.messages, True, self._limits.max_model_len)
+        return self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
 
-    def completion(self, body: CompletionBody, arrived: float) -> Plan:
+    def completion(self, body: CompletionBody, request_id: str, arrived: float) -> Plan:
         """A completion has one prompt or several."""
         self.check_model(body.model)
-        self._check_limits(body, len(body.prompts), body.logprobs, body.max_tokens)
-        prompts = [self.encode(prompt, "prompt") for prompt in body.prompts]
-        return self._plan("cmpl", body, prompts, body.logprobs, body.max_tokens, arrived)
+        asked = _Asked("max_tokens", body.max_tokens)
+        self._check_limits(body, len(body.prompts), body.logprobs, asked)
+        most = self._limits.max_model_len
+        prompts = [self.encode(prompt, "prompt", most) for prompt in body.prompts]
+        return self._plan("cmpl", body, prompts, body.logprobs, asked, request_id, arrived)
 
-    def encode(self, prompt: Prompt, param: str) -> Tokens:
-        """Ids of a prompt, int32 [tokens]; ids are checked, text is text throughout."""
+    def encode(self, prompt: Prompt, param: str, most: int) -> Tokens:
+        """Ids of a prompt, int32 [tokens]; ids are checked, text is text throughout.
+
+        Text of more than `most` tokens is refused before or while it is encoded.
+        """
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
+            self._check_size(self._tokenizer.least_tokens(prompt), param, most)
+            with _blamed_on(param):
+                tokens = self._tokenizer.encode(prompt, enough=most)
+            return self._whole(tokens, param, most)
         lowest, highest = min(prompt, default=0), max(prompt, default=0)
         if lowest < 0 or highest >= self._vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise invalid(
-                f"token id {wrong} is out of range; ids go from 0 to {self._vocab_size - 1}",
+                f"token id {shown(str(wrong))} is out of range; "
+                f"ids go from 0 to {self._vocab_size - 1}",
                 param,
                 "token_id_out_of_range",
             )
         return np.array(prompt, dtype=np.int32)
 
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool, most: int
+    ) -> Tokens:
+        """Ids of a chat, int32 [tokens]; of more than `most`, as in `encode`."""
+        least = sum(self._tokenizer.least_tokens(message.content) for message in messages)
+        self._check_size(least, "messages", most)
+        with _blamed_on("messages"):
+            tokens = self._tokenizer.encode_chat(
+                [message.for_template for message in messages], add_generation_prompt, most
+            )
+        return self._whole(tokens, "messages", most)
+
+    def _check_size(self, least: int, param: str, most: int) -> None:
+        if least > most:
+            raise self._too_long(f"at least {least} tokens", param)
+
+    def _whole(self, tokens: Tokens, param: str, most: int) -> Tokens:
+        """The tokens, unless encoding stopped because there are too many."""
+        if len(tokens) > most:
+            raise self._too_long(f"more than {most} tokens", param)
+        return tokens
+
+    def _too_long(self, has: str, param: str, remedy: str = "shorten the prompt") -> RestError:
+        return invalid(
+            f"this model's maximum context length is {self._limits.max_model_len} tokens "
+            f"(limits.max_model_len), but the prompt has {has}; {remedy}",
+            param,
+            "context_length_exceeded",
+        )
+
     def _check_limits(
-        self,
-        body: GenerationBody,
-        prompts: int,
-        top_logprobs: int | None,
-        max_tokens: int | None,
+        self, body: GenerationBody, prompts: int, top_logprobs: int | None, asked: "_Asked"
     ) -> None:
         limits = self._limits
         choices = prompts * (body.n or 1)
         if choices > limits.max_choices:
+            several = prompts > limits.max_choices or (body.n or 1) == 1
             raise invalid(
                 f"{prompts} prompts with n = {body.n or 1} are {choices} answers; "
                 f"at most {limits.max_choices} are served at once",
-                "n",
+                "prompt" if several else "n",
                 "invalid_value",
             )
         if top_logprobs is not None and top_logprobs > limits.max_logprobs:
@@ -115,11 +184,11 @@ class Planner:
                 name,
                 "invalid_value",
             )
-        if max_tokens is not None and max_tokens > limits.max_output_tokens:
+        if asked.tokens is not None and asked.tokens > limits.max_output_tokens:
             raise invalid(
-                f"max_tokens: at most {limits.max_output_tokens} are generated for one answer, "
-                f"not {max_tokens}",
-                "max_tokens",
+                f"{asked.param}: at most {limits.max_output_tokens} are generated for one answer, "
+                f"not {asked.tokens}",
+                asked.param,
                 "invalid_value",
             )
 
@@ -129,10 +198,12 @@ class Planner:
         body: GenerationBody,
         prompts: Sequence[Tokens],
         top_logprobs: int | None,
-        max_tokens: int | None,
+        asked: "_Asked",
+        request_id: str,
         arrived: float,
     ) -> Plan:
-        answer_id = f"{kind}-{uuid.uuid4().hex}"
+        # Clients may send one x-request-id twice, and the engine's ids must differ.
+        answer_id = f"{kind}-{request_id}-{uuid.uuid4().hex[:8]}"
         shared = self._sampling(body, top_logprobs)
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         requests = tuple(
@@ -140,7 +211,7 @@ class Planner:
                 request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
                 prompt=prompt,
                 sampling=SamplingParameters(
-                    max_tokens=self._max_tokens(len(prompt), max_tokens, param), **shared
+                    max_tokens=self._max_tokens(len(prompt), asked, param), **shared
                 ),
                 arrived=arrived,
             )
@@ -148,6 +219,7 @@ class Planner:
         )
         return Plan(
             answer_id=answer_id,
+            request_id=request_id,
             arrived=arrived,
             requests=requests,
             choices=body.n or 1,
@@ -155,22 +227,18 @@ class Planner:
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
 
-    def _max_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
+    def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str) -> int:
         """What was asked for if it fits, else as many as fit."""
         if prompt_tokens == 0:
             raise invalid("the prompt is empty; send at least one token", param, "empty_prompt")
-        most = self._limits.max_model_len
-        room = most - prompt_tokens
-        if room < (asked or 1):
-            also = f" and {asked} more were asked for" if asked else ""
-            raise invalid(
-                f"this model's maximum context length is {most} tokens "
-                f"(limits.max_model_len), but the prompt has {prompt_tokens} tokens{also}; "
-                "shorten the prompt" + (" or max_tokens" if asked and room > 0 else ""),
-                param,
-                "context_length_exceeded",
-            )
-        return asked or min(self._limits.max_output_tokens, room)
+        room = self._limits.max_model_len - prompt_tokens
+        if room < (asked.tokens or 1):
+            has, remedy = f"{prompt_tokens} tokens", "shorten the prompt"
+            if asked.tokens:
+                has += f" and {asked.tokens} more were asked for"
+                remedy += f" or lower {asked.param}" if room > 0 else ""
+            raise self._too_long(has, param, remedy)
+        return asked.tokens or min(self._limits.max_output_tokens, room)
 
     def _sampling(self, body: GenerationBody, top_logprobs: int | None) -> dict[str, Any]:
         given: Mapping[str, Any] = {
@@ -196,9 +264,13 @@ class Planner:
             return None
         for key in bias:
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise invalid(f"logit_bias: '{key}' is not a token id", "logit_bias")
-        self.encode([int(key) for key in bias], "logit_bias")
+                raise invalid(f"logit_bias: '{shown(key)}' is not a token id", "logit_bias")
+        self.encode([int(key) for key in bias], "logit_bias", len(bias))
         return tuple((int(key), value) for key, value in bias.items())
 
     def _stop_token_ids(self, ids: Sequence[int] | None) -> tuple[int, ...] | None:
-        return None if ids is None else tuple(map(int, self.encode([*ids], "stop_token_ids")))
+        return (
+            None
+            if ids is None
+            else tuple(map(int, self.encode([*ids], "stop_token_ids", len(ids))))
+        )

@@ -3,17 +3,17 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from fastapi.responses import Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from ...engine.errors import UnavailableError
-from ...engine.messages import Delta, Event, Finished, Progress
+from ...engine.errors import CancelledElsewhereError, UnavailableError
+from ...engine.messages import Delta, Finished, Progress
 from .answers import AnswerFormat
 from .errors import RestError, as_rest_error
-from .generation import Backend, Generation
+from .generation import Arrival, Backend, Generation
 from .meter import Meter
 from .plan import Plan
 
@@ -25,6 +25,8 @@ _STREAM_HEADERS = (
 )
 _END_OF_STREAM = b"data: [DONE]\n\n"
 _JSON = "application/json"
+# A client that leaves is seen by Serve first, which cancels what runs for it, and then by us.
+_NOTICE_SECONDS = 1.0
 
 
 class AnswerResponse(Response):
@@ -56,20 +58,19 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; the client's going away, or a cancellation, stops the work."""
         self._meter.began()
-        work = asyncio.create_task(self._run(scope, receive, send))
-        gone = asyncio.create_task(_client_gone(receive))
+        work = asyncio.create_task(self._run(scope, receive, _noticing(send)))
+        self._gone = asyncio.create_task(_client_gone(receive))
         outcome = "cancelled"
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, self._gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                # A connection that broke while we wrote is a client that went away.
-                with suppress(OSError):
-                    outcome = work.result()
+                outcome = "failed"
+                outcome = _outcome_of(work)
         finally:
             work.cancel()
-            gone.cancel()
+            self._gone.cancel()
             try:
-                await asyncio.gather(work, gone, return_exceptions=True)
+                await asyncio.gather(work, self._gone, return_exceptions=True)
             finally:
                 # Whoever noticed as well that the client is gone may cancel this a second time.
                 self._meter.ended(outcome)
@@ -84,7 +85,7 @@ class AnswerResponse(Response):
                 else:
                     whole = await self._collect(generation)
             except Exception as error:
-                refusal = as_rest_error(error)
+                refusal = await self._refusal(error)
                 await refusal.response()(scope, receive, send)
                 return refusal.outcome
             if self._plan.stream:
@@ -92,18 +93,27 @@ class AnswerResponse(Response):
         await Response(whole, 200, media_type=_JSON)(scope, receive, send)
         return "success"
 
+    async def _refusal(self, error: Exception) -> RestError:
+        """What to tell the client about an error, unless it is gone.
+
+        Raises:
+            _ClientGoneError: the client left, and the error is only how we learned of it first.
+        """
+        if isinstance(error, CancelledElsewhereError):
+            await asyncio.wait({self._gone}, timeout=_NOTICE_SECONDS)
+            if self._gone.done():
+                raise _ClientGoneError
+        return as_rest_error(error, self._plan.request_id)
+
     async def _collect(self, generation: Generation) -> bytes:
         """The whole answer."""
         while (item := await generation.next()) is not None:
-            index, event = item
-            self._note(index, event)
-            if isinstance(event, Delta):
-                self._answer.collect(self._choice(index, event), event)
+            self._note(item)
+            if isinstance(item.event, Delta):
+                self._answer.collect(self._choice(item.index, item.event), item.event)
         return _json(self._answer.answer(self._closing()))
 
-    async def _stream(
-        self, generation: Generation, item: tuple[int, Event] | None, send: Send
-    ) -> str:
+    async def _stream(self, generation: Generation, item: Arrival | None, send: Send) -> str:
         headers = list(_STREAM_HEADERS)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with aclosing(self._parts(generation, item)) as parts:
@@ -114,7 +124,7 @@ class AnswerResponse(Response):
         return "success" if self._failure is None else self._failure.outcome
 
     async def _parts(
-        self, generation: Generation, item: tuple[int, Event] | None
+        self, generation: Generation, item: Arrival | None
     ) -> AsyncGenerator[bytes, None]:
         """All that a stream says before it ends; what went wrong, if anything, is the last."""
         try:
@@ -125,26 +135,27 @@ class AnswerResponse(Response):
             if self._plan.include_usage:
                 yield _event(self._answer.usage_chunk(finished))
         except Exception as error:
-            self._failure = as_rest_error(error)
+            self._failure = await self._refusal(error)
             yield b"data: " + json.dumps(self._failure.body).encode() + b"\n\n"
 
-    def _said(self, item: tuple[int, Event] | None) -> bytes:
+    def _said(self, item: Arrival | None) -> bytes:
         """What a stream says about an event, or about none having come for a while."""
         if item is None:
             return self._comment()
-        index, event = item
-        self._note(index, event)
-        match event:
+        self._note(item)
+        match event := item.event:
             case Progress():
                 return self._comment()
             case Delta():
+                index = item.index
                 chunk = self._answer.chunk(self._choice(index, event), event)
                 return b"" if chunk is None else _event(chunk)
             case Finished():
                 return b""
 
-    def _note(self, index: int, event: Event) -> None:
-        self._meter.saw(index, event)
+    def _note(self, item: Arrival) -> None:
+        self._meter.saw(item)
+        index, event = item.index, item.event
         match event:
             case Progress(done=done):
                 self._prefilled[index] = done
@@ -172,6 +183,36 @@ class AnswerResponse(Response):
     async def _send(self, send: Send, data: bytes) -> None:
         if data:
             await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class _ClientGoneError(Exception):
+    """Nothing that is sent arrives any more."""
+
+
+def _noticing(send: Send) -> Send:
+    """The same `send`; a connection that broke while we wrote is a client that went away."""
+
+    async def send_or_notice(message: Message) -> None:
+        try:
+            await send(message)
+        except OSError as error:
+            raise _ClientGoneError from error
+
+    return send_or_notice
+
+
+def _outcome_of(work: "asyncio.Task[str]") -> str:
+    """How a request ended whose work is done.
+
+    Raises:
+        Exception: whatever the work failed with that was not the client's doing.
+    """
+    try:
+        return work.result()
+    except _ClientGoneError:
+        return "cancelled"
+    except asyncio.CancelledError as error:
+        raise CancelledElsewhereError from error
 
 
 async def _client_gone(receive: Receive) -> None:

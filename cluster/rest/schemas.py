@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from .errors import RestError, invalid
+from .errors import RestError, invalid, shown
 
 # OpenAI's fields that change the answer in ways not supported, with the values that ask for
 # nothing. Null always asks for nothing.
@@ -131,6 +131,11 @@ class StreamOptions(_Strict):
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
+def _inconsistent(param: str, message: str) -> PydanticCustomError:
+    """Fields that do not go together; `param` is the one to change."""
+    return PydanticCustomError("inconsistent", message, {"param": param})  # pyright: ignore[reportArgumentType]
+
+
 def _as_stop(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -173,7 +178,7 @@ class GenerationBody(_Strict):
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "GenerationBody":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", 'stream_options needs "stream": true')
+            raise _inconsistent("stream_options", 'stream_options needs "stream": true')
         return self
 
 
@@ -190,10 +195,10 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _consistent(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", 'top_logprobs needs "logprobs": true')
+            raise _inconsistent("top_logprobs", 'top_logprobs needs "logprobs": true')
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise PydanticCustomError(
+            raise _inconsistent(
                 "max_tokens", "max_tokens and max_completion_tokens differ; send one of them"
             )
         return self
@@ -250,9 +255,11 @@ class TokenizeBody(_Strict):
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("tokenize", "send either prompt or messages")
+            raise _inconsistent("prompt", "send either prompt or messages")
         if self.prompt is not None and self.add_generation_prompt is not None:
-            raise PydanticCustomError("tokenize", "add_generation_prompt is for messages only")
+            raise _inconsistent(
+                "add_generation_prompt", "add_generation_prompt is for messages only"
+            )
         return self
 
 
@@ -266,8 +273,11 @@ class DetokenizeBody(_Strict):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse(kind: type[Body], body: bytes) -> Body:
+def parse(kind: type[Body], body: bytes | bytearray, most_messages: int | None = None) -> Body:
     """Read a request body.
+
+    Args:
+        most_messages: that could be served; more are refused before each is looked at.
 
     Raises:
         RestError: with the first thing that is wrong, and the field it is wrong in.
@@ -276,6 +286,14 @@ def parse(kind: type[Body], body: bytes) -> Body:
         value = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise invalid(f"the body is not valid JSON in UTF-8: {error}") from error
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if isinstance(messages, list) and most_messages is not None and len(messages) > most_messages:
+        raise invalid(
+            f"messages: {len(messages)} are more than the {most_messages} that fit into this "
+            "model's context; send fewer",
+            "messages",
+            "context_length_exceeded",
+        )
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -291,8 +309,17 @@ def _first_problem(error: ValidationError) -> RestError:
             where = ".".join(filter(None, (where, str(context["name"]))))
             return invalid(problem["msg"], where, "unsupported_parameter")
         case "extra_forbidden":
-            return invalid(f"unknown field '{where}'; leave it out", where, "unknown_parameter")
+            said = f"unknown field '{shown(where)}'; leave it out"
+            return invalid(said, where, "unknown_parameter")
         case "missing":
             return invalid(f"'{where}' is required", where, "missing_required_parameter")
+        case "inconsistent":
+            return invalid(problem["msg"], str(context["param"]), "invalid_value")
+        case "model_type" | "model_attributes_type":
+            # Its own words name a class of ours.
+            return invalid(
+                f"{shown(where) or 'the body'} must be an object", where or None, "invalid_value"
+            )
     message = problem["msg"]
+    where = shown(where)
     return invalid(f"{where}: {message}" if where else message, where or None, "invalid_value")

@@ -6,8 +6,10 @@ The same characters inside anything a user wrote are text, and become the tokens
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +17,7 @@ import jinja2
 import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import decoders
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 from ..errors import CheckpointError, InvalidRequestError
 from ..json_files import read_json
@@ -25,6 +27,16 @@ from ..messages import Tokens
 # joins: not the normalization, not the pattern that splits words, and so no merge.
 _PIECE_CHARACTERS = 1 << 16
 _SAFE_BORDER = re.compile(r"\n(?=[A-Za-z])")
+# Pieces that are encoded before anybody looks whether that is enough: half a megabyte of text.
+_PIECES_AT_ONCE = 8
+# A text without borders is looked at from its beginning before all of it is encoded.
+_MOST_WITHOUT_LOOKING = 1 << 19
+# Where a text is cut without a border, its last two words may not be words of the whole text.
+_UNSURE_WORDS = 2
+
+# The most bytes of text that become one byte by NFC: three Hangul letters become one syllable.
+_NFC_SHRINKS = 3
+_SAMPLE_MESSAGES = 8
 
 # Stand for control tokens in what users wrote while the template renders it.
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -42,6 +54,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.raw = _load(folder / "tokenizer.json")
         """With control tokens recognized in text; for whoever needs the vocabulary."""
         self._plain = tokenizers.Tokenizer.from_str(self.raw.to_str())
@@ -66,22 +79,75 @@ class Tokenizer:
         """One more than the highest token id; a model may have more rows than that."""
         return _count_ids(self.raw)
 
-    def encode(self, text: str) -> Tokens:
+    @cached_property
+    def bytes_per_token(self) -> int | None:
+        """The most bytes of ASCII text that one token can stand for; None where nothing is known.
+
+        Known of a byte-level vocabulary that has all bytes and drops none: there a token stands for
+        as many bytes as it has letters.
+        """
+        vocabulary = self.raw.get_vocab(with_added_tokens=False)
+        added = self.raw.get_added_tokens_decoder().values()
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        if not _keeps_every_byte(self.raw) or not all(letter in vocabulary for letter in letters):
+            return None
+        if any(token.lstrip or token.rstrip for token in added):
+            return None  # such a token stands for any number of spaces as well
+        return max(
+            map(len, [*vocabulary, *(token.content for token in added if not token.special)])
+        )
+
+    def least_tokens(self, text: str) -> int:
+        """Fewer tokens than this cannot hold the text; known without encoding it."""
+        if self.bytes_per_token is None:
+            return 0
+        most = self.bytes_per_token
+        if self.raw.normalizer is not None and not text.isascii():
+            most *= _NFC_SHRINKS
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        return -(-size // most)
+
+    @cached_property
+    def least_tokens_per_message(self) -> int:
+        """Tokens that the chat template writes around every message, at least 1."""
+        around = map(self._tokens_around, (("user",), ("assistant",), ("user", "assistant")))
+        return max(min((tokens for tokens in around if tokens is not None), default=1), 1)
+
+    def _tokens_around(self, roles: Sequence[str]) -> int | None:
+        """Around each message of a chat in which these take turns; None where it may not be."""
+        sample = [
+            {"role": roles[i % len(roles)], "content": "a"} for i in range(2 * _SAMPLE_MESSAGES)
+        ]
+        try:
+            half, whole = self.encode_chat(sample[:_SAMPLE_MESSAGES]), self.encode_chat(sample)
+        except InvalidRequestError:
+            return None
+        return (len(whole) - len(half)) // _SAMPLE_MESSAGES - 1
+
+    def encode(self, text: str, enough: int | None = None) -> Tokens:
         """Ids of ordinary text, int32 [tokens]; no control token comes out of it.
+
+        Args:
+            enough: encode no further once there are more tokens than this. The answer may then be
+                of the text's beginning alone, and is longer than `enough` in any case.
 
         Raises:
             InvalidRequestError: the text holds lone surrogates, which are no characters.
         """
-        return _join(self._encode_plain(text))
+        return _join(self._encode_plain(text, enough))
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        enough: int | None = None,
     ) -> Tokens:
         """Ids of a chat as the template writes it, int32 [tokens].
 
         Args:
             messages: `role` and `content` of each.
             add_generation_prompt: whether to end where the assistant's answer begins.
+            enough: as in `encode`.
 
         Raises:
             InvalidRequestError: the checkpoint has no template, or the template refuses the chat.
@@ -93,19 +159,25 @@ class Tokenizer:
         text = self._render(marked, add_generation_prompt)
         original = {mark: token for token, mark in marks.items()}
         parts: list[Tokens] = []
+        room = enough
         # Splitting by a pattern with a group gives text, token, text, token, ..., text.
         for index, part in enumerate(self._control.split(text)):
             if index % 2:
-                parts.append(np.array([self._special[part]], dtype=np.int32))
+                more = [np.array([self._special[part]], dtype=np.int32)]
             else:
-                parts.extend(self._encode_plain(_replace(part, original)))
+                more = self._encode_plain(_replace(part, original), room)
+            parts.extend(more)
+            if room is not None:
+                room -= sum(map(len, more))
+                if room < 0:
+                    break
         return _join(parts)
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """The text of token ids, control tokens included."""
         return self.raw.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def _encode_plain(self, text: str) -> list[Tokens]:
+    def _encode_plain(self, text: str, enough: int | None = None) -> list[Tokens]:
         if not text:
             return []
         try:
@@ -114,10 +186,44 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the text is not valid Unicode: a lone surrogate at character {error.start}"
             ) from error
-        pieces = list(_pieces(text))
-        # The batch call is the one that lets other Python threads run meanwhile.
-        encodings = self._plain.encode_batch_fast(pieces, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        encoded: list[Tokens] = []
+        room = enough
+        pieces = _pieces(text)
+        while batch := list(islice(pieces, _PIECES_AT_ONCE)):
+            for piece in batch:
+                if room is not None and len(piece) > _MOST_WITHOUT_LOOKING:
+                    beginning = self._more_than(piece, room)
+                    if beginning is not None:
+                        return [*encoded, beginning]
+            # The batch call is the one that lets other Python threads run meanwhile.
+            encodings = _or_refused(self._plain.encode_batch_fast, batch)
+            more = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            encoded.extend(more)
+            if room is not None:
+                room -= sum(map(len, more))
+                if room < 0:
+                    break
+        return encoded
+
+    def _more_than(self, text: str, enough: int) -> Tokens | None:
+        """Ids of the beginning of a text where that alone has more than `enough`, else None.
+
+        Words are found from left to right, so all words of a beginning but the last ones are words
+        of the whole, and a word is encoded by itself. Inside of one huge word nothing is certain;
+        but merges are local, so twice as many tokens as are enough do not become half as many.
+        """
+        length = _MOST_WITHOUT_LOOKING // 8
+        while length < len(text):
+            [encoding] = _or_refused(self._plain.encode_batch, [text[:length]])
+            ids = np.array(encoding.ids, dtype=np.int32)
+            words = np.array(encoding.word_ids, dtype=np.int64)
+            sure = int(np.searchsorted(words, words[-1] + 1 - _UNSURE_WORDS)) if len(words) else 0
+            if sure > enough:
+                return ids[:sure]
+            if len(ids) > 2 * enough:
+                return ids
+            length *= 2
+        return None
 
     def _marks_for(self, contents: Sequence[str]) -> dict[str, str]:
         """A character that occurs nowhere in `contents` for each control token that does."""
@@ -172,6 +278,38 @@ def _replace(text: str, replacements: Mapping[str, str]) -> str:
 
 def _join(parts: Sequence[Tokens]) -> Tokens:
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+
+def _or_refused(
+    encode: Callable[..., list[tokenizers.Encoding]], texts: list[str]
+) -> list[tokenizers.Encoding]:
+    """What `encode` says of the texts.
+
+    Raises:
+        InvalidRequestError: it gave up, as it does on some ten million spaces in a row.
+    """
+    try:
+        return encode(texts, add_special_tokens=False)
+    except BaseException as error:
+        # A panic in Rust is no Exception, and its type is not exported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequestError(
+            f"the tokenizer cannot split this text into words: {error}"
+        ) from None
+
+
+def _keeps_every_byte(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether nothing of a text is lost before its words are encoded."""
+    if not isinstance(tokenizer.normalizer, normalizers.NFC | None):
+        return False
+    state = json.loads(tokenizer.to_str())
+    steps = state["pre_tokenizer"] or {}
+    return all(
+        step["type"] in ("ByteLevel", "Digits") or step.get("behavior", "Removed") != "Removed"
+        for step in steps.get("pretokenizers", [steps])
+        if step
+    )
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -1,13 +1,15 @@
 """The ingress's backend: it holds leases, and releases what its clients leave."""
 
 import asyncio
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from longreach.cluster.ingress import DecodeBackend
+from longreach.cluster.ingress import DecodeBackend, access_of, ingress_limits
 from longreach.cluster.messages import Taken
+from longreach.cluster.settings import IngressSettings
 from longreach.engine.messages import (
     Delta,
     Event,
@@ -16,6 +18,8 @@ from longreach.engine.messages import (
     SamplingParameters,
     Timings,
 )
+
+from .conftest import make_settings
 
 FINISHED = Finished(1, 1, Timings(0, 0, 0, 0, 0))
 DELTA = Delta(0, "a")
@@ -131,3 +135,33 @@ def test_a_client_that_leaves_has_its_request_released(taken: bool) -> None:
         assert leases.held == set()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("host", "keyed", "allowed", "known"),
+    [
+        ("127.0.0.1", False, [], ("localhost", "127.0.0.1", "::1")),
+        ("127.0.0.1", True, [], ()),
+        ("0.0.0.0", False, [], ()),
+        ("127.0.0.1", False, ["llm.example"], ("llm.example",)),
+        ("0.0.0.0", True, ["llm.example"], ("llm.example",)),
+    ],
+)
+def test_a_server_for_this_machine_alone_goes_by_local_names(
+    tmp_path: Path, host: str, keyed: bool, allowed: list[str], known: tuple[str, ...]
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("key")
+    file = keys if keyed else None
+    settings = IngressSettings(host=host, api_keys_file=file, allowed_hosts=allowed)
+    access = access_of(settings)
+    assert access.hosts == known
+    assert access.api_keys == (("key",) if keyed else ())
+
+
+def test_every_limit_of_the_settings_reaches_the_endpoint() -> None:
+    settings = make_settings(1)
+    own = settings.limits.model_copy(update={"receive_seconds": 7.0, "max_body_bytes": 1234})
+    limits = ingress_limits(settings.model_copy(update={"limits": own}))
+    assert (limits.receive_seconds, limits.max_body_bytes) == (7.0, 1234)
+    assert limits.max_model_len == settings.limits.max_model_len

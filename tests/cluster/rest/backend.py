@@ -1,14 +1,15 @@
 """A backend that says what it is told to, and the endpoint over it, without a cluster."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
 from starlette.applications import Starlette
 
 from longreach.cluster.metrics import Metrics, render
-from longreach.cluster.rest import IngressLimits, build_api
+from longreach.cluster.rest import Access, IngressLimits, build_api
+from longreach.cluster.rest.limits import OPEN
 from longreach.engine.messages import (
     ChosenToken,
     Delta,
@@ -24,21 +25,25 @@ from longreach.lab.pocket.tokenizer import save_tokenizer
 
 MODEL = "pocket"
 LIMITS = IngressLimits(
-    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02
-)
+    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02,
+    receive_seconds=120.0,
+)  # fmt: skip
 TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served=1.0)
 
 
 class ScriptedBackend:
     """Answers every choice with `text`, a token a byte, after `prefill_seconds`.
 
-    `error` is raised first, or after `error_after` tokens of the answer.
+    `error` is raised first, or after `error_after` tokens of the answer. Tokens come `at_once`
+    together, with `step_seconds` between.
     """
 
     def __init__(self, text: str = "Yes.") -> None:
         self.text = text
         self.prefill_seconds = 0.0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self.at_once = 1
+        self.step_seconds = 0.0
         self.error_after: int | None = None
         self.is_ready = True
         self.requests: list[GenerationRequest] = []
@@ -52,7 +57,9 @@ class ScriptedBackend:
             yield Progress(len(request.prompt) // 2, len(request.prompt))
             await asyncio.sleep(self.prefill_seconds)
             for choice in range(request.sampling.choices):
-                for delta in self._deltas(choice, request):
+                for index, delta in enumerate(self._deltas(choice, request)):
+                    if self.step_seconds and index % self.at_once == 0:
+                        await asyncio.sleep(self.step_seconds)
                     yield delta
             tokens = len(self.text.encode()) * request.sampling.choices
             yield Finished(len(request.prompt), tokens, TIMINGS)
@@ -81,21 +88,25 @@ class ScriptedBackend:
 class Endpoint:
     """The application over a scripted backend, called in process."""
 
-    def __init__(self, folder: Path, api_keys: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, access: Access = OPEN, limits: IngressLimits = LIMITS) -> None:
         save_tokenizer(folder, 100)
         self.tokenizer = Tokenizer(folder)
         self.backend = ScriptedBackend()
         figures = folder / "figures"
         self.api: Starlette = build_api(
-            LIMITS,
+            limits,
             self.tokenizer,
             self.backend,
             Metrics(figures, "ingress", MODEL),
             lambda: render(figures),
-            api_keys,
+            access,
         )
 
     def request(self, method: str, path: str, **arguments) -> httpx.Response:
+        if method == "POST":
+            headers = {"content-type": "application/json", **(arguments.get("headers") or {})}
+            arguments["headers"] = headers
+
         async def call() -> httpx.Response:
             transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:

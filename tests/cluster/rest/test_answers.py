@@ -6,6 +6,7 @@ import httpx
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from prometheus_client.parser import text_string_to_metric_families
 
 from longreach.cluster.rest import build_refusal
 
@@ -129,13 +130,62 @@ def test_models_tokens_and_state(endpoint: Endpoint) -> None:
     assert tokens["count"] == 3
     back = endpoint.post("/detokenize", {"tokens": tokens["tokens"]}).json()
     assert back["prompt"] == "né"
-    assert endpoint.request("GET", "/health").status_code == 200
-    assert endpoint.request("GET", "/ready").status_code == 200
+    for method in ("GET", "HEAD"):
+        assert endpoint.request(method, "/health").status_code == 200
+        assert endpoint.request(method, "/ready").status_code == 200
     endpoint.backend.is_ready = False
     assert endpoint.request("GET", "/ready").status_code == 503
     assert endpoint.request("GET", "/version").json()["version"]
     endpoint.chat()
     assert "longreach_requests_total" in endpoint.request("GET", "/metrics").text
+
+
+@pytest.mark.parametrize(("at_once", "steps"), [(1, 8), (4, 2)])
+def test_tokens_that_come_together_are_not_taken_for_fast_ones(
+    endpoint: Endpoint, at_once: int, steps: int
+) -> None:
+    """The first ones say nothing about the time between two."""
+    backend = endpoint.backend
+    backend.at_once, backend.step_seconds = at_once, 0.04
+    backend.text = "x" * (at_once * (steps + 1))
+    endpoint.complete()
+    values = samples(endpoint)
+    name = "longreach_inter_token_latency_seconds"
+    assert values[f"{name}_count"] == at_once * steps
+    mean = values[f"{name}_sum"] / values[f"{name}_count"]
+    assert 0.04 / at_once <= mean < 0.08 / at_once
+    assert values[f"{name}_bucket", "0.006"] == 0
+    chunks = "longreach_inter_chunk_latency_seconds"
+    assert values[f"{chunks}_count"] == steps
+    assert values[f"{chunks}_bucket", "0.03"] == 0
+
+
+def samples(endpoint: Endpoint) -> dict[str | tuple[str, str], float]:
+    """Name, or name and bucket -> value."""
+    text = endpoint.request("GET", "/metrics").text
+    return {
+        (sample.name, sample.labels["le"]) if "le" in sample.labels else sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_one_id_names_a_request_everywhere(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = {"x-request-id": "trace-7"}
+    body = {"model": MODEL, "prompt": ["a", "b"]}
+    for _ in range(2):
+        answer = endpoint.post("/v1/completions", body, headers=headers)
+        assert answer.headers.get_list("x-request-id") == ["trace-7"]
+        assert "trace-7" in answer.json()["id"]
+    engine_ids = [request.request_id for request in endpoint.backend.requests]
+    assert len(set(engine_ids)) == 4
+    assert all("trace-7" in one for one in engine_ids)
+    endpoint.backend.error = RuntimeError("secret")
+    failed = endpoint.post("/v1/completions", body, headers=headers)
+    assert "trace-7" in failed.json()["error"]["message"]
+    assert "trace-7" in caplog.text
 
 
 def test_every_answer_carries_a_request_id(endpoint: Endpoint) -> None:

@@ -1,13 +1,15 @@
 """What is refused, with which status and words, and that nothing else happens."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from longreach.cluster.rest import read_api_keys
+from longreach.cluster.rest import Access, read_api_keys
+from longreach.cluster.rest.errors import RestError
 from longreach.engine.errors import (
     ConfigurationError,
     OutOfPagesError,
@@ -121,6 +123,119 @@ def test_completions_that_cannot_be_served(
     assert not endpoint.backend.requests
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("completions", {"prompt": ["a"] * 9}, "prompt"),
+        ("completions", {"prompt": ["a", "b"], "n": 3}, "n"),
+        ("completions", {"prompt": "a", "stream_options": {}}, "stream_options"),
+        ("completions", {"prompt": "a" * 101}, "prompt"),
+        ("completions", {"prompt": [65] * 90, "max_tokens": 11}, "prompt"),
+        ("chat/completions", {"messages": [USER], "max_completion_tokens": 51},
+         "max_completion_tokens"),
+        ("chat/completions", {"messages": [USER], "max_tokens": 51}, "max_tokens"),
+        ("chat/completions", {"messages": [USER], "top_logprobs": 1}, "top_logprobs"),
+        ("chat/completions", {"messages": [USER], "max_tokens": 1, "max_completion_tokens": 2},
+         "max_tokens"),
+        ("chat/completions", {"messages": ["a"]}, "messages.0"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a" * 101}]}, "messages"),
+    ],
+)  # fmt: skip
+def test_the_field_that_is_wrong_is_named(
+    endpoint: Endpoint, path: str, fields: dict[str, Any], param: str
+) -> None:
+    error = refused(endpoint.post(f"/v1/{path}", {"model": MODEL, **fields}), 400)
+    assert error["param"] == param
+    assert not endpoint.backend.requests
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("content", [b"[]", b"3", b'"text"'])
+def test_errors_name_no_class_of_ours(endpoint: Endpoint, path: str, content: bytes) -> None:
+    error = refused(endpoint.request("POST", path, content=content), 400)
+    assert "Body" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "m" * 3000, "prompt": "a"},
+        {"model": MODEL, "prompt": "a", "f" * 3000: 1},
+        {"model": MODEL, "prompt": "a", "logit_bias": {"k" * 3000: 1}},
+        {"model": MODEL, "prompt": [10**3000]},
+        {"model": MODEL, "prompt": "a", "stop_token_ids": [10**3000]},
+    ],
+)
+def test_errors_repeat_little_of_what_was_sent(endpoint: Endpoint, body: dict[str, Any]) -> None:
+    answer = endpoint.post("/v1/completions", body)
+    assert answer.status_code in (400, 404)
+    assert len(answer.text) < 1000
+
+
+def test_an_error_is_cut_wherever_it_comes_from_and_travels_whole() -> None:
+    error = RestError(400, "m" * 9000, param="p" * 9000, headers={"Retry-After": "1"})
+    assert len(error.message) <= 500
+    assert len(error.param or "") <= 100
+    assert pickle.loads(pickle.dumps(error)) == error
+
+
+def test_long_paths_are_not_repeated(endpoint: Endpoint) -> None:
+    assert len(endpoint.request("GET", "/v1/" + "a" * 3000).text) < 1000
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "json"])
+def test_only_json_is_read(endpoint: Endpoint, kind: str) -> None:
+    error = refused(
+        endpoint.request("POST", "/tokenize", content=b"{}", headers={"content-type": kind}), 415
+    )
+    assert error["code"] == "unsupported_media_type"
+    utf8 = {"content-type": "Application/JSON; charset=utf-8"}
+    assert endpoint.post("/tokenize", {"prompt": "a"}, headers=utf8).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("here:8000", None, 200),
+        ("HERE", None, 200),
+        ("[::1]:8000", None, 200),
+        ("evil.example", None, 403),
+        ("here.evil.example", None, 403),
+        ("here:8000", "http://here:8000", 200),
+        ("here:8000", "https://friend.example", 200),
+        ("here:8000", "http://evil.example", 403),
+        ("here:8000", "http://here:9000", 403),
+        ("here:8000", "null", 403),
+    ],
+)
+def test_hosts_and_origins(tmp_path: Path, host: str, origin: str | None, status: int) -> None:
+    access = Access(hosts=("here", "::1"), origins=("https://friend.example",))
+    guarded = Endpoint(tmp_path, access)
+    headers = {"host": host, **({"origin": origin} if origin else {})}
+    answer = guarded.post("/v1/completions", {"model": MODEL, "prompt": "a"}, headers=headers)
+    assert answer.status_code == status
+    assert len(guarded.backend.requests) == (status == 200)
+
+
+def test_a_page_that_is_allowed_may_ask_from_a_browser(tmp_path: Path) -> None:
+    keyed = Access(("key",), origins=("https://friend.example",))
+    guarded = Endpoint(tmp_path, keyed)
+    asks = {
+        "origin": "https://friend.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+    answer = guarded.request("OPTIONS", "/v1/completions", headers=asks)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+    assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+    foreign = guarded.request(
+        "OPTIONS", "/v1/completions", headers={**asks, "origin": "https://evil.example"}
+    )
+    assert foreign.status_code == 403
+    assert guarded.request("OPTIONS", "/").status_code == 204
+
+
 def test_prompts_over_the_limit_name_both_numbers(endpoint: Endpoint) -> None:
     most = LIMITS.max_model_len
     assert endpoint.complete(prompt=[65] * (most - 1)).status_code == 200
@@ -157,7 +272,7 @@ def test_unknown_models_and_paths(endpoint: Endpoint) -> None:
 
 
 def test_keys(tmp_path: Path) -> None:
-    guarded = Endpoint(tmp_path, api_keys=("first", "second"))
+    guarded = Endpoint(tmp_path, Access(api_keys=("first", "second")))
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first"}):
         error = refused(guarded.request("GET", "/v1/models", headers=headers), 401)
         assert error["code"] == "invalid_api_key"

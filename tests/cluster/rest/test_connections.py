@@ -4,41 +4,26 @@ import asyncio
 import http.client
 import json
 import logging
-import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import openai
 import pytest
-import uvicorn
 
+from longreach.engine.errors import CancelledElsewhereError
 from longreach.engine.messages import Event, Finished, GenerationRequest
 from longreach.engine.text.tokenizer import Tokenizer
 
 from .backend import MODEL, Endpoint, ScriptedBackend
+from .server import serving, wait_for
 
 BODY = {"model": MODEL, "prompt": "Well?"}
 
 
 @pytest.fixture
 def port(endpoint: Endpoint) -> Iterator[int]:
-    """Of a real server, chosen by the system."""
-    config = uvicorn.Config(endpoint.api, port=0, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_for(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(timeout=10)
-    assert not thread.is_alive()
-
-
-def wait_for(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not happened():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
+    """Of a real server."""
+    with serving(endpoint.api) as port:
+        yield port
 
 
 def outcomes(endpoint: Endpoint) -> dict[str, float]:
@@ -138,7 +123,8 @@ def test_a_client_that_leaves_within_its_request_is_no_failure(
 
         scope = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
-            "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http",
+            "query_string": b"", "headers": [(b"content-type", b"application/json")],
+            "http_version": "1.1", "scheme": "http",
             "server": ("here", 80), "client": ("there", 1), "root_path": "",
         }  # fmt: skip
         await endpoint.api(scope, receive, send)
@@ -168,6 +154,73 @@ def test_an_answer_that_ends_early_is_not_passed_off_as_whole(
     assert answer.status_code == (200 if stream else 503)
     assert answer.text.rstrip().endswith("data: [DONE]" if stream else "}")
     assert outcomes(endpoint) == {"failed": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after", [None, 1])
+def test_a_cancellation_that_nobody_asked_for_is_an_error(
+    endpoint: Endpoint, port: int, stream: bool, after: int | None
+) -> None:
+    """The client is there, and waits."""
+    endpoint.backend.error, endpoint.backend.error_after = asyncio.CancelledError(), after
+    answer = send(port, {**BODY, "stream": stream}).getresponse()
+    assert answer.status == (200 if stream and after is not None else 503)
+    assert b'"unavailable"' in answer.read()
+    wait_for(lambda: outcomes(endpoint) == {"failed": 1})
+
+
+def test_a_client_that_left_is_not_taken_for_an_error_of_ours(
+    endpoint: Endpoint, port: int
+) -> None:
+    """Serve cancels what runs for it before we are told."""
+
+    async def cut(self: ScriptedBackend, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        await left.wait()
+        raise CancelledElsewhereError
+        yield  # makes this a generator
+
+    left = asyncio.Event()
+    scope_gone = asyncio.Event()
+
+    async def call() -> None:
+        messages = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+
+        async def receive() -> dict:
+            if messages:
+                return messages.pop(0)
+            await scope_gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def nothing(message: object) -> None:
+            raise AssertionError("nobody is there")
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions",
+            "raw_path": b"/v1/completions", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+            "scheme": "http", "server": ("here", 80), "client": ("there", 1), "root_path": "",
+        }  # fmt: skip
+        call = asyncio.create_task(endpoint.api(scope, receive, nothing))
+        while not endpoint.backend.requests:
+            await asyncio.sleep(0.01)
+        left.set()
+        await asyncio.sleep(0.05)
+        scope_gone.set()
+        await call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedBackend, "generate", cut)
+        asyncio.run(call())
+    assert outcomes(endpoint) == {"cancelled": 1}
+
+
+def test_an_os_error_of_ours_is_not_taken_for_a_client_that_left(
+    endpoint: Endpoint, port: int
+) -> None:
+    endpoint.backend.error = OSError("no space left")
+    assert send(port, BODY).getresponse().status == 500
+    wait_for(lambda: outcomes(endpoint) == {"failed": 1})
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from longreach.engine.errors import CheckpointError, InvalidRequestError
@@ -107,3 +109,79 @@ def test_templates_in_the_configuration_count_too(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ids = Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
     assert ids.tolist() == [ord("x"), 258]
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Byte-level BPE with words, merges and a normalization, as real checkpoints have."""
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    raw.train_from_iterator(
+        [WORDS, " " * 64],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|a special token that is longer than any other|>"],
+            show_progress=False,
+        ),
+    )
+    made = tmp_path_factory.mktemp("merging")
+    raw.save(str(made / "tokenizer.json"))
+    return Tokenizer(made)
+
+
+WORDS = "once upon a time there were words, and they were told again and again. " * 50
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.sampled_from([" ", "again", "\u1112\u1161\u11ab", "e\u0301", "z", "\n"])))
+def test_no_text_has_fewer_tokens_than_its_bytes_say(merging: Tokenizer, parts: list[str]) -> None:
+    assert merging.bytes_per_token == 64
+    for text in ("".join(parts), "".join(parts) * 50):
+        assert merging.least_tokens(text) <= len(merging.encode(text))
+
+
+def test_the_least_number_of_tokens_is_sharp_where_text_is_spaces(merging: Tokenizer) -> None:
+    assert merging.least_tokens(" " * 6400) == 100
+    assert len(merging.encode(" " * 6400)) == 100
+
+
+@pytest.mark.parametrize("border", ["\n", " "])
+def test_encoding_stops_when_it_is_enough(merging: Tokenizer, border: str) -> None:
+    text = WORDS.replace(" ", border) * 160
+    whole = merging.encode(text)
+    for enough in (1000, len(whole) - 1, len(whole)):
+        some = merging.encode(text, enough)
+        assert (len(some) > enough) == (len(whole) > enough)
+        assert np.array_equal(some, whole[: len(some)])
+    assert len(merging.encode(text, 1000)) < len(whole)
+
+
+def test_one_huge_word_is_not_encoded_to_its_end(merging: Tokenizer) -> None:
+    assert 1000 < len(merging.encode("z" * (4 << 20), 1000)) < 1 << 18
+
+
+def test_a_chat_stops_too_and_says_what_a_message_takes(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    chat = [{"role": "user", "content": "word " * 100}] * 100
+    assert 200 < len(tokenizer.encode_chat(chat, enough=200)) < 2000
+    # A turn's begin, "user", a line break, its end and another line break, of a byte each.
+    assert tokenizer.least_tokens_per_message == 1 + 4 + 1 + 1 + 1
+
+
+def test_text_that_the_tokenizer_gives_up_on_is_refused(tmp_path: Path) -> None:
+    """Oniguruma does, on ten million spaces in a row, and panics."""
+    raw = tokenizers.Tokenizer(models.BPE())
+    pattern = tokenizers.Regex(r"\s*[\r\n]+|\s+(?!\S)|\s+|\S+")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    raw.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InvalidRequestError):
+        Tokenizer(tmp_path).encode(" " * (12 << 20))

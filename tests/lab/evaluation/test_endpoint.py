@@ -29,8 +29,9 @@ PASS_KEY = NEEDLES[0]
 @pytest.fixture
 def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
     limits = IngressLimits(
-        MODEL, 8192, 512, max_body_bytes=1 << 20, max_choices=1, max_logprobs=0, progress_seconds=1
-    )
+        MODEL, 8192, 512, max_body_bytes=1 << 20, max_choices=1, max_logprobs=0,
+        progress_seconds=1, receive_seconds=120.0,
+    )  # fmt: skip
     monkeypatch.setattr(backend, "LIMITS", limits)
     return Endpoint(tmp_path)
 

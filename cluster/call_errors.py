@@ -5,10 +5,10 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
-from ..engine.errors import LongreachError, UnavailableError
+from ..engine.errors import CancelledElsewhereError, LongreachError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ def as_ours(error: BaseException) -> LongreachError:
         cause = cause.cause
     if isinstance(cause, LongreachError):
         return cause
+    if isinstance(cause, (TaskCancelledError, asyncio.CancelledError)):
+        # Nothing failed. Mostly its client left, which Serve saw before whoever runs it.
+        return CancelledElsewhereError()
     logger.error("a part of the cluster failed", exc_info=error)
     if isinstance(cause, RayActorError):
         return UnavailableError("a part of the cluster died; send the request again")

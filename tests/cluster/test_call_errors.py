@@ -4,11 +4,16 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from longreach.cluster import failures
-from longreach.engine.errors import PromptTooLongError, QueueFullError, UnavailableError
+from longreach.cluster import call_errors as failures
+from longreach.engine.errors import (
+    CancelledElsewhereError,
+    PromptTooLongError,
+    QueueFullError,
+    UnavailableError,
+)
 
 
 def raised_by(cause: Exception, calls: int) -> Exception:
@@ -23,6 +28,15 @@ def raised_by(cause: Exception, calls: int) -> Exception:
 @pytest.mark.parametrize("cause", [PromptTooLongError("shorten it"), QueueFullError(3)])
 def test_errors_on_purpose_arrive_as_they_were_raised(cause: Exception, calls: int) -> None:
     assert failures.as_ours(raised_by(cause, calls)) is cause
+
+
+@pytest.mark.parametrize("cause", [TaskCancelledError(), RequestCancelledError("id")])
+def test_a_cancellation_is_no_failure_of_a_part(
+    cause: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ordinary clients that leave cause one each."""
+    assert isinstance(failures.as_ours(cause), CancelledElsewhereError)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("calls", [0, 2])

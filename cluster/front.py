@@ -1,0 +1,234 @@
+"""What stands between sockets and Ray Serve's proxy, in the proxy's process.
+
+Serve makes uvicorn's server itself, and has one hook for it: a function that its proxies call when
+they start, which a variable in their environment names. `controller_options` sets that variable,
+and `install` is that function. It has uvicorn speak HTTP by h11, because httptools takes `Upgrade:
+h2c` for an upgrade that nobody makes and loses the body, and puts middleware around the proxy.
+"""
+
+import asyncio
+import json
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import uvicorn.config
+from ray.serve.config import ControllerOptions
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .rest.bodies import Bodies, HeldBody
+from .rest.errors import BUSY_SECONDS, RestError
+from .rest.middleware import BodyLimit, Failures, RequestIds
+
+# Of Ray Serve: its proxies call the function of this name.
+_HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# A proxy that Serve starts gets nothing of ours but its environment.
+_LIMITS = "LONGREACH_FRONT_LIMITS"
+_HEADER_SECONDS = 20.0
+_OF_SERVE = "/-/"  # Serve's own paths: its health and its routes
+
+
+@dataclass(frozen=True)
+class FrontLimits:
+    """Most bytes of a body, and most seconds that a client may take to send one."""
+
+    max_body_bytes: int
+    receive_seconds: float
+
+
+def controller_options(limits: FrontLimits) -> ControllerOptions:
+    """For `serve.start`: has every proxy call `install`. Proxies keep limits while they live."""
+    environment = {_HOOK: f"{__name__}.install", _LIMITS: json.dumps(asdict(limits))}
+    return ControllerOptions(runtime_env={"env_vars": environment})
+
+
+def install() -> list[Middleware]:
+    """Called by a proxy before it makes its server; the last middleware sees a request first."""
+    limits = FrontLimits(**json.loads(os.environ[_LIMITS]))
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:FrontProtocol"
+    return [
+        Middleware(WholeBodies, max_body_bytes=limits.max_body_bytes),
+        Middleware(BodyLimit, max_bytes=limits.max_body_bytes, seconds=limits.receive_seconds),
+        Middleware(ServeAnswers),
+        Middleware(Failures),
+        Middleware(RequestIds),
+    ]
+
+
+class FrontProtocol(H11Protocol):
+    """uvicorn's HTTP by h11, with a limit on how long a request's headers may take to come."""
+
+    header_seconds = _HEADER_SECONDS
+
+    _header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a first request."""
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came; of a next request that has begun, the rest of the headers is awaited."""
+        super().data_received(data)
+        if self._is_answering():
+            self._stop_waiting()
+        elif self._header_timer is None and not self.transport.is_closing():
+            self._await_headers()
+
+    def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether to keep a connection on which nothing more will come.
+
+        A client that left and one that has only sent all look alike until something is written.
+        Who asks by GET or HEAD is answered in any case; generating stops.
+        """
+        if self._is_answering() and self.scope["method"] in ("GET", "HEAD"):
+            self.cycle.keep_alive = False
+            return True
+        return False
+
+    def _should_upgrade(self) -> bool:
+        """Nothing here speaks anything but HTTP/1; whoever offers more is answered in that."""
+        return False
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._header_timer = self.loop.call_later(self.header_seconds, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _give_up(self) -> None:
+        self._header_timer = None
+        if not self._is_answering():
+            self.transport.close()
+
+
+class WholeBodies:
+    """Reads a body before Serve hears of the request.
+
+    So clients that send slowly, or never end, cost a connection and no call to an ingress, which
+    gets a body in few messages.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._bodies = Bodies(max_body_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_foreign(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with self._bodies.of(Request(scope, receive)) as body:
+                await self._app(scope, _replayed(body, receive), send)
+        except ClientDisconnect:
+            return  # nothing that is sent arrives
+
+
+class ServeAnswers:
+    """Gives what Serve says by itself our errors' shape, and says something where it says nothing.
+
+    Serve answers in plain text, and not at all where an ingress dies under a request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_foreign(scope):
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        await self._app(scope, receive, answer.send)
+        if answer.refusal is not None:
+            await answer.refusal.response()(scope, receive, send)
+        elif answer.is_stream and not answer.is_whole:
+            await answer.break_off()
+
+
+class _Answer:
+    """The answer to one request, as it passes."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.refusal: RestError | None = _unavailable()
+        self.is_stream = False
+        self.is_whole = False
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on, unless it is of an answer that is replaced by `refusal`."""
+        if message["type"] == "http.response.start":
+            headers = Headers(raw=message.get("headers", []))
+            kind = headers.get("content-type", "")
+            self.is_stream = kind.startswith("text/event-stream")
+            of_serve = message["status"] >= 400 and kind.startswith("text/plain")
+            self.refusal = _of_serve(message["status"], headers) if of_serve else None
+        if self.refusal is not None:
+            return
+        self.is_whole = message["type"] == "http.response.body" and not message.get("more_body")
+        await self._send(message)
+
+    async def break_off(self) -> None:
+        """End a stream with an error, as an ingress does."""
+        said = f"data: {json.dumps(_unavailable().body)}\n\ndata: [DONE]\n\n".encode()
+        await self._send({"type": "http.response.body", "body": said, "more_body": False})
+
+
+def _of_serve(status: int, headers: Mapping[str, str]) -> RestError:
+    """What Serve means by its status. It knows no path only where no application is."""
+    if status == 404:
+        return RestError(
+            503,
+            "no model is served here now; send the request again later",
+            "server_error",
+            code="not_ready",
+            headers={"Retry-After": str(BUSY_SECONDS)},
+        )
+    if status in (408, 429):
+        retry = {"Retry-After": headers.get("retry-after", str(BUSY_SECONDS))}
+        return RestError(
+            429, "too much to do; try again later", "rate_limit_error", None, "busy", retry
+        )
+    return _unavailable()
+
+
+def _unavailable() -> RestError:
+    return RestError(
+        503,
+        "a part of the cluster died or is not up; send the request again",
+        "server_error",
+        code="unavailable",
+        headers={"Retry-After": str(BUSY_SECONDS)},
+    )
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """Whether a request is none of the application's."""
+    return scope["type"] != "http" or scope["path"].startswith(_OF_SERVE)
+
+
+def _replayed(body: HeldBody, receive: Receive) -> Receive:
+    """The body, at least one part, then what really comes."""
+    parts = deque(body.take() or [b""])
+
+    async def receive_again() -> Message:
+        if not parts:
+            return await receive()
+        part = parts.popleft()
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+    return receive_again

@@ -1,0 +1,68 @@
+"""The bodies that a process holds: few of the largest, however many clients send."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+
+from .errors import BUSY_SECONDS, RestError
+
+_LARGEST_AT_ONCE = 4
+
+
+class Bodies:
+    """Counts the bytes of the bodies that are held, and refuses what would be too many."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._most = _LARGEST_AT_ONCE * max_body_bytes
+        self.held = 0
+
+    @asynccontextmanager
+    async def of(self, request: Request) -> AsyncGenerator["HeldBody", None]:
+        """A request's body, held until it is taken or the context is left.
+
+        Raises:
+            RestError: too many bytes are held now.
+            ClientDisconnect: the client left.
+        """
+        body = HeldBody(self)
+        try:
+            # Not `request.body()`, which the request would keep for as long as it is answered.
+            async for data in request.stream():
+                body.extend(data)
+                if self.held > self._most:
+                    raise _too_many()
+            yield body
+        finally:
+            body.take()
+
+
+class HeldBody:
+    """One body, or as much of it as has come, in parts: to join a large one stops the loop."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self.parts: list[bytes] = []
+        self._size = 0
+
+    def extend(self, data: bytes) -> None:
+        """Hold more."""
+        self.parts.append(data)
+        self._size += len(data)
+        self._bodies.held += len(data)
+
+    def take(self) -> list[bytes]:
+        """All parts, which are not held any more."""
+        self._bodies.held -= self._size
+        parts, self.parts, self._size = self.parts, [], 0
+        return parts
+
+
+def _too_many() -> RestError:
+    return RestError(
+        429,
+        f"too many large bodies are being read; try again in {BUSY_SECONDS} s",
+        "rate_limit_error",
+        code="busy",
+        headers={"Retry-After": str(BUSY_SECONDS)},
+    )

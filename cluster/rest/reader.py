@@ -1,0 +1,265 @@
+"""From the bytes of a request to what is done about it, away from the event loop.
+
+Small bodies are read in threads. Python's parsers hold the interpreter's lock for as long as they
+run, so a large body would stop every stream of its ingress: it is read in a process of its own,
+one after the other. That process gives its memory back by ending.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import numpy as np
+
+from ...engine.errors import LongreachError, UnavailableError
+from ...engine.text.tokenizer import Tokenizer
+from .errors import RestError, invalid
+from .limits import IngressLimits
+from .plan import Plan, Planner
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+
+logger = logging.getLogger(__name__)
+
+LARGE_BYTES = 1 << 18
+"""Bodies of more bytes are read in the other process."""
+
+_SMALL_AT_ONCE = 2
+_READ_SECONDS = 60
+# What the process may have grown to before it is replaced by a fresh one.
+_MOST_RESIDENT_BYTES = 512 << 20
+# Values beside prompts and messages: sampling parameters, biases, stop strings.
+_OTHER_VALUES = 1 << 14
+# A text may be counted that is longer than what is served, but not any number of times.
+_COUNTED_LENGTHS = 2
+
+Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+_BLOCK_BYTES = 1 << 18
+_LISTS: dict[Kind, str] = {
+    "chat": "messages",
+    "completion": "prompt",
+    "tokenize": "messages",
+    "detokenize": "tokens",
+}
+
+
+class Reader:
+    """Reads bodies. Its methods compute for long, and hold Python's lock for much of it.
+
+    Raises (every method):
+        RestError: with what is wrong, the field it is wrong in, and the remedy.
+    """
+
+    def __init__(self, limits: IngressLimits, tokenizer: Tokenizer) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._planner = Planner(limits, tokenizer)
+        longest = limits.max_model_len
+        self._most_messages = max(longest // tokenizer.least_tokens_per_message, 1)
+        # A message has a role and a content, which may have parts with a type and a text each.
+        self._most_values: dict[Kind, int] = {
+            "chat": 4 * longest,
+            "completion": limits.max_choices * longest,
+            "tokenize": 4 * longest,
+            "detokenize": longest,
+        }
+
+    def chat(self, body: bytes, request_id: str, arrived: float) -> Plan:
+        """The plan of a chat completion."""
+        self._check_count("chat", body)
+        return self._planner.chat(parse(ChatBody, body, self._most_messages), request_id, arrived)
+
+    def completion(self, body: bytes, request_id: str, arrived: float) -> Plan:
+        """The plan of a completion."""
+        self._check_count("completion", body)
+        return self._planner.completion(parse(CompletionBody, body), request_id, arrived)
+
+    def tokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
+        """The answer to `/tokenize`, as JSON."""
+        self._check_count("tokenize", body)
+        asked = parse(TokenizeBody, body, self._most_messages)
+        self._planner.check_model(asked.model)
+        most = _COUNTED_LENGTHS * self._limits.max_model_len
+        if asked.messages is None:
+            tokens = self._planner.encode(asked.prompt or "", "prompt", most)
+        else:
+            prompted = asked.add_generation_prompt is not False
+            tokens = self._planner.encode_chat(asked.messages, prompted, most)
+        answer = {
+            "count": len(tokens),
+            "max_model_len": self._limits.max_model_len,
+            "tokens": tokens.tolist(),
+            "token_strs": None,
+        }
+        return json.dumps(answer).encode()
+
+    def detokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
+        """The answer to `/detokenize`, as JSON."""
+        self._check_count("detokenize", body)
+        asked = parse(DetokenizeBody, body)
+        self._planner.check_model(asked.model)
+        tokens = self._planner.encode(asked.tokens, "tokens", self._limits.max_model_len)
+        return json.dumps({"prompt": self._tokenizer.decode(tokens)}, ensure_ascii=False).encode()
+
+    def _check_count(self, kind: Kind, body: bytes) -> None:
+        """Refuse a body with more values than could be served, before any is parsed."""
+        most = self._most_values[kind] + _OTHER_VALUES
+        if _has_more_values(body, most):
+            raise invalid(
+                f"{_LISTS[kind]}: the body lists more than {most} values, and this model's maximum "
+                f"context length is {self._limits.max_model_len} tokens (limits.max_model_len); "
+                "send fewer",
+                _LISTS[kind],
+                "context_length_exceeded",
+            )
+
+
+def _has_more_values(body: bytes, most: int) -> bool:
+    """Whether JSON has more than so many commas outside its strings, from its bytes alone."""
+    if body.count(b",") <= most:
+        return False  # nearly all bodies, text included
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    values = quotes_before = 0
+    for start in range(0, len(unescaped), _BLOCK_BYTES):
+        block = unescaped[start : start + _BLOCK_BYTES]
+        # Before a comma outside of strings there is an even number of quotes.
+        if b'"' not in block:
+            values += 0 if quotes_before % 2 else block.count(b",")
+        else:
+            letters = np.frombuffer(block, np.uint8)
+            quotes, commas = (np.flatnonzero(letters == ord(letter)) for letter in '",')
+            before = np.searchsorted(quotes, commas) + quotes_before
+            values += int(np.count_nonzero(before % 2 == 0))
+            quotes_before += len(quotes)
+        if values > most:
+            return True
+    return False
+
+
+class Readers:
+    """Reads bodies off the event loop: few at a time, and large ones in another process."""
+
+    def __init__(self, limits: IngressLimits, tokenizer: Tokenizer) -> None:
+        self._reader = Reader(limits, tokenizer)
+        self._small = ThreadPoolExecutor(_SMALL_AT_ONCE, "read-small")
+        self._large = ThreadPoolExecutor(1, "read-large")
+        self._process = _ReaderProcess(limits, tokenizer.folder)
+
+    async def read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
+        """What the method of `Reader` of that name makes of a body.
+
+        Raises:
+            RestError: as that method does.
+            UnavailableError: the body took too long to read, or too much memory.
+        """
+        loop = asyncio.get_running_loop()
+        if sum(map(len, parts)) > LARGE_BYTES:
+            job = (kind, parts, request_id, arrived)
+            return await loop.run_in_executor(self._large, self._process.do, *job)
+        read = getattr(self._reader, kind)
+        return await loop.run_in_executor(self._small, read, b"".join(parts), request_id, arrived)
+
+    def warm_up(self) -> None:
+        """Start the other process, if it is not up, without waiting for it."""
+        self._large.submit(self._process.start)
+
+
+class _ReaderProcess:
+    """The other process, started when it is needed; used from one thread.
+
+    It ends when this one does: its standard input is closed then.
+    """
+
+    def __init__(self, limits: IngressLimits, folder: Path) -> None:
+        self._setup = (limits, folder)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """The process, which may still be loading the tokenizer."""
+        if self._process is None or self._process.poll() is not None:
+            # It must find the packages that this process found, however that was set up.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            _put(self._process.stdin, self._setup)
+        return self._process
+
+    def do(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
+        process = self.start()
+        goes_on = False
+        too_long = threading.Timer(_READ_SECONDS, process.kill)
+        too_long.start()
+        try:
+            _put(process.stdin, (kind, parts, request_id, arrived))
+            outcome, goes_on = pickle.load(cast(IO[bytes], process.stdout))
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            logger.error("request %s: the process that read its body died", request_id)
+            raise UnavailableError(
+                "the body could not be read: it took too long or too much memory"
+            ) from error
+        finally:
+            too_long.cancel()
+            if not goes_on:
+                self._replace()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _replace(self) -> None:
+        """End the process, whose memory goes back, and start the next one."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        self.start()
+
+
+def _put(pipe: IO[bytes] | None, value: object) -> None:
+    assert pipe is not None
+    pickle.dump(value, pipe)
+    pipe.flush()
+
+
+def _outcome(
+    reader: Reader, kind: Kind, parts: list[bytes], request_id: str, arrived: float
+) -> Any:
+    """What a job returned, or what it raised, fit to travel."""
+    try:
+        return getattr(reader, kind)(b"".join(parts), request_id, arrived)
+    except (RestError, LongreachError) as error:
+        return error
+    except Exception:
+        return RuntimeError(traceback.format_exc())
+
+
+def serve() -> None:
+    """Read bodies from standard input until it is closed."""
+    # Ctrl-C is for whoever started us, and closes our input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not come between answers
+    limits, folder = pickle.load(sys.stdin.buffer)
+    reader = Reader(limits, Tokenizer(folder))
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        outcome = _outcome(reader, *job)
+        grown_to = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        _put(answers, (outcome, grown_to <= _MOST_RESIDENT_BYTES))
+        del job, outcome

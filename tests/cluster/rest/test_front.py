@@ -1,0 +1,163 @@
+"""The front around a proxy that stands for Serve's: what it does to connections and answers."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from longreach.cluster.front import FrontLimits, FrontProtocol, controller_options, install
+
+from .backend import MODEL, Endpoint
+from .raw_http import Connection, check_the_front, post
+from .server import serving, wait_for
+
+LIMITS = FrontLimits(max_body_bytes=4096, receive_seconds=1.0)
+PROMPT = {"model": MODEL, "prompt": "Well?"}
+HEADER_SECONDS = 1.0
+
+
+class Proxy:
+    """Passes requests on to the endpoint as Serve's does, or does what it is told to instead."""
+
+    def __init__(self, api: ASGIApp) -> None:
+        self.api = api
+        self.instead: Callable[[Send], object] | None = None
+        self.called = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.called += 1
+        if self.instead is not None:
+            for message in self.instead(send):  # type: ignore[attr-defined]
+                await send(message)
+            return
+
+        async def send_with_another_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = dict(scope["headers"]).get(b"x-request-id", b"of serve")
+                message["headers"] = [*message["headers"], (b"X-Request-ID", given)]
+            await send(message)
+
+        await self.api(scope, receive, send_with_another_id)
+
+
+@pytest.fixture
+def proxy(endpoint: Endpoint) -> Proxy:
+    return Proxy(endpoint.api)
+
+
+@pytest.fixture
+def port(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of the front, set up as a proxy of Serve's sets it up."""
+    options = controller_options(LIMITS)
+    assert options.runtime_env is not None
+    for name, value in options.runtime_env["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(FrontProtocol, "header_seconds", HEADER_SECONDS)
+    monkeypatch.setattr("uvicorn.config.HTTP_PROTOCOLS", {})
+    app: ASGIApp = proxy
+    for middleware in install():
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    with serving(app) as port:
+        yield port
+
+
+def test_http_as_clients_speak_it(port: int) -> None:
+    check_the_front(port, PROMPT)
+
+
+def test_headers_that_never_end_are_given_up(port: int) -> None:
+    with Connection(port) as silent, Connection(port) as slow, Connection(port) as second:
+        slow.send(b"GET /health HTTP/1.1\r\nHost: ")
+        second.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert second.answer().status == 200
+        second.send(b"GET /hea")
+        for client in (silent, slow, second):
+            assert client.is_closed_within(HEADER_SECONDS + 5)
+
+
+def test_slow_answers_are_not_given_up(endpoint: Endpoint, port: int) -> None:
+    endpoint.backend.prefill_seconds = 2 * HEADER_SECONDS
+    with Connection(port) as client:
+        client.send(post("/v1/completions", PROMPT))
+        assert client.answer().status == 200
+
+
+def test_a_body_that_never_ends_does_not_reach_serve(proxy: Proxy, port: int) -> None:
+    with Connection(port) as client:
+        client.send(post("/v1/completions", PROMPT)[:-1])
+        answer = client.answer()
+        assert (answer.status, answer.json["error"]["code"]) == (408, "body_too_slow")
+        assert client.is_closed_within(5)
+    with Connection(port) as client:
+        client.send(post("/v1/completions", {"prompt": "a" * LIMITS.max_body_bytes}))
+        assert client.answer().json["error"]["code"] == "body_too_large"
+    assert not proxy.called
+
+
+def test_a_client_that_leaves_stops_the_work(endpoint: Endpoint, port: int) -> None:
+    endpoint.backend.prefill_seconds = 60
+    with Connection(port) as client:
+        client.send(post("/v1/completions", PROMPT))
+        wait_for(lambda: endpoint.backend.requests)
+    wait_for(lambda: endpoint.backend.closed)
+
+
+def said(status: int, kind: bytes, *bodies: bytes, whole: bool = True) -> list[Message]:
+    headers = [(b"content-type", kind)]
+    start: list[Message] = [{"type": "http.response.start", "status": status, "headers": headers}]
+    parts: list[Message] = [
+        {"type": "http.response.body", "body": body, "more_body": True} for body in bodies
+    ]
+    end: list[Message] = [{"type": "http.response.body", "body": b"", "more_body": False}]
+    return start + parts + (end if whole else [])
+
+
+@pytest.mark.parametrize(
+    ("messages", "status", "code"),
+    [
+        ([], 503, "unavailable"),
+        (said(404, b"text/plain", b"Path '/v1' not found"), 503, "not_ready"),
+        (said(503, b"text/plain", b"Traceback"), 503, "unavailable"),
+        (said(500, b"text/plain", b"Internal Server Error"), 503, "unavailable"),
+        (said(408, b"text/plain", b"timed out"), 429, "busy"),
+    ],
+)
+def test_what_serve_says_by_itself_has_our_shape(
+    proxy: Proxy, port: int, messages: list[Message], status: int, code: str
+) -> None:
+    proxy.instead = lambda send: messages
+    with Connection(port) as client:
+        client.send(post("/v1/completions", PROMPT, "X-Request-ID: mine"))
+        answer = client.answer()
+    assert (answer.status, answer.json["error"]["code"]) == (status, code)
+    assert int(answer.all("retry-after")[0]) > 0
+    assert answer.all("x-request-id") == ["mine"]
+    assert b"Traceback" not in answer.body
+
+
+def test_a_stream_whose_ingress_dies_ends_with_an_error(proxy: Proxy, port: int) -> None:
+    begun = b'data: {"id": "1"}\n\n'
+    proxy.instead = lambda send: said(200, b"text/event-stream", begun, whole=False)
+    with Connection(port) as client:
+        client.send(post("/v1/completions", {**PROMPT, "stream": True}))
+        answer = client.answer()
+    *_, failure, end = [line for line in answer.body.splitlines() if line]
+    assert json.loads(failure[6:])["error"]["code"] == "unavailable"
+    assert end == b"data: [DONE]"
+
+
+def test_a_whole_answer_whose_ingress_dies_is_cut_off(proxy: Proxy, port: int) -> None:
+    proxy.instead = lambda send: said(200, b"application/json", b'{"id"', whole=False)
+    with Connection(port) as client:
+        client.send(post("/v1/completions", PROMPT))
+        with pytest.raises(ValueError, match="invalid literal"):  # no last chunk comes
+            client.answer()
+
+
+def test_serves_own_paths_are_left_alone(proxy: Proxy, port: int) -> None:
+    proxy.instead = lambda send: said(503, b"text/plain", b"draining")
+    with Connection(port) as client:
+        client.send(b"GET /-/healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = client.answer()
+    assert (answer.status, answer.body) == (503, b"draining")
