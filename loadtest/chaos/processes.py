@@ -137,17 +137,20 @@ def send(process: psutil.Process, number: signal.Signals) -> bool:
     return True
 
 
-def reset_peak_memory(pid: int) -> None:
+def reset_peak_memory(process: psutil.Process) -> None:
     """Count the peak from now on."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
 
-def peak_memory(pid: int) -> int:
-    """Most bytes of memory that a process had at once."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"process {pid} does not say how much memory it had")
+def peak_memory(process: psutil.Process) -> int | None:
+    """Most bytes of memory that a process had at once; None where it is gone by now."""
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    # A zombie has a status without memory.
+    sizes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(sizes[0]) * 1024 if sizes else None
 
 
 def _kind(process: psutil.Process) -> Kind | None:

@@ -14,7 +14,13 @@ import pytest
 
 from longreach.loadtest.chaos.client import Client, Outcome, parse_metrics
 from longreach.loadtest.chaos.load import LONG_ANSWER, Moment, Workload, leave_at_random
-from longreach.loadtest.chaos.processes import Belongings, Kind, kind_of
+from longreach.loadtest.chaos.processes import (
+    Belongings,
+    Kind,
+    kind_of,
+    peak_memory,
+    reset_peak_memory,
+)
 from longreach.loadtest.chaos.prompts import PromptMaker
 from longreach.loadtest.chaos.report import COLUMNS, Row, write
 from longreach.loadtest.chaos.scenarios import Measured, Scenario, all_scenarios, choose
@@ -166,6 +172,28 @@ def test_what_remains_is_named_and_can_be_ended(tmp_path: Path) -> None:
     assert child.wait(5) == -signal.SIGKILL
     folder.rmdir()
     assert not belongings.remains(0.3)
+
+
+def test_the_peak_of_memory_counts_from_its_reset_and_a_zombie_has_none() -> None:
+    program = "a = b'x' * (1 << 28); del a; print(flush=True); input()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    process = psutil.Process(child.pid)
+    before = peak_memory(process)
+    reset_peak_memory(process)
+    after = peak_memory(process)
+    child.kill()
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert peak_memory(process) is None
+    child.communicate()
+    assert peak_memory(process) is None
+    assert before is not None
+    assert after is not None
+    assert before > 1 << 28 > after
 
 
 def test_metrics_are_summed_by_name_and_role() -> None:
