@@ -63,9 +63,13 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     }
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
-    prefill = deployment(
-        PrefillReplica, name=_PREFILL, num_replicas=settings.prefill.replicas, **common
-    )
+    names = prefill_names(settings)
+    prefill = [
+        deployment(PrefillReplica, name=name, num_replicas=gang.prefill.replicas, **common).bind(
+            gang, metrics_directory
+        )
+        for name, gang in zip(names, settings.gangs, strict=True)
+    ]
     decode = deployment(
         DecodeReplica, name=_DECODE, num_replicas=settings.decode.replicas, **common
     )
@@ -75,9 +79,14 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         num_replicas=settings.ingress.replicas,
         **common,
     )
-    return ingress.bind(
-        decode.bind(settings, metrics_directory, prefill.bind(settings, metrics_directory))
-    )
+    return ingress.bind(decode.bind(settings, metrics_directory, prefill))
+
+
+def prefill_names(settings: Settings) -> list[str]:
+    """Of the gangs' deployments: `prefill`, and where there are several, `prefill-` and a name."""
+    if len(settings.prefill) == 1:
+        return [_PREFILL]
+    return [f"{_PREFILL}-{gang.name}" for gang in settings.prefill]
 
 
 def deploy(settings: Settings, metrics_directory: Path) -> None:
@@ -218,25 +227,34 @@ def check_room(settings: Settings, has: Mapping[str, float]) -> None:
     Raises:
         ConfigurationError: too few CPUs or GPUs, or a placement that needs more machines.
     """
-    prefill, decode = settings.prefill, settings.decode
-    ranks = prefill.replicas * prefill.num_ranks
-    for kind, rank, worker, keys in (
-        ("CPU", prefill.cpus_per_rank, decode.cpus, "prefill.cpus_per_rank, decode.cpus"),
-        ("GPU", prefill.gpus_per_rank, decode.gpus, "prefill.gpus_per_rank, decode.gpus"),
-    ):
-        # Ray counts in ten-thousandths.
-        asked, there = round(ranks * rank + decode.replicas * worker, 4), has.get(kind, 0)
+    ranks = sum(gang.replicas * gang.num_ranks for gang in settings.prefill)
+    for kind, key, asked in _asks(settings):
+        there = has.get(kind, 0)
         if asked > there:
             raise ConfigurationError(
-                f"{ranks} prefill ranks and {decode.replicas} decode workers ask for {asked:g} "
-                f"{kind}s together and this machine has {there:g}; lower {keys}, or the number "
-                "of ranks or replicas"
+                f"{ranks} prefill ranks and {settings.decode.replicas} decode workers ask for "
+                f"{asked:g} {kind}s together and this machine has {there:g}; lower "
+                f"prefill.{key}_per_rank, decode.{key}, or the number of ranks or replicas"
             )
-    if prefill.placement == "STRICT_SPREAD" and prefill.num_ranks > 1:
-        raise ConfigurationError(
-            "prefill.placement STRICT_SPREAD wants a machine for each rank of a gang, and this "
-            "is one; use STRICT_PACK"
-        )
+    for gang in settings.prefill:
+        if gang.placement == "STRICT_SPREAD" and gang.num_ranks > 1:
+            raise ConfigurationError(
+                f"{gang.key('placement')}, STRICT_SPREAD, wants a machine for each rank of a gang, "
+                "and this is one; use STRICT_PACK"
+            )
+
+
+def _asks(settings: Settings) -> Iterator[tuple[str, str, float]]:
+    """Ray's word, ours, and how many of it all ranks and decode workers ask for together."""
+    decode = settings.decode
+    cpus, gpus = decode.replicas * decode.cpus, decode.replicas * decode.gpus
+    for gang in settings.prefill:
+        ranks = gang.replicas * gang.num_ranks
+        cpus += ranks * gang.cpus_per_rank
+        gpus += ranks * gang.gpus_per_rank
+    # Ray counts in ten-thousandths.
+    yield "CPU", "cpus", round(cpus, 4)
+    yield "GPU", "gpus", round(gpus, 4)
 
 
 def _close() -> None:

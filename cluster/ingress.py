@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.text.tokenizer import Tokenizer
-from .failures import CallError, as_ours, first_of
+from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken

@@ -14,16 +14,16 @@ from ..engine.errors import LoadingOutOfMemoryError, LongreachError
 from ..engine.kv.pages import PageGeometry
 from ..engine.memory.fit import DecodeFit, Fit, PrefillFit, Weights, free_bytes
 from ..engine.memory.out_of_memory import out_of_memory_raises
+from ..engine.model.compute_type import compute_dtype
 from ..engine.model.config import ModelConfig
-from ..engine.model.precision import compute_dtype
 from ..engine.prefill.sparsity import SparsityConfig
 from .remedies import remedied
-from .settings import Settings
+from .settings import GangSettings, ModelSettings, Settings
 
 
 @contextmanager
 def room_for_prefill(
-    settings: Settings, device: torch.device, ranks_on_card: int
+    settings: GangSettings, device: torch.device, ranks_on_card: int
 ) -> Iterator[None]:
     """Where a prefill rank allocates what it needs. What it raises names its remedy.
 
@@ -37,7 +37,7 @@ def room_for_prefill(
         LongreachError: as `prefill_fit`, and whatever is raised within.
     """
     # No prompt is longer than the limit, however many tokens the pages hold.
-    longest = settings.limits.max_model_len
+    longest = settings.max_prompt_tokens
     with _remedied(settings.prefill.gpus_per_rank):
         fit = prefill_fit(settings, free_bytes(device), ranks_on_card)
         with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
@@ -53,7 +53,7 @@ def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
             yield
 
 
-def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit:
+def prefill_fit(settings: GangSettings, free: int, ranks_on_card: int) -> PrefillFit:
     """One rank's share of the model, of its pages and of a chunk, in so many bytes.
 
     Raises:
@@ -61,30 +61,30 @@ def prefill_fit(settings: Settings, free: int, ranks_on_card: int) -> PrefillFit
         TensorParallelError: the ranks do not divide the model.
     """
     prefill = settings.prefill
-    weights, geometry = _model(settings, prefill.tensor_parallel)
+    weights, geometry = _model(settings.model, prefill.tensor_parallel)
     sparsity = SparsityConfig.from_folder(settings.model.folder) if prefill.sparse else None
     return PrefillFit(
         weights, geometry, free, prefill.chunk_tokens, prefill.sequence_parallel,
         selects_above=None if sparsity is None else sparsity.threshold,
-        gathers_pages=settings.transport.kind == "object_store",
+        gathers_pages=settings.transport.gathers_pages,
         processes=ranks_on_card,
     )  # fmt: skip
 
 
 def decode_fit(settings: Settings, free: int) -> DecodeFit:
     """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
-    weights, geometry = _model(settings, 1)
-    chunk_tokens = settings.prefill.chunk_tokens
+    weights, geometry = _model(settings.model, 1)
+    chunk_tokens = max(gang.chunk_tokens for gang in settings.prefill)
     return DecodeFit(weights, geometry, free, settings.decode.max_batch, chunk_tokens)
 
 
-def _model(settings: Settings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
-    config = ModelConfig.from_folder(settings.model.folder)
+def _model(settings: ModelSettings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:
+    config = ModelConfig.from_folder(settings.folder)
     # Sizes are held to on GPUs only.
-    dtype = compute_dtype(settings.model.dtype, torch.device("cuda"))
+    dtype = compute_dtype(settings.dtype, torch.device("cuda"))
     weights = Weights(config, dtype.itemsize, tensor_parallel)
     pages = PageGeometry(config.num_layers, weights.heads.num_kv_heads, config.head_dim, dtype)
-    return weights, pages.kept_as(settings.model.pages_kept_as)
+    return weights, pages.kept_as(settings.pages_kept_as)
 
 
 @contextmanager

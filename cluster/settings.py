@@ -4,11 +4,20 @@ Every key has a default but `model.path`. What cannot run is refused before anyt
 a sentence that names the remedy.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.kv.formats import KVCacheDtype
@@ -31,7 +40,7 @@ class ModelSettings(_Section):
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
     shape of engine/model/shapes for random weights of a real model's sizes. `dtype` "auto" is up to
-    each process: see `engine.model.precision`. `kv_cache_dtype` is how KV pages are kept.
+    each process: see `engine.model.compute_type`. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str
@@ -62,7 +71,7 @@ class ModelSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What one request may ask for, and how many may wait."""
+    """What one request may ask for, and how many may wait at a decode replica for each gang."""
 
     max_model_len: Count
     max_output_tokens: Count = 4096
@@ -74,11 +83,15 @@ class LimitSettings(_Section):
 
 
 class PrefillSettings(_Section):
-    """The gangs: `tensor_parallel` × `sequence_parallel` ranks each, a KV pool on every rank.
+    """One kind of gang: `tensor_parallel` × `sequence_parallel` ranks, a KV pool on every rank.
 
+    `name` tells several apart. `max_prompt_tokens`: longer prompts go to the next gang; None: none
+    is too long. There are `replicas` gangs of the kind.
     `patience`: how far shorter prompts may pass one that came before them; see `fairness.Turns`.
     """
 
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] | None = None
+    max_prompt_tokens: Count | None = None
     replicas: Count = 1
     tensor_parallel: Count = 1
     sequence_parallel: Count = 1
@@ -105,6 +118,10 @@ class PrefillSettings(_Section):
     def num_ranks(self) -> int:
         """Ranks of one gang."""
         return self.tensor_parallel * self.sequence_parallel
+
+    def key(self, name: str) -> str:
+        """What a key of this gang is called in messages, as "prefill.replicas of gang 'short'"."""
+        return f"prefill.{name}" + (f" of gang {self.name!r}" if self.name else "")
 
 
 class DecodeSettings(_Section):
@@ -148,6 +165,11 @@ class TransportSettings(_Section):
     kind: Literal["object_store", "cuda_ipc"] = "object_store"
     max_in_flight_bytes: Count = 256 << 20
 
+    @property
+    def gathers_pages(self) -> bool:
+        """Whether a rank copies what it sends, a layer's pages at a time, on its device."""
+        return self.kind == "object_store"
+
 
 class MetricsSettings(_Section):
     """Where processes leave their figures; a fresh temporary folder when not given."""
@@ -161,17 +183,55 @@ class ShutdownSettings(_Section):
     drain_seconds: NotNegative = 600.0
 
 
+@dataclass(frozen=True)
+class GangSettings:
+    """What the processes of one gang need to know.
+
+    `max_prompt_tokens` is the longest prompt that they get.
+    """
+
+    model: ModelSettings
+    prefill: PrefillSettings
+    transport: TransportSettings
+    max_prompt_tokens: int
+    drain_seconds: float
+
+
+def _as_gangs(raw: Any) -> Any:
+    """One gang may stand for a list of one."""
+    if isinstance(raw, list):
+        return tuple(raw)
+    return (raw,) if isinstance(raw, (dict, PrefillSettings)) else raw
+
+
+Gangs = Annotated[tuple[PrefillSettings, ...], BeforeValidator(_as_gangs), Field(min_length=1)]
+
+
 class Settings(_Section):
-    """A whole cluster."""
+    """A whole cluster. The gangs of `prefill` are in the order of the prompt lengths they take."""
 
     model: ModelSettings
     limits: LimitSettings
-    prefill: PrefillSettings
+    prefill: Gangs
     decode: DecodeSettings
     ingress: IngressSettings = IngressSettings()
     transport: TransportSettings = TransportSettings()
     metrics: MetricsSettings = MetricsSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
+
+    @property
+    def gangs(self) -> tuple[GangSettings, ...]:
+        """For the processes of each gang, in the order of `prefill`."""
+        return tuple(
+            GangSettings(
+                model=self.model,
+                prefill=prefill,
+                transport=self.transport,
+                max_prompt_tokens=prefill.max_prompt_tokens or self.limits.max_model_len,
+                drain_seconds=self.shutdown.drain_seconds,
+            )
+            for prefill in self.prefill
+        )
 
     @model_validator(mode="after")
     def _can_run(self) -> "Settings":
@@ -180,20 +240,11 @@ class Settings(_Section):
             raise ValueError(problem)
         return self
 
-    def _problems(self):
-        longest, chunk = self.limits.max_model_len, self.prefill.chunk_tokens
-        if chunk % PAGE_TOKENS:
-            yield f"prefill.chunk_tokens is {chunk}; make it a multiple of {PAGE_TOKENS}"
-        if self.prefill.kv_cache_tokens < longest:
-            yield (
-                f"prefill.kv_cache_tokens ({self.prefill.kv_cache_tokens}) cannot hold one prompt "
-                f"of limits.max_model_len ({longest}); raise the one or lower the other"
-            )
-        if not self.prefill.cpus_per_rank and not self.prefill.gpus_per_rank:
-            yield (
-                "prefill.cpus_per_rank and prefill.gpus_per_rank are both 0, and Ray places by "
-                "what is asked for; ask for a part of a CPU"
-            )
+    def _problems(self) -> Iterator[str]:
+        yield from self._problems_with_lengths()
+        for gang in self.gangs:
+            yield from _problems_with_gang(gang)
+        longest = self.limits.max_model_len
         # Choices share the pages that the prompt fills. Each has the page that it fills in part to
         # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most.
         answer = pages_for(self.limits.max_output_tokens + PAGE_TOKENS - 1)
@@ -210,7 +261,7 @@ class Settings(_Section):
                 f"({self.decode.max_batch}), so one request would not fit into a step; raise "
                 "decode.max_batch"
             )
-        on_gpus = self.prefill.gpus_per_rank or self.decode.gpus
+        on_gpus = self.decode.gpus or any(gang.gpus_per_rank for gang in self.prefill)
         mixed = self.model.dtype in ("float32", "float16")
         if on_gpus and mixed and self.model.kv_cache_dtype == "bfloat16":
             yield (
@@ -218,25 +269,71 @@ class Settings(_Section):
                 "set model.dtype to bfloat16 where there are GPUs, or leave kv_cache_dtype out"
             )
         if self.transport.kind == "cuda_ipc":
-            yield from self._problems_with_cuda_ipc()
+            for gang in self.prefill:
+                yield from self._problems_with_cuda_ipc(gang)
         if self.limits.max_output_tokens >= longest:
             yield (
                 f"limits.max_output_tokens ({self.limits.max_output_tokens}) leaves no room for a "
                 f"prompt in limits.max_model_len ({longest}); lower it"
             )
 
-    def _problems_with_cuda_ipc(self):
-        if not self.prefill.gpus_per_rank or not self.decode.gpus:
+    def _problems_with_lengths(self) -> Iterator[str]:
+        """What keeps every prompt from having one gang."""
+        names = [gang.name for gang in self.prefill]
+        if len(names) > 1 and None in names:
+            yield "prefill lists several gangs, and one has no `name`; give each its own"
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            yield f"prefill lists two gangs of the name {repeated!r}; give each its own"
+        covered = 0
+        for gang in self.gangs:
+            if gang.max_prompt_tokens <= covered:
+                yield (
+                    f"{gang.prefill.key('max_prompt_tokens')} ({gang.max_prompt_tokens}) leaves it "
+                    f"no prompt, because those up to {covered} tokens go to the gangs before it; "
+                    "list gangs by rising max_prompt_tokens, and leave it out for the last one only"
+                )
+            covered = gang.max_prompt_tokens
+        longest = self.limits.max_model_len
+        if covered != longest:
             yield (
-                "transport.kind cuda_ipc copies between GPUs, and prefill.gpus_per_rank or "
+                f"{self.prefill[-1].key('max_prompt_tokens')} is {covered} and "
+                f"limits.max_model_len is {longest}; leave it out, so that the last gang takes "
+                "every prompt that the others do not"
+            )
+
+    def _problems_with_cuda_ipc(self, gang: PrefillSettings) -> Iterator[str]:
+        if not gang.gpus_per_rank or not self.decode.gpus:
+            yield (
+                f"transport.kind cuda_ipc copies between GPUs, and {gang.key('gpus_per_rank')} or "
                 "decode.gpus is 0; give both a GPU, or set transport.kind: object_store"
             )
-        if self.prefill.placement != "STRICT_PACK" and self.prefill.num_ranks > 1:
+        if gang.placement != "STRICT_PACK" and gang.num_ranks > 1:
             yield (
-                "transport.kind cuda_ipc copies between GPUs of one host, and prefill.placement "
-                f"{self.prefill.placement} may put the ranks of a gang on several; use "
-                "STRICT_PACK, or set transport.kind: object_store"
+                f"transport.kind cuda_ipc copies between GPUs of one host, and "
+                f"{gang.key('placement')}, {gang.placement}, may put the ranks of a gang on "
+                "several; use STRICT_PACK, or set transport.kind: object_store"
             )
+
+
+def _problems_with_gang(gang: GangSettings) -> Iterator[str]:
+    prefill, longest = gang.prefill, gang.max_prompt_tokens
+    if prefill.chunk_tokens % PAGE_TOKENS:
+        yield (
+            f"{prefill.key('chunk_tokens')} is {prefill.chunk_tokens}; make it a multiple of "
+            f"{PAGE_TOKENS}"
+        )
+    if prefill.kv_cache_tokens < longest:
+        limit = "max_prompt_tokens" if prefill.max_prompt_tokens else "limits.max_model_len"
+        yield (
+            f"{prefill.key('kv_cache_tokens')} ({prefill.kv_cache_tokens}) cannot hold one prompt "
+            f"of {limit} ({longest}); raise the one or lower the other"
+        )
+    if not prefill.cpus_per_rank and not prefill.gpus_per_rank:
+        yield (
+            f"{prefill.key('cpus_per_rank')} and gpus_per_rank are both 0, and Ray places by "
+            "what is asked for; ask for a part of a CPU"
+        )
 
 
 def load_settings(path: Path) -> Settings:
@@ -275,7 +372,9 @@ def parse_settings(raw: Any, source: str = "configuration") -> Settings:
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise ConfigurationError(f"{source}: {_first_problem(error)}") from error
+        # The one form has no list, and so no place in it.
+        one_gang = not isinstance(raw.get("prefill"), list)
+        raise ConfigurationError(f"{source}: {_first_problem(error, one_gang)}") from error
 
 
 def check_model(settings: Settings) -> None:
@@ -295,10 +394,11 @@ def check_model(settings: Settings) -> None:
             f"limits.max_model_len ({settings.limits.max_model_len}) is beyond the "
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
-    model.check_tensor_parallel(settings.prefill.tensor_parallel)
-    missing = _missing_budgets(settings)
-    if missing is not None and "sparse" in settings.prefill.model_fields_set:
-        raise ConfigurationError(missing)
+    for gang in settings.gangs:
+        model.check_tensor_parallel(gang.prefill.tensor_parallel)
+        missing = _missing_budgets(gang)
+        if missing is not None and "sparse" in gang.prefill.model_fields_set:
+            raise ConfigurationError(missing)
     # One such token in a prompt would end a whole gang.
     tokens = Tokenizer(settings.model.files.tokenizer_folder).vocab_size
     if tokens > model.vocab_size:
@@ -314,29 +414,31 @@ def warnings_about(settings: Settings) -> list[str]:
     Raises:
         CheckpointError: the folder cannot be read.
     """
-    missing = _missing_budgets(settings)
-    return [] if missing is None else [missing]
+    missing = (_missing_budgets(gang) for gang in settings.gangs)
+    return [each for each in missing if each is not None]
 
 
-def _missing_budgets(settings: Settings) -> str | None:
+def _missing_budgets(gang: GangSettings) -> str | None:
     """What to say where long prompts would be prefilled densely and are meant not to be."""
-    folder, longest = settings.model.folder, settings.limits.max_model_len
-    if not settings.prefill.sparse or has_budgets(folder):
+    folder = gang.model.folder
+    if not gang.prefill.sparse or has_budgets(folder):
         return None
     threshold = dense_up_to(folder)
-    if longest <= threshold:
+    if gang.max_prompt_tokens <= threshold:
         return None
     return (
-        f"prefill.sparse is true and {folder} has no {BUDGETS_FILE}, so prompts of more than "
-        f"{threshold:,} tokens would be prefilled densely, which takes about ten times as long at "
-        "a million; make the file with `longreach eval calibrate`, or set prefill.sparse: false "
-        "if dense is what you want"
+        f"{gang.prefill.key('sparse')} is true and {folder} has no {BUDGETS_FILE}, so prompts of "
+        f"more than {threshold:,} tokens would be prefilled densely, which takes about ten times "
+        "as long at a million; make the file with `longreach eval calibrate`, or set "
+        "prefill.sparse: false if dense is what you want"
     )
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, one_gang: bool) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
+    if one_gang:
+        where = where.replace("prefill.0", "prefill", 1)
     match problem["type"]:
         case "extra_forbidden":
             return f"unknown key '{where}'; remove it or correct its spelling"

@@ -346,6 +346,16 @@ class UnavailableError(LongreachError):
     """A part of the cluster died or is not up yet; the same request may be sent again."""
 
 
+class CancelledElsewhereError(UnavailableError):
+    """A request was cancelled, and not by whoever runs it."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled within the cluster; send it again")
+
+    def __reduce__(self) -> tuple[type["CancelledElsewhereError"], tuple[()]]:
+        return type(self), ()
+
+
 def innermost(error: BaseException) -> BaseException:
     """What was raised in the other process, where an error came from one.
 

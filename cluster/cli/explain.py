@@ -6,11 +6,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ...engine.kv.pages import PageGeometry
+from ...engine.model.compute_type import compute_dtype
 from ...engine.model.config import ModelConfig
-from ...engine.model.precision import compute_dtype
 from ...engine.prefill.budgets import dense_up_to, has_budgets
 from ...kernels.page_size import pages_for
-from ..settings import Settings, warnings_about
+from ..settings import GangSettings, Settings, warnings_about
 
 
 def explain(settings: Settings) -> RenderableType:
@@ -50,7 +50,8 @@ def _summary(settings: Settings, model: ModelConfig) -> Text:
         f"{model.head_dim}, {_types(settings)}, {attention}\n"
         f"prompt and answer together up to {limits.max_model_len:,} tokens, "
         f"the answer up to {limits.max_output_tokens:,}; "
-        f"up to {limits.max_queued_requests} requests wait, the next is told to come back\n"
+        f"up to {limits.max_queued_requests} requests wait for a gang, "
+        "the next is told to come back\n"
         f"endpoint http://{settings.ingress.host}:{settings.ingress.port}/v1, "
         + ("API keys wanted\n" if settings.ingress.api_keys_file else "open to all who reach it\n")
     )
@@ -64,26 +65,13 @@ def _types(settings: Settings) -> str:
 
 
 def _processes(settings: Settings, model: ModelConfig) -> Table:
-    prefill, decode = settings.prefill, settings.decode
-    ranks = prefill.tensor_parallel * prefill.sequence_parallel
-    rank_bytes = kv_bytes(settings, model, prefill.kv_cache_tokens) // prefill.tensor_parallel
+    decode = settings.decode
     table = Table("processes", "what", "KV cache of each", "asks for, each")
     table.add_row(
         f"{settings.ingress.replicas}", "ingress: HTTP, tokenizer, limits", "", "no accelerator"
     )
-    table.add_row(
-        f"{prefill.replicas}",
-        f"prefill replica: schedules chunks of {prefill.chunk_tokens:,} tokens over its gang",
-        "",
-        "no accelerator",
-    )
-    table.add_row(
-        f"{prefill.replicas * ranks}",
-        f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
-        f"{prefill.sequence_parallel}), placed {prefill.placement}; " + _attention(settings),
-        f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
-        _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
-    )
+    for gang in settings.gangs:
+        _add_gang(table, settings, model, gang)
     table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
     table.add_row(
         f"{decode.replicas}",
@@ -95,20 +83,41 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     return table
 
 
-def _attention(settings: Settings) -> str:
-    """How prompts are prefilled: sparsely above a length, or none of them."""
-    folder = settings.model.folder
-    if not settings.prefill.sparse or not has_budgets(folder):
+def _add_gang(table: Table, settings: Settings, model: ModelConfig, gang: GangSettings) -> None:
+    prefill = gang.prefill
+    rank_bytes = kv_bytes(settings, model, prefill.kv_cache_tokens) // prefill.tensor_parallel
+    name = f" {prefill.name}, prompts up to {gang.max_prompt_tokens:,}" if prefill.name else ""
+    table.add_row(
+        f"{prefill.replicas}",
+        f"prefill replica{name}: schedules chunks of {prefill.chunk_tokens:,} tokens over its gang",
+        "",
+        "no accelerator",
+    )
+    table.add_row(
+        f"{prefill.replicas * prefill.num_ranks}",
+        f"prefill rank: {prefill.replicas} × (tensor {prefill.tensor_parallel} × sequence "
+        f"{prefill.sequence_parallel}), placed {prefill.placement}; {_attention(gang)}",
+        f"{prefill.kv_cache_tokens:,} tokens, {_gib(rank_bytes)}",
+        _asks(prefill.gpus_per_rank, prefill.threads_per_rank),
+    )
+
+
+def _attention(gang: GangSettings) -> str:
+    """How the gang prefills its prompts: sparsely above a length, or none of them."""
+    folder = gang.model.folder
+    if not gang.prefill.sparse or not has_budgets(folder):
         return "dense"
-    return f"sparse above {dense_up_to(folder):,} tokens"
+    threshold = dense_up_to(folder)
+    return "dense" if gang.max_prompt_tokens <= threshold else f"sparse above {threshold:,} tokens"
 
 
 def _totals(settings: Settings, model: ModelConfig) -> Text:
-    prefill, decode = settings.prefill, settings.decode
-    # Tensor parallel ranks share the heads; sequence parallel ranks each hold all tokens.
-    copies = prefill.replicas * prefill.sequence_parallel
-    total = copies * kv_bytes(settings, model, prefill.kv_cache_tokens)
-    total += decode.replicas * kv_bytes(settings, model, decode.kv_cache_tokens)
+    decode = settings.decode
+    total = decode.replicas * kv_bytes(settings, model, decode.kv_cache_tokens)
+    for gang in settings.prefill:
+        # Tensor parallel ranks share the heads; sequence parallel ranks each hold all tokens.
+        copies = gang.replicas * gang.sequence_parallel
+        total += copies * kv_bytes(settings, model, gang.kv_cache_tokens)
     return Text(f"KV caches together: {_gib(total)}")
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...engine.decode.engine import DecodeEngine
+from ...engine.decode.contract import DecodeEngine
 from ...engine.errors import LongreachError, OutOfPagesError
 from ...engine.messages import GenerationRequest
 from ..fairness import Turns

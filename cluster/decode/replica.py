@@ -12,12 +12,13 @@ from ray.serve.handle import DeploymentHandle
 
 from ...engine.errors import QueueFullError, UnavailableError
 from ...engine.messages import Event, GenerationRequest
-from ..failures import CallError, as_ours
+from ..call_errors import CallError, as_ours
 from ..messages import Taken
 from ..pulse import Allowance, watch
+from ..router import PrefillRouter
 from ..settings import Settings
 from ..tasks import forever
-from .life import RequestLife, State
+from .request_life import RequestLife, State
 from .worker import DecodeWorker
 
 # Of the worker: every waiting request is a call, and so is every message of pages under way.
@@ -31,10 +32,9 @@ class DecodeReplica:
     """A Serve deployment. Its worker, which holds the pages, lives and dies with it."""
 
     async def __init__(
-        self, settings: Settings, metrics_directory: Path, prefill: DeploymentHandle
+        self, settings: Settings, metrics_directory: Path, prefill: list[DeploymentHandle]
     ) -> None:
-        self._prefill = prefill.options(stream=True)
-        self._health_of_prefill = prefill.check_health
+        self._router = PrefillRouter(settings, prefill)
         self._most_waiting = settings.limits.max_queued_requests
         self._lives: set[RequestLife] = set()
         self._lost = False
@@ -56,9 +56,9 @@ class DecodeReplica:
         await self._worker.check.remote()
 
     async def ready(self) -> None:
-        """Return when this replica and a prefill replica could serve; raise if they cannot."""
+        """Return when this replica and a replica of each gang could serve; raise if not."""
         await self.check_health()
-        await self._health_of_prefill.remote()
+        await self._router.check_health()
 
     async def generate(
         self, request: GenerationRequest, holder: str
@@ -85,11 +85,13 @@ class DecodeReplica:
     def _begin(self, request: GenerationRequest, holder: str) -> RequestLife:
         if self._lost:
             raise UnavailableError(_LOST)
-        waiting = sum(life.state is State.WAITING for life in self._lives)
+        prefill = self._router.gang_for(len(request.prompt))
+        lives = [life for life in self._lives if life.prefill is prefill]
+        waiting = sum(life.state is State.WAITING for life in lives)
         # One that nobody waits in front of does not wait itself.
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
-        life = RequestLife(request, holder, self._worker, self._prefill)
+        life = RequestLife(request, holder, self._worker, prefill)
         self._lives.add(life)
         return life
 

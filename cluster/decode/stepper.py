@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ...engine.decode.engine import DecodeEngine, Output
+from ...engine.decode.contract import DecodeEngine, Output
 from ..pulse import Pulse
 from ..tasks import forever
 

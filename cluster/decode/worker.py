@@ -25,10 +25,7 @@ from ..settings import Settings
 from ..tasks import forever
 
 if TYPE_CHECKING:
-    import torch
-
-    from ...engine.decode.decoder import Decoder
-    from ...engine.decode.engine import DecodeEngine, Output
+    from ...engine.decode.contract import DecodeEngine, Output
     from ...engine.decode.sampler import Logits
     from ...engine.kv.hand_off import Destination
 
@@ -59,13 +56,15 @@ class DecodeWorker:
         # torch is loaded here and not with the module: the replica knows its worker without it.
         import torch
 
+        from .engines import make_engine
+
         # What comes out of the object store is read-only, and is only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self._settings = settings
         self._set_threads = partial(torch.set_num_threads, settings.decode.threads)
         self._set_threads()
         self._sink = Metrics(metrics_directory, "decode", settings.model.name)
-        self._engine: DecodeEngine = _make_decoder(settings)
+        self._engine: DecodeEngine = make_engine(settings)
         self._pulse = Pulse()
         self._failed = False
         self._requests: dict[str, _Request] = {}
@@ -278,33 +277,3 @@ class DecodeWorker:
         self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._engine.num_generating)
         self._sink.set(metrics.NUM_REQUESTS_WAITING, self._admission.num_waiting)
         self._sink.set(metrics.NUM_SEQUENCES_WAITING, self._engine.num_waiting)
-
-
-def _make_decoder(settings: Settings) -> "Decoder":
-    """Raises: as `room_for_decode`, and CheckpointError if the model cannot be read."""
-    import torch
-
-    from ..memory import room_for_decode
-
-    device = torch.device("cuda" if settings.decode.gpus else "cpu")
-    with room_for_decode(settings, device):
-        return _load_decoder(settings, device)
-
-
-def _load_decoder(settings: Settings, device: "torch.device") -> "Decoder":
-    from ...engine.decode.decoder import Decoder
-    from ...engine.decode.detokenizer import TokenBytes
-    from ...engine.kv.pages import PagePool
-    from ...engine.model.precision import compute_dtype
-    from ...engine.model.random_weights import load_model
-    from ...engine.parallel.mesh import Mesh
-    from ...engine.text.tokenizer import Tokenizer
-    from ...kernels.page_size import pages_for
-
-    files = settings.model.files
-    dtype = compute_dtype(settings.model.dtype, device)
-    model = load_model(files, Mesh.single(), dtype, device)
-    geometry = model.pages_kept_as(settings.model.pages_kept_as)
-    pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
-    token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
-    return Decoder(model, pool, token_bytes, settings.decode.max_batch)

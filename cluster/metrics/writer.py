@@ -22,11 +22,19 @@ class Metrics:
         metrics.set(KV_CACHE_USAGE, pool.used / pool.num_pages)
 
     A process usually has one, and keeps it as long as it lives; several do no harm.
+
+    Args:
+        gang: the name of the gang that a prefill replica coordinates, if it has one; a label of
+            all its figures.
     """
 
-    def __init__(self, directory: Path, role: Role, model_name: str) -> None:
+    def __init__(
+        self, directory: Path, role: Role, model_name: str, gang: str | None = None
+    ) -> None:
         self._directory = directory
         self._common = {"model_name": model_name, "role": role}
+        if gang is not None:
+            self._common["gang"] = gang
         # The process id is for people who look into the folder; the token makes it unique, even
         # when containers with process ids of their own share the folder.
         self._identity = f"{os.getpid()}-{secrets.token_hex(4)}"

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...engine.errors import ConfigurationError
 from ..pulse import Allowance, Reading, watch
-from ..settings import PrefillSettings, Settings
+from ..settings import GangSettings, PrefillSettings
 from .rank import PrefillRank, RankResult
 from .scheduler import Chunk
 
@@ -39,7 +39,7 @@ class Gang:
         self._ranks = ranks
 
     @classmethod
-    async def start(cls, settings: Settings) -> "Gang":
+    async def start(cls, settings: GangSettings) -> "Gang":
         """Place the ranks, let them meet, and load the model; returns when all are ready.
 
         Raises:
@@ -152,9 +152,9 @@ async def _join(ranks: list[Any], tensor_parallel: int) -> None:
     await asyncio.gather(*joins)
 
 
-async def _placed(group: PlacementGroup, settings: Settings) -> None:
+async def _placed(group: PlacementGroup, settings: GangSettings) -> None:
     prefill = settings.prefill
-    seconds = settings.shutdown.drain_seconds + _PLACEMENT_SECONDS
+    seconds = settings.drain_seconds + _PLACEMENT_SECONDS
     try:
         await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), seconds)
     except TimeoutError as error:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ...engine.errors import OutOfMemoryError, TransferError
 from ...engine.messages import Tokens
 from ..pulse import Pulse, Reading
-from ..settings import Settings
+from ..settings import GangSettings
 from .scheduler import Chunk
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class RankResult:
 class PrefillRank:
     """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
 
-    def __init__(self, settings: Settings, rank: int) -> None:
+    def __init__(self, settings: GangSettings, rank: int) -> None:
         self._settings = settings
         self._rank = rank
         self._hand_offs: dict[str, HandOff] = {}
@@ -65,7 +65,7 @@ class PrefillRank:
     def compute_type(self) -> str:
         """The type of hidden states here, as "float32"."""
         from ...engine.kv.formats import dtype_name
-        from ...engine.model.precision import compute_dtype
+        from ...engine.model.compute_type import compute_dtype
 
         return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
@@ -109,8 +109,8 @@ class PrefillRank:
 
         from ...engine.kv.background import hand_off_stream
         from ...engine.kv.pages import PagePool
-        from ...engine.model.precision import compute_dtype
-        from ...engine.model.random_weights import load_model
+        from ...engine.model.compute_type import compute_dtype
+        from ...engine.model.load import load_model
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
         from ...engine.prefill.warm_up import warm_up_prefill
@@ -127,7 +127,7 @@ class PrefillRank:
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
         if prefill.gpus_per_rank:
-            longest = settings.limits.max_model_len
+            longest = settings.max_prompt_tokens
             stride = model.positions.stride
             warm_up_prefill(self._prefiller, longest, prefill.chunk_tokens, stride)
 

@@ -14,10 +14,10 @@ from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, Un
 from ...engine.messages import Prefilled, Progress
 from ...kernels.page_size import pages_for
 from .. import metrics
-from ..failures import as_ours
+from ..call_errors import as_ours
 from ..messages import PrefillOrder
 from ..metrics import Metrics
-from ..settings import Settings
+from ..settings import GangSettings
 from ..tasks import detached, forever
 from .gang import Gang
 from .rank import RankResult
@@ -52,9 +52,9 @@ class _Job:
 class PrefillReplica:
     """A Serve deployment. Its gang lives and dies with it."""
 
-    async def __init__(self, settings: Settings, metrics_directory: Path) -> None:
+    async def __init__(self, settings: GangSettings, metrics_directory: Path) -> None:
         prefill = settings.prefill
-        self._sink = Metrics(metrics_directory, "prefill", settings.model.name)
+        self._sink = Metrics(metrics_directory, "prefill", settings.model.name, prefill.name)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )

@@ -13,7 +13,6 @@ from ...engine.errors import (
     OutOfPagesError,
     PromptTooLongError,
     QueueFullError,
-    UnavailableError,
     innermost,
 )
 from ..remedies import remedied
@@ -35,16 +34,6 @@ def shown(sent: str) -> str:
 
 def _clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-class CancelledElsewhereError(UnavailableError):
-    """A request was cancelled, and not by whoever runs it."""
-
-    def __init__(self) -> None:
-        super().__init__("the request was cancelled within the cluster; send it again")
-
-    def __reduce__(self) -> tuple[type["CancelledElsewhereError"], tuple[()]]:
-        return type(self), ()
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from ...engine.errors import CancelledElsewhereError
 from ...engine.messages import Event, GenerationRequest
-from .errors import CancelledElsewhereError
 from .plan import Plan
 
 _EVENTS_AHEAD = 256

@@ -9,10 +9,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
 
-from ...engine.errors import UnavailableError
+from ...engine.errors import CancelledElsewhereError, UnavailableError
 from ...engine.messages import Delta, Finished, Progress
 from .answers import AnswerFormat
-from .errors import CancelledElsewhereError, RestError, as_rest_error
+from .errors import RestError, as_rest_error
 from .generation import Arrival, Backend, Generation
 from .meter import Meter
 from .plan import Plan

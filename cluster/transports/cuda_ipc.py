@@ -7,7 +7,7 @@ import torch
 
 from ...engine.kv.hand_off import Destination, Place, Sender
 from ...engine.kv.pages import HeldPages, Pages
-from .mail import WorkerDestination, WorkerHandOff, WorkerReceiver
+from .actor_messages import WorkerDestination, WorkerHandOff, WorkerReceiver
 from .shared_pages import SharedPageReader, SharedPool, SharedRun
 
 CudaIpcMessage = tuple[SharedPool, list[SharedRun]]

@@ -14,7 +14,7 @@ from ...engine.kv.hand_off import Destination, Place, Sender
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
 from ..remedies import in_one_line
-from .mail import WorkerDestination, WorkerHandOff, WorkerReceiver
+from .actor_messages import WorkerDestination, WorkerHandOff, WorkerReceiver
 
 _MESSAGE_BYTES = 1 << 20
 

@@ -29,9 +29,9 @@ from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2
-from .choose import make_step
+from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
-from .engine import DecodeEngine, Output
+from .make_step import make_step
 from .sampler import Logits, Sampler, fresh_seed
 from .step import DecodeStep, Outcome, StepRow
 

@@ -94,7 +94,7 @@ def captured(device: torch.device) -> Capture:
     return capture
 
 
-class KernelStep(DecodeStep):
+class GraphStep(DecodeStep):
     """A model that is whole on its device, through the kernels.
 
     Args:

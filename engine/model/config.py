@@ -10,7 +10,7 @@ from ..json_files import read_json
 SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""In which type a model computes; `precision.compute_dtype` says what "auto" is."""
+"""In which type a model computes; `compute_type.compute_dtype` says what "auto" is."""
 
 
 @dataclass(frozen=True)

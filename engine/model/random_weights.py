@@ -5,12 +5,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ..parallel.mesh import Mesh
-from ..text.tokenizer import count_ids
-from .config import ModelConfig
-from .files import ModelFiles
-from .qwen2 import Qwen2
-
 _BIAS_STD = 0.02
 
 
@@ -44,25 +38,3 @@ class RandomWeights:
         digest = hashlib.blake2b(f"{self._seed} {name}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little", signed=True)
         return torch.Generator(self._device).manual_seed(seed)
-
-
-def load_model(
-    files: ModelFiles, mesh: Mesh, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> Qwen2:
-    """This rank's shard of a model that is served, read or made up.
-
-    Rows of a checkpoint's vocabulary beyond its tokenizer's ids are no tokens. A random model keeps
-    all of its rows: it is there to cost what the model costs, and the bundled tokenizer, which
-    stands in for its own, knows but a few of its ids.
-
-    Raises:
-        CheckpointError: not a whole Qwen2 checkpoint, or one without a tokenizer.
-        TensorParallelError: the mesh does not divide the model.
-    """
-    config = ModelConfig.from_folder(files.folder)
-    # What is quickly found to be wrong is said before the weights are read.
-    config.check_tensor_parallel(mesh.tensor_parallel)
-    if files.random:
-        return Qwen2.from_weights(config, RandomWeights(seed, dtype, device), mesh, dtype, device)
-    num_tokens = count_ids(files.tokenizer_folder)
-    return Qwen2.load(files.folder, mesh, dtype, device).with_tokens(num_tokens)

@@ -121,11 +121,11 @@ class ChunkAttention(Attention[ChunkQueries]):
         parts: PrefillParts,
         rows: ChunkRows,
         table: BlockTable,
-        sender: HandOff | None,
+        hand_off: HandOff | None,
         stages: Stages,
     ) -> None:
         self._parts, self._model = parts, parts.model
-        self._rows, self._table, self._sender, self._stages = rows, table, sender, stages
+        self._rows, self._table, self._sender, self._stages = rows, table, hand_off, stages
         self._stride = self._model.positions.stride
         self._scale = self._model.positions.softmax_scale(rows.length)
         first, last = rows.start // BLOCK_ROWS, pages_for(rows.end)

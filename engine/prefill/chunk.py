@@ -41,17 +41,17 @@ def run_chunk(
     table: BlockTable,
     start: int,
     end: int,
-    sender: HandOff | None,
+    hand_off: HandOff | None,
 ) -> ChunkResult:
     """Compute prompt tokens [start, end), whose earlier ones lie in the pages; collective.
 
     Args:
         table: of the whole prompt.
-        sender: takes each layer's finished pages.
+        hand_off: takes each layer's finished pages.
     """
     stages = Stages.on(parts.model.device)
     rows = ChunkRows.of(parts.model, start, end, len(prompt))
-    attention = ChunkAttention(parts, rows, table, sender, stages)
+    attention = ChunkAttention(parts, rows, table, hand_off, stages)
     tokens = torch.from_numpy(prompt[rows.positions.numpy()])
     chunk = _Chunk(parts, rows, attention, stages)
     return ChunkResult(chunk.run(without_waiting(tokens, parts.model.device)), stages)

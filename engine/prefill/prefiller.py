@@ -100,14 +100,14 @@ class Prefiller:
 
     @torch.inference_mode()
     def run_chunk(
-        self, request_id: str, start: int, end: int, sender: HandOff | None = None
+        self, request_id: str, start: int, end: int, hand_off: HandOff | None = None
     ) -> ChunkResult:
         """Compute prompt tokens [start, end); collective over the mesh.
 
         Args:
             start: where the request's last chunk ended.
             end: a multiple of 128, or the end of the prompt.
-            sender: takes each layer's finished pages, as far as they fall to this rank.
+            hand_off: takes each layer's finished pages, as far as they fall to this rank.
 
         Raises:
             InvalidRequestError: no such request, or not its next chunk.
@@ -116,7 +116,7 @@ class Prefiller:
         """
         admitted = self._next_chunk_of(request_id, start, end)
         with out_of_memory_raises(ChunkOutOfMemoryError(start, end)):
-            result = run_chunk(self._parts, admitted.prompt, admitted.table, start, end, sender)
+            result = run_chunk(self._parts, admitted.prompt, admitted.table, start, end, hand_off)
         admitted.done = end
         return result
 

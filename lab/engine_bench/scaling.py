@@ -19,7 +19,7 @@ from ...engine.kv.pages import PagePool
 from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.model.heads import RankHeads
-from ...engine.model.random_weights import load_model
+from ...engine.model.load import load_model
 from ...engine.prefill.attention import SparseAttention
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig

@@ -10,8 +10,8 @@ from ...engine.kv.pages import PageGeometry, PagePool
 from ...engine.messages import Tokens
 from ...engine.model.config import ModelConfig
 from ...engine.model.files import ModelFiles
+from ...engine.model.load import load_model
 from ...engine.model.qwen2 import Qwen2
-from ...engine.model.random_weights import load_model
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.text.tokenizer import Tokenizer

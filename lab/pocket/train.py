@@ -21,7 +21,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...engine.model.precision import compute_dtype
+from ...engine.model.compute_type import compute_dtype
 from .corpus import Stage, make_batch
 from .export import ORIGINAL_LENGTH, write_checkpoint
 from .model import PocketQwen2, PocketSizes

@@ -60,7 +60,7 @@ def main(
         signal.signal(request_to_end, signal.default_int_handler)
     rows = []
     for result in run(plan, chosen, report.commit()):
-        rows.append((result.row, result.measured.said))
+        rows.append(result.row)
         report.write(csv, [result.row])
         _console.print(f"{result.row.scenario}: {result.measured.said or 'done'}", markup=False)
     _console.print(report.table(rows))

@@ -61,15 +61,17 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(lines)
 
 
-def table(rows: Iterable[tuple[Row, str]]) -> Table:
-    """Rows, and what else there is to say of each."""
+def table(rows: Iterable[Row]) -> Table:
+    """All of a row but the commit, which is the same for all."""
     made = Table(title="what the clients noticed", title_justify="left")
     for name in COLUMNS[:-1]:
-        made.add_column(name, justify="left" if name in ("scenario", "load") else "right")
-    made.add_column("besides")
-    for row, besides in rows:
+        is_text = name in ("scenario", "load")
+        made.add_column(
+            name.replace("_", " "), justify="left" if is_text else "right", no_wrap=is_text
+        )
+    for row in rows:
         text = _as_text(row)
-        made.add_row(*(text[name] for name in COLUMNS[:-1]), besides)
+        made.add_row(*(text[name] for name in COLUMNS[:-1]))
     return made
 
 

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from longreach.cluster.app import LocalCluster, start
-from longreach.cluster.settings import Settings, parse_settings
+from longreach.cluster.settings import PrefillSettings, Settings, parse_settings
 from longreach.engine.messages import Tokens
 from longreach.engine.text.tokenizer import Tokenizer
 
@@ -42,6 +42,11 @@ def make_settings(port: int) -> Settings:
             "shutdown": {"drain_seconds": 120.0},
         }
     )
+
+
+def gangs_with(settings: Settings, **values: Any) -> tuple[PrefillSettings, ...]:
+    """The gangs of some settings, with some values changed in each."""
+    return tuple(gang.model_copy(update=values) for gang in settings.prefill)
 
 
 @pytest.fixture(scope="session")
@@ -104,22 +109,27 @@ def wait_until_no_page_is_held(http: httpx.Client, seconds: float = 10) -> None:
     wait_for(lambda: not any(pages_held(http).values()), seconds, "no page held")
 
 
-def actor_pids(name: str) -> list[int]:
-    """Processes of one of this test's actors, by the title that Ray gives them."""
+def actor_pids(name: str, ancestor: int | None = None) -> list[int]:
+    """Processes of actors by the title that Ray gives them, those that descend from a process.
+
+    Args:
+        ancestor: its id; this test's own by default.
+    """
+    ancestor = ancestor or os.getpid()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if title.startswith(f"ray::{name}") and _descends_from_us(int(folder.name)):
+        if title.startswith(f"ray::{name}") and _descends_from(ancestor, int(folder.name)):
             found.append(int(folder.name))
     return found
 
 
-def _descends_from_us(pid: int) -> bool:
+def _descends_from(ancestor: int, pid: int) -> bool:
     while pid > 1:
-        if pid == os.getpid():
+        if pid == ancestor:
             return True
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()

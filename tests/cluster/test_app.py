@@ -11,14 +11,14 @@ import pytest
 import ray
 from ray import serve
 
-from longreach.cluster.app import LocalCluster, check_room, start, startup_failure
+from longreach.cluster.app import LocalCluster, check_room, prefill_names, start, startup_failure
 from longreach.cluster.local_ray import LocalRay
 from longreach.cluster.port_claim import PortInUseError
-from longreach.cluster.settings import Settings
+from longreach.cluster.settings import PrefillSettings, Settings
 from longreach.engine.errors import ConfigurationError
 
 from ..prometheus import free_port
-from .conftest import make_settings
+from .conftest import gangs_with, make_settings
 
 
 class FakeRay:
@@ -145,7 +145,11 @@ def test_a_port_that_is_taken_is_refused_before_ray_is_started(
 
 
 def changed(settings: Settings, section: str, **values: Any) -> Settings:
-    part = getattr(settings, section).model_copy(update=values)
+    """With some values changed, of every gang where the section is prefill."""
+    if section == "prefill":
+        part = gangs_with(settings, **values)
+    else:
+        part = getattr(settings, section).model_copy(update=values)
     return settings.model_copy(update={section: part})
 
 
@@ -183,6 +187,29 @@ def test_parts_of_a_cpu_add_up_as_ray_counts_them() -> None:
     """0.1 + 0.1 + 0.1 is more than 0.3 in binary."""
     settings = changed(make_settings(1), "prefill", cpus_per_rank=0.1)
     check_room(changed(settings, "decode", cpus=0.1), {"CPU": 0.3})
+
+
+def test_ranks_of_all_gangs_are_counted() -> None:
+    """Two ranks of half a CPU, one of 0.25, and a worker of a half."""
+    settings = with_two_gangs(make_settings(1))
+    check_room(settings, {"CPU": 1.75})
+    with pytest.raises(ConfigurationError, match=r"3 prefill ranks .* 1\.75 CPUs"):
+        check_room(settings, {"CPU": 1.7})
+
+
+def with_two_gangs(settings: Settings) -> Settings:
+    (long,) = settings.prefill
+    short = PrefillSettings(
+        name="short", max_prompt_tokens=4096, kv_cache_tokens=4096, cpus_per_rank=0.25
+    )
+    named = long.model_copy(update={"name": "long"})
+    return settings.model_copy(update={"prefill": (short, named)})
+
+
+def test_a_gang_has_a_deployment_and_several_have_one_each() -> None:
+    settings = make_settings(1)
+    assert prefill_names(settings) == ["prefill"]
+    assert prefill_names(with_two_gangs(settings)) == ["prefill-short", "prefill-long"]
 
 
 def test_what_a_rank_said_is_told_and_not_the_trace_around_it() -> None:

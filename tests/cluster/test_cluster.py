@@ -30,6 +30,7 @@ from .conftest import (
     MOST_WAITING,
     actor_pids,
     ask_body,
+    gangs_with,
     make_prompt,
     make_settings,
     scrape,
@@ -325,7 +326,7 @@ def test_a_redeploy_serves_new_settings_and_loses_no_request(
     """
     settings = make_settings(int(cluster.url.rpartition(":")[2]))
     limits = settings.limits.model_copy(update={"max_logprobs": 3})
-    prefill = settings.prefill.model_copy(update={"chunk_tokens": 2 * CHUNK_TOKENS})
+    prefill = gangs_with(settings, chunk_tokens=2 * CHUNK_TOKENS)
     changed = settings.model_copy(update={"limits": limits, "prefill": prefill})
     short, medium = make_prompt(tokenizer, 2 * CHUNK_TOKENS), make_prompt(tokenizer, 20_000)
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from longreach.cluster.ingress import DecodeBackend, access_of
+from longreach.cluster.ingress import DecodeBackend, access_of, ingress_limits
 from longreach.cluster.messages import Taken
 from longreach.cluster.settings import IngressSettings
 from longreach.engine.messages import (
@@ -18,6 +18,8 @@ from longreach.engine.messages import (
     SamplingParameters,
     Timings,
 )
+
+from .conftest import make_settings
 
 FINISHED = Finished(1, 1, Timings(0, 0, 0, 0, 0))
 DELTA = Delta(0, "a")
@@ -155,3 +157,11 @@ def test_a_server_for_this_machine_alone_goes_by_local_names(
     access = access_of(settings)
     assert access.hosts == known
     assert access.api_keys == (("key",) if keyed else ())
+
+
+def test_every_limit_of_the_settings_reaches_the_endpoint() -> None:
+    settings = make_settings(1)
+    own = settings.limits.model_copy(update={"receive_seconds": 7.0, "max_body_bytes": 1234})
+    limits = ingress_limits(settings.model_copy(update={"limits": own}))
+    assert (limits.receive_seconds, limits.max_body_bytes) == (7.0, 1234)
+    assert limits.max_model_len == settings.limits.max_model_len

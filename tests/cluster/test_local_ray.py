@@ -84,11 +84,11 @@ def test_it_is_closed_to_others_keeps_our_handlers_and_leaves_nothing() -> None:
     assert (found["left"], found["worker_is_gone"]) == ([], True)
 
 
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
-def test_a_killed_part_is_noticed_and_its_workers_do_not_outlive_it(name: str) -> None:
-    found = run(f"{name} {signal.SIGKILL:d}")
+def test_a_killed_raylet_is_noticed_and_its_workers_do_not_outlive_it() -> None:
+    """For a killed GCS see the chaos suite's short version."""
+    found = run(f"raylet {signal.SIGKILL:d}")
     assert found["ended"] is None
-    assert name in found["ended_after"]
+    assert "raylet" in found["ended_after"]
     assert (found["left"], found["worker_is_gone"]) == ([], True)
 
 

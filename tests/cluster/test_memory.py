@@ -10,7 +10,8 @@ import torch
 
 from longreach.cluster import memory
 from longreach.cluster.app import startup_failure
-from longreach.cluster.decode.worker import _make_decoder
+from longreach.cluster.decode import engines
+from longreach.cluster.decode.engines import make_engine
 from longreach.cluster.memory import decode_fit, prefill_fit
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.settings import Settings, load_settings
@@ -22,22 +23,22 @@ from longreach.engine.errors import (
     LongreachError,
 )
 from longreach.engine.kv import pages
-from longreach.engine.model import qwen2, random_weights
+from longreach.engine.model import qwen2
 from longreach.engine.prefill import prefiller as prefill
 from longreach.kernels.page_size import pages_for
 
-from .conftest import make_settings
+from .conftest import gangs_with, make_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CARD = 149_000_000_000
 
 
 def join(settings: Settings) -> None:
-    PrefillRank(settings, 0).join("", 1)
+    PrefillRank(settings.gangs[0], 0).join("", 1)
 
 
 def make_decoder(settings: Settings) -> None:
-    _make_decoder(settings)
+    make_engine(settings)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def shared() -> Settings:
         update={
             "model": settings.model.model_copy(update={"kv_cache_dtype": "auto"}),
             "limits": settings.limits.model_copy(update={"max_model_len": 819_200}),
-            "prefill": settings.prefill.model_copy(update=tokens),
+            "prefill": gangs_with(settings, **tokens),
             "decode": settings.decode.model_copy(update=tokens),
         }
     )
@@ -61,7 +62,7 @@ def on_cpu() -> Settings:
     sizes = {"sequence_parallel": 1, "kv_cache_tokens": 2048}
     return settings.model_copy(
         update={
-            "prefill": settings.prefill.model_copy(update=sizes),
+            "prefill": gangs_with(settings, **sizes),
             "decode": settings.decode.model_copy(update={"kv_cache_tokens": 2048}),
         }
     )
@@ -75,13 +76,14 @@ def without_memory(*arguments: object) -> Any:
 def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> None:
     """Whichever comes last: the other has taken its own by then."""
     settings = load_settings(CONFIGS / f"{name}.yaml")
-    assert settings.prefill.gpus_per_rank + settings.decode.gpus <= 1
-    longest, tokens = settings.limits.max_model_len, settings.prefill.kv_cache_tokens
+    (gang,) = settings.gangs
+    assert gang.prefill.gpus_per_rank + settings.decode.gpus <= 1
+    longest, tokens = settings.limits.max_model_len, gang.prefill.kv_cache_tokens
     decode = decode_fit(settings, int(card))
     decode.check(settings.decode.kv_cache_tokens)
     taken = pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
     left = decode.free - decode.weights.num_bytes - taken - decode.computing_bytes(longest)
-    prefill_fit(settings, left, 1).check(tokens, longest)
+    prefill_fit(gang, left, 1).check(tokens, longest)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_the_number_that_is_named_would_fit(
     with pytest.raises(DoesNotFitError) as refused:
         join(shared)
     largest = refused.value.largest_cache
-    prefill_fit(shared, int(60e9), 1).check(largest, shared.limits.max_model_len)
+    prefill_fit(shared.gangs[0], int(60e9), 1).check(largest, shared.limits.max_model_len)
 
 
 def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
@@ -130,27 +132,28 @@ def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
 ) -> None:
     """Each has all pages of a prompt; 100 GB hold one rank, and not two."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(100e9))
-    prefill = shared.prefill.model_copy(update={"sequence_parallel": 2, "gpus_per_rank": 0.25})
+    prefill = gangs_with(shared, sequence_parallel=2, gpus_per_rank=0.25)
     settings = shared.model_copy(update={"prefill": prefill})
-    prefill_fit(settings, int(100e9), 1).check(819_200, 819_200)
+    prefill_fit(settings.gangs[0], int(100e9), 1).check(819_200, 819_200)
     for rank in range(2):
         with pytest.raises(DoesNotFitError) as refused:
-            PrefillRank(settings, rank).join("", 2)
+            PrefillRank(settings.gangs[0], rank).join("", 2)
         assert (refused.value.needs.free_bytes, refused.value.needs.processes) == (50e9, 2)
 
 
 def test_what_is_counted_is_what_the_settings_take(shared: Settings) -> None:
     """A layer's pages are gathered for the object store; dense prefill selects nothing."""
-    dense = shared.model_copy(
-        update={"prefill": shared.prefill.model_copy(update={"sparse": False})}
-    )
+    dense = shared.model_copy(update={"prefill": gangs_with(shared, sparse=False)})
     stored = shared.model_copy(
         update={"transport": shared.transport.model_copy(update={"kind": "object_store"})}
     )
-    needed = prefill_fit(shared, CARD, 1).computing_bytes(819_200)
-    assert prefill_fit(dense, CARD, 1).computing_bytes(819_200) < needed
-    chunk = shared.prefill.chunk_tokens
-    assert prefill_fit(stored, CARD, 1).computing_bytes(819_200) == needed + chunk * 2 * 4 * 128 * 2
+    needed = prefill_fit(shared.gangs[0], CARD, 1).computing_bytes(819_200)
+    assert prefill_fit(dense.gangs[0], CARD, 1).computing_bytes(819_200) < needed
+    chunk = shared.gangs[0].prefill.chunk_tokens
+    assert (
+        prefill_fit(stored.gangs[0], CARD, 1).computing_bytes(819_200)
+        == needed + chunk * 2 * 4 * 128 * 2
+    )
 
 
 @pytest.mark.parametrize("start", [join, make_decoder], ids=["prefill", "decode"])
@@ -179,7 +182,7 @@ def test_a_cpu_is_not_asked_what_it_has(
         (join, "prefill.kv_cache_tokens", qwen2.Qwen2, "from_weights"),
         (join, "prefill.kv_cache_tokens", pages.PagePool, "__init__"),
         (join, "prefill.kv_cache_tokens", prefill, "_widened"),
-        (make_decoder, "decode.kv_cache_tokens", random_weights, "load_model"),
+        (make_decoder, "decode.kv_cache_tokens", engines, "load_model"),
         (make_decoder, "decode.kv_cache_tokens", pages.PagePool, "__init__"),
         (make_decoder, "decode.kv_cache_tokens", decode, "make_step"),
     ],
@@ -206,7 +209,7 @@ def test_warming_up_without_memory_names_settings_that_are_too_large(
     on_cpu: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that is on a GPU as far as it knows; its chunk raises what a chunk raises."""
-    on_gpu = on_cpu.prefill.model_copy(update={"gpus_per_rank": 0.5})
+    on_gpu = gangs_with(on_cpu, gpus_per_rank=0.5)
     settings = on_cpu.model_copy(
         update={
             "prefill": on_gpu,
@@ -215,7 +218,7 @@ def test_warming_up_without_memory_names_settings_that_are_too_large(
     )
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "device", lambda name: cpu)
-    monkeypatch.setattr(prefill.Prefiller, "_compute", without_memory)
+    monkeypatch.setattr(prefill, "run_chunk", without_memory)
     with pytest.raises(LoadingOutOfMemoryError) as raised:
         join(settings)
     assert raised.value.remedy is not None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longreach.cluster.decode.worker import _make_decoder
+from longreach.cluster.decode.engines import make_engine
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
@@ -17,7 +17,7 @@ from longreach.engine.messages import Delta, GenerationRequest, SamplingParamete
 from longreach.engine.model import files as models
 from longreach.engine.model.pocket import CHECKPOINT
 
-from .conftest import make_settings
+from .conftest import gangs_with, make_settings
 
 NAMES = ("config.json", "generation_config.json", "sparse_attention_config.json")
 
@@ -33,7 +33,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return made.model_copy(
         update={
             "model": made.model.model_copy(update={"path": "random/small"}),
-            "prefill": made.prefill.model_copy(update=sizes),
+            "prefill": gangs_with(made, **sizes),
             "decode": made.decode.model_copy(update={"kv_cache_tokens": 2048}),
         }
     )
@@ -47,9 +47,9 @@ def test_prefill_and_decode_make_up_the_same_weights(
     model = settings.model.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
-    decoder = _make_decoder(settings)
+    decoder = make_engine(settings)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
-    rank = PrefillRank(settings, 0)
+    rank = PrefillRank(settings.gangs[0], 0)
     rank.join("", 1)
 
     def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:

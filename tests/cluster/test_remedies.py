@@ -13,7 +13,7 @@ from longreach.cluster.cli import main as command_line
 from longreach.cluster.remedies import remedied, remedy_of
 from longreach.cluster.rest.errors import as_rest_error
 from longreach.cluster.settings import Settings
-from longreach.cluster.transports.mail import WorkerDestination
+from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender
 from longreach.engine import errors
 from longreach.engine.errors import FactualError, LongreachError, MemoryNeeds

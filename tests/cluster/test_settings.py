@@ -38,7 +38,7 @@ def test_the_laptop_configuration_serves_a_million_tokens() -> None:
     settings = load_settings(LAPTOP)
     assert settings.limits.max_model_len >= 1 << 20
     assert settings.model.folder.is_dir()
-    assert settings.prefill.num_ranks == 2
+    assert [gang.num_ranks for gang in settings.prefill] == [2]
 
 
 def test_kv_memory_is_what_pools_take(raw: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def test_cuda_ipc_wants_a_gang_on_one_host(placement: str) -> None:
     raw["prefill"]["placement"] = placement
     parse_settings(raw)  # a single rank is always on one host
     raw["prefill"]["sequence_parallel"] = 2
-    with pytest.raises(ConfigurationError, match=rf"prefill\.placement {placement} "):
+    with pytest.raises(ConfigurationError, match=rf"prefill\.placement, {placement},"):
         parse_settings(raw)
     raw["transport"]["kind"] = "object_store"
     parse_settings(raw)
@@ -271,3 +271,67 @@ def test_files_that_say_nothing_are_refused_by_name(tmp_path: Path, content: byt
     path.write_bytes(content)
     with pytest.raises(ConfigurationError, match=path.name):
         load_settings(path)
+
+
+@pytest.fixture
+def two_gangs(raw: dict[str, Any]) -> dict[str, Any]:
+    short = {"name": "short", "max_prompt_tokens": 8192, "kv_cache_tokens": 65536}
+    return raw | {"prefill": [short, {"name": "long", **raw["prefill"]}]}
+
+
+def test_gangs_are_listed_in_the_order_of_the_lengths_that_they_take(
+    raw: dict[str, Any], two_gangs: dict[str, Any]
+) -> None:
+    longest = raw["limits"]["max_model_len"]
+    one = parse_settings(raw)
+    assert [gang.max_prompt_tokens for gang in one.gangs] == [longest]
+    assert parse_settings(raw | {"prefill": [raw["prefill"]]}) == one
+    several = parse_settings(two_gangs)
+    assert [gang.max_prompt_tokens for gang in several.gangs] == [8192, longest]
+    assert [gang.prefill.name for gang in several.gangs] == ["short", "long"]
+    check_model(several)
+
+
+@pytest.mark.parametrize(
+    ("gang", "values", "said"),
+    [
+        (0, {"name": "long"}, "two gangs of the name 'long'"),
+        (0, {"name": None}, "one has no `name`"),
+        (0, {"name": "Short ones"}, "prefill.0.name"),
+        (0, {"max_prompt_tokens": None}, "max_prompt_tokens of gang 'long' (1056768) leaves it no"),
+        (0, {"max_prompt_tokens": 2_000_000}, "max_prompt_tokens of gang 'long' (1056768)"),
+        (0, {"max_prompt_tokens": 0}, "prefill.0.max_prompt_tokens"),
+        (1, {"max_prompt_tokens": 524_288}, "is 524288 and limits.max_model_len is 1056768"),
+        (1, {"max_prompt_tokens": 2_000_000}, "is 2000000 and limits.max_model_len is 1056768"),
+        (0, {"kv_cache_tokens": 8064}, "kv_cache_tokens of gang 'short' (8064) cannot hold"),
+        (1, {"kv_cache_tokens": 1_048_576}, "kv_cache_tokens of gang 'long' (1048576) cannot hold"),
+        (1, {"chunk_tokens": 1000}, "chunk_tokens of gang 'long' is 1000"),
+        (0, {"cpus_per_rank": 0.0}, "cpus_per_rank of gang 'short' and gpus_per_rank are both 0"),
+        (1, {"chunk_token": 128}, "unknown key 'prefill.1.chunk_token'"),
+    ],
+)
+def test_gangs_that_cannot_run_are_refused_by_name(
+    two_gangs: dict[str, Any], gang: int, values: dict[str, Any], said: str
+) -> None:
+    two_gangs["prefill"][gang] |= values
+    with pytest.raises(ConfigurationError) as refused:
+        parse_settings(two_gangs)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("prefill", [[], 5, None, ["short"]])
+def test_prefill_is_a_gang_or_a_list_of_gangs(raw: dict[str, Any], prefill: object) -> None:
+    with pytest.raises(ConfigurationError, match="prefill"):
+        parse_settings(raw | {"prefill": prefill})
+
+
+def test_every_gang_must_divide_the_model(two_gangs: dict[str, Any]) -> None:
+    two_gangs["prefill"][1]["tensor_parallel"] = 3
+    with pytest.raises(ConfigurationError):
+        check_model(parse_settings(two_gangs))
+
+
+def test_one_gang_leaves_no_length_out(raw: dict[str, Any]) -> None:
+    raw["prefill"]["max_prompt_tokens"] = 8192
+    with pytest.raises(ConfigurationError, match=r"prefill\.max_prompt_tokens is 8192"):
+        parse_settings(raw)

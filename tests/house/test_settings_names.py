@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -18,9 +19,11 @@ def keys_of(sections: type[BaseModel]) -> dict[str, set[str]]:
     """The keys of each section."""
     found = {}
     for name, field in sections.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, BaseModel)
-        found[name] = set(field.annotation.model_fields)
+        # Of a section that may come several times, the annotation is a tuple.
+        section = next(iter(get_args(field.annotation)), field.annotation)
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        found[name] = set(section.model_fields)
     return found
 
 

@@ -44,6 +44,14 @@ def test_config_says_what_would_run() -> None:
         assert words in output
 
 
+def test_config_shows_every_gang() -> None:
+    status, output = run("config", str(LAPTOP.with_name("laptop-two-gangs.yaml")))
+    assert status == 0, output
+    said = " ".join(output.replace("│", " ").split())
+    for words in ("short, prompts up to 8,192", "long, prompts up to 1,056,768"):
+        assert words in said
+
+
 def test_serve_and_demo_warn_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longreach.cluster.decode.admission import Admission
-from longreach.engine.decode.engine import DecodeEngine
+from longreach.engine.decode.contract import DecodeEngine
 from longreach.engine.errors import (
     InvalidRequestError,
     OutOfPagesError,

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -38,10 +39,9 @@ def test_a_gang_waits_for_the_one_that_it_replaces(
     removed: list[Any] = []
     monkeypatch.setattr(gang, "_PLACEMENT_SECONDS", 0.05)
     monkeypatch.setattr(gang, "remove_placement_group", removed.append)
-    settings = make_settings(1)
-    shutdown = settings.shutdown.model_copy(update={"drain_seconds": drain_seconds})
+    settings = replace(make_settings(1).gangs[0], drain_seconds=drain_seconds)
     group = cast(Any, FakeGroup(room_after))
-    placed = gang._placed(group, settings.model_copy(update={"shutdown": shutdown}))
+    placed = gang._placed(group, settings)
     if room_after is not None:
         asyncio.run(placed)
         assert not removed

@@ -10,14 +10,14 @@ import torch
 
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.cluster.transports.mail import WorkerDestination
+from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.engine.errors import ChunkOutOfMemoryError
 from longreach.engine.kv import background
 from longreach.engine.kv.hand_off import Destination, HandOff, Place
 from longreach.engine.kv.pages import HeldPages
 from longreach.kernels import dual_chunk
 
-from ..conftest import make_settings
+from ..conftest import gangs_with, make_settings
 
 
 class NoHandOff(HandOff):
@@ -33,8 +33,8 @@ TO = Destination("anywhere")
 
 def make_rank() -> PrefillRank:
     settings = make_settings(1)
-    prefill = settings.prefill.model_copy(update={"sequence_parallel": 1, "kv_cache_tokens": 2048})
-    made = PrefillRank(settings.model_copy(update={"prefill": prefill}), 0)
+    prefill = gangs_with(settings, sequence_parallel=1, kv_cache_tokens=2048)
+    made = PrefillRank(settings.model_copy(update={"prefill": prefill}).gangs[0], 0)
     made.join("", 1)
     return made
 

@@ -118,7 +118,7 @@ def play(gang: FakeGang, tmp_path: Path) -> Callable[[Scenario], Any]:
     def run(scenario: Scenario) -> Any:
         async def scene() -> object:
             replica = PrefillReplica.__new__(PrefillReplica)
-            await replica.__init__(make_settings(1), tmp_path)
+            await replica.__init__(make_settings(1).gangs[0], tmp_path)
             return await asyncio.wait_for(scenario(replica), LONGEST)
 
         return asyncio.run(scene())

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator
 import openai
 import pytest
 
-from longreach.cluster.rest.errors import CancelledElsewhereError
+from longreach.engine.errors import CancelledElsewhereError
 from longreach.engine.messages import Event, Finished, GenerationRequest
 from longreach.engine.text.tokenizer import Tokenizer
 

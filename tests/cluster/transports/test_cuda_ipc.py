@@ -22,8 +22,8 @@ from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
+from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.cuda_ipc import CudaIpcMessage, CudaIpcReceiver, CudaIpcSender
-from longreach.cluster.transports.mail import WorkerDestination
 from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import TransferError
@@ -33,7 +33,7 @@ from longreach.engine.local import LocalPrefill
 from longreach.engine.messages import GenerationRequest, SamplingParameters
 from longreach.engine.model.pocket import CHECKPOINT
 
-from ..conftest import make_settings
+from ..conftest import gangs_with, make_settings
 
 SECONDS = 10
 PAGES = HeldPages(Pages(torch.zeros(1, 1, 2, 128, 4)), np.array([3]), slice(3, 4))
@@ -121,7 +121,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return made.model_copy(
         update={
             "model": made.model.model_copy(update={"kv_cache_dtype": request.param}),
-            "prefill": made.prefill.model_copy(update=sizes),
+            "prefill": gangs_with(made, **sizes),
             "decode": made.decode.model_copy(update={"kv_cache_tokens": 5120}),
             "transport": made.transport.model_copy(update={"kind": "cuda_ipc"}),
         }
@@ -155,7 +155,7 @@ class Pair:
         self.worker = DecodeWorker(settings, folder)
         assert isinstance(self.worker._engine, Decoder)
         self.worker._engine._pool.clear()
-        self.rank = PrefillRank(settings, 0)
+        self.rank = PrefillRank(settings.gangs[0], 0)
         self.rank.join("", 1)
         handle = Handle(lambda *given: self.loop.submit(as_ray(self.worker.deliver(*given))))
         self.loop.run(self.worker.start(handle))

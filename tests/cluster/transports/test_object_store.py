@@ -10,8 +10,8 @@ import ray
 import torch
 from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
-from longreach.cluster.transports import mail
-from longreach.cluster.transports.mail import WorkerDestination
+from longreach.cluster.transports import actor_messages
+from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
 from longreach.engine.kv.hand_off import Place
@@ -99,7 +99,7 @@ def test_a_worker_that_answers_nothing_is_given_up(monkeypatch: pytest.MonkeyPat
     hand_off.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
     with pytest.raises(TransferError):
         hand_off.flush()
-    assert asked == [mail.ANSWER_SECONDS]
+    assert asked == [actor_messages.ANSWER_SECONDS]
     with pytest.raises(TransferError):
         hand_off.flush()
     assert len(asked) == 1, "not waited for once more"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.decode.choose import make_step
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
-from longreach.engine.decode.graph_step import Capture, KernelStep, captured, eager, row_counts
+from longreach.engine.decode.graph_step import Capture, GraphStep, captured, eager, row_counts
+from longreach.engine.decode.make_step import make_step
 from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.decode.step import DecodeStep, Outcome, StepRow
 from longreach.engine.errors import GenerationError, StepDoesNotFitError
@@ -85,7 +85,7 @@ def make_sides(
     if pools[0].scales is not None and pools[1].scales is not None:
         pools[1].scales.copy_(pools[0].scales)
     portable = PortableStep(model, pools[0], MAX_BATCH)
-    kernels = KernelStep(model, pools[1], counts, PROGRAMS, eager)
+    kernels = GraphStep(model, pools[1], counts, PROGRAMS, eager)
     return Side(pools[0], portable), Side(pools[1], kernels)
 
 
@@ -293,7 +293,7 @@ class Engine:
         self.pool = PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, DEVICE)
         torch.manual_seed(1)
         fill_with_noise(self.pool)
-        step = KernelStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture)
+        step = GraphStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture)
         self.decoder = Decoder(model, self.pool, TokenBytes(build_tokenizer()), max_batch, step)
 
     def start(self, name: str, length: int, **sampling: Any) -> list[Any]:
@@ -369,7 +369,7 @@ def test_graphs_end_with_the_largest_batch(max_batch: int, counts: list[int]) ->
 def test_the_step_is_what_the_device_needs(dual_folder: Path) -> None:
     model = load(dual_folder)
     step = make_step(model, PagePool(model.page_geometry, 4, DEVICE), max_batch=2)
-    assert isinstance(step, KernelStep if DEVICE.type == "cuda" else PortableStep)
+    assert isinstance(step, GraphStep if DEVICE.type == "cuda" else PortableStep)
 
 
 @on_gpus
@@ -378,7 +378,7 @@ def test_a_captured_step_takes_no_memory_and_so_cannot_lack_it(dual_folder: Path
     model = load(dual_folder, torch.bfloat16)
     pool = PagePool(model.page_geometry, POOL_PAGES, DEVICE)
     pool.memory.normal_()
-    step = KernelStep(model, pool, row_counts(2), PROGRAMS, captured(DEVICE))
+    step = GraphStep(model, pool, row_counts(2), PROGRAMS, captured(DEVICE))
     rows = [*make_rows([30], takes_best=True), *make_rows([31])]
     step.run(rows)
     before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]

@@ -10,9 +10,10 @@ from longreach.engine.errors import CheckpointError
 from longreach.engine.kv.pages import PageGeometry, PagePool
 from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
+from longreach.engine.model.load import load_model
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
-from longreach.engine.model.random_weights import RandomWeights, load_model
+from longreach.engine.model.random_weights import RandomWeights
 from longreach.engine.model.shapes import known_shapes
 from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.prefiller import Prefiller

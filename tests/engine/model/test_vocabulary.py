@@ -14,9 +14,9 @@ from longreach.engine.errors import CheckpointError
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.model.files import ModelFiles
+from longreach.engine.model.load import load_model
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
-from longreach.engine.model.random_weights import load_model
 from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from longreach.engine.local import LocalPrefill
 from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
 from longreach.engine.model.heads import RankHeads
-from longreach.engine.model.random_weights import load_model
+from longreach.engine.model.load import load_model
 from longreach.engine.parallel.mesh import Mesh
 
 from ..checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint

@@ -8,8 +8,7 @@ from typing import TypeVar
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
-from ..engine.errors import LongreachError, UnavailableError
-from .rest.errors import CancelledElsewhereError
+from ..engine.errors import CancelledElsewhereError, LongreachError, UnavailableError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from longreach.cluster.decode.life import RequestLife, State
+from longreach.cluster.decode.request_life import RequestLife, State
 from longreach.cluster.messages import PrefillOrder
 from longreach.engine.errors import TransferError, UnavailableError
 from longreach.engine.messages import (

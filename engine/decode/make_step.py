@@ -14,9 +14,9 @@ def make_step(model: Qwen2, pool: PagePool, max_batch: int) -> DecodeStep:
     """
     if model.device.type == "cuda":
         # Triton is installed where there is a GPU.
-        from .graph_step import KernelStep, captured, programs_for, row_counts
+        from .graph_step import GraphStep, captured, programs_for, row_counts
 
-        return KernelStep(
+        return GraphStep(
             model, pool, row_counts(max_batch), programs_for(model), captured(model.device)
         )
     return PortableStep(model, pool, max_batch)

@@ -6,8 +6,8 @@ import torch
 from longreach.engine.errors import MixedPrecisionError
 from longreach.engine.kv.formats import dtype_name
 from longreach.engine.local import LocalPrefill
+from longreach.engine.model.compute_type import compute_dtype
 from longreach.engine.model.pocket import CHECKPOINT
-from longreach.engine.model.precision import compute_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

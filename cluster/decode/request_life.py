@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ...engine.errors import UnavailableError
 from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
-from ..failures import first_of
+from ..call_errors import first_of
 from ..messages import PrefillOrder
 from ..tasks import as_nobody, tell
 
@@ -47,7 +47,7 @@ class RequestLife:
         prefill: DeploymentHandle,
     ) -> None:
         self._request, self._holder = request, holder
-        self._worker, self._prefill = worker, prefill
+        self._worker, self.prefill = worker, prefill
         self._began = time.perf_counter()
         self.state = State.WAITING
 
@@ -83,7 +83,7 @@ class RequestLife:
     async def _prefilling(self, order: PrefillOrder) -> AsyncGenerator[Progress | Prefilled, None]:
         """Have the prompt computed into those pages; ends with Prefilled."""
         stream = cast(
-            DeploymentResponseGenerator[Progress | Prefilled], self._prefill.prefill.remote(order)
+            DeploymentResponseGenerator[Progress | Prefilled], self.prefill.prefill.remote(order)
         )
         try:
             await first_of(stream)

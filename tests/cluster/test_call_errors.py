@@ -7,9 +7,13 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError, WorkerCrashedError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from longreach.cluster import failures
-from longreach.cluster.rest.errors import CancelledElsewhereError
-from longreach.engine.errors import PromptTooLongError, QueueFullError, UnavailableError
+from longreach.cluster import call_errors as failures
+from longreach.engine.errors import (
+    CancelledElsewhereError,
+    PromptTooLongError,
+    QueueFullError,
+    UnavailableError,
+)
 
 
 def raised_by(cause: Exception, calls: int) -> Exception:
