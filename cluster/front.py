@@ -152,6 +152,8 @@ class ServeAnswers:
         if _is_foreign(scope):
             await self._app(scope, receive, send)
             return
+        if scope["path"] == "*":  # of OPTIONS; Serve's routes begin with a slash
+            scope = {**scope, "path": "/", "raw_path": b"/"}
         answer = _Answer(send)
         await self._app(scope, receive, answer.send)
         if answer.refusal is not None:

@@ -387,6 +387,6 @@ def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
         assert answer.json()["usage"]["completion_tokens"] == 8
     assert (third.status_code, third.json()["error"]["code"]) == (503, "shutting_down")
     assert int(third.headers["retry-after"]) > 0
-    assert probes == [200, 404], "the node is well, and takes nothing new"
+    assert probes == [200, 503], "the node is well, and takes nothing new"
     assert not stopping.is_alive()
     wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")

@@ -27,6 +27,10 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.called += 1
+        if not scope["path"].startswith("/"):
+            for message in said(404, b"text/plain", b"Path not found"):
+                await send(message)
+            return
         if self.instead is not None:
             for message in self.instead(send):  # type: ignore[attr-defined]
                 await send(message)
