@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from longreach.cluster.memory import decode_fit, prefill_fit
-from longreach.cluster.settings import Settings, check_model, parse_settings
+from longreach.cluster.settings import Settings, check_model, parse_settings, warnings_about
 from longreach.engine.memory.fit import Fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,8 +35,10 @@ def needed(fit: Fit, tokens: int, longest: int | None = None) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_it_is_accepted(name: str) -> None:
-    check_model(read(name))
+def test_it_is_accepted_without_a_warning(name: str) -> None:
+    settings = read(name)
+    check_model(settings)
+    assert warnings_about(settings) == []
 
 
 @pytest.mark.parametrize(("name", "gpu"), GPUS.items())
