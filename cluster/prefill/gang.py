@@ -160,12 +160,12 @@ async def _join(ranks: list[Any], tensor_parallel: int) -> None:
             f"machines of a gang would compute in {' and '.join(sorted(types))}, and tensor ranks "
             "need one type; set model.dtype to one of them"
         )
-    address = await ranks[0].free_address.remote()
+    meeting = await ranks[0].open_meeting.remote()
     cards = await asyncio.gather(*(rank.card.remote() for rank in ranks))
     counts = Counter(cards)
     # On CPUs there is no card to divide.
     shared = [1 if card is None else counts[card] for card in cards]
-    joins = (rank.join.remote(address, count) for rank, count in zip(ranks, shared, strict=True))
+    joins = (rank.join.remote(meeting, count) for rank, count in zip(ranks, shared, strict=True))
     await asyncio.gather(*joins)
 
 

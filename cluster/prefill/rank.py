@@ -2,7 +2,6 @@
 in the same order.
 """
 
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from .scheduler import Chunk
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
     from ...engine.kv.hand_off import Destination, HandOff, Sender
     from ...engine.parallel.mesh import Mesh
@@ -44,15 +44,21 @@ class PrefillRank:
         self._rank = rank
         self._hand_offs: dict[str, HandOff] = {}
         self._pulse = Pulse()
+        self._store: Store | None = None
 
-    def free_address(self) -> str:
-        """Where rank 0 can be met by the others."""
+    def open_meeting(self) -> tuple[str, int]:
+        """Listen for the other ranks, which only rank 0 does; its host and port.
+
+        The store that listens here is the one that they meet in: a port that was chosen, closed
+        and opened again later might be somebody else's by then.
+        """
         import ray
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = store
+        return host, store.port
 
     def card(self) -> tuple[str, str] | None:
         """The node and the GPU that this rank computes on; None on a CPU."""
@@ -69,10 +75,11 @@ class PrefillRank:
 
         return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
-    def join(self, init_method: str, ranks_on_card: int) -> None:
-        """Meet the other ranks and load this rank's share of the model.
+    def join(self, meeting: tuple[str, int], ranks_on_card: int) -> None:
+        """Meet the other ranks and load this rank's shard of the model.
 
         Args:
+            meeting: as rank 0's `open_meeting` returned it.
             ranks_on_card: that compute on the same GPU, this one among them.
 
         Raises:
@@ -93,11 +100,19 @@ class PrefillRank:
                 prefill.tensor_parallel,
                 prefill.sequence_parallel,
                 self._rank,
-                init_method,
+                self._store_at(meeting) or "",
                 # NCCL refuses two ranks on one GPU.
                 backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
             )
             self._load(mesh, device)
+
+    def _store_at(self, meeting: tuple[str, int]) -> "Store | None":
+        """The store that the ranks meet in; None for a rank that has nobody to meet."""
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        if self._store is None and self._settings.prefill.num_ranks > 1:
+            self._store = TCPStore(*meeting)
+        return self._store
 
     def _device(self) -> "torch.device":
         import torch

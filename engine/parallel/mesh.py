@@ -47,13 +47,14 @@ class Mesh:
         tensor_parallel: int,
         sequence_parallel: int,
         rank: int,
-        init_method: str,
+        meeting: str | dist.Store,  # pyright: ignore[reportPrivateImportUsage]
         backend: str = "gloo",
     ) -> "Mesh":
         """Meet the other ranks; returns when all have come.
 
         Args:
-            init_method: the same on every rank: "tcp://host:port" or "file:///path".
+            meeting: where all ranks find each other: the store that they share, or what is the
+                same on each, "tcp://host:port" or "file:///path".
             backend: "nccl" where every rank has a GPU to itself, "gloo" elsewhere.
         """
         size = tensor_parallel * sequence_parallel
@@ -63,9 +64,11 @@ class Mesh:
             )
         if size == 1:
             return cls.single()
+        by_name = isinstance(meeting, str)
         dist.init_process_group(
             backend,
-            init_method=init_method,
+            init_method=meeting if by_name else None,
+            store=None if by_name else meeting,
             rank=rank,
             world_size=size,
             timeout=_COLLECTIVE_TIMEOUT,

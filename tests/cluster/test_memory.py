@@ -34,7 +34,7 @@ CARD = 149_000_000_000
 
 
 def join(settings: Settings) -> None:
-    PrefillRank(settings.gangs[0], 0).join("", 1)
+    PrefillRank(settings.gangs[0], 0).join(("", 0), 1)
 
 
 def make_decoder(settings: Settings) -> None:
@@ -137,7 +137,7 @@ def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
     prefill_fit(settings.gangs[0], int(100e9), 1).check(819_200, 819_200)
     for rank in range(2):
         with pytest.raises(DoesNotFitError) as refused:
-            PrefillRank(settings.gangs[0], rank).join("", 2)
+            PrefillRank(settings.gangs[0], rank).join(("", 0), 2)
         assert (refused.value.needs.free_bytes, refused.value.needs.processes) == (50e9, 2)
 
 

@@ -50,7 +50,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     decoder = make_engine(settings)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
     rank = PrefillRank(settings.gangs[0], 0)
-    rank.join("", 1)
+    rank.join(("", 0), 1)
 
     def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:
         sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

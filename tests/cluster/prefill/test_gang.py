@@ -55,8 +55,8 @@ class FakeRank:
     """Says where it is, and writes down how it was asked to join."""
 
     def __init__(self, card: tuple[str, str] | None = None, computes_in: str = "float32") -> None:
-        self.joined: list[tuple[str, int]] = []
-        self.free_address = self._call(lambda: "tcp://here:1")
+        self.joined: list[tuple[tuple[str, int], int]] = []
+        self.open_meeting = self._call(lambda: ("here", 1))
         self.compute_type = self._call(lambda: computes_in)
         self.card = self._call(lambda: card)
         self.join = self._call(lambda *given: self.joined.append(given))
@@ -82,7 +82,7 @@ def test_a_rank_is_told_how_many_share_its_card(
     """Each would else take all that is free there for its own."""
     ranks = [FakeRank(card) for card in cards]
     asyncio.run(gang._join(ranks, tensor_parallel=1))
-    assert [rank.joined for rank in ranks] == [[("tcp://here:1", count)] for count in counts]
+    assert [rank.joined for rank in ranks] == [[(("here", 1), count)] for count in counts]
 
 
 def test_tensor_ranks_that_would_compute_in_several_types_never_meet() -> None:

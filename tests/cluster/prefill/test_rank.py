@@ -35,7 +35,7 @@ def make_rank() -> PrefillRank:
     settings = make_settings(1)
     prefill = gangs_with(settings, sequence_parallel=1, kv_cache_tokens=2048)
     made = PrefillRank(settings.model_copy(update={"prefill": prefill}).gangs[0], 0)
-    made.join("", 1)
+    made.join(("", 0), 1)
     return made
 
 

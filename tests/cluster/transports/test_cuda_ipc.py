@@ -156,7 +156,7 @@ class Pair:
         assert isinstance(self.worker._engine, Decoder)
         self.worker._engine._pool.clear()
         self.rank = PrefillRank(settings.gangs[0], 0)
-        self.rank.join("", 1)
+        self.rank.join(("", 0), 1)
         handle = Handle(lambda *given: self.loop.submit(as_ray(self.worker.deliver(*given))))
         self.loop.run(self.worker.start(handle))
         self._destinations: dict[str, Destination] = {}
