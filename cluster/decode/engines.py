@@ -2,6 +2,7 @@
 
 import torch
 
+from ...engine.decode.contract import DecodeEngine
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.kv.pages import PagePool
@@ -14,7 +15,7 @@ from ..memory import room_for_decode
 from ..settings import Settings
 
 
-def make_engine(settings: Settings) -> Decoder:
+def make_engine(settings: Settings) -> DecodeEngine:
     """Load the model, and allocate all pages.
 
     Raises:

@@ -37,7 +37,7 @@ class _Job:
     order: PrefillOrder
     prompt: ray.ObjectRef
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
-    began: float = 0.0
+    began: float | None = None  # when its first chunk did
     stages: dict[str, float] = field(default_factory=dict)
 
     async def heard(self) -> AsyncGenerator[Progress | Prefilled, None]:
@@ -184,7 +184,7 @@ class PrefillReplica:
             job.events.put_nowait(Progress(chunk.end, job.total))
 
     async def _run_on_gang(self, chunk: Chunk, job: _Job) -> list[RankResult]:
-        if chunk.start > 0:
+        if job.began is not None:
             return await self._gang.run_chunk(chunk)
         job.began = time.time()
         self._report()
@@ -242,6 +242,7 @@ class PrefillReplica:
 
 
 def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: float) -> Prefilled:
+    assert job.began is not None
     return Prefilled(
         logits=next(result.logits for result in results if result.logits is not None),
         queued=max(job.began - job.order.request.arrived, 0.0),

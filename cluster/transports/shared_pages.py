@@ -108,7 +108,7 @@ class SharedPageReader:
     Args:
         host: as in `SharedPool.of`, of this process.
         device: that pages go to; copies run on a stream of their own there.
-        receive: puts pages of a request in their place, as `Decoder.receive`.
+        receive: puts pages of a request in their place, as `DecodeEngine.receive`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """One step of decoding: a token more for every sequence of a batch.
 
-What goes in and comes out, whichever implementation runs; `choose` says which.
+What goes in and comes out, whichever implementation runs; `make_step` says which.
 """
 
 from abc import ABC, abstractmethod

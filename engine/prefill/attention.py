@@ -125,7 +125,7 @@ class ChunkAttention(Attention[ChunkQueries]):
         stages: Stages,
     ) -> None:
         self._parts, self._model = parts, parts.model
-        self._rows, self._table, self._sender, self._stages = rows, table, hand_off, stages
+        self._rows, self._table, self._hand_off, self._stages = rows, table, hand_off, stages
         self._stride = self._model.positions.stride
         self._scale = self._model.positions.softmax_scale(rows.length)
         first, last = rows.start // BLOCK_ROWS, pages_for(rows.end)
@@ -209,13 +209,13 @@ class ChunkAttention(Attention[ChunkQueries]):
         if self._model.mesh.sequence_parallel > 1:
             with self._stages.time("communication"):
                 self._pages.gather(number)
-        if self._sender is not None and self._model.heads.owns_kv:
+        if self._hand_off is not None and self._model.heads.owns_kv:
             with self._stages.time("hand-off"):
                 own = self._pages.share(number)
                 if own is not None:
                     first_page, pages = own
                     place = Place(number, first_page, self._model.heads.first_kv_head)
-                    self._sender.push(place, pages)
+                    self._hand_off.push(place, pages)
 
     def _readable_pages(self, number: int) -> LayerPages:
         """One layer's pages up to the chunk's end, in a type that attention reads.
