@@ -1,9 +1,9 @@
 """How KV pages travel from prefill ranks to decode workers: one module for each transport.
 
-Those are `object_store` and `cuda_ipc`; `actor_messages` has what both share, and `shared_pages` how
-one process reads another's memory. To add one: a module with a `Sender` and a `Receiver`; its name in
-`settings.TransportSettings`, where `gathers_pages` must hold for it too; and a line in each of the two
-functions here.
+Those are `object_store` and `cuda_ipc`; `actor_messages` has what both share, and `shared_pages`
+how one process reads another's memory. To add one: a module with a `Sender` and a `Receiver`; its
+name in `settings.TransportSettings`, where `gathers_pages` must hold for it too; and a line in each
+of the two functions here.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,7 @@ from longreach.cluster.decode.engines import make_engine
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
+from longreach.engine.decode.decoder import Decoder
 from longreach.engine.kv.hand_off import Destination
 from longreach.engine.local import DirectHandOff
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
@@ -48,6 +49,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
     decoder = make_engine(settings)
+    assert isinstance(decoder, Decoder)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
     rank = PrefillRank(settings.gangs[0], 0)
     rank.join(("", 0), 1)
