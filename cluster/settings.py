@@ -1,7 +1,8 @@
 """A cluster's configuration: YAML in, checked and frozen settings out.
 
-Every key has a default but `model.path`. What cannot run is refused before anything starts, with
-a sentence that names the remedy.
+Every key has a default but `model.path`, `model.name`, `limits.max_model_len` and the two
+`kv_cache_tokens`. What cannot run is refused before anything starts, with a sentence that names the
+remedy.
 """
 
 from collections.abc import Iterator
