@@ -21,6 +21,8 @@ from ..prometheus import free_port
 MODEL = "longreach-pocket"
 MOST_WAITING = 2
 CHUNK_TOKENS = 2048
+LONG = 60_000
+"""Tokens that take long enough to be interrupted."""
 
 
 def make_settings(port: int) -> Settings:
@@ -90,6 +92,11 @@ def scrape(http: httpx.Client) -> dict[tuple[str, ...], float]:
             labels = {k: v for k, v in sample.labels.items() if k != "model_name"}
             samples[(sample.name, *(labels[name] for name in sorted(labels)))] = sample.value
     return samples
+
+
+def computed(http: httpx.Client) -> float:
+    """Share of the prefill pool in use: whether a prompt is being computed."""
+    return scrape(http).get(("longreach_kv_cache_usage_perc", "prefill"), 0.0)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +25,12 @@ from longreach.engine.text.tokenizer import Tokenizer
 from ..prometheus import prometheus_server, wait_for_value
 from .conftest import (
     CHUNK_TOKENS,
+    LONG,
     MODEL,
     MOST_WAITING,
     actor_pids,
     ask_body,
+    computed,
     gangs_with,
     make_prompt,
     make_settings,
@@ -37,9 +38,6 @@ from .conftest import (
     wait_for,
     wait_until_no_page_is_held,
 )
-
-LONG = 60_000
-"""Tokens that take long enough to be interrupted."""
 
 
 def test_a_key_hidden_in_a_long_document_is_found(cluster: LocalCluster) -> None:
@@ -138,16 +136,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(
 
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(ask, "long", LONG)
-        wait_for(lambda: _computed(http) > 0, 30, "the long prompt's first chunk")
+        wait_for(lambda: computed(http) > 0, 30, "the long prompt's first chunk")
         pool.submit(ask, "short", 100).result()
         assert not long.done()
         long.result()
     assert ended["short"] < ended["long"]
-
-
-def _computed(http: httpx.Client) -> float:
-    """Share of the prefill pool in use: whether a prompt is being computed."""
-    return scrape(http).get(("longreach_kv_cache_usage_perc", "prefill"), 0.0)
 
 
 def test_a_client_that_leaves_before_its_request_is_whole_costs_nothing(
@@ -205,7 +198,7 @@ def test_a_full_queue_says_when_to_come_back(http: httpx.Client, tokenizer: Toke
     long, short = make_prompt(tokenizer, LONG), make_prompt(tokenizer, 40_000)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(http.post, "/v1/completions", json=ask_body(long))
-        wait_for(lambda: _computed(http) > 0, 30, "the first prompt's first chunk")
+        wait_for(lambda: computed(http) > 0, 30, "the first prompt's first chunk")
         others = [
             pool.submit(http.post, "/v1/completions", json=ask_body(short))
             for _ in range(MOST_WAITING + 3)
@@ -242,7 +235,8 @@ def test_bad_input_is_refused_and_holds_nothing(
 ) -> None:
     if isinstance(content, dict):
         content = json.dumps({"model": MODEL, **content}).encode()
-    answer = http.post(f"/v1/{path}", content=content)
+    headers = {"Content-Type": "application/json"}
+    answer = http.post(f"/v1/{path}", content=content, headers=headers)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert code is None or error["code"] == code
@@ -299,7 +293,7 @@ def test_a_dead_process_fails_requests_cleanly_and_is_replaced(
         asked = pool.submit(
             http.post, "/v1/completions", json=ask_body(make_prompt(tokenizer, LONG))
         )
-        wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
+        wait_for(lambda: computed(http) > 0, 30, "the first chunk")
         os.kill(before[0], signal.SIGKILL)
         answer = asked.result()
     assert answer.status_code == 503
@@ -340,7 +334,7 @@ def test_a_redeploy_serves_new_settings_and_loses_no_request(
     assert ask(short[:50], logprobs=4).status_code == 200
     with ThreadPoolExecutor(3) as pool:
         under_way = pool.submit(ask, medium)
-        wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
+        wait_for(lambda: computed(http) > 0, 30, "the first chunk")
         redeploy = pool.submit(deploy, changed, cluster.metrics_directory)
         wait_for(lambda: ask(short[:50], logprobs=4).status_code == 400, 60, "new settings")
         arriving = pool.submit(ask, short)
@@ -353,40 +347,3 @@ def test_a_redeploy_serves_new_settings_and_loses_no_request(
     assert ask(short).status_code == 200
     assert chunks() - before == 1, "chunks are twice as long now"
     wait_until_no_page_is_held(http)
-
-
-def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
-    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
-) -> None:
-    """The last test: it ends the cluster that all others share.
-
-    Of two requests, the second waits for pages that the first holds for its long answers. A third
-    comes when the cluster stops already.
-    """
-    eos = tokenizer.raw.token_to_id("<|im_end|>")
-
-    def ask(tokens: int) -> httpx.Response:
-        fields = {"max_tokens": 4096, "n": 8, "logit_bias": {str(eos): 100}}
-        return http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, tokens), **fields))
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, LONG)
-        wait_for(lambda: _computed(http) > 0, 30, "the first chunk")
-        second = pool.submit(ask, 40_000)
-        waiting = ("longreach_num_requests_waiting", "decode")
-        wait_for(lambda: scrape(http)[waiting] == 1, 30, "the second waiting for pages")
-        stopping = threading.Thread(target=cluster.stop)
-        stopping.start()
-        wait_for(lambda: http.get("/v1/models").status_code != 200, 30, "the end being announced")
-        third = ask(100)
-        probes = [http.get(path).status_code for path in ("/-/healthz", "/ready")]
-        answers = [first.result(), second.result()]
-        stopping.join(60)
-    for answer in answers:
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] == 8
-    assert (third.status_code, third.json()["error"]["code"]) == (503, "shutting_down")
-    assert int(third.headers["retry-after"]) > 0
-    assert probes == [200, 503], "the node is well, and takes nothing new"
-    assert not stopping.is_alive()
-    wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")

@@ -1,6 +1,7 @@
 """Which setting is named for what the engine says: once, and at every edge."""
 
 import re
+from typing import get_args
 from unittest.mock import Mock
 
 import numpy as np
@@ -65,7 +66,10 @@ EVERY = pytest.mark.parametrize(
 KEYS = {
     f"{name}.{key}"
     for name, section in Settings.model_fields.items()
-    for key in getattr(section.annotation, "model_fields", ())
+    # Of a section that may come several times, the annotation is a tuple.
+    for key in getattr(
+        next(iter(get_args(section.annotation)), section.annotation), "model_fields", ()
+    )
 }
 
 

@@ -19,7 +19,6 @@ from longreach.lab.evaluation.records import RecordFile, read_records
 from longreach.lab.evaluation.running import Grid, run
 from longreach.lab.evaluation.tasks import NEEDLES
 
-from ...cluster.rest import backend
 from ...cluster.rest.backend import MODEL, Endpoint
 
 TOKENS = 2000
@@ -27,13 +26,12 @@ PASS_KEY = NEEDLES[0]
 
 
 @pytest.fixture
-def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+def endpoint(tmp_path: Path) -> Endpoint:
     limits = IngressLimits(
         MODEL, 8192, 512, max_body_bytes=1 << 20, max_choices=1, max_logprobs=0,
         progress_seconds=1, receive_seconds=120.0,
     )  # fmt: skip
-    monkeypatch.setattr(backend, "LIMITS", limits)
-    return Endpoint(tmp_path)
+    return Endpoint(tmp_path, limits=limits)
 
 
 @pytest.fixture

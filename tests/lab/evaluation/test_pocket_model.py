@@ -8,7 +8,7 @@ import torch
 from longreach.cluster.remedies import remedied
 from longreach.engine.errors import ConfigurationError, OutOfMemoryError
 from longreach.engine.model.pocket import CHECKPOINT
-from longreach.engine.prefill.prefiller import Prefiller
+from longreach.engine.prefill import prefiller
 from longreach.lab.evaluation.in_process import InProcessAnswerer, Variant
 from longreach.lab.evaluation.tasks import NEEDLES
 from longreach.lab.pocket.corpus import REFUSAL, one_of_facts_prompt
@@ -98,7 +98,7 @@ def test_too_little_memory_names_an_option_and_no_setting(monkeypatch: pytest.Mo
         raise torch.OutOfMemoryError("as the allocator says it")
 
     answerer = InProcessAnswerer(CHECKPOINT, [Variant.DENSE], 1024, torch.float32)
-    monkeypatch.setattr(Prefiller, "_compute", without_memory)
+    monkeypatch.setattr(prefiller, "run_chunk", without_memory)
     with pytest.raises(OutOfMemoryError) as raised:
         answerer.answer("dense", "a question", 4, lambda _: None)
     said = str(remedied(raised.value))
