@@ -59,8 +59,8 @@ class ChunkPages:
             self._order = without_waiting(torch.from_numpy(order), device)
             self._targets = without_waiting(torch.from_numpy(table), device)
         self._first_block = first_block
-        self._share = _share_of(mesh, len(table))
-        self._shared_pages = table[self._share]
+        self._part = _part_of(mesh, len(table))
+        self._shared_pages = table[self._part]
         self._shared_index = page_index(self._shared_pages, device)
 
     def write(self, layer: int, rows: slice, k: Tensor, v: Tensor, rotation: Rotation) -> None:
@@ -86,17 +86,17 @@ class ChunkPages:
         """What all ranks have of something, in the prompt's order."""
         return self._mesh.gather_over_sequence_ranks(own).flatten(0, 1)[self._order]
 
-    def share(self, layer: int) -> tuple[int, HeldPages] | None:
+    def part(self, layer: int) -> tuple[int, HeldPages] | None:
         """The contiguous part that this rank hands off: its first page in the prompt, and pages.
 
         None where there are fewer pages than ranks, and none is left for this one.
         """
-        if self._share.start == self._share.stop:
+        if self._part.start == self._part.stop:
             return None
         pages = HeldPages(self._pool.layer(layer), self._shared_pages, self._shared_index)
-        return self._first_block + self._share.start, pages
+        return self._first_block + self._part.start, pages
 
 
-def _share_of(mesh: Mesh, count: int) -> slice:
+def _part_of(mesh: Mesh, count: int) -> slice:
     ranks, rank = mesh.sequence_parallel, mesh.sequence_rank
     return slice(count * rank // ranks, count * (rank + 1) // ranks)

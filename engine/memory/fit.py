@@ -166,7 +166,7 @@ class Fit(ABC):
 
 @dataclass(frozen=True)
 class PrefillFit(Fit):
-    """Of one rank of a mesh, which computes its share of a chunk's rows.
+    """Of one rank of a mesh, which computes its part of a chunk's rows.
 
     Prompts of more than `selects_above` tokens are prefilled sparsely; None where none are. Where
     `gathers_pages`, a layer's pages are brought together on the device before they are sent.

@@ -28,12 +28,12 @@ class Mesh:
 
     @property
     def tensor_rank(self) -> int:
-        """Which share of heads and MLP this rank holds."""
+        """Which shard of heads and MLP this rank holds."""
         return self.rank % self.tensor_parallel
 
     @property
     def sequence_rank(self) -> int:
-        """Which share of every chunk's rows this rank computes."""
+        """Which part of every chunk's rows this rank computes."""
         return self.rank // self.tensor_parallel
 
     @classmethod

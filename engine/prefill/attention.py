@@ -211,7 +211,7 @@ class ChunkAttention(Attention[ChunkQueries]):
                 self._pages.gather(number)
         if self._hand_off is not None and self._model.heads.owns_kv:
             with self._stages.time("hand-off"):
-                own = self._pages.share(number)
+                own = self._pages.part(number)
                 if own is not None:
                     first_page, pages = own
                     place = Place(number, first_page, self._model.heads.first_kv_head)
