@@ -122,7 +122,7 @@ class Gang:
             UnavailableError: one did. Otherwise as `joining`.
         """
         work = asyncio.ensure_future(joining)
-        end = asyncio.ensure_future(self.watch(is_busy=lambda: False))
+        end = asyncio.ensure_future(self._watch_loading())
         try:
             await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -131,6 +131,11 @@ class Gang:
         finally:
             for each in (work, end):
                 each.cancel()
+
+    async def _watch_loading(self) -> str:
+        # A process may take its time to start; from its first answer on it must go on answering.
+        await asyncio.gather(*(self._reader(rank)() for rank in self._ranks))
+        return await self.watch(is_busy=lambda: False)
 
     def _reader(self, rank: Any) -> Callable[[], Awaitable[Reading]]:
         return rank.pulse.options(concurrency_group=_HEALTH).remote

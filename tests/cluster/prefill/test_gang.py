@@ -9,9 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorDiedError
 
+from longreach.cluster import pulse
 from longreach.cluster.prefill import gang
-from longreach.engine.errors import ConfigurationError
+from longreach.cluster.pulse import Reading
+from longreach.engine.errors import ConfigurationError, UnavailableError
 
 from ..conftest import make_settings
 
@@ -93,3 +96,48 @@ def test_tensor_ranks_that_would_compute_in_several_types_never_meet() -> None:
     assert not any(rank.joined for rank in ranks)
     asyncio.run(gang._join(ranks, tensor_parallel=1))
     assert all(rank.joined for rank in ranks)
+
+
+class LoadingRank:
+    """Answers its pulse, until it dies."""
+
+    def __init__(self, pulses: int) -> None:
+        self.pulse = SimpleNamespace(options=lambda **given: SimpleNamespace(remote=self._answer))
+        self._left = pulses
+
+    async def _answer(self) -> Reading:
+        self._left -= 1
+        if self._left < 0:
+            raise ActorDiedError
+        return Reading(0.0, 0.0)
+
+
+@pytest.mark.parametrize("pulses", [1, 2])
+def test_a_rank_that_dies_while_it_loads_is_found(
+    monkeypatch: pytest.MonkeyPatch, pulses: int
+) -> None:
+    """The others wait for it, and would for good."""
+    monkeypatch.setattr(
+        gang, "watch", lambda read, is_busy, allowance: pulse.watch(read, is_busy, allowance, 0.001)
+    )
+    ranks: list[Any] = [LoadingRank(1000), LoadingRank(pulses)]
+
+    async def join() -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        await gang.Gang(cast(Any, None), ranks)._watched(join())
+
+    with pytest.raises(UnavailableError, match="rank 1"):
+        asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_what_a_rank_raises_while_it_loads_is_what_is_told() -> None:
+    async def join() -> None:
+        raise ConfigurationError("too little memory")
+
+    async def run() -> None:
+        await gang.Gang(cast(Any, None), [LoadingRank(1000)])._watched(join())
+
+    with pytest.raises(ConfigurationError):
+        asyncio.run(asyncio.wait_for(run(), 5))
