@@ -237,7 +237,7 @@ def test_pages_that_are_being_received_go_back_only_after_the_copy(
         releasing = asyncio.create_task(worker.release("a"))
         await worker.until_released("a")
         assert worker._engine.usage > 0
-        with pytest.raises(TransferError, match="it was cancelled"):
+        with pytest.raises(TransferError):
             await worker.deliver("a", [make_run(worker, 1)])
         held.let.set()
         await releasing

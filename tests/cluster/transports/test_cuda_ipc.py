@@ -109,7 +109,7 @@ def test_a_dead_decode_worker_is_remembered_and_not_raised_by_push() -> None:
     sender.push(Place(2, 0, 0), PAGES)
     assert letters.runs == [[0]]
     assert sender.failure is not None
-    with pytest.raises(TransferError, match="did not reach the decode worker"):
+    with pytest.raises(TransferError):
         sender.flush()
 
 

@@ -39,7 +39,7 @@ def test_a_full_object_store_is_remembered_and_not_raised_by_push(
     sender.push(Place(0, 0, 0), pages)
     sender.push(Place(1, 0, 0), pages)
     assert sender.failure is not None
-    with pytest.raises(TransferError, match="no space left"):
+    with pytest.raises(TransferError):
         sender.flush()
 
 

@@ -97,7 +97,7 @@ def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, 10)
     template = "{{ raise_exception('begin with a user') }}"
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(InvalidRequestError, match="begin with a user"):
+    with pytest.raises(InvalidRequestError):
         Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
 
 

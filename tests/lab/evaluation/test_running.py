@@ -68,7 +68,7 @@ def grid(prompts: int = 2, **changes) -> Grid:
 def test_a_broken_run_goes_on_and_asks_nothing_twice(tmp_path: Path, answers: int) -> None:
     path = tmp_path / "prompts.jsonl"
     first, second = Parrot(answers), Parrot()
-    with pytest.raises(LongreachError, match="flew away"):
+    with pytest.raises(LongreachError):
         run(first, grid(), RecordFile(path, first.settings), QUIET)
     with path.open("a") as file:
         file.write('{"task": "pass-k')  # killed while it wrote
