@@ -424,3 +424,25 @@ def test_what_cannot_be_served_is_refused_and_takes_nothing(dual_chunk_folder: P
 def test_choices_share_the_pages_that_the_prompt_fills() -> None:
     request = make_request("a", make_prompt(300), choices=3, max_tokens=100)
     assert pages_needed(request) == 2 + 3 * 2
+
+
+def test_a_first_token_comes_with_a_place_in_the_batch_and_not_before(
+    dual_chunk_folder: Path,
+) -> None:
+    """Else a client would see one token, and then nothing for as long as others generate."""
+    engine = Engine(dual_chunk_folder, max_batch=1)
+    sampling = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
+    prompts = {name: make_prompt(50, seed) for seed, name in enumerate(("first", "second"))}
+    for name, prompt in prompts.items():
+        engine.reserve(name, prompt, **sampling)
+    decoder = engine.decoder
+    outputs = decoder.start("first", engine.hand_off("first", prompts["first"]))
+    assert [name for name, _ in outputs] == ["first"]
+    assert decoder.start("second", engine.hand_off("second", prompts["second"])) == []
+    assert (decoder.num_running, decoder.num_waiting, decoder.num_generating) == (1, 1, 2)
+    while decoder.has_work:
+        outputs += decoder.step()
+    assert [name for name, _ in outputs] == ["first"] * 3 + ["second"] * 3
+    for name, prompt in prompts.items():
+        alone = Engine(dual_chunk_folder).generate(name, prompt, **sampling)
+        assert tokens_by_choice(outputs, name) == alone
