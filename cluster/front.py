@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .rest.bodies import Bodies, HeldBody
-from .rest.errors import BUSY_SECONDS, RestError
+from .rest.errors import BUSY_SECONDS, RestError, busy, unavailable
 from .rest.middleware import BodyLimit, Failures, RequestIds
 
 # Of Ray Serve: its proxies call the function of this name.
@@ -167,7 +167,7 @@ class _Answer:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.refusal: RestError | None = _unavailable()
+        self.refusal: RestError | None = _broken()
         self.is_stream = False
         self.is_whole = False
 
@@ -186,36 +186,22 @@ class _Answer:
 
     async def break_off(self) -> None:
         """End a stream with an error, as an ingress does."""
-        said = f"data: {json.dumps(_unavailable().body)}\n\ndata: [DONE]\n\n".encode()
+        said = f"data: {json.dumps(_broken().body)}\n\ndata: [DONE]\n\n".encode()
         await self._send({"type": "http.response.body", "body": said, "more_body": False})
 
 
 def _of_serve(status: int, headers: Mapping[str, str]) -> RestError:
     """What Serve means by its status. It knows no path only where no application is."""
     if status == 404:
-        return RestError(
-            503,
-            "no model is served here now; send the request again later",
-            "server_error",
-            code="not_ready",
-            headers={"Retry-After": str(BUSY_SECONDS)},
-        )
+        return unavailable("no model is served here now; send the request again later", "not_ready")
     if status in (408, 429):
-        retry = {"Retry-After": headers.get("retry-after", str(BUSY_SECONDS))}
-        return RestError(
-            429, "too much to do; try again later", "rate_limit_error", None, "busy", retry
-        )
-    return _unavailable()
+        seconds = headers.get("retry-after", BUSY_SECONDS)
+        return busy("too much to do; try again later", seconds=seconds)
+    return _broken()
 
 
-def _unavailable() -> RestError:
-    return RestError(
-        503,
-        "a part of the cluster died or is not up; send the request again",
-        "server_error",
-        code="unavailable",
-        headers={"Retry-After": str(BUSY_SECONDS)},
-    )
+def _broken() -> RestError:
+    return unavailable("a part of the cluster died or is not up; send the request again")
 
 
 def _is_foreign(scope: Scope) -> bool:

@@ -22,7 +22,7 @@ from .. import metrics
 from ..metrics import Metrics
 from .answers import AnswerFormat, ChatFormat, CompletionFormat, TokenTexts
 from .bodies import Bodies
-from .errors import BUSY_SECONDS, RestError, as_rest_error, shown
+from .errors import RestError, as_rest_error, shown, unavailable
 from .generation import Backend
 from .limits import OPEN, Access, IngressLimits
 from .meter import Meter, Running
@@ -113,13 +113,7 @@ def build_api(
 
 def build_refusal() -> Starlette:
     """What answers in place of the application while a cluster stops: try again later."""
-    refusal = RestError(
-        503,
-        "the cluster is stopping; send the request again later",
-        "server_error",
-        code="shutting_down",
-        headers={"Retry-After": str(BUSY_SECONDS)},
-    )
+    refusal = unavailable("the cluster is stopping; send the request again later", "shutting_down")
     everything = Mount("/", refusal.response())
     return Starlette(routes=[everything], middleware=[Middleware(RequestIds)])
 
@@ -178,10 +172,7 @@ class _Endpoints:
         self._readers.warm_up()
         if await self._backend.ready():
             return JSONResponse({"status": "ready"})
-        retry = {"Retry-After": "1"}
-        raise RestError(
-            503, "the model is not ready yet", "server_error", code="not_ready", headers=retry
-        )
+        raise unavailable("the model is not ready yet", "not_ready", seconds=1)
 
     async def version(self) -> Response:
         return JSONResponse({"version": version("longreach")})

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 
-from .errors import BUSY_SECONDS, RestError
+from .errors import BUSY_SECONDS, busy
 
 _LARGEST_AT_ONCE = 4
 
@@ -31,7 +31,9 @@ class Bodies:
             async for data in request.stream():
                 body.extend(data)
                 if self.held > self._most:
-                    raise _too_many()
+                    raise busy(
+                        f"too many large bodies are being read; try again in {BUSY_SECONDS} s"
+                    )
             yield body
         finally:
             body.take()
@@ -56,13 +58,3 @@ class HeldBody:
         self._bodies.held -= self._size
         parts, self.parts, self._size = self.parts, [], 0
         return parts
-
-
-def _too_many() -> RestError:
-    return RestError(
-        429,
-        f"too many large bodies are being read; try again in {BUSY_SECONDS} s",
-        "rate_limit_error",
-        code="busy",
-        headers={"Retry-After": str(BUSY_SECONDS)},
-    )

@@ -84,6 +84,20 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return RestError(400, message, param=param, code=code)
 
 
+def unavailable(message: str, code: str = "unavailable", seconds: int = BUSY_SECONDS) -> RestError:
+    """A request that may be sent again, after so many seconds: something is not up."""
+    return RestError(503, message, "server_error", code=code, headers=_retry_after(seconds))
+
+
+def busy(message: str, code: str = "busy", seconds: int | str = BUSY_SECONDS) -> RestError:
+    """A request that may be sent again, after so many seconds: there is too much to do."""
+    return RestError(429, message, "rate_limit_error", code=code, headers=_retry_after(seconds))
+
+
+def _retry_after(seconds: int | str) -> dict[str, str]:
+    return {"Retry-After": str(seconds)}
+
+
 def as_rest_error(error: BaseException, request_id: str = "") -> RestError:
     """What to tell the client about any error; whatever we did not expect stays in our log.
 
@@ -102,17 +116,12 @@ def as_rest_error(error: BaseException, request_id: str = "") -> RestError:
         case InvalidRequestError():
             return invalid(str(error))
         case QueueFullError():
-            retry = {"Retry-After": str(error.retry_after)}
-            return RestError(429, str(error), "rate_limit_error", code="queue_full", headers=retry)
+            return busy(str(error), "queue_full", error.retry_after)
         case OutOfPagesError():
-            retry = {"Retry-After": str(BUSY_SECONDS)}
-            return RestError(
-                429, f"{error}; try again later", "rate_limit_error", code="busy", headers=retry
-            )
+            return busy(f"{error}; try again later")
         case LongreachError():
             logger.warning("request %s ended: %s", request_id, error)
-            retry = {"Retry-After": str(BUSY_SECONDS)}
-            return RestError(503, str(error), "server_error", code="unavailable", headers=retry)
+            return unavailable(str(error))
         case _:
             logger.error("request %s failed unexpectedly", request_id, exc_info=error)
             known_as = f" under {request_id}" if request_id else ""
