@@ -3,13 +3,10 @@
 import logging
 import re
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .decode.replica import DecodeReplica
+from .handlers import uninterrupted
 from .ingress import api_builder, front_of
 from .local_ray import LocalRay
 from .port_claim import claim_port
@@ -191,31 +189,20 @@ class LocalCluster:
         """End every process without waiting for anything; in the main thread, whatever comes."""
         if self._watch is not None:
             self._watch.close()
-        with _uninterrupted():
+        with uninterrupted():
             self._ray.stop()
             self._claim.close()
-            if self._settings.metrics.directory is None:
-                shutil.rmtree(self.metrics_directory, ignore_errors=True)
+            self._remove_metrics()
 
     def abandon(self) -> None:
         """What `kill` does, but for what may wait for Ray: the last resort, from any thread."""
         self._ray.kill()
+        self._remove_metrics()
+
+    def _remove_metrics(self) -> None:
+        """Of a folder that was made for this cluster alone."""
         if self._settings.metrics.directory is None:
             shutil.rmtree(self.metrics_directory, ignore_errors=True)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM: what they ask for is being done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:

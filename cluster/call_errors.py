@@ -5,10 +5,15 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
-from ..engine.errors import CancelledElsewhereError, LongreachError, UnavailableError
+from ..engine.errors import (
+    CancelledElsewhereError,
+    LongreachError,
+    UnavailableError,
+    innermost,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +27,7 @@ CallError = (RayError, RayServeException)
 
 def as_ours(error: BaseException) -> LongreachError:
     """The error that the other process raised on purpose, or that a part of the cluster failed."""
-    cause = error
-    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-        cause = cause.cause
+    cause = innermost(error)
     if isinstance(cause, LongreachError):
         return cause
     if isinstance(cause, (TaskCancelledError, asyncio.CancelledError)):

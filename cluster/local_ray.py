@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 
 from ..engine.errors import UnavailableError
+from .handlers import handlers_kept
 from .process_tree import adopt_orphans, collect_orphans, kill_session
 
 _GCS, _RAYLET = "gcs_server", "raylet"
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
 _ANSWER_SECONDS = 2.0
 _DISCONNECT_SECONDS = 10.0
 # Harmless ones: what matters is whether they are answered, and how to those without a token.
@@ -58,7 +57,8 @@ class LocalRay:
         """
         adopt_orphans()
         _require_tokens()
-        with _handlers_kept(), _on_loopback():
+        # With Ray's own handler, SIGTERM ends this process after three seconds, whatever it does.
+        with handlers_kept(), _on_loopback():
             context = cast(Any, ray.init)(
                 address="local",
                 include_dashboard=False,
@@ -134,23 +134,6 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Put the signal handlers back that `ray.init` replaces.
-
-    With Ray's own, SIGTERM ends this process after three seconds, whatever it is doing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _HANDLED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def check_address(address: str) -> None:

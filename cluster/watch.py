@@ -52,7 +52,6 @@ class ClusterWatch:
         self._budget = SilenceBudget()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cluster-watch", daemon=True)
-        self.problem: Problem | None = None
 
     def start(self) -> None:
         """Begin to look."""
@@ -70,6 +69,5 @@ class ClusterWatch:
                 problem = self._budget.update(self._silent(), time.monotonic())
                 ask_at = time.monotonic() + _SILENT_SECONDS
             if problem is not None and not self._closing.is_set():
-                self.problem = problem
                 self._on_lost(problem)
                 return

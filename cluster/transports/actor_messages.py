@@ -38,7 +38,7 @@ class WorkerReceiver(Receiver):
 
 
 class WorkerHandOff(HandOff):
-    """Counts the messages that are under way, and remembers the first failure."""
+    """Knows the messages that are under way with their bytes, and remembers the first failure."""
 
     def __init__(self, destination: WorkerDestination) -> None:
         self._destination = destination
@@ -48,11 +48,6 @@ class WorkerHandOff(HandOff):
     @property
     def failure(self) -> str | None:
         return self._failure
-
-    @property
-    def bytes_under_way(self) -> int:
-        """Of all messages that were sent and not answered yet."""
-        return sum(self._under_way.values())
 
     def flush(self) -> None:
         self._send_rest()
@@ -68,11 +63,6 @@ class WorkerHandOff(HandOff):
     def _deliver(self, message: Any, size: int) -> None:
         if self._failure is None:
             self._under_way[self._destination.deliver(message)] = size
-
-    def _note_answers(self) -> None:
-        """Look for answers without waiting."""
-        if self._under_way:
-            self._note(ray.wait(list(self._under_way), timeout=0)[0])
 
     def _wait_for_one(self) -> None:
         """Wait until one more message has been answered; without an answer in time, all failed."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import torch
 
 from ...engine.kv.hand_off import Destination, Place, Sender
@@ -44,7 +45,8 @@ class CudaIpcHandOff(WorkerHandOff):
 
     def push(self, place: Place, pages: HeldPages) -> None:
         self._collected.append(SharedRun(place, pages.numbers))
-        self._note_answers()
+        if self._under_way:
+            self._note(ray.wait(list(self._under_way), timeout=0)[0])
         if not self._under_way:
             self._send()
 

@@ -98,7 +98,7 @@ class ObjectStoreHandOff(WorkerHandOff):
     def _send_rest(self) -> None:
         runs, size = self._collected, self._collected_bytes
         self._collected, self._collected_bytes = [], 0
-        while self._under_way and self.bytes_under_way + size > self._max_in_flight_bytes:
+        while self._under_way and sum(self._under_way.values()) + size > self._max_in_flight_bytes:
             self._wait_for_one()
         if not runs or self._failure is not None:
             return

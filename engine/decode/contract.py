@@ -39,11 +39,6 @@ class DecodeEngine(ABC):
 
     @property
     @abstractmethod
-    def num_running(self) -> int:
-        """Sequences in the batch."""
-
-    @property
-    @abstractmethod
     def num_waiting(self) -> int:
         """Sequences whose prompt is there, and that wait for a place in the batch."""
 

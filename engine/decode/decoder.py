@@ -114,6 +114,7 @@ class Decoder(DecodeEngine):
 
     @property
     def num_running(self) -> int:
+        """Sequences in the batch."""
         return len(self._running)
 
     @property

@@ -1,12 +1,9 @@
 """The same questions to a real endpoint, without a cluster behind it."""
 
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -20,6 +17,7 @@ from longreach.lab.evaluation.running import Grid, run
 from longreach.lab.evaluation.tasks import NEEDLES
 
 from ...cluster.rest.backend import MODEL, Endpoint
+from ...cluster.rest.server import serving
 
 TOKENS = 2000
 PASS_KEY = NEEDLES[0]
@@ -37,16 +35,8 @@ def endpoint(tmp_path: Path) -> Endpoint:
 @pytest.fixture
 def url(endpoint: Endpoint) -> Iterator[str]:
     """Of a real server."""
-    server = uvicorn.Server(uvicorn.Config(endpoint.api, port=0, log_config=None, lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 10
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(timeout=10)
+    with serving(endpoint.api) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def tokens_of(content: str) -> int:
