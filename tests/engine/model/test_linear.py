@@ -36,6 +36,7 @@ def test_it_is_a_product_and_some_rows_are_those_of_the_whole(
     expected = x.double() @ matrix.to(dtype).double().T + (BIAS.to(dtype) if biased else 0)
     whole = linear(x)
     assert whole.dtype == dtype
+    # bfloat16 has eight bits of mantissa, and sums of some dozen products are rounded to it.
     torch.testing.assert_close(whole.double(), expected, rtol=1e-2, atol=2e-2)
     some = linear.rows(slice(2, 5))
     assert some.weight.data_ptr() == linear.weight[2:].data_ptr()
