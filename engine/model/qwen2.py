@@ -23,11 +23,12 @@ from .heads import RankHeads
 from .layer import Layer, RMSNorm
 from .linear import Linear
 from .positions import RotaryPositions
+from .vocabulary import VocabularyPart
 
 
 @dataclass(frozen=True, eq=False)
 class Qwen2:
-    """The weights of one rank. Embedding and head are whole on every rank.
+    """The weights of one rank. Tensor ranks deal the rows of embedding and head, see `vocabulary`.
 
     Published models have more rows in both than their tokenizers have ids. Those from `num_tokens`
     on are no tokens: nothing trained them, and no logit makes one of them possible.
@@ -35,7 +36,7 @@ class Qwen2:
 
     config: ModelConfig
     mesh: Mesh
-    embedding: Tensor  # [vocab, hidden]
+    embedding: Tensor  # [own part of the vocabulary, hidden]
     first_norm: RMSNorm
     layers: tuple[Layer, ...]
     head: Linear
@@ -45,6 +46,11 @@ class Qwen2:
     def positions(self) -> RotaryPositions:
         """What queries and keys are rotated by."""
         return RotaryPositions(self.config)
+
+    @cached_property
+    def vocabulary(self) -> VocabularyPart:
+        """The tokens whose rows of embedding and head this rank holds."""
+        return VocabularyPart.of(self.config.vocab_size, self.mesh)
 
     @cached_property
     def heads(self) -> RankHeads:
@@ -110,9 +116,8 @@ class Qwen2:
         """
         heads = RankHeads.of(config, mesh.tensor_parallel, mesh.tensor_rank)
         loader = _Loader(config, mesh, heads, source, dtype, device)
-        shape = (config.vocab_size, config.hidden_size)
-        embedding = loader.read("model.embed_tokens.weight", shape)
-        head = embedding if config.tie_word_embeddings else loader.read("lm_head.weight", shape)
+        embedding = loader.vocabulary("model.embed_tokens.weight")
+        head = embedding if config.tie_word_embeddings else loader.vocabulary("lm_head.weight")
         norms = [loader.first_norm(number) for number in range(config.num_layers)]
         norms.append(loader.norm("model.norm.weight"))
         layers = tuple(loader.layer(number, norm) for number, norm in enumerate(norms[1:]))
@@ -134,16 +139,23 @@ class Qwen2:
     def begin(self, tokens: Tensor, stages: Stages = UNTIMED) -> list[Tensor]:
         """Tokens int64 [n] to what the first layer takes: [normed, residual], each [n, hidden]."""
         with stages.time("linear"):
-            residual = functional.embedding(tokens, self.embedding)
+            residual = self.vocabulary.embed(tokens, self.embedding)
+        if self.mesh.tensor_parallel > 1:
+            with stages.time("communication"):
+                residual = self.mesh.sum_over_tensor_ranks(residual)
         with stages.time("elementwise"):
             return [self.first_norm(residual), residual]
 
     def logits(self, normed: Tensor) -> Tensor:
         """Hidden states after the last norm, [n, hidden], to [n, vocab] in the model's type.
 
+        Collective over the tensor ranks.
+
         Every logit of the engine comes from here, so what is no token is impossible everywhere.
         """
         logits = self.head(normed)
+        if self.mesh.tensor_parallel > 1:
+            logits = self.vocabulary.joined(self.mesh.gather_over_tensor_ranks(logits))
         logits[:, self.num_tokens :].fill_(-torch.inf)
         return logits
 
@@ -174,6 +186,12 @@ class _Loader:
     ) -> Tensor:
         tensor = self._source.read(name, shape, rows, axis)
         return tensor.to(device=self._device, dtype=self._dtype).contiguous()
+
+    def vocabulary(self, name: str) -> Tensor:
+        """This rank's rows of a table of all tokens, filled up with zeros."""
+        config, own = self._config, VocabularyPart.of(self._config.vocab_size, self._mesh)
+        table = self.read(name, (config.vocab_size, config.hidden_size), own.rows)
+        return functional.pad(table, (0, 0, 0, own.size - len(table)))
 
     def norm(self, name: str) -> RMSNorm:
         weight = self.read(name, (self._config.hidden_size,))
