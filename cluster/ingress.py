@@ -18,6 +18,7 @@ from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
 from .metrics import Metrics, render
+from .nodes import metrics_of_node, reading_here
 from .rest import Access, IngressLimits, build_api, read_api_keys
 from .settings import IngressSettings, Settings
 from .streams import listening
@@ -105,12 +106,15 @@ def api_builder(
     """What builds the endpoint within an ingress replica."""
 
     def build() -> FastAPI:
+        folder = metrics_of_node(metrics_directory)
+        with reading_here():
+            tokenizer = Tokenizer(settings.model.files.tokenizer_folder)
         return build_api(
             ingress_limits(settings),
-            Tokenizer(settings.model.files.tokenizer_folder),
+            tokenizer,
             DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
-            Metrics(metrics_directory, "ingress", settings.model.name),
-            partial(render, metrics_directory),
+            Metrics(folder, "ingress", settings.model.name),
+            partial(render, folder),
             access_of(settings.ingress),
         )
 

@@ -20,8 +20,9 @@ from ...engine.messages import Delta, GenerationRequest
 from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
 from ..metrics import Metrics
+from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
-from ..settings import Settings
+from ..settings import Settings, check_model
 from ..tasks import forever
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ class DecodeWorker:
         self._settings = settings
         self._set_threads = partial(torch.set_num_threads, settings.decode.threads)
         self._set_threads()
-        self._sink = Metrics(metrics_directory, "decode", settings.model.name)
-        self._engine: DecodeEngine = make_engine(settings)
+        self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
+        with reading_here():
+            check_model(settings)
+            self._engine: DecodeEngine = make_engine(settings)
         self._pulse = Pulse()
         self._failed = False
         self._requests: dict[str, _Request] = {}

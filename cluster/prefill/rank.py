@@ -91,11 +91,12 @@ class PrefillRank:
 
         from ...engine.parallel.mesh import Mesh
         from ..memory import room_for_prefill
+        from ..nodes import reading_here
 
         # Here, because a thread of its own runs all calls but `flush` and `pulse`.
         torch.set_num_threads(self._settings.prefill.threads_per_rank)
         prefill, device = self._settings.prefill, self._device()
-        with room_for_prefill(self._settings, device, ranks_on_card):
+        with reading_here(), room_for_prefill(self._settings, device, ranks_on_card):
             mesh = Mesh.join(
                 prefill.tensor_parallel,
                 prefill.sequence_parallel,

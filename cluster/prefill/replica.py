@@ -18,6 +18,7 @@ from .. import metrics
 from ..call_errors import as_ours
 from ..messages import PrefillOrder
 from ..metrics import Metrics
+from ..nodes import metrics_of_node
 from ..settings import GangSettings
 from ..streams import beating
 from ..tasks import detached, forever
@@ -66,7 +67,8 @@ class PrefillReplica:
 
     async def __init__(self, settings: GangSettings, metrics_directory: Path) -> None:
         prefill = settings.prefill
-        self._sink = Metrics(metrics_directory, "prefill", settings.model.name, prefill.name)
+        folder = metrics_of_node(metrics_directory)
+        self._sink = Metrics(folder, "prefill", settings.model.name, prefill.name)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
