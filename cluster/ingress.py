@@ -20,7 +20,7 @@ from .messages import Taken
 from .metrics import Metrics, render
 from .nodes import metrics_of_node, reading_here
 from .rest import Access, IngressLimits, build_api, read_api_keys
-from .settings import IngressSettings, Settings
+from .settings import IngressSettings, Settings, check_model
 from .streams import listening
 from .tasks import detached, tell
 
@@ -108,6 +108,7 @@ def api_builder(
     def build() -> FastAPI:
         folder = metrics_of_node(metrics_directory)
         with reading_here():
+            check_model(settings)
             tokenizer = Tokenizer(settings.model.files.tokenizer_folder)
         return build_api(
             ingress_limits(settings),

@@ -22,7 +22,7 @@ from ..leases import RENEWAL_SECONDS, LeaseBook
 from ..metrics import Metrics
 from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
-from ..settings import Settings, check_model
+from ..settings import WorkerSettings
 from ..tasks import forever
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class DecodeWorker:
     name; an id never comes twice, so one that ended stays ended.
     """
 
-    def __init__(self, settings: Settings, metrics_directory: Path) -> None:
+    def __init__(self, settings: WorkerSettings, metrics_directory: Path) -> None:
         # torch is loaded here and not with the module: the replica knows its worker without it.
         import torch
 
@@ -66,7 +66,6 @@ class DecodeWorker:
         self._set_threads()
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         with reading_here():
-            check_model(settings)
             self._engine: DecodeEngine = make_engine(settings)
         self._pulse = Pulse()
         self._failed = False

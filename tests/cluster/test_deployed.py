@@ -32,16 +32,14 @@ def built(arguments: dict[str, Any], folder: Path) -> list[str]:
     return names(application)
 
 
-def names(application: serve.Application) -> list[str]:
-    bound = application._bound_deployment
-    below = [
-        name
-        for argument in bound.init_args
-        for each in (argument if isinstance(argument, list) else [argument])
-        if isinstance(each, serve.Application)
-        for name in names(each)
-    ]
-    return [bound.name, *below]
+def names(bound: Any) -> list[str]:
+    """Of the deployments in what was bound, however deep."""
+    if isinstance(bound, list | tuple):
+        return [name for each in bound for name in names(each)]
+    if not isinstance(bound, serve.Application):
+        return []
+    deployment = bound._bound_deployment
+    return [deployment.name, *names(deployment.init_args)]
 
 
 def test_serve_builds_it_from_a_configuration(tmp_path: Path) -> None:
