@@ -17,7 +17,7 @@ from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
-from .metrics import Metrics, render
+from .metrics import Metrics, ProcessFigures, render
 from .nodes import metrics_of_node, reading_here
 from .rest import Access, IngressLimits, build_api, read_api_keys
 from .settings import IngressSettings, Settings, check_model
@@ -110,11 +110,13 @@ def api_builder(
         with reading_here():
             check_model(settings)
             tokenizer = Tokenizer(settings.model.files.tokenizer_folder)
+        sink = Metrics(folder, "ingress", settings.model.name)
+        ProcessFigures(sink).start()
         return build_api(
             ingress_limits(settings),
             tokenizer,
             DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
-            Metrics(folder, "ingress", settings.model.name),
+            sink,
             partial(render, folder),
             access_of(settings.ingress),
         )

@@ -197,6 +197,27 @@ def config(config: Config) -> None:
     Console().print(explain(load_settings(config)))
 
 
+@app.command()
+def exporter(
+    directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="And its port.")] = 9464,
+) -> None:
+    """Answer Prometheus's scrapes with the figures of this node, until Ctrl-C or SIGTERM.
+
+    Reads what the processes of a cluster leave in DIRECTORY, whether they live or not.
+
+        longreach exporter /var/lib/longreach/metrics --host 0.0.0.0
+    """
+    from ..metrics.exporter import export
+    from .running import end_politely, wait_for_interrupt
+
+    end_politely()
+    server, _ = export(directory, host, port)
+    wait_for_interrupt()
+    server.shutdown()
+
+
 def main() -> None:
     """Run the command line; errors that users can do something about are one line, no trace."""
     try:

@@ -57,7 +57,7 @@ def running_cluster(
     """
     from ..app import ClusterLostError
 
-    _end_politely()
+    end_politely()
     started = time.monotonic()
     loss = _Loss()
     try:
@@ -80,7 +80,7 @@ def deploy_detached(settings: Settings, console: Console, address: str) -> None:
     """Deploy on a Ray cluster that runs already, and leave when the endpoint is ready."""
     from ..deployed import deploy_at
 
-    _end_politely()
+    end_politely()
     started = time.monotonic()
     cluster = deploy_at(address, settings)
     try:
@@ -89,7 +89,7 @@ def deploy_detached(settings: Settings, console: Console, address: str) -> None:
         cluster.leave()
 
 
-def _end_politely() -> None:
+def end_politely() -> None:
     """Asked to end by a supervisor, do as at Ctrl-C, to which background jobs start deaf."""
     for request_to_end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(request_to_end, signal.default_int_handler)
