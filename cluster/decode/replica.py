@@ -117,5 +117,6 @@ class DecodeReplica:
         """The worker cannot go on: its end tells everybody who waits for it."""
         logger.error("the decode worker is lost: %s", error)
         self._lost = True
-        self._sink.add(metrics.LOST)
+        if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
+            self._sink.add(metrics.LOST)
         ray.kill(self._worker)

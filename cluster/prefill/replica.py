@@ -240,7 +240,8 @@ class PrefillReplica:
             return
         logger.error("the prefill gang is lost", exc_info=error)
         self._lost = True
-        self._sink.add(metrics.LOST)
+        if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
+            self._sink.add(metrics.LOST)
         self._wake.set()
         for job in self._jobs.values():
             job.events.put_nowait(UnavailableError(_LOST))
