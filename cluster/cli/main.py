@@ -218,6 +218,24 @@ def exporter(
     server.shutdown()
 
 
+@app.command()
+def drain(
+    directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
+    seconds: Annotated[float, typer.Option(min=1, help="How long it may take.")] = 600.0,
+) -> None:
+    """Have this node of a Ray cluster take no more work, and wait until what it has is done.
+
+    For what runs before a pod is ended (`preStop`). Serve starts the node's replicas elsewhere
+    first, where there is room. Status 1 where something was still under way when time was up.
+
+        longreach drain /var/lib/longreach/metrics --seconds 600
+    """
+    from ..draining import drain_this_node
+
+    if not drain_this_node(directory, seconds):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; errors that users can do something about are one line, no trace."""
     try:
