@@ -27,7 +27,7 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest
+from ..messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
@@ -246,7 +246,9 @@ class Decoder(DecodeEngine):
 
     def _make_sequences(self, reservation: _Reservation, logits: Logits) -> list[_Sequence]:
         request = reservation.request
-        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        sampling = request.sampling
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
             _Sequence(
@@ -254,8 +256,8 @@ class Decoder(DecodeEngine):
                 choice,
                 table,
                 len(request.prompt),
-                Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
-                Detokenizer(self._token_bytes, request.sampling.stop),
+                Sampler(sampling, seed, choice, request.prompt, vocab_size, ends),
+                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
                 logits,
             )
             for choice, table in enumerate(reservation.block_tables)
@@ -280,9 +282,8 @@ class Decoder(DecodeEngine):
         sampling = self._reservations[sequence.request_id].request.sampling
         sequence.next_token = chosen.token_id
         sequence.num_generated += 1
-        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
         reason, text = None, ""
-        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+        if chosen.token_id in self._ends(sampling):
             reason = "stop"
         else:
             text = sequence.detokenizer.push(chosen.token_id)
@@ -293,6 +294,11 @@ class Decoder(DecodeEngine):
         if reason is not None and not sequence.detokenizer.stopped:
             text += sequence.detokenizer.finish()
         return Delta(sequence.choice, text, (chosen,), reason)
+
+    def _ends(self, sampling: SamplingParameters) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ends = () if sampling.ignore_eos else tuple(self._model.config.eos_token_ids)
+        return (*ends, *sampling.stop_token_ids)
 
     def _finish(self, sequence: _Sequence) -> None:
         reservation = self._reservations[sequence.request_id]
