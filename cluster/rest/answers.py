@@ -83,6 +83,7 @@ class AnswerFormat(ABC):
             "model": model_name,
         }
         self._collected: defaultdict[int, _Collected] = defaultdict(_Collected)
+        self._completion_tokens = 0
 
     def collect(self, choice: int, delta: Delta) -> None:
         """Keep a part of an answer that will be sent whole."""
@@ -95,6 +96,7 @@ class AnswerFormat(ABC):
 
     def chunk(self, choice: int, delta: Delta) -> BaseModel | None:
         """One event of a stream, or None when the delta says nothing to a client."""
+        self._completion_tokens += len(delta.tokens)
         says_something = delta.text or delta.finish_reason
         if not says_something and not (self._with_logprobs and delta.tokens):
             return None
@@ -122,19 +124,23 @@ class AnswerFormat(ABC):
     ) -> BaseModel: ...
 
     def _chunk_common(self) -> dict[str, Any]:
+        if self._plan.continuous_usage:
+            return {**self._common, "usage": self._usage(self._completion_tokens)}
         return {**self._common, "usage": None} if self._plan.include_usage else self._common
+
+    def _usage(self, completion_tokens: int) -> CompletionUsage:
+        prompt_tokens = self._plan.prompt_tokens
+        return CompletionUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        )
 
     def _closing(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """Usage, and where the time of each prompt went (an extension of OpenAI's shape)."""
-        completion_tokens = sum(one.completion_tokens for one in finished)
-        prompt_tokens = self._plan.prompt_tokens
         return {
-            "usage": CompletionUsage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
-                prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
-            ),
+            "usage": self._usage(sum(one.completion_tokens for one in finished)),
             "longreach": {"timings": [dataclasses.asdict(one.timings) for one in finished]},
         }
 
