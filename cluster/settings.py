@@ -199,6 +199,19 @@ class GangSettings:
     drain_seconds: float
 
 
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a decode worker needs to know.
+
+    `longest_chunk` is the most tokens that it may get pages of at a time, from any gang.
+    """
+
+    model: ModelSettings
+    decode: DecodeSettings
+    transport: TransportSettings
+    longest_chunk: int
+
+
 def _as_gangs(raw: Any) -> Any:
     """One gang may stand for a list of one."""
     if isinstance(raw, list):
@@ -233,6 +246,16 @@ class Settings(_Section):
                 drain_seconds=self.shutdown.drain_seconds,
             )
             for prefill in self.prefill
+        )
+
+    @property
+    def worker(self) -> WorkerSettings:
+        """For the worker of each decode replica."""
+        return WorkerSettings(
+            model=self.model,
+            decode=self.decode,
+            transport=self.transport,
+            longest_chunk=max(gang.chunk_tokens for gang in self.prefill),
         )
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ WAITS = 1.0
 
 @pytest.fixture
 def worker(tmp_path: Path) -> DecodeWorker:
-    settings = make_settings(1)
+    settings = make_settings(1).worker
     decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
-    made = DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
+    made = DecodeWorker(replace(settings, decode=decode), tmp_path)
     engine_of(made)._pool.memory.zero_()  # nobody hands pages off here
     return made
 
