@@ -22,7 +22,10 @@ class Plan:
     """One HTTP request's work: a request to the engine for each prompt, and how to answer.
 
     The answer's choice index is prompt index × `choices` + the engine's choice. `request_id` is
-    what the client and the logs call it. `continuous_usage`: every chunk says the usage so far.
+    what the client and the logs call it.
+
+    `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
+    events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
     """
 
     answer_id: str
@@ -33,6 +36,8 @@ class Plan:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    return_progress: bool
+    clamped_to: int | None
 
     @property
     def prompt_tokens(self) -> int:
@@ -186,7 +191,8 @@ class Planner:
                 name,
                 "invalid_value",
             )
-        if asked.tokens is not None and asked.tokens > limits.max_output_tokens:
+        too_many = asked.tokens is not None and asked.tokens > limits.max_output_tokens
+        if too_many and not limits.clamp_max_tokens:
             raise invalid(
                 f"{asked.param}: at most {limits.max_output_tokens} are generated for one answer, "
                 f"not {asked.tokens}",
@@ -222,6 +228,7 @@ class Planner:
             )
             for index, prompt in enumerate(prompts)
         )
+        shortest = min(request.sampling.max_tokens for request in requests)
         return Plan(
             answer_id=answer_id,
             request_id=request_id,
@@ -231,10 +238,12 @@ class Planner:
             stream=bool(body.stream),
             include_usage=bool(options.include_usage),
             continuous_usage=bool(options.continuous_usage_stats),
+            return_progress=bool(body.return_progress),
+            clamped_to=shortest if shortest < (asked.tokens or 0) else None,
         )
 
     def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str, least: int) -> int:
-        """What was asked for if it fits, else as many as fit.
+        """What was asked for, or as many as there may be.
 
         Args:
             param: that holds the prompt.
@@ -243,13 +252,15 @@ class Planner:
         if prompt_tokens == 0:
             raise invalid("the prompt is empty; send at least one token", param, "empty_prompt")
         room = self._limits.max_model_len - prompt_tokens
-        if room < (asked.tokens or 1):
+        needed = 1 if self._limits.clamp_max_tokens else asked.tokens or 1
+        if room < needed:
             has, remedy = f"{prompt_tokens} tokens", "shorten the prompt"
             if asked.tokens:
                 has += f" and {asked.tokens} more were asked for"
                 remedy += f" or lower {asked.param}" if room > 0 else ""
             raise self._too_long(has, param, remedy)
-        most = asked.tokens or min(self._limits.max_output_tokens, room)
+        allowed = min(self._limits.max_output_tokens, room)
+        most = min(asked.tokens or allowed, allowed)
         if least > most:
             raise invalid(
                 f"min_tokens: at most {most} are generated here, so not {least} at least",

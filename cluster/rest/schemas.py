@@ -174,6 +174,9 @@ class GenerationBody(_Strict):
     min_tokens: Annotated[Whole, Field(ge=0)] | None = None
     request_id: str | None = None
 
+    # As llama.cpp names it.
+    return_progress: bool | None = None
+
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "GenerationBody":
         if self.stream_options is not None and not self.stream:
