@@ -125,7 +125,8 @@ def api_builder(
 def front_of(settings: Settings) -> ControllerOptions:
     """What has Serve's proxies put our front before this endpoint."""
     limits = settings.limits
-    return controller_options(FrontLimits(limits.max_body_bytes, limits.receive_seconds))
+    origins = settings.ingress.allowed_origins
+    return controller_options(FrontLimits(limits.max_body_bytes, limits.receive_seconds, origins))
 
 
 def access_of(settings: IngressSettings) -> Access:
