@@ -75,10 +75,12 @@ class LimitSettings(_Section):
     """What one request may ask for, and how many may wait at a decode replica for each gang.
 
     `retries`: processes that may die under a request before it is refused; see `attempts`.
+    With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
     """
 
     max_model_len: Count
     max_output_tokens: Count = 4096
+    clamp_max_tokens: bool = True
     max_body_bytes: Count = 64 << 20
     receive_seconds: Positive = 120.0
     max_choices: Count = 8
@@ -148,7 +150,8 @@ class IngressSettings(_Section):
     """The HTTP endpoint. `api_keys_file` has one key a line; without it everybody is welcome.
 
     `allowed_hosts` are names that clients may reach it by, without ports, and `allowed_origins`
-    web pages that may use it. `*` stands for all.
+    web pages that may use it. `*` stands for all. `progress_seconds` and what follows it is what a
+    client that waits gets meanwhile: see `rest.limits.SignsOfLife`.
     """
 
     replicas: Count = 1
@@ -158,6 +161,8 @@ class IngressSettings(_Section):
     allowed_hosts: list[str] = []
     allowed_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")]] = []
     progress_seconds: Annotated[float, Field(gt=0, le=2)] = 1.0
+    empty_delta_seconds: Positive | None = None
+    white_space_seconds: Positive | None = None
 
 
 class TransportSettings(_Section):

@@ -20,6 +20,9 @@ from ..remedies import remedied
 
 logger = logging.getLogger(__name__)
 
+INCONSISTENT = "inconsistent_parameters"
+"""Code of what is refused because of several fields together, each of which is well by itself."""
+
 BUSY_SECONDS = 5
 """After which a client may try again, where nothing says better."""
 

@@ -27,7 +27,7 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest
+from ..messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
@@ -250,6 +250,7 @@ class Decoder(DecodeEngine):
         sampling = request.sampling.seeded()
         assert sampling.seed is not None
         replayed = request.replayed or ((),) * sampling.choices
+        ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
             _Sequence(
@@ -257,8 +258,8 @@ class Decoder(DecodeEngine):
                 choice,
                 table,
                 len(request.prompt),
-                Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size),
-                Detokenizer(self._token_bytes, sampling.stop),
+                Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
+                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
                 logits,
                 replayed[choice],
             )
@@ -285,9 +286,8 @@ class Decoder(DecodeEngine):
         sampling = self._reservations[sequence.request_id].request.sampling
         sequence.next_token = chosen.token_id
         sequence.num_generated += 1
-        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
         reason, text = None, ""
-        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+        if chosen.token_id in self._ends(sampling):
             reason = "stop"
         else:
             text = sequence.detokenizer.push(chosen.token_id)
@@ -298,6 +298,11 @@ class Decoder(DecodeEngine):
         if reason is not None and not sequence.detokenizer.stopped:
             text += sequence.detokenizer.finish()
         return Delta(sequence.choice, text, (chosen,), reason)
+
+    def _ends(self, sampling: SamplingParameters) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ends = () if sampling.ignore_eos else tuple(self._model.config.eos_token_ids)
+        return (*ends, *sampling.stop_token_ids)
 
     def _finish(self, sequence: _Sequence) -> None:
         reservation = self._reservations[sequence.request_id]
