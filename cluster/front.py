@@ -27,6 +27,9 @@ from .rest.middleware import BodyLimit, Failures, RequestIds
 
 # Of Ray Serve: its proxies call the function of this name.
 _HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Of Ray Serve too: seconds between its looks at a proxy. Three that fail, and it starts another;
+# its own 10 s leave the endpoint without one for more than half a minute.
+_PROXY_CHECKS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 # A proxy that Serve starts gets nothing of ours but its environment.
 _LIMITS = "LONGREACH_FRONT_LIMITS"
 _HEADER_SECONDS = 20.0
@@ -46,7 +49,11 @@ class FrontLimits:
 
 def controller_options(limits: FrontLimits) -> ControllerOptions:
     """For `serve.start`: has every proxy call `install`. Proxies keep limits while they live."""
-    environment = {_HOOK: f"{__name__}.install", _LIMITS: json.dumps(asdict(limits))}
+    environment = {
+        _HOOK: f"{__name__}.install",
+        _LIMITS: json.dumps(asdict(limits)),
+        **_PROXY_CHECKS,
+    }
     return ControllerOptions(runtime_env={"env_vars": environment})
 
 

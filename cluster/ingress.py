@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -11,8 +12,11 @@ from ray import serve
 from ray.serve.config import ControllerOptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from ..engine.errors import LongreachError
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.text.tokenizer import Tokenizer
+from . import metrics
+from .attempts import Attempts
 from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
@@ -30,16 +34,37 @@ _Stream = DeploymentResponseGenerator[Taken | list[Event]]
 
 
 class DecodeBackend:
-    """Generates on whichever decode replica Serve's router chooses."""
+    """Generates on whichever decode replica Serve's router chooses, and on another if it dies.
 
-    def __init__(self, decode: DeploymentHandle) -> None:
+    Args:
+        decode: the deployment's handle.
+        retries: as `Attempts` takes them.
+        sink: of the ingress.
+    """
+
+    def __init__(self, decode: DeploymentHandle, retries: int, sink: Metrics) -> None:
         self._decode = decode
+        self._retries, self._sink = retries, sink
         self._streams = decode.options(stream=True)
         self._leases = LeaseKeeper()
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
+        attempts = Attempts(request, self._retries)
+        while True:
+            try:
+                async with aclosing(self._attempt(attempts.request)) as events:
+                    async for event in events:
+                        if (heard := attempts.hear(event)) is not None:
+                            yield heard
+                return
+            except LongreachError as error:
+                seconds = attempts.failed(error)
+            self._sink.add(metrics.REQUEST_RECOVERIES)
+            await asyncio.sleep(seconds)
+
+    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         name = request.request_id
         stream = cast(_Stream, self._streams.generate.remote(request))
         taken, finished = None, False
@@ -110,11 +135,13 @@ def api_builder(
     """What builds the endpoint within an ingress replica."""
 
     def build() -> FastAPI:
+        sink = Metrics(metrics_directory, "ingress", settings.model.name)
+        decode = serve.get_deployment_handle(decode_name, app_name)
         return build_api(
             ingress_limits(settings),
             Tokenizer(settings.model.files.tokenizer_folder),
-            DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
-            Metrics(metrics_directory, "ingress", settings.model.name),
+            DecodeBackend(decode, settings.limits.retries, sink),
+            sink,
             partial(render, metrics_directory),
             access_of(settings.ingress),
         )

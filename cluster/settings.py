@@ -75,6 +75,7 @@ class LimitSettings(_Section):
     """What one request may ask for, and how many may wait at a decode replica for each gang.
 
     With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
+    `retries`: processes that may die under a request before it is refused; see `attempts`.
     """
 
     max_model_len: Count
@@ -85,6 +86,7 @@ class LimitSettings(_Section):
     max_choices: Count = 8
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
 
 
 class PrefillSettings(_Section):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ...engine.errors import (
     InvalidRequestError,
     LongreachError,
+    LostError,
+    NotUpError,
     TransferError,
     UnavailableError,
 )
@@ -108,7 +110,7 @@ class DecodeWorker:
         """Return if it is able to generate.
 
         Raises:
-            UnavailableError: the engine failed in a way that leaves its state unknown.
+            LostError: the engine failed in a way that leaves its state unknown.
         """
         self._check()
 
@@ -120,9 +122,12 @@ class DecodeWorker:
         Raises:
             PromptTooLongError: there will never be enough pages.
             InvalidRequestError: a request of that name is here already.
-            UnavailableError: as `check`, also while waiting; or the request was released.
+            NotUpError: the engine failed before the request came.
+            LostError: it failed while the request waited.
+            UnavailableError: the request was released.
         """
-        self._check()
+        if self._failed:
+            raise NotUpError(_FAILED)
         name = request.request_id
         if name in self._ended:
             raise UnavailableError(_RELEASED)
@@ -173,7 +178,8 @@ class DecodeWorker:
 
         Raises:
             GenerationError: this answer cannot go on.
-            UnavailableError: as `check`, or the request was released; also half-way.
+            LostError: as `check`; also half-way.
+            UnavailableError: the request was released; also half-way.
         """
         self._check()
         request = self._requests.get(request_id)
@@ -223,7 +229,7 @@ class DecodeWorker:
         """Return when a request is released.
 
         Raises:
-            UnavailableError: as `check`, also while waiting.
+            LostError: as `check`, also while waiting.
         """
         if request_id not in self._ended:
             await self._expect(request_id).released.wait()
@@ -262,7 +268,7 @@ class DecodeWorker:
 
     def _check(self) -> None:
         if self._failed:
-            raise UnavailableError(_FAILED)
+            raise LostError(_FAILED)
 
     def _fail(self, error: BaseException) -> None:
         """Refuse whatever comes from now on, and end whatever waits, wherever it does."""
@@ -270,9 +276,9 @@ class DecodeWorker:
             return
         logger.error("the decode engine failed", exc_info=error)
         self._failed = True
-        self._admission.refuse_all(UnavailableError(_FAILED))
+        self._admission.refuse_all(LostError(_FAILED))
         for request in self._requests.values():
-            request.events.put_nowait(UnavailableError(_FAILED))
+            request.events.put_nowait(LostError(_FAILED))
             request.released.set()
 
     def _report(self) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
+from ...engine.errors import (
+    LongreachError,
+    LostError,
+    NotUpError,
+    OutOfMemoryError,
+    TransferError,
+    UnavailableError,
+)
 from ...engine.messages import Prefilled, Progress
 from ...kernels.page_size import pages_for
 from .. import metrics
@@ -95,7 +102,7 @@ class PrefillReplica:
         the chunk that is being computed.
         """
         if self._lost:
-            raise UnavailableError(_LOST)
+            raise NotUpError(_LOST)
         job = _Job(order, ray.put(order.request.prompt), asyncio.Queue())
         self._jobs[job.name] = job
         following = detached(self._follow(job))
@@ -232,7 +239,7 @@ class PrefillReplica:
         self._lost = True
         self._wake.set()
         for job in self._jobs.values():
-            job.events.put_nowait(UnavailableError(_LOST))
+            job.events.put_nowait(LostError(_LOST))
         self._gang.kill()
 
     def _report(self) -> None:

@@ -9,7 +9,6 @@ tokens of one answer cannot depend on what else is in the batch.
 """
 
 import math
-import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,11 +20,6 @@ Logits = npt.NDArray[np.float32]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
 _DAMAGED = "the model's logits are not finite; its KV pages are damaged"
-
-
-def fresh_seed() -> int:
-    """A seed for a request that brought none."""
-    return secrets.randbits(64)
 
 
 def best_token(logits: Logits) -> ChosenToken:
@@ -118,6 +112,15 @@ class Sampler:
             logprob=float(logits[token]) - normalizer,
             top=_top_logprobs(logits, normalizer, self._sampling.top_logprobs or 0),
         )
+
+    def repeat(self, token: int) -> ChosenToken:
+        """Choose a token that was chosen before in this place, and leave what follows as it was."""
+        if self._sampling.temperature != 0:
+            self._generator.random()
+        self._chosen += 1
+        if self._penalties is not None:
+            self._penalties.count(token)
+        return ChosenToken(token, math.nan)
 
     def _adjusted(self, logits: Logits) -> Logits:
         """Logits with bias and penalties, without ends that are too early; copied where changed."""
