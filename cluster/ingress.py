@@ -21,9 +21,10 @@ from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
-from .metrics import Metrics, render
+from .metrics import Metrics, ProcessFigures, render
+from .nodes import metrics_of_node, reading_here
 from .rest import Access, IngressLimits, SignsOfLife, build_api, read_api_keys
-from .settings import IngressSettings, Settings
+from .settings import IngressSettings, Settings, check_model
 from .streams import listening
 from .tasks import detached, tell
 
@@ -135,14 +136,19 @@ def api_builder(
     """What builds the endpoint within an ingress replica."""
 
     def build() -> FastAPI:
-        sink = Metrics(metrics_directory, "ingress", settings.model.name)
+        folder = metrics_of_node(metrics_directory)
+        with reading_here():
+            check_model(settings)
+            tokenizer = Tokenizer(settings.model.files.tokenizer_folder)
+        sink = Metrics(folder, "ingress", settings.model.name)
+        ProcessFigures(sink).start()
         decode = serve.get_deployment_handle(decode_name, app_name)
         return build_api(
             ingress_limits(settings),
-            Tokenizer(settings.model.files.tokenizer_folder),
+            tokenizer,
             DecodeBackend(decode, settings.limits.retries, sink),
             sink,
-            partial(render, metrics_directory),
+            partial(render, folder),
             access_of(settings.ingress),
         )
 

@@ -74,8 +74,8 @@ class ModelSettings(_Section):
 class LimitSettings(_Section):
     """What one request may ask for, and how many may wait at a decode replica for each gang.
 
-    With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
     `retries`: processes that may die under a request before it is refused; see `attempts`.
+    With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
     """
 
     max_model_len: Count
@@ -377,6 +377,17 @@ def load_settings(path: Path) -> Settings:
         ConfigurationError: the file is missing, is not YAML, or describes what cannot run.
         CheckpointError: the model's folder cannot be served.
     """
+    settings = read_settings(path)
+    check_model(settings)
+    return settings
+
+
+def read_settings(path: Path) -> Settings:
+    """Read and check a configuration; the checkpoint may lie elsewhere, and is not looked at.
+
+    Raises:
+        ConfigurationError: the file is missing, is not YAML, or describes what cannot run.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -390,9 +401,7 @@ def load_settings(path: Path) -> Settings:
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
         raise ConfigurationError(f"{path} is not valid YAML: {said}") from error
-    settings = parse_settings(raw, str(path))
-    check_model(settings)
-    return settings
+    return parse_settings(raw, str(path))
 
 
 def parse_settings(raw: Any, source: str = "configuration") -> Settings:

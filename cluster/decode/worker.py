@@ -21,7 +21,8 @@ from ...engine.errors import (
 from ...engine.messages import Delta, GenerationRequest
 from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
-from ..metrics import Metrics
+from ..metrics import Metrics, ProcessFigures
+from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
 from ..tasks import forever
@@ -65,8 +66,10 @@ class DecodeWorker:
         self._settings = settings
         self._set_threads = partial(torch.set_num_threads, settings.decode.threads)
         self._set_threads()
-        self._sink = Metrics(metrics_directory, "decode", settings.model.name)
-        self._engine: DecodeEngine = make_engine(settings)
+        self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
+        ProcessFigures(self._sink).start()
+        with reading_here():
+            self._engine: DecodeEngine = make_engine(settings)
         self._pulse = Pulse()
         self._failed = False
         self._requests: dict[str, _Request] = {}
@@ -243,6 +246,7 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(RENEWAL_SECONDS)
             lapsed = self._leases.tick()
+            self._sink.add(metrics.LEASES_LAPSED, len(lapsed))
             for request_id in lapsed:
                 logger.warning("request %s is released: no ingress wants it", request_id)
             await asyncio.gather(*map(self.release, lapsed))

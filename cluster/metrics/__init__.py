@@ -10,15 +10,20 @@ nothing depends on the environment, on import order or on a process-wide registr
 """
 
 from .exposition import CONTENT_TYPE, render
+from .process import ProcessFigures
 from .vocabulary import (
+    BUILD_INFO,
     COMMON_LABELS,
     DECODE_STEP_TIME,
     E2E_REQUEST_LATENCY,
     GENERATION_TOKENS,
     HANDOFF_BYTES,
+    HANDOFF_FAILURES,
     INTER_CHUNK_LATENCY,
     INTER_TOKEN_LATENCY,
     KV_CACHE_USAGE,
+    LEASES_LAPSED,
+    LOST,
     NUM_REQUESTS_RUNNING,
     NUM_REQUESTS_WAITING,
     NUM_SEQUENCES_WAITING,
@@ -26,7 +31,13 @@ from .vocabulary import (
     PREFILL_STAGE_SECONDS,
     PREFILL_TOKENS,
     PREFILL_TOKENS_PER_SECOND,
+    PROCESS_CPU_SECONDS,
+    PROCESS_OPEN_FILES,
+    PROCESS_RESIDENT_BYTES,
+    PROCESS_START_TIME,
+    PROCESSES,
     PROMPT_TOKENS,
+    PROMPT_TOKENS_WAITING,
     RANK_SKEW,
     REQUEST_HANDOFF_TIME,
     REQUEST_PREFILL_TIME,
