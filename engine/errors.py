@@ -400,6 +400,25 @@ class UnavailableError(LongreachError):
     """A part of the cluster died or is not up yet; the same request may be sent again."""
 
 
+class LostError(UnavailableError):
+    """A process died, or hung, with a request under way. It can be begun again in another one."""
+
+
+class NotUpError(UnavailableError):
+    """What would take a request is not up, or not again yet. It has not been begun."""
+
+
+@dataclass(eq=False)
+class PoisonousError(FactualError):
+    """So many processes died under a request, one after the other, that it may have killed them."""
+
+    deaths: int
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.deaths} processes died while they served the request; it is not tried again"
+
+
 class CancelledElsewhereError(UnavailableError):
     """A request was cancelled, and not by whoever runs it."""
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ...engine.errors import LongreachError
+from ...engine.errors import ConfigurationError, LongreachError
 from ...engine.text.files import read_text
 from ..remedies import remedied
 from .commands import Commands
@@ -54,22 +54,45 @@ def longreach() -> None:
 
 
 @app.command()
-def serve(config: Config) -> None:
+def serve(
+    config: Config,
+    address: Annotated[
+        str | None,
+        typer.Option(help='Of a Ray cluster that runs already: "auto", or HOST:PORT of its GCS.'),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="With --address: leave it there once it is ready.")
+    ] = False,
+) -> None:
     """Start the cluster of CONFIG and keep it up until Ctrl-C or SIGTERM.
 
     Accepted requests are finished before it stops, up to `shutdown.drain_seconds`, at Ctrl-C and
     at SIGTERM; a second one does not wait. Should Ray break down under it, it ends every process
     of the cluster and itself, with status 1. See `longreach config CONFIG` for what it would start.
 
-        longreach serve configs/laptop.yaml
-    """
-    from ..settings import load_settings
-    from .demo import show_urls
-    from .running import running_cluster, wait_for_interrupt
+    With `--address` the application is deployed on that Ray cluster, in place of the one that is
+    there, which finishes what it has accepted. Ray itself stays.
 
+        longreach serve configs/laptop.yaml
+
+        longreach serve configs/laptop.yaml --address auto --detach
+    """
+    from ..settings import load_settings, read_settings
+    from .demo import show_urls
+    from .running import deploy_detached, running_cluster, wait_for_interrupt
+
+    if detach and address is None:
+        raise ConfigurationError(
+            "a cluster of this machine alone ends with this command; leave --detach out, or name a "
+            "Ray cluster with --address"
+        )
     console = Console()
-    settings = load_settings(config)
-    with running_cluster(settings, console) as cluster:
+    # The checkpoint of a cluster of several machines need not lie on this one.
+    settings = load_settings(config) if address is None else read_settings(config)
+    if detach and address is not None:
+        deploy_detached(settings, console, address)
+        return
+    with running_cluster(settings, console, address) as cluster:
         show_urls(cluster.url, settings.model.name, console)
         wait_for_interrupt()
 
@@ -172,6 +195,45 @@ def config(config: Config) -> None:
     from .explain import explain
 
     Console().print(explain(load_settings(config)))
+
+
+@app.command()
+def exporter(
+    directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="And its port.")] = 9464,
+) -> None:
+    """Answer Prometheus's scrapes with the figures of this node, until Ctrl-C or SIGTERM.
+
+    Reads what the processes of a cluster leave in DIRECTORY, whether they live or not.
+
+        longreach exporter /var/lib/longreach/metrics --host 0.0.0.0
+    """
+    from ..metrics.exporter import export
+    from .running import end_politely, wait_for_interrupt
+
+    end_politely()
+    server, _ = export(directory, host, port)
+    wait_for_interrupt()
+    server.shutdown()
+
+
+@app.command()
+def drain(
+    directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
+    seconds: Annotated[float, typer.Option(min=1, help="How long it may take.")] = 600.0,
+) -> None:
+    """Have this node of a Ray cluster take no more work, and wait until what it has is done.
+
+    For what runs before a pod is ended (`preStop`). Serve starts the node's replicas elsewhere
+    first, where there is room. Status 1 where something was still under way when time was up.
+
+        longreach drain /var/lib/longreach/metrics --seconds 600
+    """
+    from ..draining import drain_this_node
+
+    if not drain_this_node(directory, seconds):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ def linear(x: NarrowRows, weight: Tensor, scales: Tensor, bias: Tensor | None = 
 
 
 def _library_takes_blocks(weight: Tensor) -> bool:
-    """Whether its product has scales by blocks here: on Hopper alone, and for whole fours of them."""
+    """Whether its product has scales by blocks: on Hopper alone, and for whole fours of them."""
     outputs, inputs = weight.shape
     whole = outputs % BLOCK == 0 and inputs % (4 * BLOCK) == 0
     return whole and weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9

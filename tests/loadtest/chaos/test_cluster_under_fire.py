@@ -12,7 +12,7 @@ import yaml
 from longreach.loadtest.chaos.scenarios import choose
 from longreach.loadtest.chaos.suite import Plan, Result, run
 
-from ..prometheus import free_port
+from ...prometheus import free_port
 
 REPLACED = (
     "kill-rank-prefill",
