@@ -11,13 +11,16 @@ from typing import Any, cast
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from ...engine.errors import QueueFullError, UnavailableError
+from ...engine.errors import NotUpError, QueueFullError, UnavailableError
 from ...engine.messages import Event, GenerationRequest
+from .. import metrics
 from ..call_errors import CallError, as_ours
 from ..messages import Taken
+from ..metrics import Metrics
+from ..nodes import metrics_of_node
 from ..pulse import Allowance, watch
 from ..router import PrefillRouter
-from ..settings import Settings
+from ..settings import WorkerSettings
 from ..streams import beating
 from ..tasks import forever
 from .request_life import RequestLife, State
@@ -32,13 +35,23 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeReplica:
-    """A Serve deployment. Its worker, which holds the pages, lives and dies with it."""
+    """A Serve deployment. Its worker, which holds the pages, lives and dies with it.
+
+    Args:
+        gangs: as `PrefillRouter` takes them.
+        most_waiting: requests for one gang before more are refused.
+    """
 
     async def __init__(
-        self, settings: Settings, metrics_directory: Path, prefill: list[DeploymentHandle]
+        self,
+        settings: WorkerSettings,
+        metrics_directory: Path,
+        gangs: list[tuple[int, DeploymentHandle]],
+        most_waiting: int,
     ) -> None:
-        self._router = PrefillRouter(settings, prefill)
-        self._most_waiting = settings.limits.max_queued_requests
+        self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
+        self._router = PrefillRouter(gangs)
+        self._most_waiting = most_waiting
         self._lives: set[RequestLife] = set()
         self._lost = False
         self._worker_id = f"longreach-decode-{uuid.uuid4().hex}"
@@ -85,7 +98,7 @@ class DecodeReplica:
 
     def _begin(self, request: GenerationRequest) -> RequestLife:
         if self._lost:
-            raise UnavailableError(_LOST)
+            raise NotUpError(_LOST)
         prefill = self._router.gang_for(len(request.prompt))
         lives = [life for life in self._lives if life.prefill is prefill]
         waiting = sum(life.state is State.WAITING for life in lives)
@@ -104,4 +117,6 @@ class DecodeReplica:
         """The worker cannot go on: its end tells everybody who waits for it."""
         logger.error("the decode worker is lost: %s", error)
         self._lost = True
+        if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
+            self._sink.add(metrics.LOST)
         ray.kill(self._worker)

@@ -13,7 +13,7 @@ import torch
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..errors import DoesNotFitError, MemoryNeeds, Phase
 from ..kv.pages import PageGeometry
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, WeightFormat
 from ..model.heads import RankHeads
 
 _RESERVE_BYTES = 1 << 30
@@ -25,6 +25,9 @@ _WINDOW_TOKENS = 32768
 """Rows that one selection is for; see `prefill.sparsity`."""
 _FULL_ROWS, _PIECES = 256, 16
 """At most so many rows attend in full, to keys in so many pieces whose results are merged."""
+_SCALE_BYTES = 4
+_MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+"""Of a layer's four products, each by the name of what is in it; others in it are kept alike."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -36,7 +39,7 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """The matrices of one tensor rank, in numbers of `itemsize` bytes.
+    """The matrices of one tensor rank, in numbers of `itemsize` bytes, or of one where `kept` so.
 
     Norms and biases are nothing beside them.
     """
@@ -44,6 +47,7 @@ class Weights:
     config: ModelConfig
     itemsize: int = 2
     tensor_parallel: int = 1
+    kept: WeightFormat = "auto"
 
     @property
     def heads(self) -> RankHeads:
@@ -73,13 +77,28 @@ class Weights:
         return sum(outputs * inputs for outputs, inputs in self.products)
 
     @property
+    def narrow(self) -> bool:
+        """Whether layers are kept in 8 bits, as far as they can be."""
+        return self.kept == "fp8" or self.config.quantization is not None
+
+    @property
+    def layers_bytes(self) -> int:
+        """Of all layers' matrices, with their scales."""
+        return sum(
+            outputs * (inputs + _SCALE_BYTES)
+            if self.config.keeps_narrow(f"model.layers.{layer}.{module}", self.kept)
+            else outputs * inputs * self.itemsize
+            for layer in range(self.config.num_layers)
+            for module, (outputs, inputs) in zip(_MODULES, self.products, strict=True)
+        )
+
+    @property
     def num_bytes(self) -> int:
         """Of layers, and of this rank's part of embedding and head."""
         config = self.config
         tables = 1 if config.tie_word_embeddings else 2
         tokens = -(-config.vocab_size // self.tensor_parallel)
-        elements = config.num_layers * self.layer_elements
-        return (elements + tables * tokens * config.hidden_size) * self.itemsize
+        return self.layers_bytes + tables * tokens * config.hidden_size * self.itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -164,6 +183,7 @@ class Fit(ABC):
             free_bytes=self.own_free,
             processes=self.processes,
             quantized=self.geometry.quantized,
+            narrow=self.weights.narrow,
         )
 
     def _bytes_of_a_layer(self, pages: int) -> int:

@@ -2,9 +2,15 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from ...kernels.narrow import NarrowRows, Rows
+
+T = TypeVar("T", bound=Rows)
+Result = TypeVar("Result")
 
 _CPU_ROWS = 2048
 """Whole blocks of 128. What a whole chunk leaves in between would outgrow a CPU's caches."""
@@ -36,29 +42,29 @@ class RowSteps:
         step = -(-num_rows // (turns * _BLOCK)) * _BLOCK
         return cls(tuple(slice(row, min(row + step, num_rows)) for row in range(0, num_rows, step)))
 
-    def map(self, function: Callable[[slice], tuple[Tensor, ...]]) -> list[Tensor]:
+    def map(self, function: Callable[[slice], tuple[T, ...]]) -> list[T]:
         """Call a function that computes some rows, step by step, and join its results."""
-        return _joined([function(rows) for rows in self.slices])
+        return _all_joined([function(rows) for rows in self.slices])
 
     def map_in_turns(
-        self, function: Callable[[slice], Generator[None, None, tuple[Tensor, ...]]]
-    ) -> list[Tensor]:
+        self, function: Callable[[slice], Generator[None, None, tuple[T, ...]]]
+    ) -> list[T]:
         """As `map`, but where one step yields, because it waits for others, the next goes on.
 
         All yield as often as each other.
         """
         under_way = [function(rows) for rows in self.slices]
-        parts: list[tuple[Tensor, ...]] = []
+        parts: list[tuple[T, ...]] = []
         while not parts:
             for each in under_way:
                 try:
                     next(each)
                 except StopIteration as ended:
                     parts.append(ended.value)
-        return _joined(parts)
+        return _all_joined(parts)
 
 
-def finished(work: Generator[None, None, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def finished(work: Generator[None, None, Result]) -> Result:
     """Run what may be done in turns from its beginning to its end."""
     while True:
         try:
@@ -67,14 +73,21 @@ def finished(work: Generator[None, None, tuple[Tensor, ...]]) -> tuple[Tensor, .
             return ended.value
 
 
-def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+def _all_joined(parts: Sequence[tuple[T, ...]]) -> list[T]:
     if len(parts) == 1:
         return list(parts[0])
-    joined: dict[int, Tensor] = {}  # Results that are one tensor stay one.
+    joined: dict[int, T] = {}  # Results that are one object stay one.
     for results in zip(*parts, strict=True):
         if id(results[0]) not in joined:
-            joined[id(results[0])] = torch.cat(results)
+            joined[id(results[0])] = _joined(results)
     return [joined[id(result)] for result in parts[0]]
+
+
+def _joined(parts: Sequence[T]) -> T:
+    """Rows of the same kind, one after the other."""
+    if isinstance(parts[0], NarrowRows):
+        return cast(T, NarrowRows.joined(cast(Sequence[NarrowRows], parts)))
+    return cast(T, torch.cat(cast(list[Tensor], list(parts))))
 
 
 ALL_ROWS = RowSteps((slice(None),))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels import dual_chunk, quantized, sparse
 from ...kernels.dual_chunk import BLOCK_ROWS, LastRow, QueryBlocks, SegmentQueries
+from ...kernels.narrow import Rows
 from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
@@ -106,7 +107,7 @@ class ChunkAttention(Attention[ChunkQueries]):
         if sparsity is not None and rows.length > sparsity.threshold:
             self._sparse = SparseChunk.of(self._model, sparsity, rows, self._scale, stages)
 
-    def write(self, layer: Layer, normed: Tensor) -> ChunkQueries:
+    def write(self, layer: Layer, normed: Rows) -> ChunkQueries:
         """Write this rank's K and V, and begin to exchange them beside the queries' products."""
         shared = None
         if self._sparse is not None:
@@ -120,7 +121,7 @@ class ChunkAttention(Attention[ChunkQueries]):
         rotated = steps.map(lambda rows: self._project_queries(layer, normed, rows))
         return ChunkQueries(SegmentQueries(*rotated), shared, gathered)
 
-    def write_keys_values(self, layer: Layer, normed: Tensor) -> None:
+    def write_keys_values(self, layer: Layer, normed: Rows) -> None:
         """As `write`, for a layer of which no one wants all queries; pages are complete then."""
         self._complete_pages(layer.number, self._begin_pages(layer, normed))
 
@@ -145,7 +146,7 @@ class ChunkAttention(Attention[ChunkQueries]):
             self._sparse.last.attend(shared, pages, attended)
         return attended
 
-    def attend_last(self, layer: Layer, normed: Tensor) -> Tensor:
+    def attend_last(self, layer: Layer, normed: Rows) -> Tensor:
         """Attention of the prompt's last row, [1, heads, d] on every rank; collective."""
         row = range(self._rows.length - 1, self._rows.length)
         held = self._rows.positions.numpy()
@@ -158,7 +159,7 @@ class ChunkAttention(Attention[ChunkQueries]):
             shared = queries.wait()
         return attention.attend(shared, self._readable_pages(layer.number))
 
-    def _project(self, layer: Layer, normed: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: Layer, normed: Rows, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Write K and V of some of this rank's rows; their queries under three rotations."""
         with self._stages.time("linear"):
             q, k, v = layer.project(normed[rows])
@@ -166,7 +167,7 @@ class ChunkAttention(Attention[ChunkQueries]):
         return self._rotate(q, rows)
 
     def _project_queries(
-        self, layer: Layer, normed: Tensor, rows: slice
+        self, layer: Layer, normed: Rows, rows: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
         with self._stages.time("linear"):
             q = layer.queries(normed[rows])
@@ -177,7 +178,7 @@ class ChunkAttention(Attention[ChunkQueries]):
             queries = self._rows.rotations.rows(rows).rotate(q)
         return queries.intra, queries.successive, queries.inter
 
-    def _begin_pages(self, layer: Layer, normed: Tensor) -> Pending[Tensor] | None:
+    def _begin_pages(self, layer: Layer, normed: Rows) -> Pending[Tensor] | None:
         """Write K and V of this rank's rows, and begin to exchange them."""
         for rows in self._rows.steps.slices:
             with self._stages.time("linear"):
@@ -250,7 +251,7 @@ class AttendedAlready(Attention[None]):
 
     attended: Tensor
 
-    def write(self, layer: Layer, normed: Tensor) -> None:
+    def write(self, layer: Layer, normed: Rows) -> None:
         """K and V are written."""
 
     def attend(self, layer: Layer, queries: None) -> Tensor:

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...kernels.narrow import Rows
 from ...kernels.pages import BlockTable
 from ...kernels.transfer import without_waiting
 from ..kv.hand_off import HandOff
@@ -90,7 +91,7 @@ class _Chunk:
             return self.rows.steps
         return RowSteps.in_turns(len(self.rows.positions), self.parts.model.device)
 
-    def _run_last_layer(self, normed: Tensor, residual: Tensor) -> Tensor | None:
+    def _run_last_layer(self, normed: Rows, residual: Rows) -> Tensor | None:
         """Logits [vocab] after the prompt's last token, None before its end.
 
         Of the last layer only K and V are wanted, and the prompt's last row.
@@ -106,7 +107,7 @@ class _Chunk:
         with self.stages.time("communication"):
             return model.mesh.sum_over_sequence_ranks(logits)
 
-    def _last_logits(self, attended: Tensor, hidden: list[Tensor]) -> Tensor:
+    def _last_logits(self, attended: Tensor, hidden: list[Rows]) -> Tensor:
         """Logits float32 [vocab] of one row, [1, heads, d], whose hidden states are [1, hidden]."""
         model = self.parts.model
         model.layers[-1].forward(hidden, AttendedAlready(attended), stages=self.stages)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...kernels.narrow import Rows
 from ...kernels.transfer import without_waiting
 from ..model.layer import Layer
 from ..model.qwen2 import Qwen2
@@ -31,7 +32,7 @@ class SharedRows:
             without_waiting(torch.from_numpy(each), model.device) for each in (rows, own)
         )
 
-    def begin(self, layer: Layer, normed: Tensor) -> Pending[Tensor]:
+    def begin(self, layer: Layer, normed: Rows) -> Pending[Tensor]:
         """Their queries, not rotated, [rows, heads, d], beside computing; collective.
 
         They are projected once more here, by whichever ranks hold them: so few rows cost nothing.
@@ -41,9 +42,10 @@ class SharedRows:
         """
         if self._model.mesh.sequence_parallel == 1:
             return Pending(layer.queries(normed[self._rows]))
-        every = normed.new_zeros(
-            len(self._positions), self._model.heads.num_heads, self._model.config.head_dim
-        )
+        every = torch.zeros(
+            len(self._positions), self._model.heads.num_heads, self._model.config.head_dim,
+            dtype=self._model.dtype, device=self._model.device,
+        )  # fmt: skip
         if self._held_here:
             every.index_copy_(0, self._places, layer.queries(normed[self._rows]))
         # Each row is 0 on every rank but one, so a sum is an exchange.

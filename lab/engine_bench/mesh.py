@@ -124,16 +124,18 @@ def _case(options: Options, tensor: int, sequence: int) -> MeshCase:
         sizes.append(options.rank_tokens * sequence)
     return MeshCase(
         tensor, sequence, options.files, "sparse" in options.attentions, options.kv_cache,
-        options.tokens[-1], tuple(dict.fromkeys(sizes)), options.seed,
+        options.tokens[-1], tuple(dict.fromkeys(sizes)), options.seed, options.kept,
     )  # fmt: skip
 
 
 def _check(options: Options, case: MeshCase) -> None:
     """Refuse what cannot run before anything does."""
     config = ModelConfig.from_folder(options.files.folder)
-    weights = Weights(config, torch.bfloat16.itemsize, case.tensor_parallel)
-    kept = KV_CACHE_TYPES[case.kv_cache]
-    geometry = PageGeometry(config.num_layers, weights.heads.num_kv_heads, config.head_dim, kept)
+    weights = Weights(config, torch.bfloat16.itemsize, case.tensor_parallel, case.kept)
+    pages_as = KV_CACHE_TYPES[case.kv_cache]
+    geometry = PageGeometry(
+        config.num_layers, weights.heads.num_kv_heads, config.head_dim, pages_as
+    )
     sparsity = SparsityConfig.from_folder(options.files.folder) if case.sparse else None
     if not torch.cuda.is_available():
         return

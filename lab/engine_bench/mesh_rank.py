@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...engine.kv.pages import PageGeometry, PagePool
+from ...engine.model.config import WeightFormat
 from ...engine.model.files import ModelFiles
 from ...engine.model.load import load_model
 from ...engine.parallel.mesh import Mesh
@@ -35,6 +36,7 @@ class MeshCase:
     tokens: int
     chunk_tokens: tuple[int, ...]
     seed: int
+    kept: WeightFormat
 
     @property
     def num_ranks(self) -> int:
@@ -73,7 +75,7 @@ def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
         backend="nccl" if apart else "gloo",
     )  # fmt: skip
     communicators = _communicator_bytes(mesh, device)
-    model = load_model(case.files, mesh, torch.bfloat16, device, case.seed)
+    model = load_model(case.files, mesh, torch.bfloat16, device, case.seed, case.kept)
     geometry = _kept_as(model.page_geometry, case.kv_cache)
     pool = PagePool(geometry, pages_for(case.tokens), device)
     pool.clear()

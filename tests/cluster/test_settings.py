@@ -60,6 +60,16 @@ def test_pages_are_alike_where_processes_compute_in_types_of_their_own(raw: dict
     assert parse_settings(raw).model.pages_kept_as == "auto"
 
 
+def test_weights_of_8_bits_on_gpus_want_bfloat16(raw: dict[str, Any]) -> None:
+    raw["model"] |= {"weights": "fp8", "dtype": "float16"}
+    assert parse_settings(raw).model.weights == "fp8"
+    raw["decode"]["gpus"] = 1.0
+    with pytest.raises(ConfigurationError, match=r"model\.weights fp8 .* float16"):
+        parse_settings(raw)
+    raw["model"]["dtype"] = "auto"
+    assert parse_settings(raw).model.weights == "fp8"
+
+
 def test_gpus_want_pages_in_the_models_type() -> None:
     raw = yaml.safe_load((LAPTOP.parent / "one-gpu.yaml").read_text())
     raw["model"] |= {"dtype": "float32", "kv_cache_dtype": "bfloat16"}
@@ -266,6 +276,7 @@ def test_files_that_say_nothing_are_refused_by_name(tmp_path: Path, content: byt
 @pytest.fixture
 def two_gangs(raw: dict[str, Any]) -> dict[str, Any]:
     short = {"name": "short", "max_prompt_tokens": 8192, "kv_cache_tokens": 65536}
+    short["chunk_tokens"] = 65_536
     return raw | {"prefill": [short, {"name": "long", **raw["prefill"]}]}
 
 
@@ -279,6 +290,7 @@ def test_gangs_are_listed_in_the_order_of_the_lengths_that_they_take(
     several = parse_settings(two_gangs)
     assert [gang.max_prompt_tokens for gang in several.gangs] == [8192, longest]
     assert [gang.prefill.name for gang in several.gangs] == ["short", "long"]
+    assert several.worker.longest_chunk == 65_536
     check_model(several)
 
 

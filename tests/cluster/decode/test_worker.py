@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.decode.worker import DecodeWorker
+from longreach.cluster.leases import RENEWAL_SECONDS, TICKS_WITHOUT_RENEWAL
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import (
@@ -28,15 +30,16 @@ from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from ..conftest import make_settings
 
+LEASE = RENEWAL_SECONDS * TICKS_WITHOUT_RENEWAL
 WAITS = 1.0
 """Seconds after which something that waits is taken to wait for good."""
 
 
 @pytest.fixture
 def worker(tmp_path: Path) -> DecodeWorker:
-    settings = make_settings(1)
+    settings = make_settings(1).worker
     decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
-    made = DecodeWorker(settings.model_copy(update={"decode": decode}), tmp_path)
+    made = DecodeWorker(replace(settings, decode=decode), tmp_path)
     engine_of(made)._pool.memory.zero_()  # nobody hands pages off here
     return made
 
@@ -77,8 +80,8 @@ def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Ex
 
 
 async def ended(calls: list[Awaitable[object]]) -> list[object]:
-    """What each call came to; waiting for good is a failure."""
-    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10 * WAITS)
+    """What each call came to; waiting for good is a failure, and so is being ended by a lease."""
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), LEASE / 2)
 
 
 def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
