@@ -38,9 +38,10 @@ def heaviest(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> Co
     """The `counts[line]` heaviest of each line, or all where it has less.
 
     Args:
-        weights: float32 [lines, n], rows may be apart; not negative, or -1 for none.
-        places: theirs, int32 [lines, n] and rising, NOTHING aside; or that of the first, where they
-            are neighbours.
+        weights: float32 [lines, n], or in parts that follow one another, [parts, lines, n]; rows
+            may be apart. Not negative, or -1 for none.
+        places: theirs, int32 and rising, NOTHING aside, with the same strides; or that of the
+            first, where they are neighbours.
     """
     if weights.is_cuda:
         from . import triton_heaviest
@@ -51,6 +52,9 @@ def heaviest(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> Co
 
 
 def _portable(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> ColumnCandidates:
+    if weights.dim() == 3:
+        weights = weights.transpose(0, 1).flatten(1)
+        places = places if isinstance(places, int) else places.transpose(0, 1).flatten(1)
     most = min(max(counts), weights.shape[1])
     values, order = weights.topk(most)
     rank = torch.arange(most, device=weights.device)
@@ -65,4 +69,4 @@ def _portable(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> C
 @lru_cache(maxsize=1024)
 def on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Kept, so that a layer copies its budgets to the device once."""
-    return torch.tensor(counts, device=device)
+    return torch.tensor(counts, dtype=torch.int32, device=device)

@@ -24,6 +24,10 @@ def numbers(kind: str, lines: int, n: int) -> Tensor:
     return torch.where(torch.rand(lines, n, generator=generator) < 0.1, -1.0, drawn)
 
 
+def counts(of: list[int]) -> Tensor:
+    return torch.tensor(of, dtype=torch.int32, device=DEVICE)
+
+
 def expected(weights: Tensor, count: int) -> list[int]:
     order = sorted(range(len(weights)), key=lambda place: (-float(weights[place]), place))
     return sorted(place for place in order[:count] if weights[place] >= 0)
@@ -33,9 +37,7 @@ def expected(weights: Tensor, count: int) -> list[int]:
 @pytest.mark.parametrize("n", [1, 700, 4097])
 def test_triton_takes_the_first_of_the_heaviest(kind: str, n: int) -> None:
     weights = numbers(kind, len(COUNTS), n)
-    values, places = triton_heaviest.heaviest(
-        weights.to(DEVICE), 30, torch.tensor(COUNTS, device=DEVICE), max(COUNTS)
-    )
+    values, places = triton_heaviest.heaviest(weights.to(DEVICE), 30, counts(COUNTS), max(COUNTS))
     assert places.shape == values.shape == (len(COUNTS), max(COUNTS))
     for line, count in enumerate(COUNTS):
         wanted = expected(weights[line], count)
@@ -51,7 +53,7 @@ def test_triton_takes_places_from_a_table_and_rows_that_are_apart() -> None:
     table = torch.arange(15000, dtype=torch.int32).view(3, 5000) * 2
     values, places = triton_heaviest.heaviest(
         weights.to(DEVICE)[:, 40:], table.to(DEVICE)[:, 40:],
-        torch.tensor([9, 9, 9], device=DEVICE), 9,
+        counts([9, 9, 9]), 9,
     )  # fmt: skip
     for line in range(3):
         wanted = expected(weights[line, 40:], 9)
@@ -68,3 +70,22 @@ def test_portable_takes_as_many_and_as_heavy(n: int) -> None:
         places = found.places[line]
         assert places[: len(wanted)].tolist() == [place + 30 for place in wanted]
         assert (places[len(wanted) :] == NOTHING).all()
+
+
+@pytest.mark.parametrize("version", [triton_heaviest.heaviest, None])
+def test_parts_follow_one_another(version) -> None:
+    """As ranks send them: each line's end is filled up in every part."""
+    together = numbers("any", 3, 900).view(3, 300, 3).permute(1, 2, 0)  # not how parts lie
+    weights = together.permute(0, 2, 1).contiguous()[:3]  # [parts, lines, n]
+    table = torch.arange(weights.numel(), dtype=torch.int32).view(3, 3, -1)
+    wanted = [1, 4, 9]
+    if version is None:
+        found = sparse.heaviest(weights, table, wanted)
+        values, places = found.weights, found.places
+    else:
+        values, places = version(weights.to(DEVICE), table.to(DEVICE), counts(wanted), 9)
+    flat, listed = (each.transpose(0, 1).flatten(1) for each in (weights, table))
+    for line, count in enumerate(wanted):
+        best = expected(flat[line], count)
+        assert places[line, : len(best)].tolist() == listed[line, best].tolist()
+        assert torch.equal(values[line, : len(best)].cpu(), flat[line, best])
