@@ -1,7 +1,6 @@
 """The heaviest of many columns, as many as each line wants, in the order of their places.
 
-On a GPU by counting, see `triton_heaviest`: sorting a million sums to take some thousands of them
-would take longer than making them. There the first of equals are taken; on a CPU, any.
+Of equals any may be taken.
 """
 
 from collections.abc import Sequence
@@ -43,15 +42,6 @@ def heaviest(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> Co
         places: theirs, int32 and rising, NOTHING aside, with the same strides; or that of the
             first, where they are neighbours.
     """
-    if weights.is_cuda:
-        from . import triton_heaviest
-
-        wanted = on_device(tuple(counts), weights.device)
-        return ColumnCandidates(*triton_heaviest.heaviest(weights, places, wanted, max(counts)))
-    return _portable(weights, places, counts)
-
-
-def _portable(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> ColumnCandidates:
     if weights.dim() == 3:
         weights = weights.transpose(0, 1).flatten(1)
         places = places if isinstance(places, int) else places.transpose(0, 1).flatten(1)
