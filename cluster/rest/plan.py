@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Plan:
 
     `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
     events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
+    `repeated`: what the answer repeats of the request, where its form does that.
     """
 
     answer_id: str
@@ -38,6 +39,7 @@ class Plan:
     continuous_usage: bool
     return_progress: bool
     clamped_to: int | None
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
