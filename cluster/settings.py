@@ -22,7 +22,7 @@ from pydantic import (
 
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.kv.formats import KVCacheDtype
-from ..engine.model.config import Dtype, ModelConfig
+from ..engine.model.config import Dtype, ModelConfig, WeightFormat
 from ..engine.model.files import ModelFiles
 from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
 from ..kernels.page_size import PAGE_TOKENS, pages_for
@@ -41,12 +41,14 @@ class ModelSettings(_Section):
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
     shape of engine/model/shapes for random weights of a real model's sizes. `dtype` "auto" is up to
-    each process: see `engine.model.compute_type`. `kv_cache_dtype` is how KV pages are kept.
+    each process: see `engine.model.compute_type`. `weights` "fp8" rounds linear layers' weights to
+    8 bits as they are read. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str
     name: Annotated[str, Field(min_length=1)]
     dtype: Dtype = "auto"
+    weights: WeightFormat = "auto"
     kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
@@ -301,6 +303,11 @@ class Settings(_Section):
             yield (
                 f"model.kv_cache_dtype bfloat16 beside model.dtype {self.model.dtype} is for CPUs; "
                 "set model.dtype to bfloat16 where there are GPUs, or leave kv_cache_dtype out"
+            )
+        if on_gpus and mixed and self.model.weights == "fp8":
+            yield (
+                f"model.weights fp8 beside model.dtype {self.model.dtype} is for CPUs; set "
+                "model.dtype to bfloat16 where there are GPUs, or leave weights out"
             )
         if self.transport.kind == "cuda_ipc":
             for gang in self.prefill:

@@ -143,7 +143,8 @@ class PrefillRank:
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files
-        model = load_model(files, mesh, compute_dtype(settings.model.dtype, device), device)
+        dtype = compute_dtype(settings.model.dtype, device)
+        model = load_model(files, mesh, dtype, device, weights=settings.model.weights)
         geometry = model.pages_kept_as(settings.model.pages_kept_as)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         self._stream = hand_off_stream(device)
