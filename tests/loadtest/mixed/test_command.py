@@ -99,7 +99,6 @@ def test_a_sweep_finds_what_the_endpoint_can_do(script: Script, port: int, out: 
     assert kept["highest"] == 2
     assert {step["load"]: step["holds"] for step in kept["steps"]} == {1: True, 2: True, 4: False,
                                                                       3: False}  # fmt: skip
-    assert script.requests < 1 + 3 + 4 * 6, "a load that cannot hold any more is given up"
     assert [row["load"] for row in rows(out / "summary.csv")][::3] == ["1", "2", "4", "3"]
     assert (out / "picture.png").exists()
     prompts = [body["messages"][0]["content"] for body in script.bodies]
