@@ -35,7 +35,7 @@ def _count_bits(
 ):  # fmt: skip
     """Count a stretch's numbers that agree with `least` so far, by their next bits."""
     line = tl.program_id(1)
-    _, _, bits = _load_bits(weights, line, row_stride, n, STRETCH)
+    _, _, bits = _load_bits(weights, line, row_stride, n, STRETCH)  # pyright: ignore
     value = bits >> SHIFT
     counted = bits >= 0
     if not FIRST:
@@ -74,7 +74,7 @@ def _find_bits(histogram, least, wanted, BINS: tl.constexpr, FIRST: tl.constexpr
 def _count_wanted(weights, row_stride, n, least, counts, STRETCH: tl.constexpr):
     """How many of a stretch's numbers are greater than the least one wanted, and how many equal."""
     line = tl.program_id(1)
-    _, _, bits = _load_bits(weights, line, row_stride, n, STRETCH)
+    _, _, bits = _load_bits(weights, line, row_stride, n, STRETCH)  # pyright: ignore
     limit = tl.load(least + line)
     target = counts + (line * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(target, tl.sum((bits > limit).to(tl.int32), 0))
@@ -88,7 +88,7 @@ def _write_wanted(
     PLACES: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     line, stretch = tl.program_id(1), tl.program_id(0)
-    place, value, bits = _load_bits(weights, line, row_stride, n, STRETCH)
+    place, value, bits = _load_bits(weights, line, row_stride, n, STRETCH)  # pyright: ignore
     limit, equals = tl.load(least + line), tl.load(wanted + line)
     # Those of the stretches before.
     above, same = 0, 0
@@ -126,7 +126,7 @@ def heaviest(
         weights = weights.contiguous()
     out_weights = torch.full((lines, most), -1.0, dtype=torch.float32, device=device)
     out_places = torch.full((lines, most), NOTHING, dtype=torch.int32, device=device)
-    stretches = triton.cdiv(n, _STRETCH)
+    stretches = -(-n // _STRETCH)
     if stretches == 0 or most == 0:
         return out_weights, out_places
     wanted = counts.to(torch.int32, copy=True)
