@@ -19,6 +19,7 @@ class SamplingParameters:
     `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. `max_tokens` counts each choice.
     `top_logprobs` None means no log-probabilities; 0 means only the chosen token's.
     Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
+    `grammar` is what the answer must match; see `decode.grammar`.
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class SamplingParameters:
     ignore_eos: bool = False
     top_logprobs: int | None = None
     choices: int = 1
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)

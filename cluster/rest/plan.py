@@ -21,7 +21,8 @@ class Plan:
     """One HTTP request's work: a request to the engine for each prompt, and how to answer.
 
     The answer's choice index is prompt index × `choices` + the engine's choice. `request_id` is
-    what the client and the logs call it, and a part of the engine's ids.
+    what the client and the logs call it, and a part of the engine's ids. `held_by` is the field
+    that `grammar` comes from, which holds for all of them.
     """
 
     answer_id: str
@@ -31,6 +32,12 @@ class Plan:
     choices: int
     stream: bool
     include_usage: bool
+    held_by: str | None = None
+
+    @property
+    def grammar(self) -> str | None:
+        """What answers must match."""
+        return self.requests[0].sampling.grammar
 
     @property
     def prompt_tokens(self) -> int:
@@ -65,6 +72,15 @@ def _blamed_on(param: str) -> Iterator[None]:
         yield
     except InvalidRequestError as error:
         raise invalid(str(error), param, "invalid_value") from error
+
+
+def _held_to(body: GenerationBody) -> tuple[str, str] | tuple[None, None]:
+    """The field that answers are held by, and its grammar."""
+    held_to = body.held_to()
+    if len(held_to) > 1:
+        first, second, *_ = held_to
+        raise invalid(f"{first} and {second}: an answer has one form", second, "invalid_value")
+    return next(iter(held_to.items()), (None, None))
 
 
 def check_model(name: str, served: str) -> None:
@@ -204,7 +220,8 @@ class Planner:
     ) -> Plan:
         # Clients may send one x-request-id twice, and the engine's ids must differ.
         answer_id = f"{kind}-{request_id}-{uuid.uuid4().hex[:8]}"
-        shared = self._sampling(body, top_logprobs)
+        held_by, grammar = _held_to(body)
+        shared = {**self._sampling(body, top_logprobs), "grammar": grammar}
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         requests = tuple(
             GenerationRequest(
@@ -225,6 +242,7 @@ class Planner:
             choices=body.n or 1,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            held_by=held_by,
         )
 
     def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str) -> int:

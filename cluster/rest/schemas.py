@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from .errors import RestError, invalid, shown
+from .grammars import HeldFields
 
 # OpenAI's fields that change the answer in ways not supported, with the values that ask for
 # nothing. Null always asks for nothing.
@@ -34,7 +35,6 @@ _UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "tool_choice": ("none",),
@@ -140,7 +140,7 @@ def _as_stop(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class GenerationBody(_Strict):
+class GenerationBody(HeldFields, _Strict):
     """What both generating endpoints understand. Null means the default everywhere."""
 
     model: str

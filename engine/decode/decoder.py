@@ -6,6 +6,7 @@ choice is finished, when its pages go back.
 """
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from ...kernels.pages import BlockTable
 from ..errors import (
     CacheTooSmallError,
     GenerationError,
+    GrammarError,
     InvalidRequestError,
     OutOfMemoryError,
     ReceiveOutOfMemoryError,
@@ -31,11 +33,13 @@ from ..messages import ChosenToken, Delta, GenerationRequest
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
+from .grammar import Constraint, GrammarCompiler
 from .make_step import make_step
 from .sampler import Logits, Sampler, fresh_seed
 from .step import DecodeStep, Outcome, StepRow
 
 _NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
+_MASK_THREADS = 2
 
 
 @dataclass(eq=False)
@@ -51,6 +55,7 @@ class _Sequence:
     length: int
     sampler: Sampler
     detokenizer: Detokenizer
+    constraint: Constraint | None
     prompt_logits: Logits
     next_token: int = -1
     num_generated: int = 0
@@ -100,6 +105,9 @@ class Decoder(DecodeEngine):
         self._token_bytes = token_bytes
         self._max_batch = max_batch
         self._step = step or make_step(model, pool, max_batch)
+        config = model.config
+        self._grammars = GrammarCompiler(token_bytes, config.vocab_size, config.eos_token_ids)
+        self._mask_threads = ThreadPoolExecutor(_MASK_THREADS, "mask")
         self._reservations: dict[str, _Reservation] = {}
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
@@ -137,6 +145,10 @@ class Decoder(DecodeEngine):
         if needed > self._pool.num_pages:
             total = self._pool.num_pages * PAGE_TOKENS
             raise CacheTooSmallError("decode", needed * PAGE_TOKENS, total)
+
+    def prepare(self, request: GenerationRequest) -> Constraint | None:
+        grammar = request.sampling.grammar
+        return None if grammar is None else self._grammars.compile(grammar)
 
     @torch.inference_mode()
     def reserve(self, request: GenerationRequest) -> None:
@@ -176,7 +188,9 @@ class Decoder(DecodeEngine):
                 raise RefusedPagesError(request_id, str(place), error) from error
 
     @torch.inference_mode()
-    def start(self, request_id: str, logits: Logits) -> list[Output]:
+    def start(
+        self, request_id: str, logits: Logits, constraint: Constraint | None = None
+    ) -> list[Output]:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
@@ -186,7 +200,7 @@ class Decoder(DecodeEngine):
                 self._copy_last_prompt_page(reservation)
         except OutOfMemoryError as error:
             return [self._give_up(request_id, error)]
-        reservation.sequences = self._make_sequences(reservation, logits)
+        reservation.sequences = self._make_sequences(reservation, logits, constraint)
         self._waiting.extend(reservation.sequences)
         return self._fill_batch()
 
@@ -196,6 +210,10 @@ class Decoder(DecodeEngine):
         if not self._running:
             return outputs
         batch = list(self._running)
+        for sequence in batch:
+            if sequence.constraint is not None:
+                # On this host, while the device computes the logits that it masks.
+                sequence.constraint.compute_ahead(self._mask_threads)
         try:
             with out_of_memory_raises(StepOutOfMemoryError(len(batch))):
                 outcomes = self._step.run([_row_of(sequence) for sequence in batch])
@@ -244,7 +262,9 @@ class Decoder(DecodeEngine):
             for table in others:
                 self._pool.copy_page(int(first.pages[full]), int(table.pages[full]))
 
-    def _make_sequences(self, reservation: _Reservation, logits: Logits) -> list[_Sequence]:
+    def _make_sequences(
+        self, reservation: _Reservation, logits: Logits, constraint: Constraint | None
+    ) -> list[_Sequence]:
         request = reservation.request
         seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
         vocab_size = self._model.config.vocab_size
@@ -256,6 +276,7 @@ class Decoder(DecodeEngine):
                 len(request.prompt),
                 Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
                 Detokenizer(self._token_bytes, request.sampling.stop),
+                None if constraint is None else constraint.copy(),
                 logits,
             )
             for choice, table in enumerate(reservation.block_tables)
@@ -263,13 +284,14 @@ class Decoder(DecodeEngine):
 
     def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
-        sampler = sequence.sampler
         try:
-            best = isinstance(outcome, ChosenToken)
-            chosen = sampler.accept(outcome) if best else sampler.choose(outcome)
+            chosen = _choose(sequence, outcome)
         except FloatingPointError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, GenerationError(str(error)))]
+        except GrammarError as error:
+            self.cancel(sequence.request_id)
+            return [(sequence.request_id, error)]
         delta = self._take(sequence, chosen)
         if delta.finish_reason is not None:
             self._finish(sequence)
@@ -280,13 +302,16 @@ class Decoder(DecodeEngine):
         sampling = self._reservations[sequence.request_id].request.sampling
         sequence.next_token = chosen.token_id
         sequence.num_generated += 1
-        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
+        constraint = sequence.constraint
+        # A grammar allows an end only where the answer is whole, and demands it where nothing fits.
+        ignores_end = sampling.ignore_eos and constraint is None
+        ends = () if ignores_end else self._model.config.eos_token_ids
         reason, text = None, ""
         if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
             reason = "stop"
         else:
             text = sequence.detokenizer.push(chosen.token_id)
-            if sequence.detokenizer.stopped:
+            if sequence.detokenizer.stopped or (constraint is not None and constraint.is_complete):
                 reason = "stop"
             elif sequence.num_generated == sampling.max_tokens:
                 reason = "length"
@@ -304,8 +329,20 @@ class Decoder(DecodeEngine):
             del self._reservations[sequence.request_id]
 
 
+def _choose(sequence: _Sequence, outcome: Outcome) -> ChosenToken:
+    """Raises: as `Sampler.choose`; GrammarError, where a limit of the grammar is reached."""
+    sampler, constraint = sequence.sampler, sequence.constraint
+    if isinstance(outcome, ChosenToken):
+        return sampler.accept(outcome)
+    if constraint is None:
+        return sampler.choose(outcome)
+    chosen = sampler.choose(outcome, constraint.allowed())
+    constraint.take(chosen.token_id)
+    return chosen
+
+
 def _row_of(sequence: _Sequence) -> StepRow:
-    takes_best = sequence.sampler.takes_best
+    takes_best = sequence.sampler.takes_best and sequence.constraint is None
     return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best)
 
 
