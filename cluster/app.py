@@ -61,13 +61,12 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     }
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
-    names = prefill_names(settings)
-    prefill = [
-        deployment(PrefillReplica, name=name, num_replicas=gang.prefill.replicas, **common).bind(
-            gang, metrics_directory
+    gangs = []
+    for name, gang in zip(prefill_names(settings), settings.gangs, strict=True):
+        replicas = deployment(
+            PrefillReplica, name=name, num_replicas=gang.prefill.replicas, **common
         )
-        for name, gang in zip(names, settings.gangs, strict=True)
-    ]
+        gangs.append((gang.max_prompt_tokens, replicas.bind(gang, metrics_directory)))
     decode = deployment(
         DecodeReplica, name=_DECODE, num_replicas=settings.decode.replicas, **common
     )
@@ -77,7 +76,8 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         num_replicas=settings.ingress.replicas,
         **common,
     )
-    return ingress.bind(decode.bind(settings, metrics_directory, prefill))
+    most_waiting = settings.limits.max_queued_requests
+    return ingress.bind(decode.bind(settings.worker, metrics_directory, gangs, most_waiting))
 
 
 def prefill_names(settings: Settings) -> list[str]:

@@ -18,7 +18,7 @@ from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
 from .metrics import Metrics, render
-from .rest import Access, IngressLimits, build_api, read_api_keys
+from .rest import Access, IngressLimits, SignsOfLife, build_api, read_api_keys
 from .settings import IngressSettings, Settings
 from .streams import listening
 from .tasks import detached, tell
@@ -91,11 +91,16 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         model_name=settings.model.name,
         max_model_len=settings.limits.max_model_len,
         max_output_tokens=settings.limits.max_output_tokens,
+        clamp_max_tokens=settings.limits.clamp_max_tokens,
         max_body_bytes=settings.limits.max_body_bytes,
         max_choices=settings.limits.max_choices,
         max_logprobs=settings.limits.max_logprobs,
-        progress_seconds=settings.ingress.progress_seconds,
         receive_seconds=settings.limits.receive_seconds,
+        signs_of_life=SignsOfLife(
+            settings.ingress.progress_seconds,
+            settings.ingress.empty_delta_seconds,
+            settings.ingress.white_space_seconds,
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from ..engine.model.compute_type import compute_dtype
 from ..engine.model.config import ModelConfig
 from ..engine.prefill.sparsity import SparsityConfig
 from .remedies import remedied
-from .settings import GangSettings, ModelSettings, Settings
+from .settings import GangSettings, ModelSettings, WorkerSettings
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def room_for_prefill(
 
 
 @contextmanager
-def room_for_decode(settings: Settings, device: torch.device) -> Iterator[None]:
+def room_for_decode(settings: WorkerSettings, device: torch.device) -> Iterator[None]:
     """Where a decode worker allocates what it needs; as `room_for_prefill`."""
     with _remedied(settings.decode.gpus):
         fit = decode_fit(settings, free_bytes(device))
@@ -71,11 +71,11 @@ def prefill_fit(settings: GangSettings, free: int, ranks_on_card: int) -> Prefil
     )  # fmt: skip
 
 
-def decode_fit(settings: Settings, free: int) -> DecodeFit:
+def decode_fit(settings: WorkerSettings, free: int) -> DecodeFit:
     """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
     weights, geometry = _model(settings.model, 1)
-    chunk_tokens = max(gang.chunk_tokens for gang in settings.prefill)
-    return DecodeFit(weights, geometry, free, settings.decode.max_batch, chunk_tokens)
+    decode = settings.decode
+    return DecodeFit(weights, geometry, free, decode.max_batch, settings.longest_chunk)
 
 
 def _model(settings: ModelSettings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:

@@ -2,24 +2,21 @@
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from ray.serve.handle import DeploymentHandle
-
-from .settings import Settings
 
 
 class PrefillRouter:
     """Knows the gangs' deployments by the prompt lengths that they take.
 
     Args:
-        handles: Serve's, of the deployments in the order of `settings.prefill`.
+        gangs: the longest prompt that each takes, in tokens and rising, and its deployment.
     """
 
-    def __init__(self, settings: Settings, handles: Sequence[DeploymentHandle]) -> None:
-        self._longest = [gang.max_prompt_tokens for gang in settings.gangs]
-        self._handles = list(handles)
-        self._streams = [handle.options(stream=True) for handle in handles]
+    def __init__(self, gangs: Iterable[tuple[int, DeploymentHandle]]) -> None:
+        self._longest, self._handles = zip(*gangs, strict=True)
+        self._streams = [handle.options(stream=True) for handle in self._handles]
 
     def gang_for(self, prompt_tokens: int) -> DeploymentHandle:
         """The deployment that takes prompts of this length, with streamed answers.

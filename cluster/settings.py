@@ -72,10 +72,14 @@ class ModelSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What one request may ask for, and how many may wait at a decode replica for each gang."""
+    """What one request may ask for, and how many may wait at a decode replica for each gang.
+
+    With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
+    """
 
     max_model_len: Count
     max_output_tokens: Count = 4096
+    clamp_max_tokens: bool = True
     max_body_bytes: Count = 64 << 20
     receive_seconds: Positive = 120.0
     max_choices: Count = 8
@@ -144,7 +148,8 @@ class IngressSettings(_Section):
     """The HTTP endpoint. `api_keys_file` has one key a line; without it everybody is welcome.
 
     `allowed_hosts` are names that clients may reach it by, without ports, and `allowed_origins`
-    web pages that may use it. `*` stands for all.
+    web pages that may use it. `*` stands for all. `progress_seconds` and what follows it is what a
+    client that waits gets meanwhile: see `rest.limits.SignsOfLife`.
     """
 
     replicas: Count = 1
@@ -154,6 +159,8 @@ class IngressSettings(_Section):
     allowed_hosts: list[str] = []
     allowed_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")]] = []
     progress_seconds: Annotated[float, Field(gt=0, le=2)] = 1.0
+    empty_delta_seconds: Positive | None = None
+    white_space_seconds: Positive | None = None
 
 
 class TransportSettings(_Section):
@@ -199,6 +206,19 @@ class GangSettings:
     drain_seconds: float
 
 
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a decode worker needs to know.
+
+    `longest_chunk` is the most tokens that it may get pages of at a time, from any gang.
+    """
+
+    model: ModelSettings
+    decode: DecodeSettings
+    transport: TransportSettings
+    longest_chunk: int
+
+
 def _as_gangs(raw: Any) -> Any:
     """One gang may stand for a list of one."""
     if isinstance(raw, list):
@@ -233,6 +253,16 @@ class Settings(_Section):
                 drain_seconds=self.shutdown.drain_seconds,
             )
             for prefill in self.prefill
+        )
+
+    @property
+    def worker(self) -> WorkerSettings:
+        """For the worker of each decode replica."""
+        return WorkerSettings(
+            model=self.model,
+            decode=self.decode,
+            transport=self.transport,
+            longest_chunk=max(gang.chunk_tokens for gang in self.prefill),
         )
 
     @model_validator(mode="after")

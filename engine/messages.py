@@ -18,6 +18,7 @@ class SamplingParameters:
 
     `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. `max_tokens` counts each choice.
     `top_logprobs` None means no log-probabilities; 0 means only the chosen token's.
+    No end token is chosen among the first `min_tokens`, and no stop string is looked for in them.
     Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
     `grammar` is what the answer must match; see `decode.grammar`.
     """
@@ -35,6 +36,7 @@ class SamplingParameters:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     top_logprobs: int | None = None
     choices: int = 1
     grammar: str | None = None

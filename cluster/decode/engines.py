@@ -12,10 +12,10 @@ from ...engine.parallel.mesh import Mesh
 from ...engine.text.tokenizer import Tokenizer
 from ...kernels.page_size import pages_for
 from ..memory import room_for_decode
-from ..settings import Settings
+from ..settings import WorkerSettings
 
 
-def make_engine(settings: Settings) -> DecodeEngine:
+def make_engine(settings: WorkerSettings) -> DecodeEngine:
     """Load the model, and allocate all pages.
 
     Raises:
@@ -27,7 +27,7 @@ def make_engine(settings: Settings) -> DecodeEngine:
         return _make_decoder(settings, device)
 
 
-def _make_decoder(settings: Settings, device: torch.device) -> Decoder:
+def _make_decoder(settings: WorkerSettings, device: torch.device) -> Decoder:
     files = settings.model.files
     dtype = compute_dtype(settings.model.dtype, device)
     model = load_model(files, Mesh.single(), dtype, device)

@@ -17,7 +17,7 @@ from ..call_errors import CallError, as_ours
 from ..messages import Taken
 from ..pulse import Allowance, watch
 from ..router import PrefillRouter
-from ..settings import Settings
+from ..settings import WorkerSettings
 from ..streams import beating
 from ..tasks import forever
 from .request_life import RequestLife, State
@@ -32,13 +32,22 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeReplica:
-    """A Serve deployment. Its worker, which holds the pages, lives and dies with it."""
+    """A Serve deployment. Its worker, which holds the pages, lives and dies with it.
+
+    Args:
+        gangs: as `PrefillRouter` takes them.
+        most_waiting: requests for one gang before more are refused.
+    """
 
     async def __init__(
-        self, settings: Settings, metrics_directory: Path, prefill: list[DeploymentHandle]
+        self,
+        settings: WorkerSettings,
+        metrics_directory: Path,
+        gangs: list[tuple[int, DeploymentHandle]],
+        most_waiting: int,
     ) -> None:
-        self._router = PrefillRouter(settings, prefill)
-        self._most_waiting = settings.limits.max_queued_requests
+        self._router = PrefillRouter(gangs)
+        self._most_waiting = most_waiting
         self._lives: set[RequestLife] = set()
         self._lost = False
         self._worker_id = f"longreach-decode-{uuid.uuid4().hex}"

@@ -21,7 +21,7 @@ from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
 from ..metrics import Metrics
 from ..pulse import Pulse, Reading
-from ..settings import Settings
+from ..settings import WorkerSettings
 from ..tasks import forever
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class DecodeWorker:
     name; an id never comes twice, so one that ended stays ended.
     """
 
-    def __init__(self, settings: Settings, metrics_directory: Path) -> None:
+    def __init__(self, settings: WorkerSettings, metrics_directory: Path) -> None:
         # torch is loaded here and not with the module: the replica knows its worker without it.
         import torch
 

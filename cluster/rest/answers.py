@@ -32,6 +32,7 @@ from ...engine.text.tokenizer import Tokenizer
 from .plan import Plan
 
 FinishReason = Literal["stop", "length"]
+_NOTHING = Delta(0, "")
 
 
 class TokenTexts:
@@ -83,6 +84,8 @@ class AnswerFormat(ABC):
             "model": model_name,
         }
         self._collected: defaultdict[int, _Collected] = defaultdict(_Collected)
+        self._completion_tokens = 0
+        self._ended: set[int] = set()
 
     def collect(self, choice: int, delta: Delta) -> None:
         """Keep a part of an answer that will be sent whole."""
@@ -95,10 +98,38 @@ class AnswerFormat(ABC):
 
     def chunk(self, choice: int, delta: Delta) -> BaseModel | None:
         """One event of a stream, or None when the delta says nothing to a client."""
+        self._completion_tokens += len(delta.tokens)
+        if delta.finish_reason:
+            self._ended.add(choice)
         says_something = delta.text or delta.finish_reason
         if not says_something and not (self._with_logprobs and delta.tokens):
             return None
         return self._chunk(choice, delta, self._chunk_common())
+
+    def empty_chunk(self) -> BaseModel:
+        """An event of a choice that goes on, which adds nothing to it."""
+        return self._chunk(self._going_on(), _NOTHING, self._chunk_common())
+
+    def progress_chunk(self, processed: int, seconds: float) -> BaseModel:
+        """An event with the progress of prefill, in llama.cpp's form.
+
+        Args:
+            processed: tokens of all prompts.
+            seconds: since the request came.
+        """
+        progress = {
+            "total": self._plan.prompt_tokens,
+            "cache": 0,
+            "processed": processed,
+            "time_ms": round(1000 * seconds),
+        }
+        common = {**self._chunk_common(), "prompt_progress": progress}
+        return self._chunk(self._going_on(), _NOTHING, common)
+
+    def _going_on(self) -> int:
+        """The first choice that has not ended; the last, where all have."""
+        last = self._plan.total_choices - 1
+        return next((each for each in range(last) if each not in self._ended), last)
 
     def usage_chunk(self, finished: Sequence[Finished]) -> BaseModel:
         """The last event of a stream whose client asked for usage."""
@@ -122,19 +153,23 @@ class AnswerFormat(ABC):
     ) -> BaseModel: ...
 
     def _chunk_common(self) -> dict[str, Any]:
+        if self._plan.continuous_usage:
+            return {**self._common, "usage": self._usage(self._completion_tokens)}
         return {**self._common, "usage": None} if self._plan.include_usage else self._common
+
+    def _usage(self, completion_tokens: int) -> CompletionUsage:
+        prompt_tokens = self._plan.prompt_tokens
+        return CompletionUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        )
 
     def _closing(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """Usage, and where the time of each prompt went (an extension of OpenAI's shape)."""
-        completion_tokens = sum(one.completion_tokens for one in finished)
-        prompt_tokens = self._plan.prompt_tokens
         return {
-            "usage": CompletionUsage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
-                prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
-            ),
+            "usage": self._usage(sum(one.completion_tokens for one in finished)),
             "longreach": {"timings": [dataclasses.asdict(one.timings) for one in finished]},
         }
 

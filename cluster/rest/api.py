@@ -29,11 +29,13 @@ from .meter import Meter, Running
 from .middleware import ApiKeys, BodyLimit, Doors, Failures, Options, RequestIds, request_id_of
 from .plan import check_model
 from .reader import Kind, Readers
-from .response import AnswerResponse
+from .response import MAX_TOKENS_HEADER, AnswerResponse
 
 OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")
 """These need no API key."""
 
+# Headers of ours that pages may read.
+_EXPOSED = ("x-request-id", "retry-after", MAX_TOKENS_HEADER)
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's word for it, in access logs
 
@@ -68,7 +70,7 @@ def build_api(
                 allow_origins=access.origins,
                 allow_methods=_METHODS,
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"],
+                expose_headers=_EXPOSED,
             )
         )
     middleware.append(Middleware(Options, methods=_METHODS))
@@ -193,7 +195,7 @@ class _Endpoints:
             plan,
             form(plan, self._limits.model_name, self._texts),
             Meter(self._sink, self._running, plan),
-            self._limits.progress_seconds,
+            self._limits.signs_of_life,
         )
 
     async def _read(self, request: Request, kind: Kind) -> Any:
@@ -211,6 +213,7 @@ class _Endpoints:
                 "created": self._started,
                 "owned_by": "longreach",
                 "max_model_len": self._limits.max_model_len,
+                "max_output_tokens": self._limits.max_output_tokens,
             }
         )
         return model.model_dump(exclude_unset=True)

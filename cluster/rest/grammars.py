@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import RestError, invalid
 
-MOST_GRAMMAR_CHARACTERS = 1 << 16
+MOST_GRAMMAR_CHARACTERS = 1 << 17
 """Of one grammar, or of the JSON of a schema."""
 
 _MOST_CHOICES = 4096
@@ -74,7 +74,7 @@ class HeldFields(BaseModel):
             RestError: a field holds no schema, or no grammar.
         """
         return {
-            param: _bounded(grammar, param)
+            param: bounded(grammar, param)
             for param, grammar in (*self._by_format(), *self._by_outputs(), *self._guided())
         }
 
@@ -163,7 +163,7 @@ def choice_grammar(choices: list[str]) -> str:
 def _of_json(schema: Schema | str, param: str, white_space: str | None) -> str:
     """vLLM takes a schema's JSON as text as well."""
     if isinstance(schema, str):
-        _bounded(schema, param)
+        bounded(schema, param)
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
@@ -175,7 +175,7 @@ def _of_json(schema: Schema | str, param: str, white_space: str | None) -> str:
 
 def _as_lark(grammar: str, param: str) -> str:
     """Lark as it is, GBNF (with `::=`) put into Lark."""
-    _bounded(grammar, param)
+    bounded(grammar, param)
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
@@ -184,7 +184,12 @@ def _as_lark(grammar: str, param: str) -> str:
         raise invalid(f"{param}: no Lark, and no GBNF: {error}", param, "invalid_value") from error
 
 
-def _bounded(grammar: str, param: str) -> str:
+def bounded(grammar: str, param: str) -> str:
+    """The grammar.
+
+    Raises:
+        RestError: it is too large.
+    """
     if len(grammar) > MOST_GRAMMAR_CHARACTERS:
         raise _too_large(param)
     return grammar

@@ -41,9 +41,14 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
+def is_fit_request_id(given: str) -> bool:
+    """Whether a client's id of a request is fit for headers and logs."""
+    return _REQUEST_ID.fullmatch(given) is not None
+
+
 def fit_request_id(given: str) -> str:
     """A client's `x-request-id` where it is fit for headers and logs, else a new one."""
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if is_fit_request_id(given) else uuid.uuid4().hex
 
 
 def request_id_of(scope: Scope) -> str:

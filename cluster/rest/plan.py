@@ -10,10 +10,11 @@ import numpy as np
 
 from ...engine.errors import InvalidRequestError
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
-from ...engine.text.tokenizer import Tokenizer
+from ...engine.text.tokenizer import Tokenizer, Writing
 from .errors import RestError, invalid, shown
 from .limits import IngressLimits
-from .schemas import ChatBody, CompletionBody, GenerationBody, Message, Prompt
+from .middleware import is_fit_request_id
+from .schemas import ChatBody, CompletionBody, GenerationBody, Message, Prompt, StreamOptions
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class Plan:
     """One HTTP request's work: a request to the engine for each prompt, and how to answer.
 
     The answer's choice index is prompt index × `choices` + the engine's choice. `request_id` is
-    what the client and the logs call it, and a part of the engine's ids. `held_by` is the field
-    that `grammar` comes from, which holds for all of them.
+    what the client and the logs call it.
+
+    `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
+    events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
+    `held_by`: the field that answers are held to a form by.
     """
 
     answer_id: str
@@ -32,7 +36,10 @@ class Plan:
     choices: int
     stream: bool
     include_usage: bool
-    held_by: str | None = None
+    continuous_usage: bool
+    return_progress: bool
+    clamped_to: int | None
+    held_by: str | None
 
     @property
     def grammar(self) -> str | None:
@@ -117,7 +124,7 @@ class Planner:
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = _Asked.of_chat(body)
         self._check_limits(body, 1, top_logprobs, asked)
-        prompt = self.encode_chat(body.messages, True, self._limits.max_model_len)
+        prompt = self.encode_chat(body.messages, body.writing, self._limits.max_model_len)
         return self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
 
     def completion(self, body: CompletionBody, request_id: str, arrived: float) -> Plan:
@@ -150,15 +157,15 @@ class Planner:
             )
         return np.array(prompt, dtype=np.int32)
 
-    def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool, most: int
-    ) -> Tokens:
+    def encode_chat(self, messages: Sequence[Message], writing: Writing, most: int) -> Tokens:
         """Ids of a chat, int32 [tokens]; of more than `most`, as in `encode`."""
         least = sum(self._tokenizer.least_tokens(message.content) for message in messages)
         self._check_size(least, "messages", most)
+        with _blamed_on("chat_template_kwargs"):
+            self._tokenizer.check_variables(writing.variables)
         with _blamed_on("messages"):
             tokens = self._tokenizer.encode_chat(
-                [message.for_template for message in messages], add_generation_prompt, most
+                [message.for_template for message in messages], writing, most
             )
         return self._whole(tokens, "messages", most)
 
@@ -200,7 +207,8 @@ class Planner:
                 name,
                 "invalid_value",
             )
-        if asked.tokens is not None and asked.tokens > limits.max_output_tokens:
+        too_many = asked.tokens is not None and asked.tokens > limits.max_output_tokens
+        if too_many and not limits.clamp_max_tokens:
             raise invalid(
                 f"{asked.param}: at most {limits.max_output_tokens} are generated for one answer, "
                 f"not {asked.tokens}",
@@ -218,8 +226,10 @@ class Planner:
         request_id: str,
         arrived: float,
     ) -> Plan:
+        options = body.stream_options or StreamOptions()
         # Clients may send one x-request-id twice, and the engine's ids must differ.
-        answer_id = f"{kind}-{request_id}-{uuid.uuid4().hex[:8]}"
+        called = body.request_id if is_fit_request_id(body.request_id or "") else request_id
+        answer_id = f"{kind}-{called}-{uuid.uuid4().hex[:8]}"
         held_by, grammar = _held_to(body)
         shared = {**self._sampling(body, top_logprobs), "grammar": grammar}
         param = "messages" if isinstance(body, ChatBody) else "prompt"
@@ -228,12 +238,14 @@ class Planner:
                 request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
                 prompt=prompt,
                 sampling=SamplingParameters(
-                    max_tokens=self._max_tokens(len(prompt), asked, param), **shared
+                    max_tokens=self._max_tokens(len(prompt), asked, param, body.min_tokens or 0),
+                    **shared,
                 ),
                 arrived=arrived,
             )
             for index, prompt in enumerate(prompts)
         )
+        shortest = min(request.sampling.max_tokens for request in requests)
         return Plan(
             answer_id=answer_id,
             request_id=request_id,
@@ -241,22 +253,39 @@ class Planner:
             requests=requests,
             choices=body.n or 1,
             stream=bool(body.stream),
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            include_usage=bool(options.include_usage),
+            continuous_usage=bool(options.continuous_usage_stats),
+            return_progress=bool(body.return_progress),
+            clamped_to=shortest if shortest < (asked.tokens or 0) else None,
             held_by=held_by,
         )
 
-    def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str) -> int:
-        """What was asked for if it fits, else as many as fit."""
+    def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str, least: int) -> int:
+        """What was asked for, or as many as there may be.
+
+        Args:
+            param: that holds the prompt.
+            least: tokens that are asked for as well.
+        """
         if prompt_tokens == 0:
             raise invalid("the prompt is empty; send at least one token", param, "empty_prompt")
         room = self._limits.max_model_len - prompt_tokens
-        if room < (asked.tokens or 1):
+        needed = 1 if self._limits.clamp_max_tokens else asked.tokens or 1
+        if room < needed:
             has, remedy = f"{prompt_tokens} tokens", "shorten the prompt"
             if asked.tokens:
                 has += f" and {asked.tokens} more were asked for"
                 remedy += f" or lower {asked.param}" if room > 0 else ""
             raise self._too_long(has, param, remedy)
-        return asked.tokens or min(self._limits.max_output_tokens, room)
+        allowed = min(self._limits.max_output_tokens, room)
+        most = min(asked.tokens or allowed, allowed)
+        if least > most:
+            raise invalid(
+                f"min_tokens: at most {most} are generated here, so not {least} at least",
+                "min_tokens",
+                "invalid_value",
+            )
+        return most
 
     def _sampling(self, body: GenerationBody, top_logprobs: int | None) -> dict[str, Any]:
         given: Mapping[str, Any] = {
@@ -272,6 +301,7 @@ class Planner:
             "stop": None if body.stop is None else tuple(body.stop),
             "stop_token_ids": self._stop_token_ids(body.stop_token_ids),
             "ignore_eos": body.ignore_eos,
+            "min_tokens": body.min_tokens,
             "top_logprobs": top_logprobs,
             "choices": body.n,
         }

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...engine.errors import UnavailableError
+from ...engine.messages import Tokens
 from ...engine.text.tokenizer import Tokenizer
 from . import child
 from .errors import invalid
@@ -87,15 +88,18 @@ class Reader:
         if asked.messages is None:
             tokens = self._planner.encode(asked.prompt or "", "prompt", most)
         else:
-            prompted = asked.add_generation_prompt is not False
-            tokens = self._planner.encode_chat(asked.messages, prompted, most)
+            tokens = self._planner.encode_chat(asked.messages, asked.writing, most)
         answer = {
             "count": len(tokens),
             "max_model_len": self._limits.max_model_len,
             "tokens": tokens.tolist(),
-            "token_strs": None,
+            "token_strs": self._names(tokens) if asked.return_token_strs else None,
         }
         return json.dumps(answer).encode()
+
+    def _names(self, tokens: Tokens) -> list[str | None]:
+        """Tokens as the vocabulary spells them."""
+        return [self._tokenizer.raw.id_to_token(token) for token in tokens.tolist()]
 
     def detokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
         """The answer to `/detokenize`, as JSON."""

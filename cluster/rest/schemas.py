@@ -1,11 +1,9 @@
 """What requests may say, field by field.
 
-Types are strict, and a field nobody knows is refused. Fields of OpenAI's that this server does
-not support are refused by name, unless they ask for nothing. Fields that only describe the
-caller (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`) are accepted and unused.
+Types are strict but for whole numbers, which may be written 16.0, and a field nobody knows is
+refused. `fields` has those of OpenAI's and vLLM's that are known and not acted on.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic_core
@@ -19,71 +17,65 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ...engine.text.tokenizer import Writing
 from .errors import RestError, invalid, shown
+from .fields import (
+    ADVICE,
+    ADVICE_MESSAGE,
+    ADVICE_PART,
+    ADVICE_STREAM,
+    ADVICE_TOKENIZE,
+    UNSUPPORTED_CHAT,
+    UNSUPPORTED_COMPLETION,
+    UNSUPPORTED_MESSAGE,
+    UNSUPPORTED_TOKENIZE,
+    Neutral,
+    asks_for_nothing,
+)
 from .grammars import HeldFields
-
-# OpenAI's fields that change the answer in ways not supported, with the values that ask for
-# nothing. Null always asks for nothing.
-_UNSUPPORTED_CHAT: Mapping[str, tuple[object, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_UNSUPPORTED_COMPLETION: Mapping[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": (),
-}
-_UNSUPPORTED_MESSAGE: Mapping[str, tuple[object, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
 
 
 class _Strict(BaseModel):
+    """Refuses what it does not know and what is not supported, the first field as sent."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    advice: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:
+    def _take_what_it_knows(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name in cls.unsupported.keys() & body.keys():
-            value = body[name]
-            neutral = cls.unsupported[name]
-            if value is not None and not any(
-                type(value) is type(known) and value == known for known in neutral
-            ):
-                raise PydanticCustomError(
-                    "unsupported_field",
-                    "'{name}' is not supported by this server; leave it out",
-                    {"name": name},
-                )
-        return {name: value for name, value in body.items() if name not in cls.unsupported}
+        for name, value in body.items():
+            known = name in cls.model_fields or name in cls.advice
+            if not known and not asks_for_nothing(value, cls.unsupported.get(name, ())):
+                raise _refused_field(name, name in cls.unsupported)
+        return {name: value for name, value in body.items() if name in cls.model_fields}
+
+
+def _refused_field(name: str, is_known: bool) -> PydanticCustomError:
+    if is_known:
+        said = "'{name}' is not supported by this server; leave it out"
+        return PydanticCustomError("unsupported_field", said, {"name": name})
+    said = "unknown field; leave it out"
+    return PydanticCustomError("unknown_field", said, {"name": name})  # pyright: ignore[reportArgumentType]
+
+
+def _as_whole(value: Any) -> Any:
+    """16.0 is 16: some languages write all numbers so."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole else value
+
+
+Whole = Annotated[int, BeforeValidator(_as_whole)]
 
 
 class TextPart(_Strict):
     """A part of a message. Only text is supported."""
+
+    advice = ADVICE_PART
 
     type: Literal["text"]
     text: str
@@ -108,24 +100,32 @@ def _as_content(value: Any) -> str:
 class Message(_Strict):
     """One message. `developer` is what newer OpenAI models call `system`."""
 
-    unsupported = _UNSUPPORTED_MESSAGE
+    advice = ADVICE_MESSAGE
+    unsupported = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_content)]
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @property
     def for_template(self) -> dict[str, str]:
         """As chat templates know messages."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        given = {"name": self.name, "reasoning_content": reasoning}
+        optional = {name: value for name, value in given.items() if value is not None}
+        return {"role": role, "content": self.content, **optional}
 
 
 class StreamOptions(_Strict):
-    """`include_obfuscation` pads OpenAI's chunks against eavesdroppers; false asks for nothing."""
+    """`continuous_usage_stats`, vLLM's, asks for usage so far in every chunk."""
 
-    unsupported = {"include_obfuscation": (False,)}
+    advice = ADVICE_STREAM
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -137,21 +137,25 @@ def _inconsistent(param: str, message: str) -> PydanticCustomError:
 
 
 def _as_stop(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    """Empty strings stop nothing."""
+    strings = [value] if isinstance(value, str) else value
+    return [each for each in strings if each != ""] if isinstance(strings, list) else strings
 
 
 class GenerationBody(HeldFields, _Strict):
     """What both generating endpoints understand. Null means the default everywhere."""
 
-    model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    advice = ADVICE
+
+    model: str | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
     stop: Annotated[
         Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_as_stop)
     ] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -162,18 +166,17 @@ class GenerationBody(HeldFields, _Strict):
     stream_options: StreamOptions | None = None
 
     # Extensions, named as vLLM names them.
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     # Logits are divided by it, and must stay finite.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    request_id: str | None = None
 
-    # Describe the caller; nothing here depends on them.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    # As llama.cpp names it.
+    return_progress: bool | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "GenerationBody":
@@ -182,19 +185,45 @@ class GenerationBody(HeldFields, _Strict):
         return self
 
 
-class ChatBody(GenerationBody):
+class _Templated(_Strict):
+    """How the chat template writes messages."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "_Templated":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise _inconsistent(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt exclude each other",
+            )
+        return self
+
+    @property
+    def writing(self) -> Writing:
+        """As the tokenizer knows it."""
+        return Writing(
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=bool(self.continue_final_message),
+            variables=self.chat_template_kwargs or {},
+        )
+
+
+class ChatBody(GenerationBody, _Templated):
     """`POST /v1/chat/completions`."""
 
-    unsupported = _UNSUPPORTED_CHAT
+    unsupported = UNSUPPORTED_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise _inconsistent("top_logprobs", 'top_logprobs needs "logprobs": true')
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
@@ -230,13 +259,20 @@ def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and set(map(type, value)) == {int}
 
 
+def _as_count(value: Any) -> Any:
+    """Chats say whether, completions how many; who sends the one for the other is understood."""
+    if isinstance(value, bool):
+        return 1 if value else None
+    return _as_whole(value)
+
+
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    unsupported = _UNSUPPORTED_COMPLETION
+    unsupported = UNSUPPORTED_COMPLETION
 
     prompt: Annotated[Any, BeforeValidator(_as_prompts)]
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_as_count)] = None
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -244,13 +280,16 @@ class CompletionBody(GenerationBody):
         return self.prompt
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(_Templated):
     """`POST /tokenize`: of a prompt, or of messages as the chat template writes them."""
+
+    advice = ADVICE_TOKENIZE
+    unsupported = UNSUPPORTED_TOKENIZE
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeBody":
@@ -308,7 +347,8 @@ def _first_problem(error: ValidationError) -> RestError:
         case "unsupported_field":
             where = ".".join(filter(None, (where, str(context["name"]))))
             return invalid(problem["msg"], where, "unsupported_parameter")
-        case "extra_forbidden":
+        case "unknown_field":
+            where = ".".join(filter(None, (where, str(context["name"]))))
             said = f"unknown field '{shown(where)}'; leave it out"
             return invalid(said, where, "unknown_parameter")
         case "missing":

@@ -29,7 +29,7 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest
+from ..messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
@@ -266,7 +266,9 @@ class Decoder(DecodeEngine):
         self, reservation: _Reservation, logits: Logits, constraint: Constraint | None
     ) -> list[_Sequence]:
         request = reservation.request
-        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        sampling = request.sampling
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
             _Sequence(
@@ -274,8 +276,8 @@ class Decoder(DecodeEngine):
                 choice,
                 table,
                 len(request.prompt),
-                Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
-                Detokenizer(self._token_bytes, request.sampling.stop),
+                Sampler(sampling, seed, choice, request.prompt, vocab_size, ends),
+                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
                 None if constraint is None else constraint.copy(),
                 logits,
             )
@@ -303,11 +305,8 @@ class Decoder(DecodeEngine):
         sequence.next_token = chosen.token_id
         sequence.num_generated += 1
         constraint = sequence.constraint
-        # A grammar allows an end only where the answer is whole, and demands it where nothing fits.
-        ignores_end = sampling.ignore_eos and constraint is None
-        ends = () if ignores_end else self._model.config.eos_token_ids
         reason, text = None, ""
-        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+        if chosen.token_id in self._ends(sampling):
             reason = "stop"
         else:
             text = sequence.detokenizer.push(chosen.token_id)
@@ -318,6 +317,13 @@ class Decoder(DecodeEngine):
         if reason is not None and not sequence.detokenizer.stopped:
             text += sequence.detokenizer.finish()
         return Delta(sequence.choice, text, (chosen,), reason)
+
+    def _ends(self, sampling: SamplingParameters) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        # A grammar allows an end only where the answer is whole.
+        ignores_end = sampling.ignore_eos and sampling.grammar is None
+        ends = () if ignores_end else tuple(self._model.config.eos_token_ids)
+        return (*ends, *sampling.stop_token_ids)
 
     def _finish(self, sequence: _Sequence) -> None:
         reservation = self._reservations[sequence.request_id]

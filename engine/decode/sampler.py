@@ -11,6 +11,7 @@ tokens of one answer cannot depend on what else is in the batch.
 
 import math
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -43,12 +44,23 @@ class Sampler:
 
     Choice i of a request draws from a generator seeded with (seed, i): the same seed gives the
     same answers in any process, and different choices differ.
+
+    Args:
+        ends: tokens that end an answer; none is chosen before there are `min_tokens` others.
     """
 
     def __init__(
-        self, sampling: SamplingParameters, seed: int, choice: int, prompt: Tokens, vocab_size: int
+        self,
+        sampling: SamplingParameters,
+        seed: int,
+        choice: int,
+        prompt: Tokens,
+        vocab_size: int,
+        ends: Sequence[int] = (),
     ) -> None:
         self._sampling = sampling
+        self._ends = np.array(ends, dtype=np.int64)
+        self._chosen = 0
         entropy = np.random.SeedSequence([seed % 2**64, choice])
         self._generator = np.random.Generator(np.random.Philox(entropy))
         self._penalties = _Penalties.of(sampling, prompt, vocab_size)
@@ -65,8 +77,13 @@ class Sampler:
             self._sampling.temperature == 0
             and self._penalties is None
             and not len(self._bias_ids)
+            and not self._may_not_end
             and not self._sampling.top_logprobs
         )
+
+    @property
+    def _may_not_end(self) -> bool:
+        return self._chosen < self._sampling.min_tokens and len(self._ends) > 0
 
     def accept(self, best: ChosenToken) -> ChosenToken:
         """Choose the next token where `takes_best`, as `choose` would.
@@ -79,6 +96,7 @@ class Sampler:
         """
         if not math.isfinite(best.logprob):
             raise FloatingPointError(_DAMAGED)
+        self._chosen += 1
         return best
 
     def choose(self, logits: Logits, allowed: Mask | None = None) -> ChosenToken:
@@ -96,6 +114,7 @@ class Sampler:
         if not math.isfinite(normalizer):
             raise FloatingPointError(_DAMAGED)
         token = self._sample(self._adjusted(logits, allowed))
+        self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
         return ChosenToken(
@@ -105,8 +124,9 @@ class Sampler:
         )
 
     def _adjusted(self, logits: Logits, allowed: Mask | None) -> Logits:
-        """Logits with mask, bias and penalties; a copy only where there are any."""
-        if not len(self._bias_ids) and self._penalties is None and allowed is None:
+        """Logits with mask, bias and penalties, without early ends; else themselves."""
+        is_changed = len(self._bias_ids) or self._penalties is not None or self._may_not_end
+        if not is_changed and allowed is None:
             return logits
         adjusted = logits.copy()
         if allowed is not None:
@@ -116,6 +136,11 @@ class Sampler:
         np.add.at(adjusted, self._bias_ids, self._bias)
         if self._penalties is not None:
             self._penalties.apply(adjusted)
+        if self._may_not_end:
+            ends = adjusted[self._ends]
+            adjusted[self._ends] = -math.inf
+            if not math.isfinite(adjusted.max()):
+                adjusted[self._ends] = ends  # the grammar allows no other token
         return adjusted
 
     def _sample(self, logits: Logits) -> int:

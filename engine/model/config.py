@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError, TensorParallelError
 from ..json_files import read_json
-
-SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
+from .architectures import check_architecture
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """In which type a model computes; `compute_type.compute_dtype` says what "auto" is."""
@@ -82,14 +81,7 @@ class ModelConfig:
             CheckpointError: the file is missing, malformed, or of another architecture.
         """
         raw = read_json(folder / "config.json")
-        architectures = raw.get("architectures") or []
-        if SUPPORTED_ARCHITECTURE not in architectures:
-            raise CheckpointError(
-                f"{folder}: architecture {architectures} is not supported; "
-                f"Longreach serves {SUPPORTED_ARCHITECTURE}"
-            )
-        if raw.get("use_sliding_window"):
-            raise CheckpointError(f"{folder}: sliding-window attention is not supported")
+        check_architecture(raw, folder)
         try:
             return cls._from_json(raw, _end_tokens(folder, raw))
         except KeyError as missing:

@@ -47,6 +47,6 @@ def test_it_fits_the_gpus_that_it_is_for(name: str, gpu: float) -> None:
     [gang], decode = settings.gangs, settings.decode
     prefill = gang.prefill
     rank = needed(prefill_fit(gang, int(gpu), 1), prefill.kv_cache_tokens, gang.max_prompt_tokens)
-    worker = needed(decode_fit(settings, int(gpu)), decode.kv_cache_tokens)
+    worker = needed(decode_fit(settings.worker, int(gpu)), decode.kv_cache_tokens)
     together = prefill.gpus_per_rank + decode.gpus <= 1
     assert max(rank + worker if together else rank, worker) <= gpu

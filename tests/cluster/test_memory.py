@@ -38,7 +38,7 @@ def join(settings: Settings) -> None:
 
 
 def make_decoder(settings: Settings) -> None:
-    make_engine(settings)
+    make_engine(settings.worker)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
     (gang,) = settings.gangs
     assert gang.prefill.gpus_per_rank + settings.decode.gpus <= 1
     longest, tokens = settings.limits.max_model_len, gang.prefill.kv_cache_tokens
-    decode = decode_fit(settings, int(card))
+    decode = decode_fit(settings.worker, int(card))
     decode.check(settings.decode.kv_cache_tokens)
     taken = pages_for(settings.decode.kv_cache_tokens) * decode.bytes_per_page
     left = decode.free - decode.weights.num_bytes - taken - decode.computing_bytes(longest)

@@ -48,7 +48,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     model = settings.model.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
-    decoder = make_engine(settings)
+    decoder = make_engine(settings.worker)
     assert isinstance(decoder, Decoder)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
     rank = PrefillRank(settings.gangs[0], 0)

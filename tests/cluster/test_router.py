@@ -8,8 +8,6 @@ import pytest
 from longreach.cluster.router import PrefillRouter
 from longreach.engine.errors import UnavailableError
 
-from .conftest import make_settings
-
 
 class FakeHandle:
     """Serve's handle of a deployment: its calls are `handle.method.remote(...)`."""
@@ -33,12 +31,7 @@ class FakeHandle:
 
 
 def make_router(*handles: FakeHandle) -> PrefillRouter:
-    settings = make_settings(1)
-    (gang,) = settings.prefill
-    limits = (1000, 50_000, None)
-    gangs = tuple(gang.model_copy(update={"max_prompt_tokens": limit}) for limit in limits)
-    gangs_settings = settings.model_copy(update={"prefill": gangs})
-    return PrefillRouter(gangs_settings, cast(Any, handles))
+    return PrefillRouter(cast(Any, zip((1000, 50_000, 131_072), handles, strict=True)))
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,7 @@ def test_files_that_say_nothing_are_refused_by_name(tmp_path: Path, content: byt
 @pytest.fixture
 def two_gangs(raw: dict[str, Any]) -> dict[str, Any]:
     short = {"name": "short", "max_prompt_tokens": 8192, "kv_cache_tokens": 65536}
+    short["chunk_tokens"] = 65_536
     return raw | {"prefill": [short, {"name": "long", **raw["prefill"]}]}
 
 
@@ -279,6 +280,7 @@ def test_gangs_are_listed_in_the_order_of_the_lengths_that_they_take(
     several = parse_settings(two_gangs)
     assert [gang.max_prompt_tokens for gang in several.gangs] == [8192, longest]
     assert [gang.prefill.name for gang in several.gangs] == ["short", "long"]
+    assert several.worker.longest_chunk == 65_536
     check_model(several)
 
 

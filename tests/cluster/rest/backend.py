@@ -8,7 +8,7 @@ import httpx
 from starlette.applications import Starlette
 
 from longreach.cluster.metrics import Metrics, render
-from longreach.cluster.rest import Access, IngressLimits, build_api
+from longreach.cluster.rest import Access, IngressLimits, SignsOfLife, build_api
 from longreach.cluster.rest.limits import OPEN
 from longreach.engine.messages import (
     ChosenToken,
@@ -25,8 +25,8 @@ from longreach.lab.pocket.tokenizer import save_tokenizer
 
 MODEL = "pocket"
 LIMITS = IngressLimits(
-    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02,
-    receive_seconds=120.0,
+    MODEL, 100, 50, clamp_max_tokens=False, max_body_bytes=4096, max_choices=4, max_logprobs=5,
+    receive_seconds=120.0, signs_of_life=SignsOfLife(0.02),
 )  # fmt: skip
 TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served=1.0)
 

@@ -11,6 +11,7 @@ import torch
 
 from longreach.cluster.metrics import Metrics
 from longreach.cluster.rest import IngressLimits, build_api
+from longreach.cluster.rest.limits import SignsOfLife
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.sampler import Logits
@@ -78,8 +79,8 @@ class EngineEndpoint:
 
     def __init__(self) -> None:
         limits = IngressLimits(
-            MODEL, CONTEXT, 1024, max_body_bytes=1 << 20, max_choices=4, max_logprobs=5,
-            progress_seconds=60.0, receive_seconds=120.0,
+            MODEL, CONTEXT, 1024, clamp_max_tokens=False, max_body_bytes=1 << 20, max_choices=4,
+            max_logprobs=5, receive_seconds=120.0, signs_of_life=SignsOfLife(60.0),
         )  # fmt: skip
         self._loop = asyncio.new_event_loop()
         figures = Path(tempfile.mkdtemp())

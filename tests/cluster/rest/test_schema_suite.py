@@ -83,7 +83,9 @@ def read_cases(package: Path) -> Iterator[Case]:
             if Path(path).parent == Path(_FOLDER) and (file := archive.extractfile(member)):
                 for case in json.load(file):
                     instances = [(test["data"], test["valid"]) for test in case["tests"]]
-                    yield Case(f"{Path(path).stem}: {case['description']}", case["schema"], instances)
+                    yield Case(
+                        f"{Path(path).stem}: {case['description']}", case["schema"], instances
+                    )
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ class Pair:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.loop = Loop()
-        self.worker = DecodeWorker(settings, folder)
+        self.worker = DecodeWorker(settings.worker, folder)
         assert isinstance(self.worker._engine, Decoder)
         self.worker._engine._pool.clear()
         self.rank = PrefillRank(settings.gangs[0], 0)

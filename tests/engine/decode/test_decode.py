@@ -253,6 +253,17 @@ def test_ends_at_end_token_stop_string_and_length(dual_chunk_folder: Path) -> No
         assert text.encode() == bytes(free[:end])
 
 
+def test_nothing_ends_an_answer_before_min_tokens(dual_chunk_folder: Path) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompt = make_prompt(40)
+    free = engine.generate("free", prompt, max_tokens=6)[0]
+    stops = {"stop_token_ids": tuple(free), "stop": tuple(map(chr, range(256)))}
+    ended = engine.generate("ended", prompt, max_tokens=6, **stops)[0]
+    kept = engine.generate("kept", prompt, max_tokens=6, min_tokens=4, **stops)[0]
+    assert (len(ended), len(kept)) == (1, 5)
+    assert not set(kept[:4]) & set(free)
+
+
 def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
     engine = Engine(dual_chunk_folder)
     prompts = {"good": make_prompt(30), "bad": make_prompt(31, seed=1)}
