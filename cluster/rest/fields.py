@@ -82,9 +82,6 @@ UNSUPPORTED_CHAT: Neutral = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 UNSUPPORTED_COMPLETION: Neutral = {**UNSUPPORTED, "prompt_embeds": (), "suffix": ("",)}
@@ -92,8 +89,6 @@ UNSUPPORTED_MESSAGE: Neutral = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 UNSUPPORTED_TOKENIZE: Neutral = {"chat_template": (), "tools": ([],)}
 

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ class Plan:
 
     `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
     events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
-    `held_by`: the field that answers are held to a form by.
+    `held_by`: the field that answers are held to a form by. `calls_tools`: an answer may have calls
+    of tools in it, one at most where `one_call`.
     """
 
     answer_id: str
@@ -40,6 +41,8 @@ class Plan:
     return_progress: bool
     clamped_to: int | None
     held_by: str | None
+    calls_tools: bool = False
+    one_call: bool = False
 
     @property
     def grammar(self) -> str | None:
@@ -125,7 +128,8 @@ class Planner:
         asked = _Asked.of_chat(body)
         self._check_limits(body, 1, top_logprobs, asked)
         prompt = self.encode_chat(body.messages, body.writing, self._limits.max_model_len)
-        return self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
+        plan = self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
+        return replace(plan, calls_tools=bool(body.offered), one_call=body.one_call)
 
     def completion(self, body: CompletionBody, request_id: str, arrived: float) -> Plan:
         """A completion has one prompt or several."""
@@ -163,6 +167,8 @@ class Planner:
         self._check_size(least, "messages", most)
         with _blamed_on("chat_template_kwargs"):
             self._tokenizer.check_variables(writing.variables)
+        if writing.tools and not self._tokenizer.takes_tools:
+            raise invalid("the model's chat template has no place for tools", "tools")
         with _blamed_on("messages"):
             tokens = self._tokenizer.encode_chat(
                 [message.for_template for message in messages], writing, most

@@ -76,6 +76,25 @@ def test_answers_are_held_to_a_schema(client: openai.OpenAI, http: httpx.Client)
     wait_until_no_page_is_held(http)
 
 
+def test_a_tool_is_called(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"loud": {"type": "boolean"}},
+        "required": ["loud"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Ring!"}], temperature=0,
+        tools=[{"type": "function", "function": {"name": "ring", "parameters": parameters}}],
+        tool_choice="required", parallel_tool_calls=False,
+    )  # fmt: skip
+    [call] = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "ring"
+    assert json.loads(call.function.arguments)["loud"] in (True, False)
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
 def test_answers_equal_those_of_one_process(
     client: openai.OpenAI, tokenizer: Tokenizer, cluster: LocalCluster
 ) -> None:

@@ -142,9 +142,9 @@ def test_the_page_has_every_field_of_messages() -> None:
 @pytest.mark.parametrize(
     ("sent", "named"),
     [
-        ({"colour": 1, "tools": [{}], "audio": {}}, "colour"),
-        ({"tools": [{}], "colour": 1, "audio": {}}, "tools"),
-        ({"audio": {}, "user": "me", "tools": [{}]}, "audio"),
+        ({"colour": 1, "functions": [{}], "audio": {}}, "colour"),
+        ({"functions": [{}], "colour": 1, "audio": {}}, "functions"),
+        ({"audio": {}, "user": "me", "functions": [{}]}, "audio"),
     ],
 )
 def test_of_several_that_are_refused_the_first_as_sent_is_named(
