@@ -1,4 +1,7 @@
-"""The Serve application of a configuration, and a cluster on this machine that runs it."""
+"""The Serve application of a configuration, and a cluster on this machine that runs it.
+
+`serve deploy` and RayService name `build_application`; `deployed.py` runs it on another Ray.
+"""
 
 import logging
 import re
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
@@ -21,11 +25,12 @@ from .decode.replica import DecodeReplica
 from .handlers import uninterrupted
 from .ingress import api_builder, front_of
 from .local_ray import LocalRay
+from .nodes import default_metrics_directory
 from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
-from .readiness import is_alive, is_ready
+from .readiness import READY_SECONDS, is_alive, is_ready, wait_until_ready
 from .rest import build_refusal, read_api_keys
-from .settings import Settings
+from .settings import Settings, parse_settings, read_settings
 from .watch import ClusterWatch, Silent
 
 APP_NAME = "longreach"
@@ -35,8 +40,6 @@ _API_PREFIX = "/v1"
 
 # Requests wait in queues of our own, which know what to do first and when to refuse.
 _NO_LIMIT = 1_000_000
-_READY_SECONDS = 300
-_POLL_SECONDS = 0.1
 _STOP_SECONDS = 30
 # More than a starved machine keeps a healthy one from answering. Ray ends this process by itself,
 # and leaves everything behind, when the GCS has not answered for a minute.
@@ -46,7 +49,33 @@ _PROXY_PATIENCE_SECONDS = 75.0
 # The last line of a trace, as Python writes it.
 _OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)
 _logger = logging.getLogger(__name__)
-_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+
+
+class ApplicationArguments(BaseModel):
+    """What `args` of an application may say in a configuration of Ray Serve's.
+
+    `config` is a cluster's configuration: the mapping that its YAML file holds, or the file's path
+    on whichever node builds the application, which may be any.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: dict[str, Any] | str
+
+
+def build_application(arguments: ApplicationArguments) -> serve.Application:
+    """The application for `import_path` of `serve deploy`, `serve run` and RayService.
+
+    The checkpoint is not looked at here, because this may be a node without it: every rank, decode
+    worker and ingress reads it on its own node, and names node and file where one is missing.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or describes what cannot run.
+    """
+    config = arguments.config
+    settings = read_settings(Path(config)) if isinstance(config, str) else parse_settings(config)
+    return build(settings, settings.metrics.directory or default_metrics_directory())
 
 
 def build(settings: Settings, metrics_directory: Path) -> serve.Application:
@@ -97,7 +126,7 @@ def deploy(settings: Settings, metrics_directory: Path) -> None:
         RuntimeError: a replica did not come up.
     """
     application = build(settings, metrics_directory)
-    serve.run(application, name=APP_NAME, logging_config=_LOGGING)
+    serve.run(application, name=APP_NAME, logging_config=LOGGING)
 
 
 def build_closing() -> serve.Application:
@@ -148,18 +177,9 @@ class LocalCluster:
         """Whether the endpoint would serve requests now."""
         return is_ready(self.url)
 
-    def wait_until_ready(self, timeout: float = _READY_SECONDS) -> None:
-        """Return when the endpoint would serve requests.
-
-        Raises:
-            UnavailableError: time is up.
-        """
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if self.is_ready():
-                return
-            time.sleep(_POLL_SECONDS)
-        raise UnavailableError(f"the cluster was not ready after {timeout:.0f} s")
+    def wait_until_ready(self, timeout: float = READY_SECONDS) -> None:
+        """Return when the endpoint would serve requests; raises as `readiness` does."""
+        wait_until_ready(self.url, timeout)
 
     def watch(self, on_lost: OnLost) -> None:
         """Look from now on whether Ray and the endpoint are there, until the cluster is stopped."""
@@ -177,11 +197,8 @@ class LocalCluster:
 
         New requests are answered with 503 meanwhile.
         """
-        deadline = time.monotonic() + self._settings.shutdown.drain_seconds + _STOP_SECONDS
         try:
-            _try_to_close()
-            while time.monotonic() < deadline and not _deleted():
-                pass
+            remove(self._settings.shutdown.drain_seconds)
         finally:
             self.kill()
 
@@ -203,6 +220,17 @@ class LocalCluster:
         """Of a folder that was made for this cluster alone."""
         if self._settings.metrics.directory is None:
             shutil.rmtree(self.metrics_directory, ignore_errors=True)
+
+
+def remove(drain_seconds: float) -> None:
+    """Take the application away where Serve runs; returns when accepted requests are finished.
+
+    New requests are answered with 503 meanwhile.
+    """
+    deadline = time.monotonic() + drain_seconds + _STOP_SECONDS
+    _try_to_close()
+    while time.monotonic() < deadline and not _deleted():
+        pass
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:
@@ -246,7 +274,7 @@ def _asks(settings: Settings) -> Iterator[tuple[str, str, float]]:
 
 def _close() -> None:
     """Have new requests refused. Their prefix is longer than the application's, and so wins."""
-    closing = serve.RunTarget(build_closing(), f"{APP_NAME}-{_CLOSING}", _API_PREFIX, _LOGGING)
+    closing = serve.RunTarget(build_closing(), f"{APP_NAME}-{_CLOSING}", _API_PREFIX, LOGGING)
     serve.run_many([closing], wait_for_applications_running=False)
 
 
@@ -277,7 +305,8 @@ def startup_failure(messages: Iterable[str]) -> str | None:
     return next((errors[-1] for errors in said if errors), None)
 
 
-def _startup_failure() -> str | None:
+def failure_at_start() -> str | None:
+    """As `startup_failure`, of the application where Serve runs."""
     application = serve.status().applications.get(APP_NAME)
     if application is None:
         return None
@@ -303,7 +332,7 @@ def start(settings: Settings, on_lost: OnLost | None = None) -> LocalCluster:
     try:
         _start_serve(settings, cluster.metrics_directory)
     except RuntimeError as error:
-        reason = _startup_failure() or str(error)
+        reason = failure_at_start() or str(error)
         cluster.kill()
         raise UnavailableError(f"the cluster did not start: {reason}") from error
     except BaseException as error:
@@ -331,7 +360,5 @@ def _start_ray(settings: Settings) -> LocalCluster:
 def _start_serve(settings: Settings, metrics_directory: Path) -> None:
     check_room(settings, ray.cluster_resources())
     options = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-    serve.start(
-        http_options=options, controller_options=front_of(settings), logging_config=_LOGGING
-    )
+    serve.start(http_options=options, controller_options=front_of(settings), logging_config=LOGGING)
     deploy(settings, metrics_directory)

@@ -22,7 +22,7 @@ from pydantic import (
 
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.kv.formats import KVCacheDtype
-from ..engine.model.config import Dtype, ModelConfig
+from ..engine.model.config import Dtype, ModelConfig, WeightFormat
 from ..engine.model.files import ModelFiles
 from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
 from ..kernels.page_size import PAGE_TOKENS, pages_for
@@ -41,12 +41,14 @@ class ModelSettings(_Section):
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
     shape of engine/model/shapes for random weights of a real model's sizes. `dtype` "auto" is up to
-    each process: see `engine.model.compute_type`. `kv_cache_dtype` is how KV pages are kept.
+    each process: see `engine.model.compute_type`. `weights` "fp8" rounds linear layers' weights to
+    8 bits as they are read. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str
     name: Annotated[str, Field(min_length=1)]
     dtype: Dtype = "auto"
+    weights: WeightFormat = "auto"
     kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
@@ -74,6 +76,7 @@ class ModelSettings(_Section):
 class LimitSettings(_Section):
     """What one request may ask for, and how many may wait at a decode replica for each gang.
 
+    `retries`: processes that may die under a request before it is refused; see `attempts`.
     With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
     """
 
@@ -85,6 +88,7 @@ class LimitSettings(_Section):
     max_choices: Count = 8
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
 
 
 class PrefillSettings(_Section):
@@ -300,6 +304,11 @@ class Settings(_Section):
                 f"model.kv_cache_dtype bfloat16 beside model.dtype {self.model.dtype} is for CPUs; "
                 "set model.dtype to bfloat16 where there are GPUs, or leave kv_cache_dtype out"
             )
+        if on_gpus and mixed and self.model.weights == "fp8":
+            yield (
+                f"model.weights fp8 beside model.dtype {self.model.dtype} is for CPUs; set "
+                "model.dtype to bfloat16 where there are GPUs, or leave weights out"
+            )
         if self.transport.kind == "cuda_ipc":
             for gang in self.prefill:
                 yield from self._problems_with_cuda_ipc(gang)
@@ -375,6 +384,17 @@ def load_settings(path: Path) -> Settings:
         ConfigurationError: the file is missing, is not YAML, or describes what cannot run.
         CheckpointError: the model's folder cannot be served.
     """
+    settings = read_settings(path)
+    check_model(settings)
+    return settings
+
+
+def read_settings(path: Path) -> Settings:
+    """Read and check a configuration; the checkpoint may lie elsewhere, and is not looked at.
+
+    Raises:
+        ConfigurationError: the file is missing, is not YAML, or describes what cannot run.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -388,9 +408,7 @@ def load_settings(path: Path) -> Settings:
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
         raise ConfigurationError(f"{path} is not valid YAML: {said}") from error
-    settings = parse_settings(raw, str(path))
-    check_model(settings)
-    return settings
+    return parse_settings(raw, str(path))
 
 
 def parse_settings(raw: Any, source: str = "configuration") -> Settings:

@@ -4,7 +4,8 @@ Everything here is frozen and small, and pickles; prompts are int32 arrays so th
 hand a million tokens over without touching them one by one.
 """
 
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,15 +42,24 @@ class SamplingParameters:
     choices: int = 1
     grammar: str | None = None
 
+    def seeded(self) -> "SamplingParameters":
+        """The same, with a seed where there is none: all that is drawn can be drawn again."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request, tokenized and validated. `arrived` is time.time() at the ingress."""
+    """One request, tokenized and validated. `arrived` is time.time() at the ingress.
+
+    `replayed` are tokens of each choice that the client has from an earlier attempt: they are
+    generated again, whatever the logits say, and not delivered again.
+    """
 
     request_id: str
     prompt: Tokens
     sampling: SamplingParameters
     arrived: float
+    replayed: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ Whatever is slow to import is imported inside the commands, so that `--help` ans
 
 import secrets
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ...engine.errors import LongreachError
+from ...engine.errors import ConfigurationError, InvalidRequestError, LongreachError
 from ...engine.text.files import read_text
 from ..remedies import remedied
 from .commands import Commands
@@ -54,22 +55,45 @@ def longreach() -> None:
 
 
 @app.command()
-def serve(config: Config) -> None:
+def serve(
+    config: Config,
+    address: Annotated[
+        str | None,
+        typer.Option(help='Of a Ray cluster that runs already: "auto", or HOST:PORT of its GCS.'),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="With --address: leave it there once it is ready.")
+    ] = False,
+) -> None:
     """Start the cluster of CONFIG and keep it up until Ctrl-C or SIGTERM.
 
     Accepted requests are finished before it stops, up to `shutdown.drain_seconds`, at Ctrl-C and
     at SIGTERM; a second one does not wait. Should Ray break down under it, it ends every process
     of the cluster and itself, with status 1. See `longreach config CONFIG` for what it would start.
 
-        longreach serve configs/laptop.yaml
-    """
-    from ..settings import load_settings
-    from .demo import show_urls
-    from .running import running_cluster, wait_for_interrupt
+    With `--address` the application is deployed on that Ray cluster, in place of the one that is
+    there, which finishes what it has accepted. Ray itself stays.
 
+        longreach serve configs/laptop.yaml
+
+        longreach serve configs/laptop.yaml --address auto --detach
+    """
+    from ..settings import load_settings, read_settings
+    from .demo import show_urls
+    from .running import deploy_detached, running_cluster, wait_for_interrupt
+
+    if detach and address is None:
+        raise ConfigurationError(
+            "a cluster of this machine alone ends with this command; leave --detach out, or name a "
+            "Ray cluster with --address"
+        )
     console = Console()
-    settings = load_settings(config)
-    with running_cluster(settings, console) as cluster:
+    # The checkpoint of a cluster of several machines need not lie on this one.
+    settings = load_settings(config) if address is None else read_settings(config)
+    if detach and address is not None:
+        deploy_detached(settings, console, address)
+        return
+    with running_cluster(settings, console, address) as cluster:
         show_urls(cluster.url, settings.model.name, console)
         wait_for_interrupt()
 
@@ -122,42 +146,57 @@ def demo(
 
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="What to ask about the document.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask; without it, a conversation.")
+    ] = None,
     file: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="The document, UTF-8 text.")
-    ],
+        list[str],
+        typer.Option("--file", "-f", help="A file, a folder, or - for standard input; repeatable."),
+    ] = [],  # noqa: B006 (typer copies it)
     base_url: BaseUrl = _LOCAL,
     model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     api_key_file: ApiKeyFile = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Each answer as one JSON object on a line of its own.")
+    ] = False,
 ) -> None:
-    """Ask a running endpoint about a document.
+    """Ask a running endpoint about documents: text in any encoding, PDFs, whole folders.
 
-    The answer goes to standard output, progress to the other.
+    Of a git repository it takes what git tracks, of another folder all but hidden files; what is no
+    text is left out, and said. Several files go under headings with their names. The answer goes
+    to standard output, progress and the number of tokens, which is said first, to the other.
 
         longreach ask --file book.txt "Who is the narrator?"
 
-        longreach ask --file log.txt --base-url http://10.0.0.7:8000 "What failed first?" > out
+        longreach ask -f src -f README.md "Where is a request cancelled?"
+
+        git log | longreach ask -f - --base-url http://10.0.0.7:8000 "What broke in May?" > out
+
+        longreach ask -f report.pdf        # one question after the other, until Ctrl-D
     """
     from ..client import Endpoint
-    from .console import watch_prefill
+    from .ask import Asking, ask_once, converse, questions_from, say_what_is_asked_about
+    from .documents import STANDARD_INPUT, read_documents
 
+    if not file:
+        raise InvalidRequestError("no document is named; add --file with a file, a folder or -")
+    if question is None and STANDARD_INPUT in file:
+        raise InvalidRequestError(
+            "a conversation reads its questions from standard input, which holds a document; "
+            "give a question, or save the document to a file"
+        )
     console = Console(stderr=True)
-    message = {"role": "user", "content": f"{read_text(file)}\n\n{question}"}
+    documents = read_documents(file)
+    say_what_is_asked_about(documents, console)
     endpoint = Endpoint(base_url, read_text(api_key_file).strip() if api_key_file else None)
-    name = model or endpoint.first_model()
-    with watch_prefill(console) as watch:
-
-        def on_text(text: str) -> None:
-            watch.close()
-            print(text, end="", flush=True)
-
-        answer = endpoint.ask(name, [message], max_tokens, watch.update, on_text)
-    print()
-    console.print(
-        f"{answer.prompt_tokens:,} prompt tokens, first token after {answer.first_token:.2f} s, "
-        f"{answer.completion_tokens:,} tokens in {answer.finished:.2f} s"
-    )
+    served = endpoint.served(model)
+    asking = Asking(endpoint, served.name, served.max_model_len, max_tokens, as_json)
+    if question is not None:
+        ask_once(asking, documents, question, console)
+        return
+    read_line = partial(console.input, "> ") if sys.stdin.isatty() else input
+    converse(asking, documents, questions_from(read_line), console)
 
 
 @app.command()
@@ -172,6 +211,45 @@ def config(config: Config) -> None:
     from .explain import explain
 
     Console().print(explain(load_settings(config)))
+
+
+@app.command()
+def exporter(
+    directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="And its port.")] = 9464,
+) -> None:
+    """Answer Prometheus's scrapes with the figures of this node, until Ctrl-C or SIGTERM.
+
+    Reads what the processes of a cluster leave in DIRECTORY, whether they live or not.
+
+        longreach exporter /var/lib/longreach/metrics --host 0.0.0.0
+    """
+    from ..metrics.exporter import export
+    from .running import end_politely, wait_for_interrupt
+
+    end_politely()
+    server, _ = export(directory, host, port)
+    wait_for_interrupt()
+    server.shutdown()
+
+
+@app.command()
+def drain(
+    directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
+    seconds: Annotated[float, typer.Option(min=1, help="How long it may take.")] = 600.0,
+) -> None:
+    """Have this node of a Ray cluster take no more work, and wait until what it has is done.
+
+    For what runs before a pod is ended (`preStop`). Serve starts the node's replicas elsewhere
+    first, where there is room. Status 1 where something was still under way when time was up.
+
+        longreach drain /var/lib/longreach/metrics --seconds 600
+    """
+    from ..draining import drain_this_node
+
+    if not drain_this_node(directory, seconds):
+        raise typer.Exit(1)
 
 
 def main() -> None:

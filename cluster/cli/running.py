@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
@@ -29,31 +29,41 @@ class RunningCluster:
     seconds_to_ready: float
 
 
+class _Cluster(Protocol):
+    """Of this machine alone, or on a Ray that runs already."""
+
+    @property
+    def url(self) -> str: ...
+
+    def wait_until_ready(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 @contextmanager
-def running_cluster(settings: Settings, console: Console) -> Iterator[RunningCluster]:
+def running_cluster(
+    settings: Settings, console: Console, address: str | None = None
+) -> Iterator[RunningCluster]:
     """Start a cluster, wait until it is ready, and stop it at the end of the block.
+
+    Args:
+        address: of a Ray cluster that runs already and stays; None for one of this machine alone.
 
     Raises:
         ClusterLostError: Ray or its endpoint broke down meanwhile. The block is interrupted then
             by a KeyboardInterrupt, and no process is left.
     """
-    from ..app import ClusterLostError, start
+    from ..app import ClusterLostError
 
-    # Asked to end politely by a supervisor, do as at Ctrl-C, to which background jobs start deaf.
-    for request_to_end in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(request_to_end, signal.default_int_handler)
+    end_politely()
     started = time.monotonic()
-    for warning in warnings_about(settings):
-        console.print(f"warning: {warning}", style="bold yellow", highlight=False)
     loss = _Loss()
-    console.print("starting the cluster")
     try:
-        cluster = start(settings, loss.report)
+        cluster = _start(settings, console, address, loss)
         try:
-            cluster.wait_until_ready()
-            seconds = time.monotonic() - started
-            console.print(f"ready after {seconds:.1f} s at {cluster.url}")
-            yield RunningCluster(cluster.url, seconds)
+            yield _ready(cluster, started, console)
         finally:
             _end(cluster, loss, console)
     except BaseException as error:
@@ -66,7 +76,47 @@ def running_cluster(settings: Settings, console: Console) -> Iterator[RunningClu
         raise ClusterLostError(loss.sentence)
 
 
-def _end(cluster: "LocalCluster", loss: "_Loss", console: Console) -> None:
+def deploy_detached(settings: Settings, console: Console, address: str) -> None:
+    """Deploy on a Ray cluster that runs already, and leave when the endpoint is ready."""
+    from ..deployed import deploy_at
+
+    end_politely()
+    started = time.monotonic()
+    cluster = deploy_at(address, settings)
+    try:
+        _ready(cluster, started, console)
+    finally:
+        cluster.leave()
+
+
+def end_politely() -> None:
+    """Asked to end by a supervisor, do as at Ctrl-C, to which background jobs start deaf."""
+    for request_to_end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(request_to_end, signal.default_int_handler)
+
+
+def _start(settings: Settings, console: Console, address: str | None, loss: "_Loss") -> _Cluster:
+    if address is not None:
+        from ..deployed import deploy_at
+
+        return deploy_at(address, settings)
+    from ..app import start
+
+    for warning in warnings_about(settings):
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False)
+    console.print("starting the cluster")
+    return start(settings, loss.report)
+
+
+def _ready(cluster: _Cluster, started: float, console: Console) -> RunningCluster:
+    """Wait until it is, and say so."""
+    cluster.wait_until_ready()
+    seconds = time.monotonic() - started
+    console.print(f"ready after {seconds:.1f} s at {cluster.url}")
+    return RunningCluster(cluster.url, seconds)
+
+
+def _end(cluster: _Cluster, loss: "_Loss", console: Console) -> None:
     if loss.problem is not None:
         cluster.kill()
         return

@@ -11,10 +11,13 @@ from typing import Any, cast
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from ...engine.errors import QueueFullError, UnavailableError
+from ...engine.errors import NotUpError, QueueFullError, UnavailableError
 from ...engine.messages import Event, GenerationRequest
+from .. import metrics
 from ..call_errors import CallError, as_ours
 from ..messages import Taken
+from ..metrics import Metrics
+from ..nodes import metrics_of_node
 from ..pulse import Allowance, watch
 from ..router import PrefillRouter
 from ..settings import WorkerSettings
@@ -46,6 +49,7 @@ class DecodeReplica:
         gangs: list[tuple[int, DeploymentHandle]],
         most_waiting: int,
     ) -> None:
+        self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         self._router = PrefillRouter(gangs)
         self._most_waiting = most_waiting
         self._lives: set[RequestLife] = set()
@@ -94,7 +98,7 @@ class DecodeReplica:
 
     def _begin(self, request: GenerationRequest) -> RequestLife:
         if self._lost:
-            raise UnavailableError(_LOST)
+            raise NotUpError(_LOST)
         prefill = self._router.gang_for(len(request.prompt))
         lives = [life for life in self._lives if life.prefill is prefill]
         waiting = sum(life.state is State.WAITING for life in lives)
@@ -113,4 +117,6 @@ class DecodeReplica:
         """The worker cannot go on: its end tells everybody who waits for it."""
         logger.error("the decode worker is lost: %s", error)
         self._lost = True
+        if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
+            self._sink.add(metrics.LOST)
         ray.kill(self._worker)

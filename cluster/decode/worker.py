@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from ...engine.errors import (
     InvalidRequestError,
     LongreachError,
+    LostError,
+    NotUpError,
     TransferError,
     UnavailableError,
 )
 from ...engine.messages import Delta, GenerationRequest
 from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
-from ..metrics import Metrics
+from ..metrics import Metrics, ProcessFigures
+from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
 from ..tasks import forever
@@ -65,8 +68,10 @@ class DecodeWorker:
         self._settings = settings
         self._set_threads = partial(torch.set_num_threads, settings.decode.threads)
         self._set_threads()
-        self._sink = Metrics(metrics_directory, "decode", settings.model.name)
-        self._engine: DecodeEngine = make_engine(settings)
+        self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
+        ProcessFigures(self._sink).start()
+        with reading_here():
+            self._engine: DecodeEngine = make_engine(settings)
         self._pulse = Pulse()
         self._failed = False
         self._requests: dict[str, _Request] = {}
@@ -110,7 +115,7 @@ class DecodeWorker:
         """Return if it is able to generate.
 
         Raises:
-            UnavailableError: the engine failed in a way that leaves its state unknown.
+            LostError: the engine failed in a way that leaves its state unknown.
         """
         self._check()
 
@@ -123,9 +128,12 @@ class DecodeWorker:
             PromptTooLongError: there will never be enough pages.
             GrammarError: the request's grammar cannot be compiled.
             InvalidRequestError: a request of that name is here already.
-            UnavailableError: as `check`, also while waiting; or the request was released.
+            NotUpError: the engine failed before the request came.
+            LostError: it failed while the request waited.
+            UnavailableError: the request was released.
         """
-        self._check()
+        if self._failed:
+            raise NotUpError(_FAILED)
         name = request.request_id
         if name in self._ended:
             raise UnavailableError(_RELEASED)
@@ -180,7 +188,8 @@ class DecodeWorker:
 
         Raises:
             GenerationError: this answer cannot go on.
-            UnavailableError: as `check`, or the request was released; also half-way.
+            LostError: as `check`; also half-way.
+            UnavailableError: the request was released; also half-way.
         """
         self._check()
         request = self._requests.get(request_id)
@@ -230,7 +239,7 @@ class DecodeWorker:
         """Return when a request is released.
 
         Raises:
-            UnavailableError: as `check`, also while waiting.
+            LostError: as `check`, also while waiting.
         """
         if request_id not in self._ended:
             await self._expect(request_id).released.wait()
@@ -244,6 +253,7 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(RENEWAL_SECONDS)
             lapsed = self._leases.tick()
+            self._sink.add(metrics.LEASES_LAPSED, len(lapsed))
             for request_id in lapsed:
                 logger.warning("request %s is released: no ingress wants it", request_id)
             await asyncio.gather(*map(self.release, lapsed))
@@ -269,7 +279,7 @@ class DecodeWorker:
 
     def _check(self) -> None:
         if self._failed:
-            raise UnavailableError(_FAILED)
+            raise LostError(_FAILED)
 
     def _fail(self, error: BaseException) -> None:
         """Refuse whatever comes from now on, and end whatever waits, wherever it does."""
@@ -277,9 +287,9 @@ class DecodeWorker:
             return
         logger.error("the decode engine failed", exc_info=error)
         self._failed = True
-        self._admission.refuse_all(UnavailableError(_FAILED))
+        self._admission.refuse_all(LostError(_FAILED))
         for request in self._requests.values():
-            request.events.put_nowait(UnavailableError(_FAILED))
+            request.events.put_nowait(LostError(_FAILED))
             request.released.set()
 
     def _report(self) -> None:

@@ -48,10 +48,12 @@ class Histogram:
 
 Metric = Counter | Gauge | Histogram
 
-# From an ingress's overhead to a million tokens on a small machine, twice as wide at each step.
+# From an ingress's overhead to a million tokens on a small machine: twice as wide at each step, and
+# finer from one to ten minutes, where the limits on long prompts lie.
 _REQUEST_SECONDS = (
-    0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
-    160.0, 320.0, 640.0, 1280.0, 2560.0,
+    0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0,
+    80.0, 100.0, 120.0, 150.0, 180.0, 210.0, 240.0, 300.0, 360.0, 420.0, 480.0, 540.0, 600.0,
+    900.0, 1280.0, 2560.0,
 )  # fmt: skip
 _SHORT_SECONDS = (
     0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
@@ -69,6 +71,10 @@ REQUEST_SUCCESS = Counter(
     "longreach_request_success_total",
     "Choices of successful requests by why they ended: stop or length.",
     ("finished_reason",),
+)
+REQUEST_RECOVERIES = Counter(
+    "longreach_request_recoveries_total",
+    "Requests that were begun again, in place of an error: what served them died, or was not up.",
 )
 PROMPT_TOKENS = Counter(
     "longreach_prompt_tokens_total", "Prompt tokens of requests whose prefill ended well."
@@ -163,10 +169,47 @@ KV_CACHE_USAGE = Gauge(
     "Share of KV pages in use, 0 to 1, in the fullest pool of this role.",
     merge="max",
 )
+PROMPT_TOKENS_WAITING = Gauge(
+    "longreach_prompt_tokens_waiting",
+    "Prompt tokens that a gang has taken and has not computed yet.",
+)
+LOST = Counter(
+    "longreach_lost_total",
+    "Prefill gangs and decode workers that died or hung and were replaced.",
+)
+LEASES_LAPSED = Counter(
+    "longreach_leases_lapsed_total",
+    "Requests that a decode worker released because no ingress wanted them any more.",
+)
+HANDOFF_FAILURES = Counter(
+    "longreach_handoff_failures_total",
+    "Prompts that ended because their pages did not reach the decode replica.",
+)
+BUILD_INFO = Gauge(
+    "longreach_build_info",
+    "Always 1; its labels are versions.",
+    ("longreach", "ray", "torch"),
+    merge="max",
+)
+PROCESSES = Gauge("longreach_processes", "Processes that live.")
+PROCESS_START_TIME = Gauge(
+    "longreach_process_start_time_seconds",
+    "When the youngest process started, in seconds since 1970.",
+    merge="max",
+)
+PROCESS_CPU_SECONDS = Counter(
+    "longreach_process_cpu_seconds_total", "Processor time that processes took."
+)
+PROCESS_RESIDENT_BYTES = Gauge(
+    "longreach_process_resident_memory_bytes",
+    "Memory of the host that processes hold; what they share is counted for each.",
+)
+PROCESS_OPEN_FILES = Gauge("longreach_process_open_fds", "Open files and sockets.")
 
 VOCABULARY: tuple[Metric, ...] = (
     REQUESTS,
     REQUEST_SUCCESS,
+    REQUEST_RECOVERIES,
     NUM_REQUESTS_RUNNING,
     NUM_REQUESTS_WAITING,
     NUM_SEQUENCES_WAITING,
@@ -187,4 +230,14 @@ VOCABULARY: tuple[Metric, ...] = (
     RANK_SKEW,
     DECODE_STEP_TIME,
     KV_CACHE_USAGE,
+    PROMPT_TOKENS_WAITING,
+    HANDOFF_FAILURES,
+    LEASES_LAPSED,
+    LOST,
+    BUILD_INFO,
+    PROCESSES,
+    PROCESS_START_TIME,
+    PROCESS_CPU_SECONDS,
+    PROCESS_RESIDENT_BYTES,
+    PROCESS_OPEN_FILES,
 )

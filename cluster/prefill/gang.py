@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -39,7 +40,7 @@ class Gang:
         self._ranks = ranks
 
     @classmethod
-    async def start(cls, settings: GangSettings) -> "Gang":
+    async def start(cls, settings: GangSettings, metrics_directory: Path) -> "Gang":
         """Place the ranks, let them meet, and load the model; returns when all are ready.
 
         Raises:
@@ -61,6 +62,8 @@ class Gang:
             ).remote(settings, rank)
             for rank in range(prefill.num_ranks)
         ]
+        for rank in ranks:
+            rank.tell_figures.remote(metrics_directory)
         gang = cls(group, ranks)
         try:
             await gang._watched(_join(ranks, settings.prefill.tensor_parallel))

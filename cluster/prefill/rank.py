@@ -3,6 +3,7 @@ in the same order.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from ...engine.errors import OutOfMemoryError, TransferError
 from ...engine.messages import Tokens
+from ..metrics import Metrics, ProcessFigures
+from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import GangSettings
 from .scheduler import Chunk
@@ -45,6 +48,12 @@ class PrefillRank:
         self._hand_offs: dict[str, HandOff] = {}
         self._pulse = Pulse()
         self._store: Store | None = None
+
+    def tell_figures(self, metrics_directory: Path) -> None:
+        """Tell from now on what this process takes."""
+        model, gang = self._settings.model.name, self._settings.prefill.name
+        sink = Metrics(metrics_of_node(metrics_directory), "prefill", model, gang)
+        ProcessFigures(sink).start()
 
     def open_meeting(self) -> tuple[str, int]:
         """Listen for the other ranks, which only rank 0 does; its host and port.
@@ -95,7 +104,7 @@ class PrefillRank:
         # Here, because a thread of its own runs all calls but `flush` and `pulse`.
         torch.set_num_threads(self._settings.prefill.threads_per_rank)
         prefill, device = self._settings.prefill, self._device()
-        with room_for_prefill(self._settings, device, ranks_on_card):
+        with reading_here(), room_for_prefill(self._settings, device, ranks_on_card):
             mesh = Mesh.join(
                 prefill.tensor_parallel,
                 prefill.sequence_parallel,
@@ -134,7 +143,8 @@ class PrefillRank:
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files
-        model = load_model(files, mesh, compute_dtype(settings.model.dtype, device), device)
+        dtype = compute_dtype(settings.model.dtype, device)
+        model = load_model(files, mesh, dtype, device, weights=settings.model.weights)
         geometry = model.pages_kept_as(settings.model.pages_kept_as)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         self._stream = hand_off_stream(device)

@@ -11,13 +11,21 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
+from ...engine.errors import (
+    LongreachError,
+    LostError,
+    NotUpError,
+    OutOfMemoryError,
+    TransferError,
+    UnavailableError,
+)
 from ...engine.messages import Prefilled, Progress
 from ...kernels.page_size import pages_for
 from .. import metrics
 from ..call_errors import as_ours
 from ..messages import PrefillOrder
-from ..metrics import Metrics
+from ..metrics import Metrics, ProcessFigures
+from ..nodes import metrics_of_node
 from ..settings import GangSettings
 from ..streams import beating
 from ..tasks import detached, forever
@@ -66,7 +74,9 @@ class PrefillReplica:
 
     async def __init__(self, settings: GangSettings, metrics_directory: Path) -> None:
         prefill = settings.prefill
-        self._sink = Metrics(metrics_directory, "prefill", settings.model.name, prefill.name)
+        folder = metrics_of_node(metrics_directory)
+        self._sink = Metrics(folder, "prefill", settings.model.name, prefill.name)
+        ProcessFigures(self._sink).start()
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
@@ -75,7 +85,7 @@ class PrefillReplica:
         self._handing_off: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._lost = False
-        self._gang = await Gang.start(settings)
+        self._gang = await Gang.start(settings, metrics_directory)
         self._loop = forever(self._run(), self._lose)
         self._watch = forever(self._watch_gang(), self._lose)
         self._report()
@@ -95,7 +105,7 @@ class PrefillReplica:
         the chunk that is being computed.
         """
         if self._lost:
-            raise UnavailableError(_LOST)
+            raise NotUpError(_LOST)
         job = _Job(order, ray.put(order.request.prompt), asyncio.Queue())
         self._jobs[job.name] = job
         following = detached(self._follow(job))
@@ -170,11 +180,12 @@ class PrefillReplica:
             self._out_of_memory(chunk, error)
             return
         self._count(chunk, results)
+        self._report()
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
-            self._end(chunk.request_id, TransferError(failure))
+            self._fail_hand_off(job, failure)
         elif chunk.is_last:
             # Beside the next chunks: nobody else waits for the rest of this hand-off.
             task = detached(self._hand_off(job, results))
@@ -198,9 +209,15 @@ class PrefillReplica:
         except (Exception, asyncio.CancelledError) as error:
             failure = f"a rank did not hand its pages off ({type(error).__name__})"
         if failure is not None:
-            self._end(job.name, TransferError(failure))
+            self._fail_hand_off(job, failure)
             return
         job.events.put_nowait(_prefilled(job, results, computed, hand_off=time.time() - computed))
+
+    def _fail_hand_off(self, job: _Job, why: str) -> None:
+        """End a prompt whose pages did not arrive; one that was released was not waited for."""
+        if job.name in self._jobs:
+            self._sink.add(metrics.HANDOFF_FAILURES)
+        self._end(job.name, TransferError(why))
 
     def _out_of_memory(self, chunk: Chunk, error: RayError) -> None:
         """End the one request that needed too much; raise if the gang cannot go on."""
@@ -230,15 +247,18 @@ class PrefillReplica:
             return
         logger.error("the prefill gang is lost", exc_info=error)
         self._lost = True
+        if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
+            self._sink.add(metrics.LOST)
         self._wake.set()
         for job in self._jobs.values():
-            job.events.put_nowait(UnavailableError(_LOST))
+            job.events.put_nowait(LostError(_LOST))
         self._gang.kill()
 
     def _report(self) -> None:
         self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._scheduler.num_running)
         self._sink.set(metrics.NUM_REQUESTS_WAITING, self._scheduler.num_waiting)
         self._sink.set(metrics.KV_CACHE_USAGE, self._scheduler.usage)
+        self._sink.set(metrics.PROMPT_TOKENS_WAITING, self._scheduler.tokens_to_go)
 
 
 def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: float) -> Prefilled:

@@ -62,6 +62,11 @@ class ChunkScheduler:
         return len(self._entries) - self.num_running
 
     @property
+    def tokens_to_go(self) -> int:
+        """Prompt tokens of all that no chunk has been dealt out for yet."""
+        return sum(entry.tokens - entry.dealt for entry in self._entries.values())
+
+    @property
     def usage(self) -> float:
         """Fraction of the pages that is held, 0 to 1."""
         return 1 - self._free_pages / self._num_pages

@@ -11,7 +11,7 @@ import numpy as np
 from ...engine.errors import InvalidRequestError
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
 from ...engine.text.tokenizer import Tokenizer, Writing
-from .errors import RestError, invalid, shown
+from .errors import INCONSISTENT, RestError, invalid, shown
 from .limits import IngressLimits
 from .middleware import is_fit_request_id
 from .schemas import ChatBody, CompletionBody, GenerationBody, Message, Prompt, StreamOptions
@@ -204,7 +204,7 @@ class Planner:
                 f"{prompts} prompts with n = {body.n or 1} are {choices} answers; "
                 f"at most {limits.max_choices} are served at once",
                 "prompt" if several else "n",
-                "invalid_value",
+                INCONSISTENT,
             )
         if top_logprobs is not None and top_logprobs > limits.max_logprobs:
             name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
@@ -289,7 +289,7 @@ class Planner:
             raise invalid(
                 f"min_tokens: at most {most} are generated here, so not {least} at least",
                 "min_tokens",
-                "invalid_value",
+                INCONSISTENT,
             )
         return most
 

@@ -4,6 +4,7 @@ Types are strict but for whole numbers, which may be written 16.0, and a field n
 refused. `fields` has those of OpenAI's and vLLM's that are known and not acted on.
 """
 
+import codecs
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -13,13 +14,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from ...engine.text.tokenizer import Writing
-from .errors import RestError, invalid, shown
+from .errors import INCONSISTENT, RestError, invalid, shown
 from .fields import (
     ADVICE,
     ADVICE_MESSAGE,
@@ -56,6 +59,21 @@ class _Strict(BaseModel):
                 raise _refused_field(name, name in cls.unsupported)
         return {name: value for name, value in body.items() if name in cls.model_fields}
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """With the fields that change nothing, and what may be said in those not supported."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        properties = schema.setdefault("properties", {})
+        for name in sorted(cls.advice):
+            properties.setdefault(name, {"description": "Accepted; changes nothing."})
+        for name in sorted(cls.unsupported):
+            properties.setdefault(name, {"enum": [*cls.unsupported[name], None]})
+        schema["additionalProperties"] = {"type": "null"}
+        return reference
+
 
 def _refused_field(name: str, is_known: bool) -> PydanticCustomError:
     if is_known:
@@ -71,7 +89,15 @@ def _as_whole(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
-Whole = Annotated[int, BeforeValidator(_as_whole)]
+def _as_wholes(value: Any) -> Any:
+    """The same of a list; of a million, nearly always, not one is touched."""
+    if isinstance(value, list) and float in set(map(type, value)):
+        return [_as_whole(each) for each in value]
+    return value
+
+
+_WHOLE = BeforeValidator(_as_whole)
+_WHOLES = BeforeValidator(_as_wholes)
 
 
 class TextPart(_Strict):
@@ -99,6 +125,16 @@ def _as_content(value: Any) -> str:
     return "\n".join(TextPart.model_validate(part).text for part in value)
 
 
+_CONTENT_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "minItems": 1, "items": TextPart.model_json_schema()},
+        ]
+    }
+)
+
+
 class Message(_Strict):
     """One message. `developer` is what newer OpenAI models call `system`."""
 
@@ -106,7 +142,7 @@ class Message(_Strict):
     unsupported = UNSUPPORTED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_as_content)]
+    content: Annotated[str, BeforeValidator(_as_content), _CONTENT_SCHEMA]
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -144,7 +180,19 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool | None = None
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+_MOST_STOP_STRING = 1024
+_MOST_STOP_STRINGS = 16
+StopString = Annotated[str, Field(min_length=1, max_length=_MOST_STOP_STRING)]
+_STOP_STRING_SCHEMA = {"type": "string", "maxLength": _MOST_STOP_STRING}
+_STOP_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            _STOP_STRING_SCHEMA,
+            {"type": "array", "maxItems": _MOST_STOP_STRINGS, "items": _STOP_STRING_SCHEMA},
+            {"type": "null"},
+        ]
+    }
+)
 
 
 def _inconsistent(param: str, message: str) -> PydanticCustomError:
@@ -164,14 +212,16 @@ class GenerationBody(HeldFields, _Strict):
     advice = ADVICE
 
     model: str | None = None
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[Whole, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1), _WHOLE] | None = None
     stop: Annotated[
-        Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_as_stop)
+        Annotated[list[StopString], Field(max_length=_MOST_STOP_STRINGS)] | None,
+        BeforeValidator(_as_stop),
+        _STOP_SCHEMA,
     ] = None
-    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -182,23 +232,17 @@ class GenerationBody(HeldFields, _Strict):
     stream_options: StreamOptions | None = None
 
     # Extensions, named as vLLM names them.
-    top_k: Annotated[Whole, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     # Logits are divided by it, and must stay finite.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=128), _WHOLES] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0), _WHOLE] | None = None
     request_id: str | None = None
 
     # As llama.cpp names it.
     return_progress: bool | None = None
-
-    @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> "GenerationBody":
-        if self.stream_options is not None and not self.stream:
-            raise _inconsistent("stream_options", 'stream_options needs "stream": true')
-        return self
 
 
 class _Templated(_Strict):
@@ -230,12 +274,20 @@ class _Templated(_Strict):
 class ChatBody(ToolFields, GenerationBody, _Templated):
     """`POST /v1/chat/completions`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"top_logprobs": {"enum": [0, None]}}},
+                {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+            ]
+        }
+    )
     unsupported = UNSUPPORTED_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0), _WHOLE] | None = None
 
     @property
     def writing(self) -> Writing:
@@ -260,12 +312,27 @@ class ChatBody(ToolFields, GenerationBody, _Templated):
 
 Prompt = str | list[int]
 
+_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_PROMPT_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            _TEXT_SCHEMA,
+            _IDS_SCHEMA,
+            {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT_SCHEMA, _IDS_SCHEMA]}},
+        ]
+    }
+)
+
 
 def _as_prompts(value: Any) -> list[Prompt]:
     """One prompt or several, each text or token ids.
 
     Done by hand because a million ids must not be tried against every member of a union.
     """
+    if isinstance(value, list):
+        value = _as_wholes(value)
+        value = [_as_wholes(each) for each in value] if list in set(map(type, value)) else value
     if isinstance(value, str) or _is_token_ids(value):
         return [value]
     if isinstance(value, list) and value and all(_is_prompt(prompt) for prompt in value):
@@ -291,13 +358,20 @@ def _as_count(value: Any) -> Any:
     return _as_whole(value)
 
 
+_COUNT_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "boolean"}, {"type": "null"}]}
+)
+
+
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     unsupported = UNSUPPORTED_COMPLETION
 
-    prompt: Annotated[Any, BeforeValidator(_as_prompts)]
-    logprobs: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_as_count)] = None
+    prompt: Annotated[Any, BeforeValidator(_as_prompts), _PROMPT_SCHEMA]
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0)] | None, BeforeValidator(_as_count), _COUNT_SCHEMA
+    ] = None
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -308,6 +382,14 @@ class CompletionBody(GenerationBody):
 class TokenizeBody(_Templated):
     """`POST /tokenize`: of a prompt, or of messages as the chat template writes them."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]},
+                {"properties": {"messages": {"type": "array"}}, "required": ["messages"]},
+            ]
+        }
+    )
     advice = ADVICE_TOKENIZE
     unsupported = UNSUPPORTED_TOKENIZE
 
@@ -320,10 +402,6 @@ class TokenizeBody(_Templated):
     def _one_of_both(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
             raise _inconsistent("prompt", "send either prompt or messages")
-        if self.prompt is not None and self.add_generation_prompt is not None:
-            raise _inconsistent(
-                "add_generation_prompt", "add_generation_prompt is for messages only"
-            )
         return self
 
 
@@ -331,8 +409,11 @@ class DetokenizeBody(_Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], _WHOLES]
 
+
+BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+"""What every path that takes a body takes."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -347,7 +428,7 @@ def parse(kind: type[Body], body: bytes | bytearray, most_messages: int | None =
         RestError: with the first thing that is wrong, and the field it is wrong in.
     """
     try:
-        value = pydantic_core.from_json(body, allow_inf_nan=False)
+        value = pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise invalid(f"the body is not valid JSON in UTF-8: {error}") from error
     messages = value.get("messages") if isinstance(value, dict) else None
@@ -379,7 +460,7 @@ def _first_problem(error: ValidationError) -> RestError:
         case "missing":
             return invalid(f"'{where}' is required", where, "missing_required_parameter")
         case "inconsistent":
-            return invalid(problem["msg"], str(context["param"]), "invalid_value")
+            return invalid(problem["msg"], str(context["param"]), INCONSISTENT)
         case "model_type" | "model_attributes_type":
             # Its own words name a class of ours.
             return invalid(

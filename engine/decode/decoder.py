@@ -7,7 +7,7 @@ choice is finished, when its pages go back.
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
 from .grammar import Constraint, GrammarCompiler
 from .make_step import make_step
-from .sampler import Logits, Sampler, fresh_seed
+from .sampler import Logits, Sampler
 from .step import DecodeStep, Outcome, StepRow
 
 _NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
@@ -57,6 +57,7 @@ class _Sequence:
     detokenizer: Detokenizer
     constraint: Constraint | None
     prompt_logits: Logits
+    replayed: tuple[int, ...]
     next_token: int = -1
     num_generated: int = 0
 
@@ -266,8 +267,9 @@ class Decoder(DecodeEngine):
         self, reservation: _Reservation, logits: Logits, constraint: Constraint | None
     ) -> list[_Sequence]:
         request = reservation.request
-        sampling = request.sampling
-        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        sampling = request.sampling.seeded()
+        assert sampling.seed is not None
+        replayed = request.replayed or ((),) * sampling.choices
         ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
@@ -276,18 +278,20 @@ class Decoder(DecodeEngine):
                 choice,
                 table,
                 len(request.prompt),
-                Sampler(sampling, seed, choice, request.prompt, vocab_size, ends),
+                Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
                 Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
                 None if constraint is None else constraint.copy(),
                 logits,
+                replayed[choice],
             )
             for choice, table in enumerate(reservation.block_tables)
         ]
 
     def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
+        is_replayed = sequence.num_generated < len(sequence.replayed)
         try:
-            chosen = _choose(sequence, outcome)
+            chosen = _choose(sequence, outcome, is_replayed)
         except FloatingPointError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, GenerationError(str(error)))]
@@ -297,6 +301,8 @@ class Decoder(DecodeEngine):
         delta = self._take(sequence, chosen)
         if delta.finish_reason is not None:
             self._finish(sequence)
+        if is_replayed:
+            return _only_the_end(sequence.request_id, delta)
         return [(sequence.request_id, delta)]
 
     def _take(self, sequence: _Sequence, chosen: ChosenToken) -> Delta:
@@ -335,16 +341,30 @@ class Decoder(DecodeEngine):
             del self._reservations[sequence.request_id]
 
 
-def _choose(sequence: _Sequence, outcome: Outcome) -> ChosenToken:
-    """Raises: as `Sampler.choose`; GrammarError, where a limit of the grammar is reached."""
+def _choose(sequence: _Sequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:
+    """A sequence's next token.
+
+    Raises:
+        FloatingPointError: its logits are not finite.
+        GrammarError: a limit of its grammar is reached.
+    """
     sampler, constraint = sequence.sampler, sequence.constraint
-    if isinstance(outcome, ChosenToken):
-        return sampler.accept(outcome)
-    if constraint is None:
-        return sampler.choose(outcome)
-    chosen = sampler.choose(outcome, constraint.allowed())
-    constraint.take(chosen.token_id)
+    if is_replayed:
+        chosen = sampler.repeat(sequence.replayed[sequence.num_generated])
+    elif isinstance(outcome, ChosenToken):
+        chosen = sampler.accept(outcome)
+    else:
+        chosen = sampler.choose(outcome, None if constraint is None else constraint.allowed())
+    if constraint is not None:
+        constraint.take(chosen.token_id)
     return chosen
+
+
+def _only_the_end(request_id: str, delta: Delta) -> list[Output]:
+    """Of a token that the client has: nothing, or that the choice has ended with it."""
+    if delta.finish_reason is None:
+        return []
+    return [(request_id, replace(delta, text="", tokens=()))]
 
 
 def _row_of(sequence: _Sequence) -> StepRow:

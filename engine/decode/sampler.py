@@ -10,7 +10,6 @@ tokens of one answer cannot depend on what else is in the batch.
 """
 
 import math
-import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,11 +22,6 @@ Logits = npt.NDArray[np.float32]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
 _DAMAGED = "the model's logits are not finite; its KV pages are damaged"
-
-
-def fresh_seed() -> int:
-    """A seed for a request that brought none."""
-    return secrets.randbits(64)
 
 
 def best_token(logits: Logits) -> ChosenToken:
@@ -122,6 +116,15 @@ class Sampler:
             logprob=float(logits[token]) - normalizer,
             top=_top_logprobs(logits, normalizer, self._sampling.top_logprobs or 0),
         )
+
+    def repeat(self, token: int) -> ChosenToken:
+        """Choose a token that was chosen before in this place, and leave what follows as it was."""
+        if self._sampling.temperature != 0:
+            self._generator.random()
+        self._chosen += 1
+        if self._penalties is not None:
+            self._penalties.count(token)
+        return ChosenToken(token, math.nan)
 
     def _adjusted(self, logits: Logits, allowed: Mask | None) -> Logits:
         """Logits with mask, bias and penalties, without early ends; else themselves."""

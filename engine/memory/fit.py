@@ -13,12 +13,15 @@ import torch
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..errors import DoesNotFitError, MemoryNeeds, Phase
 from ..kv.pages import PageGeometry
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, WeightFormat
 from ..model.heads import RankHeads
 
 _RESERVE_BYTES = 1 << 30
 """The driver's context, workspaces of the libraries, and what fragmentation loses."""
 _TABLE_ENTRY_BYTES = 4
+_SCALE_BYTES = 4
+_MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+"""Of a layer's four products, each by the name of what is in it; others in it are kept alike."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -30,7 +33,7 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """The matrices of one tensor rank, in numbers of `itemsize` bytes.
+    """The matrices of one tensor rank, in numbers of `itemsize` bytes, or of one where `kept` so.
 
     Norms and biases are nothing beside them.
     """
@@ -38,6 +41,7 @@ class Weights:
     config: ModelConfig
     itemsize: int = 2
     tensor_parallel: int = 1
+    kept: WeightFormat = "auto"
 
     @property
     def heads(self) -> RankHeads:
@@ -67,12 +71,27 @@ class Weights:
         return sum(outputs * inputs for outputs, inputs in self.products)
 
     @property
+    def narrow(self) -> bool:
+        """Whether layers are kept in 8 bits, as far as they can be."""
+        return self.kept == "fp8" or self.config.quantization is not None
+
+    @property
+    def layers_bytes(self) -> int:
+        """Of all layers' matrices, with their scales."""
+        return sum(
+            outputs * (inputs + _SCALE_BYTES)
+            if self.config.keeps_narrow(f"model.layers.{layer}.{module}", self.kept)
+            else outputs * inputs * self.itemsize
+            for layer in range(self.config.num_layers)
+            for module, (outputs, inputs) in zip(_MODULES, self.products, strict=True)
+        )
+
+    @property
     def num_bytes(self) -> int:
         """Of layers, embedding and head; the last two are whole on every rank."""
         config = self.config
         tables = 1 if config.tie_word_embeddings else 2
-        elements = config.num_layers * self.layer_elements
-        return (elements + tables * config.vocab_size * config.hidden_size) * self.itemsize
+        return self.layers_bytes + tables * config.vocab_size * config.hidden_size * self.itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -157,6 +176,7 @@ class Fit(ABC):
             free_bytes=self.own_free,
             processes=self.processes,
             quantized=self.geometry.quantized,
+            narrow=self.weights.narrow,
         )
 
     def _bytes_of_a_layer(self, pages: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels import dual_chunk, quantized, sparse
 from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
+from ...kernels.narrow import Rows
 from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
@@ -141,7 +142,7 @@ class ChunkAttention(Attention[ChunkQueries]):
                 stages,
             )  # fmt: skip
 
-    def write(self, layer: Layer, normed: Tensor) -> ChunkQueries:
+    def write(self, layer: Layer, normed: Rows) -> ChunkQueries:
         """Write this rank's K and V."""
         rotated = self._rows.steps.map(lambda rows: self._project(layer, normed, rows))
         selecting = None
@@ -149,7 +150,7 @@ class ChunkAttention(Attention[ChunkQueries]):
             selecting = self._selector.last_queries(layer, normed)
         return ChunkQueries(SegmentQueries(*rotated), selecting)
 
-    def write_keys_values(self, layer: Layer, normed: Tensor) -> None:
+    def write_keys_values(self, layer: Layer, normed: Rows) -> None:
         """As `write`, for a layer of which no one wants all queries; pages are complete then."""
         for rows in self._rows.steps.slices:
             with self._stages.time("linear"):
@@ -188,7 +189,7 @@ class ChunkAttention(Attention[ChunkQueries]):
                 self._scale,
             )
 
-    def _project(self, layer: Layer, normed: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: Layer, normed: Rows, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Write K and V of some of this rank's rows; their queries under three rotations."""
         with self._stages.time("linear"):
             q, k, v = layer.project(normed[rows])
@@ -285,7 +286,7 @@ class LastRowAttention(Attention[Tensor]):
     chunk: ChunkAttention
     stages: Stages
 
-    def write(self, layer: Layer, normed: Tensor) -> Tensor:
+    def write(self, layer: Layer, normed: Rows) -> Tensor:
         with self.stages.time("linear"):
             return layer.queries(normed)
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...kernels.narrow import Rows
 from ...kernels.pages import BlockTable
 from ...kernels.transfer import without_waiting
 from ..kv.hand_off import HandOff
@@ -74,7 +75,7 @@ class _Chunk:
             layer.forward(hidden, self.attention, self.rows.steps, self.stages)
         return self._run_last_layer(*hidden)
 
-    def _run_last_layer(self, normed: Tensor, residual: Tensor) -> Tensor | None:
+    def _run_last_layer(self, normed: Rows, residual: Rows) -> Tensor | None:
         """Of the last layer only K and V are wanted, and the prompt's last row."""
         model, rows = self.parts.model, self.rows
         self.attention.write_keys_values(model.layers[-1], normed)
@@ -86,7 +87,7 @@ class _Chunk:
         with self.stages.time("communication"):
             return model.mesh.sum_over_sequence_ranks(logits)
 
-    def _last_logits(self, hidden: list[Tensor]) -> Tensor:
+    def _last_logits(self, hidden: list[Rows]) -> Tensor:
         """Logits float32 [vocab] of one row, whose hidden states are [1, hidden]."""
         model = self.parts.model
         attention = LastRowAttention(self.attention, self.stages)

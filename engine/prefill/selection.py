@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import sparse
+from ...kernels.narrow import Rows
 from ...kernels.pages import LayerPages
 from ...kernels.sparse import NOTHING, Selections
 from ...kernels.transfer import without_waiting
@@ -47,7 +48,7 @@ class ChunkSelector:
         where = torch.arange(self._first, end, device=model.device)
         self._rotations = model.positions.selection_rotations(where, range(self._first, end))
 
-    def last_queries(self, layer: Layer, normed: Tensor) -> Tensor:
+    def last_queries(self, layer: Layer, normed: Rows) -> Tensor:
         """Queries of the chunk's last rows, not rotated, [rows, heads, d] float32.
 
         They are projected once more here, by whichever ranks hold them: 64 rows cost nothing.

@@ -3,8 +3,10 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ...engine.errors import ConfigurationError
+from ...engine.model.config import WeightFormat
 from ...engine.model.files import POCKET, RANDOM, ModelFiles
 from ...kernels.page_size import PAGE_TOKENS
 from .subject import KV_CACHE_TYPES
@@ -26,6 +28,7 @@ class Options:
     tokens: tuple[int, ...]
     attentions: tuple[str, ...]
     kv_cache: str
+    kept: WeightFormat
     chunk_tokens: int
     dense_up_to: int | None
     decode: int
@@ -40,8 +43,9 @@ class Options:
 
     @property
     def weights(self) -> str:
-        """Where they come from."""
-        return f"random, seed {self.seed}" if self.files.random else "checkpoint"
+        """Where they come from, and how they are kept."""
+        source = f"random, seed {self.seed}" if self.files.random else "checkpoint"
+        return source if self.kept == "auto" else f"{source}, {self.kept}"
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -66,6 +70,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--attention", default="sparse", help="sparse, dense, or sparse,dense")
     parser.add_argument("--dense-up-to", type=count, help="leave longer dense prompts out")
     parser.add_argument("--kv-cache", choices=list(KV_CACHE_TYPES), default="bf16")
+    parser.add_argument("--weights", choices=get_args(WeightFormat), default="auto")
     parser.add_argument("--chunk-tokens", default="32K")
     parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
     parser.add_argument("--batches", default=_BATCHES, help='decode only; "" for none')
@@ -92,6 +97,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         raise ConfigurationError("scaling needs a prompt; name its length with --tokens")
     if given.what == "scaling" and given.kv_cache != "bf16":
         raise ConfigurationError("scaling is of bf16 pages; leave --kv-cache out")
+    if given.what == "scaling" and given.weights != "auto":
+        raise ConfigurationError("scaling is of weights as they come; leave --weights out")
     if not given.link_gbs > 0:
         raise ConfigurationError(f"--link-gbs {given.link_gbs}: take more than 0")
     if not given.latency_us >= 0:
@@ -103,6 +110,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         tokens=tuple(sorted({count(each) for each in given.tokens.split(",") if each})),
         attentions=attentions,
         kv_cache=given.kv_cache,
+        kept=given.weights,
         chunk_tokens=chunk_tokens,
         dense_up_to=given.dense_up_to,
         decode=given.decode,

@@ -8,7 +8,7 @@ import torch
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.kv.pages import PageGeometry, PagePool
 from ...engine.messages import Tokens
-from ...engine.model.config import ModelConfig
+from ...engine.model.config import ModelConfig, WeightFormat
 from ...engine.model.files import ModelFiles
 from ...engine.model.load import load_model
 from ...engine.model.qwen2 import Qwen2
@@ -71,9 +71,9 @@ def page_geometry(config: ModelConfig, kv_cache: str) -> PageGeometry:
     )
 
 
-def load(files: ModelFiles, device: torch.device, seed: int) -> Qwen2:
+def load(files: ModelFiles, device: torch.device, seed: int, kept: WeightFormat) -> Qwen2:
     """The whole model in bfloat16; what making it up left behind goes back to the device."""
-    model = load_model(files, Mesh.single(), torch.bfloat16, device, seed)
+    model = load_model(files, Mesh.single(), torch.bfloat16, device, seed, kept)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model

@@ -1,4 +1,4 @@
-"""The house as an SVG: floors above each other, and beside them what measures and loads them.
+"""The house as an SVG: floors above each other, beside them what deploys and measures.
 
 An arrow means "imports". Those that follow from others are left out: who imports decode, which
 imports the model, has no arrow of its own to the model.
@@ -11,7 +11,8 @@ from xml.sax.saxutils import escape
 from .imports import House, circles, direct
 from .layout import place
 
-MAIN, CLIENTS, LAB = ("cluster", "engine", "kernels"), "loadtest", "lab"
+MAIN, CLIENTS, LAB, DEPLOY = ("cluster", "engine", "kernels"), "loadtest", "lab", "deploy"
+BESIDE = (CLIENTS, DEPLOY, LAB)
 
 _BOX_HEIGHT, _ROW_HEIGHT = 40.0, 82.0
 _MARGIN, _PADDING, _TITLE_HEIGHT, _FLOOR_GAP, _SIDE_GAP = 24.0, 22.0, 52.0, 26.0, 104.0
@@ -21,13 +22,13 @@ _LIGHT = {
     "paper": "#ffffff", "box": "#ffffff", "text": "#1f2328", "note": "#59636e",
     "cluster": ("#2563c9", "#eef4ff"), "engine": ("#0f7a55", "#ebf8f1"),
     "kernels": ("#b45309", "#fff5e6"), "lab": ("#7c3aed", "#f5f0ff"),
-    "loadtest": ("#59636e", "#f3f5f7"),
+    "loadtest": ("#59636e", "#f3f5f7"), "deploy": ("#b3246b", "#fdf0f6"),
 }  # fmt: skip
 _DARK = {
     "paper": "#0d1117", "box": "#161b22", "text": "#e6edf3", "note": "#9aa4af",
     "cluster": ("#6ea8ff", "#101c31"), "engine": ("#4ec994", "#0d2119"),
     "kernels": ("#f0a848", "#261a0a"), "lab": ("#b794ff", "#1c1430"),
-    "loadtest": ("#9aa4af", "#161b22"),
+    "loadtest": ("#9aa4af", "#161b22"), "deploy": ("#f28cbb", "#2a1020"),
 }  # fmt: skip
 _LEGEND = (
     "An arrow: imports.",
@@ -95,7 +96,8 @@ class _Picture:
             f'<rect class="paper" width="{width:.0f}" height="{height:.0f}" rx="10"/>',
             *(self._floor(floor) for floor in self._floors),
             *(self._arrow(*arrow) for arrow in self._curved()),
-            *self._arrows_of_the_lab(),
+            *self._arrows_from(DEPLOY),
+            *self._arrows_from(LAB),
             *(self._room(room) for room in self._sizes),
             *self._legend(),
             "</svg>",
@@ -124,10 +126,10 @@ class _Picture:
             y += height + _FLOOR_GAP
 
     def _place_beside(self) -> None:
-        """Clients and the lab, above each other."""
+        """Clients, deployment and the lab, above each other."""
         first = self._floors[MAIN[0]]
         x, y = first.x + first.width + _SIDE_GAP, first.y
-        for floor in (CLIENTS, LAB):
+        for floor in BESIDE:
             rows = self._rows(floor)
             widths = {room: _width(room) for row in rows for room in row}
             layout = place(rows, widths, {room: self._arrows[room] & {*widths} for room in widths})
@@ -139,7 +141,9 @@ class _Picture:
                 for arrow, passed in layout.passages.items()
             }
             y += height + _FLOOR_GAP
-        self._floors[CLIENTS] = replace(self._floors[CLIENTS], width=self._floors[LAB].width)
+        width = max(self._floors[floor].width for floor in BESIDE)
+        for floor in BESIDE:
+            self._floors[floor] = replace(self._floors[floor], width=width)
 
     def _put(
         self, rows: Sequence[Sequence[str]], centres: Mapping[str, float], x: float, y: float
@@ -165,7 +169,7 @@ class _Picture:
         return [[room for room in own if depth(room) == row] for row in range(most, -1, -1)]
 
     def _curved(self) -> list[tuple[str, str]]:
-        """Arrows that are drawn one by one: all but those from the lab to a floor beside it."""
+        """Arrows that are drawn one by one: all but those to a floor beside their own."""
         return [
             (source, target)
             for source, targets in self._arrows.items()
@@ -220,40 +224,48 @@ class _Picture:
         passed = self._passages[(source, target)]
         return [(x, top, top + _BOX_HEIGHT) for x, top in zip(passed, between, strict=True)]
 
-    def _arrows_of_the_lab(self) -> list[str]:
-        """One arrow from the lab to each floor, with the names of the rooms that it points to."""
-        lab, drawn = self._floors[LAB], []
+    def _arrows_from(self, beside: str) -> list[str]:
+        """One arrow to each floor, with the names of the rooms that it points to."""
+        drawn = []
         for number, floor in enumerate(MAIN):
             arrows = [
                 (source, target)
                 for source in self._arrows
                 for target in sorted(self._arrows[source])
-                if _floor_of(source) == LAB and _floor_of(target) == floor
+                if _floor_of(source) == beside and _floor_of(target) == floor
             ]
             if arrows:
-                drawn.append(self._arrow_of_the_lab(lab, self._floors[floor], arrows, number))
+                drawn.append(self._arrow_from(beside, self._floors[floor], arrows, number))
         return drawn
 
-    def _arrow_of_the_lab(
-        self, lab: _Box, floor: _Box, arrows: Sequence[tuple[str, str]], number: int
+    def _arrow_from(
+        self, beside: str, floor: _Box, arrows: Sequence[tuple[str, str]], number: int
     ) -> str:
-        """Straight to a floor beside the lab; to one further down from its lower edge."""
-        end = floor.x + floor.width + 8
-        if floor.y > lab.bottom:
-            start, y = lab.x + number * 36, floor.y + floor.height / 2
-            way = f"M{start:.1f} {lab.bottom:.1f}V{y - 12:.1f}q0 12 -12 12H{end:.1f}"
-        else:
-            y = lab.y + lab.height / 2
-            way = f"M{lab.x:.1f} {y:.1f}H{end:.1f}"
+        """Straight to a floor beside the box; to one further down along the gap between them.
+
+        The lab, which is the last of those beside, has arrows from its lower edge.
+        """
+        box, end = self._floors[beside], floor.x + floor.width + 8
+        y = box.y + box.height / 2
+        way = f"M{box.x:.1f} {y:.1f}H{end:.1f}"
+        if floor.y > box.bottom:
+            start, down = box.x + number * 36, floor.y + floor.height / 2
+            way = f"M{start:.1f} {box.bottom:.1f}V{down - 12:.1f}q0 12 -12 12H{end:.1f}"
+            y = down
+            if beside != LAB:
+                y = floor.y + floor.height / 4
+                side, leave = box.x - 18 - 12 * number, box.bottom - 14
+                way = f"M{box.x:.1f} {leave:.1f}H{side + 12:.1f}q-12 0 -12 12V{y - 12:.1f}"
+                way += f"q0 12 -12 12H{end:.1f}"
         targets = sorted({_label(target) for _, target in arrows})
         names = "".join(
-            f'<text class="note middle" x="{(end + lab.x) / 2:.1f}" y="{y - 9 - 14 * up:.1f}">'
+            f'<text class="note middle" x="{(end + box.x) / 2:.1f}" y="{y - 9 - 14 * up:.1f}">'
             f"{escape(target)}</text>"
             for up, target in enumerate(reversed(targets))
         )
         data = ";".join(f"{source} {target}" for source, target in arrows)
         return (
-            f'<g class="{LAB}" data-arrow="{data}"><path class="arrow wide" d="{way}"/>'
+            f'<g class="{beside}" data-arrow="{data}"><path class="arrow wide" d="{way}"/>'
             f'<path class="head" d="M{end:.1f} {y - 6:.1f}v12l-8 -6z"/>{names}</g>'
         )
 
@@ -327,7 +339,7 @@ def _colours(of: Mapping[str, str | tuple[str, str]]) -> str:
         f"text {{ fill: {of['text']}; }}",
         f"text.note {{ fill: {of['note']}; }}",
     ]
-    for floor in (*MAIN, CLIENTS, LAB):
+    for floor in (*MAIN, *BESIDE):
         line, band = of[floor]
         rules += [
             f".{floor} .floor {{ fill: {band}; stroke: {line}; }}",

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
     "cluster": {"cluster", "engine", "kernels"},
+    "deploy": {"deploy", "cluster", "engine"},
     "lab": {"lab", "engine", "kernels"},
     "loadtest": {"loadtest"},
 }

@@ -10,7 +10,7 @@ import pytest
 from longreach.cluster.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("cluster", "configs", "docs", "engine", "kernels", "lab", "loadtest", "tests")
+FOLDERS = ("cluster", "configs", "deploy", "docs", "engine", "kernels", "lab", "loadtest", "tests")
 PAGES = [
     page
     for pattern in ("*.md", *(f"{folder}/**/*.md" for folder in FOLDERS))

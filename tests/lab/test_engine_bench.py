@@ -58,6 +58,8 @@ def test_the_floors_are_the_designs() -> None:
     assert work.attention_flops(2**20) == pytest.approx(2.2e17 * 27 / 28, rel=0.01)
     assert work.weights.num_bytes == pytest.approx(15.2e9, rel=0.01)
     assert work.decode_bytes([1_000_000], 57_344) == pytest.approx(14.1e9 + 57.3e9, rel=0.01)
+    narrow = Work(QWEN_7B, kept="fp8")
+    assert narrow.decode_bytes([1_000_000], 57_344) == pytest.approx(7.6e9 + 57.3e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +82,13 @@ def test_too_long_a_prompt_is_refused_with_what_fits_and_what_helps() -> None:
     assert "--kv-cache fp8" in str(remedied(refused.value))
     with pytest.raises(DoesNotFitError) as refused:
         fit_of(QWEN_14B, "fp8", H100_BYTES).check(1_000_064)
-    assert "fp8" not in str(remedied(refused.value))
+    assert "--kv-cache" not in str(remedied(refused.value))
+    assert "--weights fp8" in str(refused.value)
     assert "--tokens" in str(refused.value)
+    narrow = Work(QWEN_14B, kept="fp8")
+    with pytest.raises(DoesNotFitError) as refused:
+        fit(narrow, page_geometry(QWEN_14B, "fp8"), 32768, H100_BYTES, None).check(1_000_064)
+    assert "fp8" not in str(remedied(refused.value))
 
 
 def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
@@ -111,6 +118,7 @@ def test_too_small_a_device_is_refused() -> None:
         (["scaling", "--tokens", ""], "--tokens"),
         (["scaling", "--meshes", "8"], "'8'"),
         (["scaling", "--kv-cache", "fp8"], "--kv-cache"),
+        (["scaling", "--weights", "fp8"], "--weights"),
         (["scaling", "--link-gbs", "0"], "--link-gbs"),
         (["scaling", "--latency-us", "-1"], "--latency-us"),
     ],
@@ -131,7 +139,7 @@ def test_lengths_and_batches_are_read() -> None:
 
 def test_dense_prompts_that_would_take_too_long_are_left_out(folder: Path) -> None:
     options = parse([*arguments_of(folder, folder), "--dense-up-to", "300"])
-    model = load(options.files, torch.device("cpu"), 0)
+    model = load(options.files, torch.device("cpu"), 0, "auto")
     subject = Subject.of(options.files, model, "bf16", 256, 256, 0)
     assert prompts._prompts(options, subject) == [(300, False), (700, True)]
 
@@ -174,11 +182,16 @@ def arguments_of(folder: Path, path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kv_cache", ["bf16", "fp8"])
-def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys, kv_cache: str) -> None:
+@pytest.mark.parametrize(("kv_cache", "weights"), [("bf16", "auto"), ("fp8", "fp8")])
+def test_a_run_with_the_pocket_model(
+    folder: Path, tmp_path: Path, capsys, kv_cache: str, weights: str
+) -> None:
     path = tmp_path / "new" / "engine.csv"
-    assert main([*arguments_of(folder, path), "--kv-cache", kv_cache])
+    assert main([*arguments_of(folder, path), "--kv-cache", kv_cache, "--weights", weights])
     lines = lines_of(path)
+    assert {line["weights"] for line in lines} == {
+        "checkpoint" if weights == "auto" else "checkpoint, fp8"
+    }
     assert [(line["tokens"], line["attention"]) for line in lines[:3]] == [
         ("300", "dense"), ("700", "sparse"), ("700", "dense"),
     ]  # fmt: skip

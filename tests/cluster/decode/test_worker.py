@@ -13,6 +13,7 @@ import torch
 
 from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.decode.worker import DecodeWorker
+from longreach.cluster.leases import RENEWAL_SECONDS, TICKS_WITHOUT_RENEWAL
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import (
@@ -30,6 +31,7 @@ from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from ..conftest import make_settings
 
+LEASE = RENEWAL_SECONDS * TICKS_WITHOUT_RENEWAL
 WAITS = 1.0
 """Seconds after which something that waits is taken to wait for good."""
 
@@ -79,8 +81,8 @@ def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Ex
 
 
 async def ended(calls: list[Awaitable[object]]) -> list[object]:
-    """What each call came to; waiting for good is a failure."""
-    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10 * WAITS)
+    """What each call came to; waiting for good is a failure, and so is being ended by a lease."""
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), LEASE / 2)
 
 
 def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(

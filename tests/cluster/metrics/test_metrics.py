@@ -5,16 +5,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from longreach.cluster import metrics as m
+from longreach.cluster.metrics.exporter import export
+from longreach.engine.errors import ConfigurationError
 
-from ...prometheus import prometheus_server, wait_for_value
+from ...prometheus import free_port, prometheus_server, wait_for_value
 
 WRITER = """
 import sys, pathlib, signal
@@ -148,6 +155,55 @@ def test_an_empty_or_missing_folder_is_an_empty_scrape(tmp_path: Path) -> None:
 )
 def test_prompt_class(tokens: int, name: str) -> None:
     assert m.prompt_class(tokens) == name
+
+
+def test_an_exporter_answers_for_every_folder_below_and_outlives_the_writers(
+    tmp_path: Path, start_writer
+) -> None:
+    """As Prometheus asks, while processes come and go."""
+    port = free_port()
+    server, thread = export(tmp_path, "127.0.0.1", port)
+    try:
+        assert scraped(port) == {}
+        with m.Metrics(tmp_path / "node", role="decode", model_name="pocket") as metrics:
+            metrics.add(m.GENERATION_TOKENS, 3)
+            start_writer(0.25)
+            assert scraped(port)["longreach_generation_tokens_total"] == 8
+        assert scraped(port)["longreach_generation_tokens_total"] == 8
+        with pytest.raises(ConfigurationError, match=f"port {port}"):
+            export(tmp_path, "127.0.0.1", port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def scraped(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    families = text_string_to_metric_families(text)
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def test_a_process_tells_what_it_takes(tmp_path: Path) -> None:
+    with m.Metrics(tmp_path, role="decode", model_name="pocket") as sink:
+        figures = m.ProcessFigures(sink, seconds=0.05)
+        figures.start()
+        held = np.ones(8 << 20, dtype=np.int64)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            found = samples(tmp_path)
+            if found["longreach_process_resident_memory_bytes", ""] > held.nbytes:
+                break
+        figures.close()
+        found = samples(tmp_path)
+    own = psutil.Process()
+    assert found["longreach_processes", ""] == 1
+    assert found["longreach_process_start_time_seconds", ""] == own.create_time()
+    assert held.nbytes < found["longreach_process_resident_memory_bytes", ""]
+    assert 0 < found["longreach_process_cpu_seconds_total", ""] <= sum(own.cpu_times()[:2])
+    versions = ",".join(sorted(version(name) for name in ("longreach", "ray", "torch")))
+    assert found["longreach_build_info", versions] == 1
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from longreach.cluster.messages import PrefillOrder
+from longreach.cluster.metrics import render
 from longreach.cluster.prefill.gang import Gang
 from longreach.cluster.prefill.rank import RankResult
 from longreach.cluster.prefill.replica import PrefillReplica
@@ -100,7 +101,7 @@ class Promise:
 def gang(monkeypatch: pytest.MonkeyPatch) -> FakeGang:
     fake = FakeGang()
 
-    async def start(settings: Any) -> FakeGang:
+    async def start(settings: Any, metrics_directory: Path) -> FakeGang:
         return fake
 
     monkeypatch.setattr(Gang, "start", start)
@@ -273,7 +274,15 @@ def test_the_rest_of_a_hand_off_holds_nobody_up_and_is_what_hand_off_counts(
     assert play(scenario).hand_off >= 0.05
 
 
-def test_pages_that_did_not_arrive_end_the_request(play: Any, gang: FakeGang) -> None:
+def counted(folder: Path, name: str) -> float:
+    """Of the prefill replica; 0 where nothing was counted."""
+    lines = render(folder).decode().splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{")), 0.0)
+
+
+def test_pages_that_did_not_arrive_end_the_request(
+    play: Any, gang: FakeGang, tmp_path: Path
+) -> None:
     gang.flush_failure = "pages did not reach the decode worker"
 
     async def scenario(replica: PrefillReplica) -> None:
@@ -284,9 +293,13 @@ def test_pages_that_did_not_arrive_end_the_request(play: Any, gang: FakeGang) ->
         assert replica._scheduler.usage == 0
 
     play(scenario)
+    assert counted(tmp_path, "longreach_handoff_failures_total") == 1
+    assert counted(tmp_path, "longreach_lost_total") == 0
 
 
-def test_a_rank_that_hangs_ends_the_requests_and_the_gang(play: Any, gang: FakeGang) -> None:
+def test_a_rank_that_hangs_ends_the_requests_and_the_gang(
+    play: Any, gang: FakeGang, tmp_path: Path
+) -> None:
     async def scenario(replica: PrefillReplica) -> None:
         gang.may_flush.clear()
         waiting = asyncio.create_task(prefill(replica, "a", 10))
@@ -299,4 +312,6 @@ def test_a_rank_that_hangs_ends_the_requests_and_the_gang(play: Any, gang: FakeG
             await replica.check_health()
 
     play(scenario)
+    assert counted(tmp_path, "longreach_lost_total") == 1
+    assert counted(tmp_path, "longreach_handoff_failures_total") == 0
     assert gang.killed

@@ -38,6 +38,18 @@ def test_a_short_prompt_overtakes_a_long_one_at_a_chunk_border() -> None:
     assert compute(scheduler) == Chunk("long", CHUNK, 2 * CHUNK, False)
 
 
+def test_tokens_to_go_are_those_that_no_chunk_was_dealt_for() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("long", 3 * CHUNK)
+    scheduler.add("short", 100)
+    assert scheduler.tokens_to_go == 3 * CHUNK + 100
+    compute(scheduler)
+    assert scheduler.tokens_to_go == 3 * CHUNK
+    compute(scheduler)
+    scheduler.remove("long")
+    assert scheduler.tokens_to_go == 0
+
+
 def test_equal_long_prompts_run_one_after_the_other() -> None:
     scheduler = make_scheduler()
     scheduler.add("first", 8 * CHUNK)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as completion_params
 import pytest
@@ -22,8 +23,16 @@ ENDPOINTS = {"chat": ("chat",), "completions": ("completions",), "both": ("chat"
 IN_BACKTICKS = re.compile(r"`([^`]+)`")
 USER = {"role": "user", "content": "Well?"}
 # What a field is sent with, so that it is the one that is looked at.
+NOT_SAID = {
+    ("guided_json", '"{"'),
+    ("guided_regex", '"(a"'),
+    ("guided_grammar", '"root ::= ("'),
+    ("structured_outputs", '{"regex": "a", "choice": ["a"]}'),
+    ("tool_choice", '"required"'),
+    ("tool_choice", '{"type": "function", "function": {"name": "f"}}'),
+}
+"""Refused for what cannot be said in a schema: what compiles, and what other fields have."""
 BESIDE: dict[str, dict[str, Any]] = {
-    "stream_options": {"stream": True},
     "top_logprobs": {"logprobs": True},
 }
 
@@ -216,6 +225,29 @@ def test_token_strs(endpoint: Endpoint) -> None:
     answer = endpoint.post("/tokenize", {"prompt": "a b", "return_token_strs": True}).json()
     assert answer["token_strs"] == ["a", "Ġ", "b"]
     assert endpoint.post("/tokenize", {"prompt": "a b"}).json()["token_strs"] is None
+
+
+def test_the_description_says_the_same_as_the_page(shared: Endpoint) -> None:
+    """But for what depends on several fields, or on what a text is encoded to."""
+    page = shared.request("GET", "/openapi.json").json()
+    validators = {
+        kind: jsonschema.Draft202012Validator(
+            {"$ref": f"#/components/schemas/{body.__name__}", "components": page["components"]}
+        )
+        for kind, body in (("chat", schemas.ChatBody), ("completions", schemas.CompletionBody))
+    }
+    bases = {"chat": {"messages": [USER]}, "completions": {"prompt": "a"}}
+    lies = [
+        (row.field, value)
+        for row in rows()
+        for values, is_accepted in ((row.accepted, True), (row.refused, False))
+        for value in values
+        if validators[row.endpoint].is_valid(
+            {**bases[row.endpoint], **BESIDE.get(row.field, {}), row.field: json.loads(value)}
+        )
+        != is_accepted
+    ]
+    assert set(lies) == {("chat_template_kwargs", '{"messages": []}'), *NOT_SAID}
 
 
 def test_a_body_needs_no_model(endpoint: Endpoint) -> None:

@@ -12,7 +12,8 @@ from .backend import MODEL, Endpoint
 from .raw_http import Connection, check_the_front, post
 from .server import serving, wait_for
 
-LIMITS = FrontLimits(max_body_bytes=4096, receive_seconds=1.0)
+FRIEND = "https://friend.example"
+LIMITS = FrontLimits(max_body_bytes=4096, receive_seconds=1.0, origins=(FRIEND,))
 PROMPT = {"model": MODEL, "prompt": "Well?"}
 HEADER_SECONDS = 1.0
 
@@ -165,3 +166,15 @@ def test_serves_own_paths_are_left_alone(proxy: Proxy, port: int) -> None:
         client.send(b"GET /-/healthz HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = client.answer()
     assert (answer.status, answer.body) == (503, b"draining")
+
+
+@pytest.mark.parametrize(("origin", "readable"), [(FRIEND, True), ("https://evil.example", False)])
+def test_pages_that_are_allowed_may_read_what_the_front_refuses(
+    port: int, origin: str, readable: bool
+) -> None:
+    with Connection(port) as client:
+        client.send(post("/tokenize", {"prompt": "a" * 5000}, f"Origin: {origin}"))
+        refused = client.answer()
+    assert refused.status == 413
+    assert refused.all("access-control-allow-origin") == ([origin] if readable else [])
+    assert ("retry-after" in "".join(refused.all("access-control-expose-headers"))) == readable

@@ -1,0 +1,87 @@
+"""A node of a Ray cluster that is about to go: it gets no more work, and finishes what it has."""
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from prometheus_client.metrics_core import Metric as Family
+from ray import _raylet
+from ray.core.generated import autoscaler_pb2
+
+from ..engine.errors import UnavailableError
+from .handlers import handlers_kept
+from .metrics import NUM_REQUESTS_RUNNING, NUM_REQUESTS_WAITING, NUM_SEQUENCES_WAITING
+from .metrics.exposition import FolderCollector
+from .nodes import metrics_of_node
+
+_GAUGES = (NUM_REQUESTS_RUNNING, NUM_REQUESTS_WAITING, NUM_SEQUENCES_WAITING)
+_QUIET_LOOKS = 5
+"""So often nothing must be under way, one after the other: a request comes from role to role."""
+_LOOK_SECONDS = 1.0
+
+
+def drain_this_node(directory: Path, seconds: float) -> bool:
+    """Have Ray and Serve put nothing new on this node; whether it was idle before time was up.
+
+    Args:
+        directory: where the cluster's processes leave their figures.
+
+    Raises:
+        UnavailableError: Ray does not answer, or does not let the node go.
+    """
+    deadline = time.time() + seconds
+    with handlers_kept():
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UnavailableError(f"no Ray runs on this node ({error})") from error
+    try:
+        _announce(deadline)
+        return wait_until_idle(metrics_of_node(directory), deadline)
+    finally:
+        ray.shutdown()
+
+
+def _announce(deadline: float) -> None:
+    context = ray.get_runtime_context()
+    accepted, why = (
+        cast(Any, _raylet)
+        .GcsClient(address=context.gcs_address)
+        .drain_node(
+            context.get_node_id(),
+            cast(Any, autoscaler_pb2).DRAIN_NODE_REASON_PREEMPTION,
+            "longreach drain",
+            round(deadline * 1000),
+        )
+    )
+    if not accepted:
+        raise UnavailableError(f"Ray does not let this node go: {why}")
+
+
+def wait_until_idle(folder: Path, deadline: float, look_seconds: float = _LOOK_SECONDS) -> bool:
+    """Return True once nothing has been under way on this node for some looks; False at the end.
+
+    Args:
+        folder: with the figures of this node.
+        deadline: in seconds since 1970.
+    """
+    quiet = 0
+    while quiet < _QUIET_LOOKS:
+        if time.time() >= deadline:
+            return False
+        quiet = 0 if under_way(FolderCollector(folder).collect()) else quiet + 1
+        time.sleep(look_seconds)
+    return True
+
+
+def under_way(families: Iterable[Family]) -> float:
+    """Requests that any role works on or lets wait."""
+    return sum(
+        sample.value
+        for family in families
+        if family.name in {gauge.name for gauge in _GAUGES}
+        for sample in family.samples
+    )

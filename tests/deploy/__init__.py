@@ -1,0 +1,1 @@
+"""Manifests, alerts and dashboards."""
