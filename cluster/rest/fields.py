@@ -28,6 +28,7 @@ ADVICE = frozenset(
         # Of vLLM's.
         "add_special_tokens",  # no tokenizer that is served adds any
         "cache_salt",
+        "guided_decoding_backend",
         "include_reasoning",
         "media_io_kwargs",
         "mm_processor_kwargs",
@@ -46,7 +47,6 @@ ADVICE_RESPONSES = frozenset(
     {
         "max_tool_calls",
         "moderation",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -57,6 +57,7 @@ ADVICE_RESPONSES = frozenset(
         "user",
     }
 )
+ADVICE_RESPONSES_FORMAT = frozenset({"description"})
 ADVICE_RESPONSES_PART = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
 ADVICE_RESPONSES_TEXT = frozenset({"verbosity"})
 ADVICE_OUTPUT_ITEM = frozenset({"id", "phase", "status"})
@@ -71,12 +72,6 @@ UNSUPPORTED: Neutral = {
     "best_of": (1,),
     "ec_transfer_params": ({},),
     "echo": (False,),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
@@ -84,13 +79,11 @@ UNSUPPORTED: Neutral = {
     "logprob_token_ids": (),
     "prompt_logprobs": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -107,9 +100,6 @@ UNSUPPORTED_CHAT: Neutral = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 UNSUPPORTED_COMPLETION: Neutral = {**UNSUPPORTED, "prompt_embeds": (), "suffix": ("",)}
@@ -117,8 +107,6 @@ UNSUPPORTED_MESSAGE: Neutral = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 UNSUPPORTED_RESPONSES: Neutral = {
     "access_programs": ([],),
@@ -130,11 +118,8 @@ UNSUPPORTED_RESPONSES: Neutral = {
     "previous_response_id": (),
     "prompt": (),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
-UNSUPPORTED_RESPONSES_TEXT: Neutral = {"format": ({"type": "text"},)}
 UNSUPPORTED_TOKENIZE: Neutral = {"chat_template": (), "tools": ([],)}
 
 

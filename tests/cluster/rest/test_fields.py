@@ -28,6 +28,19 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
+# Of these the description says less than is looked at.
+DEEPER = (
+    "chat_template_kwargs",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "response_format",
+    "structured_outputs",
+    "tool_choice",
+    "tools",
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One field of one endpoint, with values as JSON."""
@@ -142,9 +155,9 @@ def test_the_page_has_every_field_of_messages() -> None:
 @pytest.mark.parametrize(
     ("sent", "named"),
     [
-        ({"colour": 1, "tools": [{}], "audio": {}}, "colour"),
-        ({"tools": [{}], "colour": 1, "audio": {}}, "tools"),
-        ({"audio": {}, "user": "me", "tools": [{}]}, "audio"),
+        ({"colour": 1, "functions": [{}], "audio": {}}, "colour"),
+        ({"functions": [{}], "colour": 1, "audio": {}}, "functions"),
+        ({"audio": {}, "user": "me", "functions": [{}]}, "audio"),
     ],
 )
 def test_of_several_that_are_refused_the_first_as_sent_is_named(
@@ -219,7 +232,7 @@ def test_token_strs(endpoint: Endpoint) -> None:
 
 
 def test_the_description_says_the_same_as_the_page(shared: Endpoint) -> None:
-    """But for what depends on several fields, or on what a text is encoded to."""
+    """But for what depends on several fields, or has a language of its own."""
     page = shared.request("GET", "/openapi.json").json()
     validators = {
         kind: jsonschema.Draft202012Validator(
@@ -228,8 +241,8 @@ def test_the_description_says_the_same_as_the_page(shared: Endpoint) -> None:
         for kind, body in (("chat", schemas.ChatBody), ("completions", schemas.CompletionBody))
     }
     bases = {"chat": {"messages": [USER]}, "completions": {"prompt": "a"}}
-    lies = [
-        (row.field, value)
+    lies = {
+        (row.field, is_accepted)
         for row in rows()
         for values, is_accepted in ((row.accepted, True), (row.refused, False))
         for value in values
@@ -237,8 +250,8 @@ def test_the_description_says_the_same_as_the_page(shared: Endpoint) -> None:
             {**bases[row.endpoint], **BESIDE.get(row.field, {}), row.field: json.loads(value)}
         )
         != is_accepted
-    ]
-    assert set(lies) == {("chat_template_kwargs", '{"messages": []}')}
+    }
+    assert lies <= {(field, False) for field in DEEPER}
 
 
 def test_a_body_needs_no_model(endpoint: Endpoint) -> None:
