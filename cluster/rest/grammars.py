@@ -40,6 +40,15 @@ class NamedSchema(_Section):
 class ResponseFormat(_Section):
     """OpenAI's `response_format`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"enum": ["text", "json_object"]}}},
+                {"properties": {"json_schema": {"type": "object"}}, "required": ["json_schema"]},
+            ]
+        }
+    )
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 

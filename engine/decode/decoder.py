@@ -346,13 +346,13 @@ def _choose(sequence: _Sequence, outcome: Outcome, is_replayed: bool) -> ChosenT
 
     Raises:
         FloatingPointError: its logits are not finite.
-        GrammarError: a limit of the grammar is reached.
+        GrammarError: a limit of its grammar is reached.
     """
     sampler, constraint = sequence.sampler, sequence.constraint
     if is_replayed:
         chosen = sampler.repeat(sequence.replayed[sequence.num_generated])
     elif isinstance(outcome, ChosenToken):
-        return sampler.accept(outcome)
+        chosen = sampler.accept(outcome)
     else:
         chosen = sampler.choose(outcome, None if constraint is None else constraint.allowed())
     if constraint is not None:

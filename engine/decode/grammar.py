@@ -112,11 +112,8 @@ class Constraint:
         Raises:
             GrammarError: a limit is reached, or no token fits.
         """
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
+        if not self._wait():
             self._compute()
-        else:
-            ahead.result()
         _raise_error_of(self._matcher)
         if not self._mask.any():
             raise GrammarError("no token of this model's vocabulary fits the grammar here")
@@ -128,8 +125,16 @@ class Constraint:
         Raises:
             GrammarError: a limit is reached.
         """
+        self._wait()
         self._matcher.consume_token(token_id)
         _raise_error_of(self._matcher)
+
+    def _wait(self) -> bool:
+        """Return when nothing is being computed ahead; whether something was."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.result()
+        return ahead is not None
 
     def _compute(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)

@@ -88,7 +88,7 @@ def test_a_tool_is_called(client: openai.OpenAI) -> None:
         tools=[{"type": "function", "function": {"name": "ring", "parameters": parameters}}],
         tool_choice="required", parallel_tool_calls=False,
     )  # fmt: skip
-    [call] = answer.choices[0].message.tool_calls or ()
+    [call] = answer.choices[0].message.tool_calls or []
     assert call.type == "function"
     assert call.function.name == "ring"
     assert json.loads(call.function.arguments)["loud"] in (True, False)

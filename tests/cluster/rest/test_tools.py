@@ -236,6 +236,7 @@ def test_a_forced_call_over_qwens_vocabulary(qwen3: Tokenizer) -> None:
             "tool_choice": named("weather")}  # fmt: skip
     [grammar] = parse(ChatBody, json.dumps(body).encode()).held_to().values()
     token_bytes, end = TokenBytes(qwen3.raw), qwen3.raw.token_to_id("<|im_end|>")
+    assert end is not None
     state = GrammarCompiler(token_bytes, qwen3.vocab_size, (end,)).compile(grammar)
     draw, tokens = np.random.default_rng(0), []
     while not state.is_complete:

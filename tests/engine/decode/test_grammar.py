@@ -160,11 +160,13 @@ class Engine:
         self.decoder = Decoder(self._prefill.model, pool, token_bytes, max_batch)
         self._requests = 0
 
-    def begin(self, prompt: bytes, **sampling) -> tuple[str, list]:
+    def begin(
+        self, prompt: bytes, replayed: tuple[tuple[int, ...], ...] = (), **sampling
+    ) -> tuple[str, list]:
         self._requests += 1
         name, values = str(self._requests), {"max_tokens": 40, **sampling}
         ids = np.frombuffer(prompt, dtype=np.uint8).astype(np.int32)
-        request = GenerationRequest(name, ids, SamplingParameters(**values), arrived=0.0)
+        request = GenerationRequest(name, ids, SamplingParameters(**values), 0.0, replayed)
         self.decoder.reserve(request)
         self._prefill.prefiller.admit(name, ids)
         hand_off = DirectHandOff(self.decoder, name)
@@ -268,3 +270,13 @@ def test_a_limit_reached_half_way_ends_one_answer_alone(
     assert isinstance(ends[-1], GrammarError)
     assert outputs[-1][0] == free[0]
     assert engine.decoder.usage == 0
+
+
+def test_a_begun_answer_goes_on_within_its_grammar(engine: Engine) -> None:
+    """Tokens that a client has are walked again before anything is chosen."""
+    asked = {"grammar": 'start: "x" /[0-9]{6}/ "y"', "temperature": 1.0, "seed": 11}
+    [[(whole, _)]] = engine.finish(engine.begin(b"again", **asked))
+    had = tuple(whole[:4].encode())
+    [[(rest, reason)]] = engine.finish(engine.begin(b"again", replayed=(had,), **asked))
+    assert whole[:4] + rest == whole
+    assert reason == "stop"
