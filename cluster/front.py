@@ -27,9 +27,13 @@ from .rest.middleware import BodyLimit, Failures, RequestIds
 
 # Of Ray Serve: its proxies call the function of this name.
 _HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-# Of Ray Serve too: seconds between its looks at a proxy. Three that fail, and it starts another;
-# its own 10 s leave the endpoint without one for more than half a minute.
-_PROXY_CHECKS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+# Of Ray Serve too, in seconds. Between its looks at a proxy, of which three that fail make it
+# start another: its own 10 leave the endpoint without one for over half a minute. And for a proxy
+# to start: one that takes longer than its own 5, on a starved machine, fails the whole start.
+_PROXY_CHECKS = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 # A proxy that Serve starts gets nothing of ours but its environment.
 _LIMITS = "LONGREACH_FRONT_LIMITS"
 _HEADER_SECONDS = 20.0

@@ -354,6 +354,10 @@ class GenerationError(LongreachError):
     """One answer cannot go on; others in the same batch do."""
 
 
+class GrammarError(GenerationError, InvalidRequestError):
+    """An answer cannot be held to the grammar that its request names."""
+
+
 class OutOfMemoryError(GenerationError):
     """The device had no memory left for a step of one answer."""
 

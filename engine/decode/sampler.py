@@ -1,7 +1,8 @@
 """From a model's logits to the next token of one sequence.
 
-In this order: logit bias; repetition, presence and frequency penalties; temperature; top-k;
-top-p (of what top-k left); min-p. Temperature 0 takes the best token after the penalties.
+In this order: the grammar's mask; logit bias; repetition, presence and frequency penalties;
+temperature; top-k; top-p (of what top-k left); min-p. Temperature 0 takes the best token after the
+penalties.
 Log-probabilities that are reported are those of the model's own distribution, before all of it.
 
 Every sequence is sampled alone, on the CPU, from its own counter-based generator, so the
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..messages import ChosenToken, SamplingParameters, TokenLogprob, Tokens
+from .grammar import Mask, allowed_tokens
 
 Logits = npt.NDArray[np.float32]
 
@@ -91,19 +93,21 @@ class Sampler:
         self._chosen += 1
         return best
 
-    def choose(self, logits: Logits) -> ChosenToken:
+    def choose(self, logits: Logits, allowed: Mask | None = None) -> ChosenToken:
         """Choose the next token, and count it.
 
         Args:
             logits: [vocab] float32; left unchanged.
+            allowed: the tokens to choose from, at least one; None for all.
 
         Raises:
-            FloatingPointError: the logits hold NaN, or nothing but infinities.
+            FloatingPointError: the logits hold NaN, or nothing but infinities, or those of all
+                allowed tokens are infinite.
         """
         normalizer = _log_sum_exp(logits)
         if not math.isfinite(normalizer):
             raise FloatingPointError(_DAMAGED)
-        token = self._sample(self._adjusted(logits))
+        token = self._sample(self._adjusted(logits, allowed))
         self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
@@ -122,16 +126,24 @@ class Sampler:
             self._penalties.count(token)
         return ChosenToken(token, math.nan)
 
-    def _adjusted(self, logits: Logits) -> Logits:
-        """Logits with bias and penalties, without ends that are too early; copied where changed."""
-        if not len(self._bias_ids) and self._penalties is None and not self._may_not_end:
+    def _adjusted(self, logits: Logits, allowed: Mask | None) -> Logits:
+        """Logits with mask, bias and penalties, without early ends; else themselves."""
+        is_changed = len(self._bias_ids) or self._penalties is not None or self._may_not_end
+        if not is_changed and allowed is None:
             return logits
         adjusted = logits.copy()
+        if allowed is not None:
+            adjusted[~allowed_tokens(allowed, len(adjusted))] = -math.inf
+            if not math.isfinite(adjusted.max()):
+                raise FloatingPointError(_DAMAGED)
         np.add.at(adjusted, self._bias_ids, self._bias)
         if self._penalties is not None:
             self._penalties.apply(adjusted)
         if self._may_not_end:
-            adjusted[self._ends] = -np.inf
+            ends = adjusted[self._ends]
+            adjusted[self._ends] = -math.inf
+            if not math.isfinite(adjusted.max()):
+                adjusted[self._ends] = ends  # the grammar allows no other token
         return adjusted
 
     def _sample(self, logits: Logits) -> int:

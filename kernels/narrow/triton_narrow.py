@@ -259,7 +259,7 @@ def store_groups(
 ):
     """Narrow float32 row [SIZE] group by group; it begins at column `start` of its whole row."""
     grouped = tl.reshape(row, [SIZE // GROUP, GROUP])
-    scale, reciprocal = e4m3_scale(tl.max(tl.abs(grouped), 1))
+    scale, reciprocal = e4m3_scale(tl.max(tl.abs(grouped), 1))  # pyright: ignore
     group = tl.arange(0, SIZE // GROUP)
     exists = start + group * GROUP < COLUMNS
     tl.store(scales + (start // GROUP + group) * scale_group_stride, scale, mask=exists)

@@ -207,6 +207,16 @@ def test_no_end_before_there_are_enough_tokens(temperature: float) -> None:
     assert logits[7] == logits.max()
 
 
+def test_tokens_that_are_repeated_count_as_well() -> None:
+    logits = make_logits()
+    logits[7] = logits.max() + 50
+    sampler = make_sampler(ends=(7,), min_tokens=3, temperature=0)
+    for token in (1, 2):
+        sampler.repeat(token)
+    assert sampler.choose(logits).token_id != 7
+    assert sampler.choose(logits).token_id == 7
+
+
 def test_without_ends_greedy_tokens_are_counted_as_they_are_told() -> None:
     sampler = make_sampler(min_tokens=5, temperature=0)
     assert sampler.takes_best
