@@ -3,7 +3,7 @@
 import codecs
 import dataclasses
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +35,8 @@ from pydantic import BaseModel
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.messages import ChosenToken, Delta, Finished
 from ...engine.text.tokenizer import Tokenizer
+from .errors import RestError
+from .form import Form
 from .plan import Plan
 from .tool_calls import Arguments, CallBegun, Content, Piece, ToolCallReader
 
@@ -69,6 +71,12 @@ class TokenTexts:
         return self._raw.id_to_token(token_id) or f"<|unused_{token_id}|>"
 
 
+class _Failure(BaseModel):
+    """The last event of a stream that failed."""
+
+    error: dict[str, str | None]
+
+
 @dataclass
 class _Collected:
     """One choice of an answer that is sent whole."""
@@ -78,8 +86,10 @@ class _Collected:
     finish_reason: FinishReason = "stop"
 
 
-class AnswerFormat(ABC):
-    """Formats the answer to one HTTP request; chunks or whole, not both."""
+class AnswerForm(Form):
+    """Of the two older interfaces: choices, and chunks of them."""
+
+    end_of_stream = b"data: [DONE]\n\n"
 
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
         self._plan = plan
@@ -103,28 +113,28 @@ class AnswerFormat(ABC):
         if delta.finish_reason is not None:
             collected.finish_reason = _finish_reason(delta)
 
-    def chunk(self, choice: int, delta: Delta) -> BaseModel | None:
-        """One event of a stream, or None when the delta says nothing to a client."""
+    @property
+    def created(self) -> int:
+        """When, in seconds since 1970."""
+        return self._common["created"]
+
+    def events(self, choice: int, delta: Delta) -> Sequence[BaseModel]:
+        """One, or none when the delta says nothing to a client."""
         self._completion_tokens += len(delta.tokens)
         if delta.finish_reason:
             self._ended.add(choice)
         words = self._words(choice, delta)
         says_something = words or delta.finish_reason
         if not says_something and not (self._with_logprobs and delta.tokens):
-            return None
-        return self._chunk(choice, delta, words, self._chunk_common())
+            return ()
+        return (self._chunk(choice, delta, words, self._chunk_common()),)
 
-    def empty_chunk(self) -> BaseModel:
-        """An event of a choice that goes on, which adds nothing to it."""
-        return self._chunk(self._going_on(), _NOTHING, {}, self._chunk_common())
+    def empty_events(self) -> Sequence[BaseModel]:
+        """One of a choice that goes on."""
+        return (self._chunk(self._going_on(), _NOTHING, {}, self._chunk_common()),)
 
-    def progress_chunk(self, processed: int, seconds: float) -> BaseModel:
-        """An event with the progress of prefill, in llama.cpp's form.
-
-        Args:
-            processed: tokens of all prompts.
-            seconds: since the request came.
-        """
+    def progress_events(self, processed: int, seconds: float) -> Sequence[BaseModel]:
+        """One, in llama.cpp's form."""
         progress = {
             "total": self._plan.prompt_tokens,
             "cache": 0,
@@ -132,16 +142,26 @@ class AnswerFormat(ABC):
             "time_ms": round(1000 * seconds),
         }
         common = {**self._chunk_common(), "prompt_progress": progress}
-        return self._chunk(self._going_on(), _NOTHING, {}, common)
+        return (self._chunk(self._going_on(), _NOTHING, {}, common),)
 
     def _going_on(self) -> int:
         """The first choice that has not ended; the last, where all have."""
         last = self._plan.total_choices - 1
         return next((each for each in range(last) if each not in self._ended), last)
 
-    def usage_chunk(self, finished: Sequence[Finished]) -> BaseModel:
-        """The last event of a stream whose client asked for usage."""
-        return self._empty_chunk({**self._common, **self._closing(finished)})
+    def ending(self, finished: Sequence[Finished]) -> Sequence[BaseModel]:
+        """Usage, where the client asked for it."""
+        if not self._plan.include_usage:
+            return ()
+        return (self._empty_chunk({**self._common, **self._closing(finished)}),)
+
+    def failure(self, error: RestError) -> Sequence[BaseModel]:
+        """As the body of a refusal."""
+        return (_Failure(**error.body),)
+
+    def usage(self, finished: Sequence[Finished]) -> CompletionUsage:
+        """Of the whole request."""
+        return self._usage(sum(one.completion_tokens for one in finished))
 
     def answer(self, finished: Sequence[Finished]) -> BaseModel:
         """The whole answer, from what was collected."""
@@ -183,12 +203,12 @@ class AnswerFormat(ABC):
     def _closing(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """Usage, and where the time of each prompt went (an extension of OpenAI's shape)."""
         return {
-            "usage": self._usage(sum(one.completion_tokens for one in finished)),
+            "usage": self.usage(finished),
             "longreach": {"timings": [dataclasses.asdict(one.timings) for one in finished]},
         }
 
 
-class ChatFormat(AnswerFormat):
+class ChatForm(AnswerForm):
     """`chat.completion` and `chat.completion.chunk`."""
 
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
@@ -276,7 +296,7 @@ class ChatFormat(AnswerFormat):
         return {"token": self._texts.name(token_id), "bytes": data, "logprob": logprob}
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionForm(AnswerForm):
     """`text_completion`, whose chunks look like its answers."""
 
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:

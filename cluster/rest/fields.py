@@ -43,6 +43,24 @@ ADVICE = frozenset(
 )
 """Of both generating endpoints."""
 
+ADVICE_RESPONSES = frozenset(
+    {
+        "max_tool_calls",
+        "moderation",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning",
+        "safety_identifier",
+        "service_tier",
+        "stream_options",
+        "user",
+    }
+)
+ADVICE_RESPONSES_PART = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
+ADVICE_RESPONSES_TEXT = frozenset({"verbosity"})
+ADVICE_OUTPUT_ITEM = frozenset({"id", "phase", "status"})
 ADVICE_MESSAGE = frozenset({"annotations", "cache_control", "weight"})
 ADVICE_PART = frozenset({"cache_control"})
 ADVICE_STREAM = frozenset({"include_obfuscation"})
@@ -90,6 +108,21 @@ UNSUPPORTED_MESSAGE: Neutral = {
     "function_call": (),
     "refusal": (),
 }
+UNSUPPORTED_RESPONSES: Neutral = {
+    "access_programs": ([],),
+    "background": (False,),
+    "background_options": ({},),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncation": ("disabled",),
+}
+UNSUPPORTED_RESPONSES_TEXT: Neutral = {"format": ({"type": "text"},)}
 UNSUPPORTED_TOKENIZE: Neutral = {"chat_template": (), "tools": ([],)}
 
 

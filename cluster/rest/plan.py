@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ class Plan:
     `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
     events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
     `held_by`: the field that answers are held to a form by. `calls_tools`: an answer may have calls
-    of tools in it, one at most where `one_call`.
+    of tools in it, one at most where `one_call`. `repeated`: what the answer repeats of the
+    request, where its form does that.
     """
 
     answer_id: str
@@ -43,6 +44,7 @@ class Plan:
     held_by: str | None
     calls_tools: bool = False
     one_call: bool = False
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def grammar(self) -> str | None:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,11 @@ from ...engine.errors import UnavailableError
 from ...engine.messages import Tokens
 from ...engine.text.tokenizer import Tokenizer
 from . import child
-from .errors import invalid
+from .errors import RestError, invalid
 from .grammar_check import GrammarCheck
 from .limits import IngressLimits
 from .plan import Plan, Planner
+from .responses import ResponsesBody, in_its_words
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,12 @@ _OTHER_VALUES = 1 << 14
 # A text may be counted that is longer than what is served, but not any number of times.
 _COUNTED_LENGTHS = 2
 
-Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+Kind = Literal["chat", "completion", "responses", "tokenize", "detokenize"]
 _BLOCK_BYTES = 1 << 18
 _LISTS: dict[Kind, str] = {
     "chat": "messages",
     "completion": "prompt",
+    "responses": "input",
     "tokenize": "messages",
     "detokenize": "tokens",
 }
@@ -65,6 +68,7 @@ class Reader:
         self._most_values: dict[Kind, int] = {
             "chat": 4 * longest,
             "completion": limits.max_choices * longest,
+            "responses": 8 * longest,
             "tokenize": 4 * longest,
             "detokenize": longest,
         }
@@ -78,6 +82,17 @@ class Reader:
         """The plan of a completion."""
         self._check_count("completion", body)
         return self._planner.completion(parse(CompletionBody, body), request_id, arrived)
+
+    def responses(self, body: bytes, request_id: str, arrived: float) -> Plan:
+        """The plan of a response: that of the chat that it stands for."""
+        self._check_count("responses", body)
+        asked = parse(ResponsesBody, body)
+        try:
+            plan = self._planner.chat(asked.as_chat, request_id, arrived)
+        except RestError as error:
+            raise in_its_words(error) from error
+        answer_id = plan.answer_id.replace("chatcmpl-", "resp_", 1)
+        return replace(plan, answer_id=answer_id, repeated=asked.repeated)
 
     def tokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
         """The answer to `/tokenize`, as JSON."""

@@ -40,7 +40,7 @@ from .grammars import HeldFields
 from .tools import MadeCall, ToolFields
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Refuses what it does not know and what is not supported, the first field as sent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -96,11 +96,11 @@ def _as_wholes(value: Any) -> Any:
     return value
 
 
-_WHOLE = BeforeValidator(_as_whole)
+WHOLE = BeforeValidator(_as_whole)
 _WHOLES = BeforeValidator(_as_wholes)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message. Only text is supported."""
 
     advice = ADVICE_PART
@@ -135,7 +135,7 @@ _CONTENT_SCHEMA = WithJsonSchema(
 )
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message. `developer` is what newer OpenAI models call `system`."""
 
     advice = ADVICE_MESSAGE
@@ -171,7 +171,7 @@ class Message(_Strict):
         return {"role": role, "content": self.content, **optional}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`continuous_usage_stats`, vLLM's, asks for usage so far in every chunk."""
 
     advice = ADVICE_STREAM
@@ -206,22 +206,22 @@ def _as_stop(value: Any) -> Any:
     return [each for each in strings if each != ""] if isinstance(strings, list) else strings
 
 
-class GenerationBody(HeldFields, _Strict):
+class GenerationBody(HeldFields, Strict):
     """What both generating endpoints understand. Null means the default everywhere."""
 
     advice = ADVICE
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    n: Annotated[int, Field(ge=1), WHOLE] | None = None
     stop: Annotated[
         Annotated[list[StopString], Field(max_length=_MOST_STOP_STRINGS)] | None,
         BeforeValidator(_as_stop),
         _STOP_SCHEMA,
     ] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -232,20 +232,20 @@ class GenerationBody(HeldFields, _Strict):
     stream_options: StreamOptions | None = None
 
     # Extensions, named as vLLM names them.
-    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     # Logits are divided by it, and must stay finite.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128), _WHOLES] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0), _WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     request_id: str | None = None
 
     # As llama.cpp names it.
     return_progress: bool | None = None
 
 
-class _Templated(_Strict):
+class _Templated(Strict):
     """How the chat template writes messages."""
 
     add_generation_prompt: bool | None = None
@@ -285,9 +285,9 @@ class ChatBody(ToolFields, GenerationBody, _Templated):
     unsupported = UNSUPPORTED_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0), _WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
 
     @property
     def writing(self) -> Writing:
@@ -405,15 +405,12 @@ class TokenizeBody(_Templated):
         return self
 
 
-class DetokenizeBody(_Strict):
+class DetokenizeBody(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
     tokens: Annotated[list[int], _WHOLES]
 
-
-BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
-"""What every path that takes a body takes."""
 
 Body = TypeVar("Body", bound=BaseModel)
 

@@ -4,6 +4,7 @@ Source: Qwen2 as published in transformers' `Qwen2ForCausalLM`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ...kernels import elementwise
 from ...kernels.narrow import Narrowing, Rows
+from ..parallel.aside import Pending
 from ..parallel.mesh import Mesh
 from ..stages import UNTIMED, Stages
 from .linear import Linear
-from .rows import ALL_ROWS, RowSteps
+from .rows import ALL_ROWS, RowSteps, finished
 
 Queries = TypeVar("Queries")
 
@@ -106,7 +108,14 @@ class Layer:
         queries = attention.write(self, hidden.pop())
         attended = attention.attend(self, queries)
         del queries
-        hidden += steps.map(lambda rows: self._finish(attended[rows], residual[rows], stages))
+        if self.mesh.tensor_parallel == 1:
+            hidden += steps.map(
+                lambda rows: finished(self._finish(attended[rows], residual[rows], stages))
+            )
+        else:
+            hidden += steps.map_in_turns(
+                lambda rows: self._finish(attended[rows], residual[rows], stages)
+            )
 
     def queries(self, normed: Rows) -> Tensor:
         """[n, hidden] after the first norm to [n, heads, d], not rotated."""
@@ -144,8 +153,12 @@ class Layer:
         """Some outputs of the first product, as heads: [n, heads, d]."""
         return self.qkv.rows(outputs)(normed).unflatten(-1, (-1, self.head_dim))
 
-    def _finish(self, attended: Tensor, residual: Tensor, stages: Stages) -> tuple[Rows, Tensor]:
+    def _finish(
+        self, attended: Tensor, residual: Tensor, stages: Stages
+    ) -> Generator[None, None, tuple[Rows, Tensor]]:
         """Output projection and MLP, with their residuals.
+
+        Yields where it would wait for other ranks: other rows are computed meanwhile.
 
         Args:
             attended: this rank's heads, [n, heads, d].
@@ -157,9 +170,12 @@ class Layer:
         with stages.time("linear"):
             projected = self.output(attended.flatten(1))
         del attended
-        normed, residual = self._add(projected, residual, self.mlp_norm, stages)
-        # What is not needed any more is let go of at once: gate and up are the widest there is.
+        summed = self._begin_sum(projected, stages)
         del projected
+        yield
+        normed, residual = self._add(summed, residual, self.mlp_norm, stages)
+        # What is not needed any more is let go of at once: gate and up are the widest there is.
+        del summed
         with stages.time("linear"):
             gate_up = self.gate_up(normed)
         del normed
@@ -169,7 +185,17 @@ class Layer:
         with stages.time("linear"):
             down = self.down(activated)
         del activated
-        return self._add(down, residual, self.next_norm, stages)
+        summed = self._begin_sum(down, stages)
+        del down
+        yield
+        return self._add(summed, residual, self.next_norm, stages)
+
+    def _begin_sum(self, partial: Tensor, stages: Stages) -> Pending[Tensor]:
+        """Sum a product over the tensor ranks, beside computing."""
+        if self.mesh.tensor_parallel == 1:
+            return Pending(partial)
+        with stages.time("communication"):
+            return self.mesh.begin_sum_over_tensor_ranks(partial)
 
     def _activated(self, gate_up: Tensor) -> Rows:
         """What the last product takes."""
@@ -179,11 +205,11 @@ class Layer:
         return elementwise.narrow_swiglu(gate_up, narrowing)
 
     def _add(
-        self, partial: Tensor, residual: Tensor, norm: RMSNorm, stages: Stages
+        self, summed: Pending[Tensor], residual: Tensor, norm: RMSNorm, stages: Stages
     ) -> tuple[Rows, Tensor]:
-        """Sum a product over the tensor ranks, add it to the residual, and norm that."""
+        """Add a product to the residual, and norm that."""
         if self.mesh.tensor_parallel > 1:
             with stages.time("communication"):
-                partial = self.mesh.sum_over_tensor_ranks(partial)
+                summed.wait()
         with stages.time("elementwise"):
-            return norm.add(partial, residual)
+            return norm.add(summed.result, residual)

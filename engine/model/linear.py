@@ -139,6 +139,19 @@ class Matrix:
         bits = torch.cat([part.weight.view(torch.uint8) for part in parts])
         return cls(bits.view(torch.float8_e4m3fn), torch.cat(scales))
 
+    def filled_up(self, outputs: int) -> "Matrix":
+        """With so many outputs, the last of which are 0."""
+        missing = outputs - len(self.weight)
+        if missing == 0:
+            return self
+        if self.scales is None:
+            return Matrix(functional.pad(self.weight, (0, 0, 0, missing)))
+        # Not every device fills up e4m3: bits are. The rest of a block has a scale of its own.
+        bits = functional.pad(self.weight.view(torch.uint8), (0, 0, 0, missing))
+        count = outputs if self.scales.dim() == 1 else -(-outputs // BLOCK)
+        sides = (0, 0) * (self.scales.dim() - 1) + (0, count - len(self.scales))
+        return Matrix(bits.view(torch.float8_e4m3fn), functional.pad(self.scales, sides, value=1.0))
+
     def linear(self, bias: Tensor | None = None) -> Linear:
         """The product with them."""
         if self.scales is None:

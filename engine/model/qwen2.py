@@ -30,11 +30,12 @@ from .heads import RankHeads
 from .layer import Layer, RMSNorm
 from .linear import Linear, Matrix, WideLinear
 from .positions import RotaryPositions
+from .vocabulary import VocabularyPart
 
 
 @dataclass(frozen=True, eq=False)
 class Qwen2:
-    """The weights of one rank. Embedding and head are whole on every rank.
+    """The weights of one rank. Tensor ranks deal the rows of embedding and head, see `vocabulary`.
 
     Published models have more rows in both than their tokenizers have ids. Those from `num_tokens`
     on are no tokens: nothing trained them, and no logit makes one of them possible.
@@ -42,7 +43,7 @@ class Qwen2:
 
     config: ModelConfig
     mesh: Mesh
-    embedding: Tensor  # [vocab, hidden]
+    embedding: Tensor  # [own part of the vocabulary, hidden]
     first_norm: RMSNorm
     layers: tuple[Layer, ...]
     head: Linear
@@ -52,6 +53,11 @@ class Qwen2:
     def positions(self) -> RotaryPositions:
         """What queries and keys are rotated by."""
         return RotaryPositions(self.config)
+
+    @cached_property
+    def vocabulary(self) -> VocabularyPart:
+        """The tokens whose rows of embedding and head this rank holds."""
+        return VocabularyPart.of(self.config.vocab_size, self.mesh)
 
     @cached_property
     def heads(self) -> RankHeads:
@@ -133,9 +139,8 @@ class Qwen2:
             _check_narrow_products(dtype, device)
         heads = RankHeads.of(config, mesh.tensor_parallel, mesh.tensor_rank)
         loader = _Loader(config, mesh, heads, source, dtype, device, weights)
-        shape = (config.vocab_size, config.hidden_size)
-        embedding = loader.read("model.embed_tokens.weight", shape)
-        head = WideLinear(embedding) if config.tie_word_embeddings else loader.head(shape)
+        embedding = loader.vocabulary("model.embed_tokens.weight")
+        head = WideLinear(embedding) if config.tie_word_embeddings else loader.head()
         layers: list[Layer] = []
         # From the last to the first: a norm narrows for the product behind it.
         norm = loader.norm("model.norm.weight", head.takes)
@@ -160,16 +165,23 @@ class Qwen2:
     def begin(self, tokens: Tensor, stages: Stages = UNTIMED) -> list[Rows]:
         """Tokens int64 [n] to what the first layer takes: [normed, residual], each [n, hidden]."""
         with stages.time("linear"):
-            residual = functional.embedding(tokens, self.embedding)
+            residual = self.vocabulary.embed(tokens, self.embedding)
+        if self.mesh.tensor_parallel > 1:
+            with stages.time("communication"):
+                residual = self.mesh.sum_over_tensor_ranks(residual)
         with stages.time("elementwise"):
             return [self.first_norm(residual), residual]
 
     def logits(self, normed: Rows) -> Tensor:
         """Hidden states after the last norm, [n, hidden], to [n, vocab] in the model's type.
 
+        Collective over the tensor ranks.
+
         Every logit of the engine comes from here, so what is no token is impossible everywhere.
         """
         logits = self.head(normed)
+        if self.mesh.tensor_parallel > 1:
+            logits = self.vocabulary.joined(self.mesh.gather_over_tensor_ranks(logits))
         logits[:, self.num_tokens :].fill_(-torch.inf)
         return logits
 
@@ -215,6 +227,12 @@ class _Loader:
             raise CheckpointError(f"{name} is of 8 bits, which config.json does not say")
         return tensor.to(device=self._device, dtype=self._dtype).contiguous()
 
+    def vocabulary(self, name: str) -> Tensor:
+        """This rank's rows of a table of all tokens, filled up with zeros."""
+        config, own = self._config, VocabularyPart.of(self._config.vocab_size, self._mesh)
+        table = self.read(name, (config.vocab_size, config.hidden_size), own.rows)
+        return functional.pad(table, (0, 0, 0, own.size - len(table)))
+
     def norm(self, name: str, narrowing: Narrowing | None) -> RMSNorm:
         weight = self.read(name, (self._config.hidden_size,))
         return RMSNorm(weight, self._config.rms_norm_eps, narrowing)
@@ -222,12 +240,14 @@ class _Loader:
     def first_norm(self, number: int, narrowing: Narrowing | None) -> RMSNorm:
         return self.norm(f"model.layers.{number}.input_layernorm.weight", narrowing)
 
-    def head(self, shape: tuple[int, int]) -> Linear:
+    def head(self) -> Linear:
         """Rounded by no one who reads a checkpoint of more bits: it decides between all tokens."""
         quantization = self._config.quantization
         if quantization is None or not quantization.covers("lm_head"):
-            return WideLinear(self.read("lm_head.weight", shape))
-        return self._narrow_matrix("lm_head", shape, None, 0).linear()
+            return WideLinear(self.vocabulary("lm_head.weight"))
+        own = VocabularyPart.of(self._config.vocab_size, self._mesh)
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        return self._narrow_matrix("lm_head", shape, own.rows, 0).filled_up(own.size).linear()
 
     def layer(self, number: int, next_norm: RMSNorm) -> Layer:
         config, prefix = self._config, f"model.layers.{number}"

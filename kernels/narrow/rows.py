@@ -50,9 +50,11 @@ class NarrowRows:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, rows: slice) -> "NarrowRows":
-        """Views of some rows."""
-        return NarrowRows(self.values[rows], self.scales[rows], self.dtype)
+    def __getitem__(self, rows: slice | Tensor) -> "NarrowRows":
+        """Some rows: views of a slice, copies of those that int64 [n] names."""
+        # Not every device picks e4m3: bits are.
+        bits = self.values.view(torch.uint8)[rows]
+        return NarrowRows(bits.view(torch.float8_e4m3fn), self.scales[rows], self.dtype)
 
     def wide(self) -> Tensor:
         """The numbers, float32 [n, columns]."""

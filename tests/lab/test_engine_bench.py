@@ -34,7 +34,7 @@ from longreach.lab.engine_bench import prompts
 from longreach.lab.engine_bench.__main__ import main
 from longreach.lab.engine_bench.density import Density
 from longreach.lab.engine_bench.fit import fit
-from longreach.lab.engine_bench.lone_rank import LoneRank, exchanged
+from longreach.lab.engine_bench.lone_rank import LoneRank, Recorded
 from longreach.lab.engine_bench.options import parse
 from longreach.lab.engine_bench.remedies import remedied
 from longreach.lab.engine_bench.scaling import Traffic, compute_seconds
@@ -116,6 +116,10 @@ def test_too_small_a_device_is_refused() -> None:
         (["--chunk-tokens", "1000"], "--chunk-tokens is 1000"),
         (["--decode", "-1"], "--decode"),
         (["scaling", "--tokens", ""], "--tokens"),
+        (["mesh", "--tokens", ""], "--tokens"),
+        (["mesh", "--rank-tokens", "100"], "--rank-tokens is 100"),
+        (["scaling", "--chunk-tokens", "32K,64K"], "`mesh`"),
+        (["--rank-tokens", "32K"], "`mesh`"),
         (["scaling", "--meshes", "8"], "'8'"),
         (["scaling", "--kv-cache", "fp8"], "--kv-cache"),
         (["scaling", "--weights", "fp8"], "--weights"),
@@ -255,6 +259,28 @@ def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     assert "measured" in capsys.readouterr().out
 
 
+def test_meshes_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
+    """Over gloo, two processes; every figure is there, and the logits are one process's."""
+    path = tmp_path / "mesh.csv"
+    assert main([
+        "mesh", "--checkpoint", str(folder), "--tokens", "900", "--chunk-tokens", "256",
+        "--rank-tokens", "256", "--meshes", "1x1,1x2", "--csv", str(path), "--commit", "abc",
+    ])  # fmt: skip
+    lines = lines_of(path)
+    assert [(line["mesh"], line["chunk_tokens"]) for line in lines] == [
+        ("1x1", "256"), ("1x2", "256"), ("1x2", "512"),
+    ]  # fmt: skip
+    alone, *meshes = lines
+    assert alone["efficiency"] == alone["logits_difference"] == ""
+    for line in meshes:
+        expected = float(alone["ttft"]) / float(line["ttft"]) / 2
+        assert float(line["efficiency"]) == pytest.approx(expected, rel=0.01, abs=1e-4)
+        assert float(line["slowest_communication"]) > 0
+    # Only a mesh with the same chunks selects the same.
+    assert float(meshes[0]["logits_difference"]) < 0.02
+    assert "communi" in capsys.readouterr().out
+
+
 def test_a_mesh_that_does_not_divide_is_refused_before_any_is_timed(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -296,11 +322,12 @@ def test_a_lone_rank_attends_to_what_all_ranks_would_have_selected(folder: Path)
     for rank in (-1, 0, 1):
         mesh = LoneRank(1, 2, rank) if rank >= 0 else Mesh.single()
         model = Qwen2.load(folder, mesh, torch.float32, cpu)
-        if isinstance(mesh, LoneRank):
-            recorded = [each.selections for each in seen[-1]]
-            mesh.exchanged.extend(exchanged(recorded, model.heads, sparsity, 1024))
+        recorded = Recorded(model.heads)
+        if rank >= 0:
+            recorded.record([[each.selections] for each in seen[-1]])
         pool = PagePool(model.page_geometry, 8, cpu)
-        prefiller = Prefiller(model, pool, sparsity, seen.setdefault(rank, []).append)
+        observer = seen.setdefault(rank, []).append
+        prefiller = Prefiller(model, pool, sparsity, observer, recorded.plant)
         prefiller.admit("a", prompt)
         prefiller.run_chunk("a", 0, 1024)
     for rank in (0, 1):

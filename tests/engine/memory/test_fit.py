@@ -175,6 +175,29 @@ def test_a_mesh_needs_less_on_each_rank() -> None:
     assert long.weights.num_bytes == alone.weights.num_bytes
 
 
+def test_every_axis_of_a_mesh_has_a_communicator() -> None:
+    """Which is nothing of PyTorch's, and nothing of one rank's."""
+    chunk = 32768 // 8 * 8
+    one, two = (prefill_of(1, sequence=n, selects_above=None) for n in (1, 2))
+    both = prefill_of(1, tensor=2, sequence=2, selects_above=None)
+    activations = [chunk // n * each.weights.row_bytes for each, n in ((one, 1), (two, 2))]
+    gathered = 2 * chunk * 2 * 4 * 128 * 2
+    spared = activations[0] - activations[1] - gathered
+    assert one.computing_bytes(chunk) - two.computing_bytes(chunk) == spared - (1 << 30)
+    alone = prefill_of(1, tensor=2, selects_above=None)
+    assert both.computing_bytes(chunk) > alone.computing_bytes(chunk) // 2 + (1 << 30)
+
+
+def test_ranks_deal_the_sums_of_all_windows_that_are_computed_at_once() -> None:
+    one, four = prefill_of(1), prefill_of(1, sequence=4)
+    at_once = replace(four, chunk_tokens=4 * 32768)
+    sums = [
+        each.computing_bytes(1_000_000) - replace(each, selects_above=None).computing_bytes(10**6)
+        for each in (one, at_once, four)
+    ]
+    assert sums[0] == sums[1] > 2 * sums[2]
+
+
 def test_what_is_refused_comes_with_its_numbers() -> None:
     fit = prefill_of(80e9)
     with pytest.raises(DoesNotFitError) as refused:

@@ -116,7 +116,7 @@ def test_clients_leave_before_they_are_answered(script: Script, workload: Worklo
 @pytest.mark.parametrize(
     ("name", "title", "kind"),
     [
-        ("ray::PrefillRank", "ray::PrefillRank.run_chunk", Kind.RANK),
+        ("ray::PrefillRank", "ray::PrefillRank.begin_chunk", Kind.RANK),
         ("ray::DecodeWorke", "ray::DecodeWorker", Kind.DECODE_WORKER),
         ("x", "ray::ServeReplica:longreach:prefill.prefill", Kind.PREFILL_REPLICA),
         ("x", "ray::ServeReplica:longreach:decode", Kind.DECODE_REPLICA),
