@@ -194,7 +194,7 @@ def _search(
     shift: tl.constexpr = 32 - BITS * (NUMBER + 1)
     place = BY_WEIGHT * PASSES + NUMBER
     asked = rows + row * 12
-    if not BY_WEIGHT:
+    if not BY_WEIGHT:  # noqa: SIM102 - one is known as it compiles, one as it runs
         # Where top-k is off there is nothing to search for.
         if tl.load(asked + 1) >= vocab:
             return
