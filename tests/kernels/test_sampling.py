@@ -138,6 +138,7 @@ def test_adjustments_are_those_of_the_definition() -> None:
     _, theirs = adjusted()
     logits = logits_of(4, 2.0, torch.float32)
     logits[0, 8998] = 14.0
+    tokens = torch.empty(0)
     for _ in range(2):  # what is brought up to date is so again
         tokens, logprobs = triton_sampling.sample(logits, inputs_of(rows), mine)
         expected, expected_logprobs = reference.sample(logits, inputs_of(rows), theirs)
