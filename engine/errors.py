@@ -354,6 +354,10 @@ class GenerationError(LongreachError):
     """One answer cannot go on; others in the same batch do."""
 
 
+class GrammarError(GenerationError, InvalidRequestError):
+    """An answer cannot be held to the grammar that its request names."""
+
+
 class OutOfMemoryError(GenerationError):
     """The device had no memory left for a step of one answer."""
 
@@ -401,7 +405,14 @@ class UnavailableError(LongreachError):
 
 
 class LostError(UnavailableError):
-    """A process died, or hung, with a request under way. It can be begun again in another one."""
+    """A process died, or hung, with a request under way. It can be begun again in another one.
+
+    `begun`: whether the process had begun on the request, which may be what killed it.
+    """
+
+    def __init__(self, sentence: str, begun: bool = True) -> None:
+        super().__init__(sentence)
+        self.begun = begun
 
 
 class NotUpError(UnavailableError):
@@ -410,13 +421,15 @@ class NotUpError(UnavailableError):
 
 @dataclass(eq=False)
 class PoisonousError(FactualError):
-    """So many processes died under a request, one after the other, that it may have killed them."""
+    """So many processes died under a request, at the same place, that it may have killed them."""
 
     deaths: int
 
     @property
     def sentence(self) -> str:
-        return f"{self.deaths} processes died while they served the request; it is not tried again"
+        return (
+            f"{self.deaths} processes died at the same place of the request; it is not tried again"
+        )
 
 
 class CancelledElsewhereError(UnavailableError):

@@ -21,6 +21,7 @@ class SamplingParameters:
     `top_logprobs` None means no log-probabilities; 0 means only the chosen token's.
     No end token is chosen among the first `min_tokens`, and no stop string is looked for in them.
     Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
+    `grammar` is what the answer must match; see `decode.grammar`.
     """
 
     max_tokens: int
@@ -39,6 +40,7 @@ class SamplingParameters:
     min_tokens: int = 0
     top_logprobs: int | None = None
     choices: int = 1
+    grammar: str | None = None
 
     def seeded(self) -> "SamplingParameters":
         """The same, with a seed where there is none: all that is drawn can be drawn again."""

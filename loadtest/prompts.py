@@ -53,7 +53,8 @@ class PromptMaker:
 
     def __init__(self, size: TextSize, seed: int) -> None:
         self.size = size
-        self._chance = random.Random(seed)
+        # Of text: some different whole numbers, such as 2 and 2^32 + 2, make the same chance.
+        self._chance = random.Random(f"prompts {seed}")
 
     def make(self, tokens: int, opening: str = "") -> Prompt:
         """A prompt of about `tokens` tokens; its key lies anywhere in what follows `opening`."""

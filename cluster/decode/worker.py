@@ -29,6 +29,7 @@ from ..tasks import forever
 
 if TYPE_CHECKING:
     from ...engine.decode.contract import DecodeEngine, Output
+    from ...engine.decode.grammar import Constraint
     from ...engine.decode.sampler import Logits
     from ...engine.kv.hand_off import Destination
 
@@ -44,6 +45,7 @@ class _Request:
     """A request that is here, or about to be: until its release."""
 
     is_reserved: bool = False
+    constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[Delta | LongreachError | None]" = field(default_factory=asyncio.Queue)
 
@@ -124,6 +126,7 @@ class DecodeWorker:
 
         Raises:
             PromptTooLongError: there will never be enough pages.
+            GrammarError: the request's grammar cannot be compiled.
             InvalidRequestError: a request of that name is here already.
             NotUpError: the engine failed before the request came.
             LostError: it failed while the request waited.
@@ -138,6 +141,10 @@ class DecodeWorker:
         if here.is_reserved:
             raise InvalidRequestError(f"request {name} is here already")
         here.is_reserved = True
+        if request.sampling.grammar is not None:
+            here.constraint = await asyncio.to_thread(self._engine.prepare, request)
+            if name in self._ended:
+                raise UnavailableError(_RELEASED)
         await self._admission.reserve(request)
         return self._receiver.destination(name)
 
@@ -192,7 +199,7 @@ class DecodeWorker:
         self._copier.close_soon(request_id)
         async with self._turn:
             self._check()
-            self._deliver(self._engine.start(request_id, logits))
+            self._deliver(self._engine.start(request_id, logits, request.constraint))
         self._stepper.wake()
         ended = False
         while not ended:

@@ -24,10 +24,11 @@ from ...engine.text.tokenizer import Tokenizer
 from .. import metrics
 from ..metrics import Metrics
 from . import openapi
-from .answers import AnswerFormat, ChatFormat, CompletionFormat, TokenTexts
+from .answers import ChatForm, CompletionForm, TokenTexts
 from .bodies import Bodies
 from .encodings import Inflater
 from .errors import RestError, as_rest_error, shown, unavailable
+from .form import Form
 from .generation import Backend
 from .limits import OPEN, Access, IngressLimits
 from .meter import Meter, Running
@@ -41,9 +42,10 @@ from .middleware import (
     check_media_type,
     request_id_of,
 )
-from .plan import check_model
+from .plan import Plan, check_model
 from .reader import Kind, Readers
 from .response import MAX_TOKENS_HEADER, AnswerResponse
+from .responses_form import ResponsesForm
 
 OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs")
 """These need no API key."""
@@ -116,6 +118,7 @@ def build_api(
     endpoints = _Endpoints(limits, tokenizer, backend, sink)
     api.post("/v1/chat/completions", **openapi.CHAT)(endpoints.chat)
     api.post("/v1/completions", **openapi.COMPLETION)(endpoints.completion)
+    api.post("/v1/responses", **openapi.RESPONSES)(endpoints.responses)
     api.post("/tokenize", **openapi.TOKENIZE)(endpoints.tokenize)
     api.post("/detokenize", **openapi.DETOKENIZE)(endpoints.detokenize)
 
@@ -172,6 +175,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return RestError(error.status_code, what, headers=error.headers or {}).response()
 
 
+_MakeForm = Callable[[Plan, str, TokenTexts], Form]
+
+
 class _Endpoints:
     def __init__(
         self, limits: IngressLimits, tokenizer: Tokenizer, backend: Backend, sink: Metrics
@@ -186,10 +192,13 @@ class _Endpoints:
         self._running = Running(sink)
 
     async def chat(self, request: Request) -> Response:
-        return await self._generate(request, "chat", ChatFormat)
+        return await self._generate(request, "chat", ChatForm)
 
     async def completion(self, request: Request) -> Response:
-        return await self._generate(request, "completion", CompletionFormat)
+        return await self._generate(request, "completion", CompletionForm)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._generate(request, "responses", ResponsesForm)
 
     async def tokenize(self, request: Request) -> Response:
         return Response(await self._read(request, "tokenize"), media_type="application/json")
@@ -216,7 +225,9 @@ class _Endpoints:
     async def version(self) -> Response:
         return JSONResponse({"version": version("longreach")})
 
-    async def _generate(self, request: Request, kind: Kind, form: type[AnswerFormat]) -> Response:
+    async def _generate(
+        self, request: Request, kind: Kind, form: Callable[[Plan, str, TokenTexts], Form]
+    ) -> Response:
         try:
             plan = await self._read(request, kind)
         except (ClientDisconnect, asyncio.CancelledError):

@@ -28,6 +28,7 @@ ADVICE = frozenset(
         # Of vLLM's.
         "add_special_tokens",  # no tokenizer that is served adds any
         "cache_salt",
+        "guided_decoding_backend",
         "include_reasoning",
         "media_io_kwargs",
         "mm_processor_kwargs",
@@ -42,6 +43,24 @@ ADVICE = frozenset(
 )
 """Of both generating endpoints."""
 
+ADVICE_RESPONSES = frozenset(
+    {
+        "max_tool_calls",
+        "moderation",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning",
+        "safety_identifier",
+        "service_tier",
+        "stream_options",
+        "user",
+    }
+)
+ADVICE_RESPONSES_FORMAT = frozenset({"description"})
+ADVICE_RESPONSES_PART = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
+ADVICE_RESPONSES_TEXT = frozenset({"verbosity"})
+ADVICE_OUTPUT_ITEM = frozenset({"id", "phase", "status"})
 ADVICE_MESSAGE = frozenset({"annotations", "cache_control", "weight"})
 ADVICE_PART = frozenset({"cache_control"})
 ADVICE_STREAM = frozenset({"include_obfuscation"})
@@ -53,12 +72,6 @@ UNSUPPORTED: Neutral = {
     "best_of": (1,),
     "ec_transfer_params": ({},),
     "echo": (False,),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
@@ -66,13 +79,11 @@ UNSUPPORTED: Neutral = {
     "logprob_token_ids": (),
     "prompt_logprobs": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -89,9 +100,6 @@ UNSUPPORTED_CHAT: Neutral = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 UNSUPPORTED_COMPLETION: Neutral = {**UNSUPPORTED, "prompt_embeds": (), "suffix": ("",)}
@@ -99,8 +107,18 @@ UNSUPPORTED_MESSAGE: Neutral = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
+}
+UNSUPPORTED_RESPONSES: Neutral = {
+    "access_programs": ([],),
+    "background": (False,),
+    "background_options": ({},),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "store": (False,),
+    "truncation": ("disabled",),
 }
 UNSUPPORTED_TOKENIZE: Neutral = {"chat_template": (), "tools": ([],)}
 

@@ -12,13 +12,16 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .limits import IngressLimits
-from .schemas import BODIES, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .responses import ResponsesBody
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 Schema = dict[str, Any]
+_BODIES = (ChatBody, CompletionBody, ResponsesBody, TokenizeBody, DetokenizeBody)
 _REFERENCE = "#/components/schemas/{model}"
 # Of one event.
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -94,6 +97,7 @@ def takes(body: type[BaseModel]) -> dict[str, Any]:
 
 CHAT = {**takes(ChatBody), **answers(ChatCompletion, content=_EVENTS)}
 COMPLETION = {**takes(CompletionBody), **answers(Completion, content=_EVENTS)}
+RESPONSES = {**takes(ResponsesBody), **answers(Response, content=_EVENTS)}
 TOKENIZE = {**takes(TokenizeBody), **answers(TokenizeAnswer)}
 DETOKENIZE = {**takes(DetokenizeBody), **answers(DetokenizeAnswer)}
 MODELS = answers(ModelList)
@@ -113,12 +117,12 @@ def describe(api: FastAPI, limits: IngressLimits, vocab_size: int, keyed: bool) 
         title=api.title, version=api.version, routes=api.routes, description=_DESCRIPTION
     )
     _, bodies = models_json_schema(
-        [(body, "validation") for body in BODIES], ref_template=_REFERENCE
+        [(body, "validation") for body in _BODIES], ref_template=_REFERENCE
     )
     schemas = page.setdefault("components", {}).setdefault("schemas", {})
     # A copy, because parts of it are the constants that `schemas` has.
     schemas |= deepcopy(bodies["$defs"])
-    for body in BODIES:
+    for body in _BODIES:
         properties = schemas[body.__name__]["properties"]
         for name, kind, more in _limits_of(body, limits, vocab_size):
             _narrow(properties.get(name), kind, more)
@@ -148,6 +152,7 @@ def _limits_of(
     if not limits.clamp_max_tokens:
         yield "max_tokens", "integer", most_tokens
         yield "max_completion_tokens", "integer", most_tokens
+        yield "max_output_tokens", "integer", most_tokens
     yield "top_logprobs", "integer", most_logprobs
     if body is CompletionBody:
         yield "logprobs", "integer", most_logprobs

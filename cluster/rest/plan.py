@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ class Plan:
 
     `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
     events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
+    `held_by`: the field that answers are held to a form by. `calls_tools`: an answer may have calls
+    of tools in it, one at most where `one_call`. `repeated`: what the answer repeats of the
+    request, where its form does that.
     """
 
     answer_id: str
@@ -38,6 +41,15 @@ class Plan:
     continuous_usage: bool
     return_progress: bool
     clamped_to: int | None
+    held_by: str | None
+    calls_tools: bool = False
+    one_call: bool = False
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def grammar(self) -> str | None:
+        """What answers must match."""
+        return self.requests[0].sampling.grammar
 
     @property
     def prompt_tokens(self) -> int:
@@ -72,6 +84,15 @@ def _blamed_on(param: str) -> Iterator[None]:
         yield
     except InvalidRequestError as error:
         raise invalid(str(error), param, "invalid_value") from error
+
+
+def _held_to(body: GenerationBody) -> tuple[str, str] | tuple[None, None]:
+    """The field that answers are held by, and its grammar."""
+    held_to = body.held_to()
+    if len(held_to) > 1:
+        first, second, *_ = held_to
+        raise invalid(f"{first} and {second}: an answer has one form", second, "invalid_value")
+    return next(iter(held_to.items()), (None, None))
 
 
 def check_model(name: str, served: str) -> None:
@@ -109,7 +130,8 @@ class Planner:
         asked = _Asked.of_chat(body)
         self._check_limits(body, 1, top_logprobs, asked)
         prompt = self.encode_chat(body.messages, body.writing, self._limits.max_model_len)
-        return self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
+        plan = self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
+        return replace(plan, calls_tools=bool(body.offered), one_call=body.one_call)
 
     def completion(self, body: CompletionBody, request_id: str, arrived: float) -> Plan:
         """A completion has one prompt or several."""
@@ -147,6 +169,8 @@ class Planner:
         self._check_size(least, "messages", most)
         with _blamed_on("chat_template_kwargs"):
             self._tokenizer.check_variables(writing.variables)
+        if writing.tools and not self._tokenizer.takes_tools:
+            raise invalid("the model's chat template has no place for tools", "tools")
         with _blamed_on("messages"):
             tokens = self._tokenizer.encode_chat(
                 [message.for_template for message in messages], writing, most
@@ -214,7 +238,8 @@ class Planner:
         # Clients may send one x-request-id twice, and the engine's ids must differ.
         called = body.request_id if is_fit_request_id(body.request_id or "") else request_id
         answer_id = f"{kind}-{called}-{uuid.uuid4().hex[:8]}"
-        shared = self._sampling(body, top_logprobs)
+        held_by, grammar = _held_to(body)
+        shared = {**self._sampling(body, top_logprobs), "grammar": grammar}
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         requests = tuple(
             GenerationRequest(
@@ -240,6 +265,7 @@ class Planner:
             continuous_usage=bool(options.continuous_usage_stats),
             return_progress=bool(body.return_progress),
             clamped_to=shortest if shortest < (asked.tokens or 0) else None,
+            held_by=held_by,
         )
 
     def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str, least: int) -> int:

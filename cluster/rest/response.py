@@ -1,9 +1,8 @@
 """Sends an answer while it is generated, and stops generating when nobody listens any more."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from fastapi.responses import Response
@@ -12,8 +11,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ...engine.errors import CancelledElsewhereError, UnavailableError
 from ...engine.messages import Delta, Finished, Progress
-from .answers import AnswerFormat
 from .errors import RestError, as_rest_error
+from .form import Form
 from .generation import Arrival, Backend, Generation
 from .limits import SignsOfLife
 from .meter import Meter
@@ -28,7 +27,6 @@ _STREAM_HEADERS = {
     # Asks proxies of nginx's kind not to hold events back.
     "x-accel-buffering": "no",
 }
-_END_OF_STREAM = b"data: [DONE]\n\n"
 _JSON = "application/json"
 # A client that leaves is seen by Serve first, which cancels what runs for it, and then by us.
 _NOTICE_SECONDS = 1.0
@@ -44,7 +42,7 @@ class AnswerResponse(Response):
         self,
         backend: Backend,
         plan: Plan,
-        answer: AnswerFormat,
+        answer: Form,
         meter: Meter,
         signs_of_life: SignsOfLife,
     ) -> None:
@@ -143,7 +141,7 @@ class AnswerResponse(Response):
         async with aclosing(self._parts(generation, item)) as parts:
             async for data in parts:
                 await self._send(send, data)
-        await self._send(send, _END_OF_STREAM)
+        await self._send(send, self._answer.end_of_stream)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return "success" if self._failure is None else self._failure.outcome
 
@@ -152,15 +150,14 @@ class AnswerResponse(Response):
     ) -> AsyncGenerator[bytes, None]:
         """All that a stream says before it ends; what went wrong, if anything, is the last."""
         try:
+            yield self._events(self._answer.beginning())
             while not generation.done:
                 yield self._said(item)
                 item = await generation.next(self._signs.silence)
-            finished = self._closing()
-            if self._plan.include_usage:
-                yield self._event(self._answer.usage_chunk(finished))
+            yield self._events(self._answer.ending(self._closing()))
         except Exception as error:
             self._failure = await self._refusal(error)
-            yield b"data: " + json.dumps(self._failure.body).encode() + b"\n\n"
+            yield self._events(self._answer.failure(self._failure))
 
     def _said(self, item: Arrival | None) -> bytes:
         """What a stream says about an event, or about none having come for a while."""
@@ -171,8 +168,7 @@ class AnswerResponse(Response):
             case Progress():
                 return self._sign_of_life()
             case Delta():
-                chunk = self._answer.chunk(self._choice(item.index, event), event)
-                return b"" if chunk is None else self._event(chunk)
+                return self._events(self._answer.events(self._choice(item.index, event), event))
             case Finished():
                 return b""
 
@@ -181,15 +177,20 @@ class AnswerResponse(Response):
         prefilling = len(self._begun) < len(self._plan.requests)
         if prefilling and self._plan.return_progress:
             seconds = max(time.time() - self._plan.arrived, 0.0)
-            return self._event(self._answer.progress_chunk(sum(self._prefilled), seconds))
+            return self._events(self._answer.progress_events(sum(self._prefilled), seconds))
         most = self._signs.empty_delta_seconds
         if most is not None and time.monotonic() - self._last_event >= most:
-            return self._event(self._answer.empty_chunk())
+            return self._events(self._answer.empty_events())
         return self._comment()
 
+    def _events(self, events: Sequence[BaseModel]) -> bytes:
+        if events:
+            self._last_event = time.monotonic()
+        return b"".join(map(self._event, events))
+
     def _event(self, model: BaseModel) -> bytes:
-        self._last_event = time.monotonic()
-        return b"data: " + _json(model) + b"\n\n"
+        name = f"event: {getattr(model, 'type')}\n" if self._answer.names_events else ""  # noqa: B009
+        return name.encode() + b"data: " + _json(model) + b"\n\n"
 
     def _note(self, item: Arrival) -> None:
         self._meter.saw(item)
@@ -296,4 +297,4 @@ async def _client_gone(receive: Receive) -> None:
 
 
 def _json(model: BaseModel) -> bytes:
-    return model.model_dump_json(exclude_unset=True).encode()
+    return model.model_dump_json(by_alias=True, exclude_unset=True).encode()

@@ -5,6 +5,7 @@ refused. `fields` has those of OpenAI's and vLLM's that are known and not acted 
 """
 
 import codecs
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic_core
@@ -35,9 +36,11 @@ from .fields import (
     Neutral,
     asks_for_nothing,
 )
+from .grammars import HeldFields
+from .tools import MadeCall, ToolFields
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Refuses what it does not know and what is not supported, the first field as sent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -50,11 +53,12 @@ class _Strict(BaseModel):
     def _take_what_it_knows(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in body.items():
-            known = name in cls.model_fields or name in cls.advice
+            known = name in fields or name in cls.advice
             if not known and not asks_for_nothing(value, cls.unsupported.get(name, ())):
                 raise _refused_field(name, name in cls.unsupported)
-        return {name: value for name, value in body.items() if name in cls.model_fields}
+        return {name: value for name, value in body.items() if name in fields}
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -93,11 +97,11 @@ def _as_wholes(value: Any) -> Any:
     return value
 
 
-_WHOLE = BeforeValidator(_as_whole)
+WHOLE = BeforeValidator(_as_whole)
 _WHOLES = BeforeValidator(_as_wholes)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message. Only text is supported."""
 
     advice = ADVICE_PART
@@ -132,29 +136,43 @@ _CONTENT_SCHEMA = WithJsonSchema(
 )
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message. `developer` is what newer OpenAI models call `system`."""
 
     advice = ADVICE_MESSAGE
     unsupported = UNSUPPORTED_MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_as_content), _CONTENT_SCHEMA]
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_answer_may_be_calls_alone(cls, message: Any) -> Any:
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            return {**message, "content": message.get("content") or ""}
+        return message
 
     @property
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates know messages."""
         role = "system" if self.role == "developer" else self.role
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
-        given = {"name": self.name, "reasoning_content": reasoning}
+        given = {
+            "name": self.name,
+            "reasoning_content": reasoning,
+            "tool_calls": [call.for_template for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
         optional = {name: value for name, value in given.items() if value is not None}
         return {"role": role, "content": self.content, **optional}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`continuous_usage_stats`, vLLM's, asks for usage so far in every chunk."""
 
     advice = ADVICE_STREAM
@@ -189,22 +207,22 @@ def _as_stop(value: Any) -> Any:
     return [each for each in strings if each != ""] if isinstance(strings, list) else strings
 
 
-class GenerationBody(_Strict):
+class GenerationBody(HeldFields, Strict):
     """What both generating endpoints understand. Null means the default everywhere."""
 
     advice = ADVICE
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    n: Annotated[int, Field(ge=1), WHOLE] | None = None
     stop: Annotated[
         Annotated[list[StopString], Field(max_length=_MOST_STOP_STRINGS)] | None,
         BeforeValidator(_as_stop),
         _STOP_SCHEMA,
     ] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -215,20 +233,20 @@ class GenerationBody(_Strict):
     stream_options: StreamOptions | None = None
 
     # Extensions, named as vLLM names them.
-    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     # Logits are divided by it, and must stay finite.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128), _WHOLES] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0), _WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     request_id: str | None = None
 
     # As llama.cpp names it.
     return_progress: bool | None = None
 
 
-class _Templated(_Strict):
+class _Templated(Strict):
     """How the chat template writes messages."""
 
     add_generation_prompt: bool | None = None
@@ -254,7 +272,7 @@ class _Templated(_Strict):
         )
 
 
-class ChatBody(GenerationBody, _Templated):
+class ChatBody(ToolFields, GenerationBody, _Templated):
     """`POST /v1/chat/completions`."""
 
     model_config = ConfigDict(
@@ -268,9 +286,18 @@ class ChatBody(GenerationBody, _Templated):
     unsupported = UNSUPPORTED_CHAT
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0), _WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
+
+    @property
+    def writing(self) -> Writing:
+        """The template is told of the tools as well."""
+        return replace(super().writing, tools=self.offered)
+
+    def held_to(self) -> dict[str, str]:
+        """As `HeldFields.held_to`; a call that must be made is a form as well."""
+        return {**super().held_to(), **self.called()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatBody":
@@ -379,15 +406,12 @@ class TokenizeBody(_Templated):
         return self
 
 
-class DetokenizeBody(_Strict):
+class DetokenizeBody(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
     tokens: Annotated[list[int], _WHOLES]
 
-
-BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
-"""What every path that takes a body takes."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -413,6 +437,15 @@ def parse(kind: type[Body], body: bytes | bytearray, most_messages: int | None =
             "messages",
             "context_length_exceeded",
         )
+    return checked(kind, value)
+
+
+def checked(kind: type[Body], value: Any) -> Body:
+    """A body that is parsed already.
+
+    Raises:
+        RestError: as `parse`.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -421,7 +454,9 @@ def parse(kind: type[Body], body: bytes | bytearray, most_messages: int | None =
 
 def _first_problem(error: ValidationError) -> RestError:
     problem = error.errors(include_url=False, include_context=True, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    # A part in angle brackets is no field: it says which of several kinds was meant.
+    parts = [str(part) for part in problem["loc"]]
+    where = ".".join(part for part in parts if not part.startswith("<"))
     context = problem.get("ctx", {})
     match problem["type"]:
         case "unsupported_field":

@@ -27,6 +27,7 @@ class TokenBytes:
             raise CheckpointError(
                 f"the tokenizer's decoder is {kind}; Longreach serves byte-level BPE (ByteLevel)"
             )
+        self._encode = tokenizer.encode
         byte_of_letter = _byte_alphabet()
         self._bytes: dict[int, bytes] = {
             token_id: _bytes_of(token, byte_of_letter)
@@ -39,6 +40,14 @@ class TokenBytes:
     def __getitem__(self, token_id: int) -> bytes:
         """Bytes of one token; none for the unused ids that pad a model's vocabulary."""
         return self._bytes.get(token_id, b"")
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, as the tokenizer makes them; it means no control token."""
+        ids = self._encode(text, add_special_tokens=False).ids
+        if all(self[token_id] for token_id in ids):
+            return ids
+        # Control tokens are recognized in text, and none is of one character.
+        return [each for letter in text for each in self._encode(letter).ids]
 
 
 class Detokenizer:

@@ -38,6 +38,7 @@ _UNSURE_WORDS = 2
 # The most bytes of text that become one byte by NFC: three Hangul letters become one syllable.
 _NFC_SHRINKS = 3
 _SAMPLE_MESSAGES = 8
+_SAMPLE_TOOL = "sample_tool"
 
 # Stand for control tokens in what users wrote while the template renders it.
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -50,12 +51,13 @@ class Writing:
 
     It ends where the assistant's answer begins, or with `continue_final_message` within the last
     message, which the answer goes on with. `variables` are for the template alone; what they mean
-    is up to it.
+    is up to it. `tools` are those that the model may call, in OpenAI's form.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 _PLAIN = Writing()
@@ -139,6 +141,16 @@ class Tokenizer:
         around = map(self._tokens_around, (("user",), ("assistant",), ("user", "assistant")))
         return max(min((tokens for tokens in around if tokens is not None), default=1), 1)
 
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        chat = [{"role": "user", "content": "a"}]
+        tool = {"type": "function", "function": {"name": _SAMPLE_TOOL, "parameters": {}}}
+        try:
+            return _SAMPLE_TOOL in self._render(chat, Writing(tools=[tool]))
+        except InvalidRequestError:
+            return False
+
     def _tokens_around(self, roles: Sequence[str]) -> int | None:
         """Around each message of a chat in which these take turns; None where it may not be."""
         sample = [
@@ -164,7 +176,7 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         writing: Writing = _PLAIN,
         enough: int | None = None,
     ) -> Tokens:
@@ -178,14 +190,14 @@ class Tokenizer:
         Raises:
             InvalidRequestError: the checkpoint has no template, or the template refuses the chat.
         """
-        texts = [*texts_in(messages), *texts_in(writing.variables)]
+        given = (messages, writing.variables, writing.tools)
+        texts = list(texts_in(given))
         free = _unused_characters(texts)
         marks = self._marks_for(texts, free)
-        marked = with_texts(messages, lambda text: _replace(text, marks))
-        variables = with_texts(writing.variables, lambda text: _replace(text, marks))
+        marked, variables, tools = with_texts(given, lambda text: _replace(text, marks))
         end = _one_of(free) if writing.continue_final_message else ""
         marked[-1]["content"] += end
-        text = self._render(marked, replace(writing, variables=variables))
+        text = self._render(marked, replace(writing, variables=variables, tools=tools))
         if end:
             text = _up_to(text, end)
         original = {mark: token for token, mark in marks.items()}
@@ -284,7 +296,7 @@ class Tokenizer:
             ours = {
                 "messages": messages,
                 "add_generation_prompt": writing.add_generation_prompt and not ends_open,
-                "tools": None,
+                "tools": writing.tools or None,
                 "documents": None,
                 **self._named_tokens,
             }

@@ -8,6 +8,7 @@ from typing import Annotated
 import httpx
 import typer
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from rich.console import Console
 
 from ..endpoint import Endpoint
@@ -19,7 +20,7 @@ from .options import Options, Scale
 from .plan import ClosedLoad, Plan, TraceLoad
 from .results import Results
 from .run import NotAnsweredError, Runner
-from .sweep import Step
+from .sweep import Step, highest
 from .table import errors, figure, plan_table, steps_table, summary_table
 from .workload import Workload
 
@@ -101,25 +102,17 @@ def main(
         python -m longreach.loadtest.mixed --trace trace.jsonl --speed 2
     """
     started = datetime.now(UTC)
+    options, workload = _checked(context)
     key = api_key_file.read_text(encoding="utf-8").strip() if api_key_file else None
     endpoint = Endpoint(base_url, model, key)
     try:
-        options = Options.model_validate(
-            {name: context.params[name] for name in Options.model_fields}
-        )
-        workload = options.workload().cut_to(endpoint.max_model_len())
-        plan = workload.plan(options.load)
-        _say(plan, workload, endpoint, options)
+        workload = _fitted(workload, options, endpoint)
         if dry_run:
             return
         size = endpoint.text_size()
         runner = Runner(endpoint, workload, size)
         runner.warm_up(options.warm_up)
-    except ValidationError as error:
-        raise typer.BadParameter("; ".join(map(_remedy, error.errors()))) from error
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    except (httpx.HTTPError, NotAnsweredError, OSError) as error:
+    except (httpx.HTTPError, NotAnsweredError) as error:
         _console.print(f"{endpoint.url} does not answer: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(_ENDED_BADLY) from error
     folder = out or Path("results/load") / started.strftime("%Y-%m-%dT%H-%M-%S")
@@ -129,18 +122,46 @@ def main(
     _console.print(f"figures and picture are in {folder}", markup=False, soft_wrap=True)
 
 
-def _remedy(error: object) -> str:
-    said = error if isinstance(error, dict) else {}
-    where = "".join(f"--{name} ".replace("_", "-") for name in said.get("loc", ()))
-    return f"{where}{said.get('msg')}"
+def _checked(context: typer.Context) -> tuple[Options, Workload]:
+    """Of the command line."""
+    try:
+        # As one object, so that what goes together is checked in one place.
+        given = {name: context.params[name] for name in Options.model_fields}
+        options = Options.model_validate(given)
+        return options, options.workload()
+    except ValidationError as error:
+        raise typer.BadParameter("; ".join(map(_remedy, error.errors()))) from error
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _remedy(error: ErrorDetails) -> str:
+    where = "".join(f"--{name} ".replace("_", "-") for name in error["loc"])
+    return f"{where}{error['msg']}"
+
+
+def _fitted(workload: Workload, options: Options, endpoint: Endpoint) -> Workload:
+    """The same as far as the endpoint has room; says what is sent."""
+    longest = endpoint.max_model_len()
+    try:
+        fitted = workload.cut_to(longest)
+        plan = fitted.plan(options.load)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if fitted != workload:
+        _console.print(
+            f"prompts end where the endpoint does, at {longest:,} tokens with the answer"
+        )
+    _say(plan, fitted, endpoint, options)
+    return fitted
 
 
 def _say(plan: Plan, workload: Workload, endpoint: Endpoint, options: Options) -> None:
     _console.print(plan_table(plan, workload.slo))
-    most = plan.most_seconds
+    most = plan.most_seconds + options.warm_up * options.timeout
     if options.sweep:
         _console.print(f"that is the first of {options.steps} loads at most", markup=False)
-        most *= options.steps
+        most += (options.steps - 1) * (plan.most_seconds + options.timeout)
     _console.print(
         f"to {endpoint.model} at {endpoint.url}: {plan.load}; over after {most / 60:,.0f} minutes "
         f"at most. Before that, {options.warm_up + 2} short prompts that do not count",
@@ -154,6 +175,9 @@ def _run(runner: Runner, options: Options, workload: Workload, results: Results)
     summary = result.summary
     results.keep_run(result)
     _console.print(summary_table(summary, f"what came of it: {result.plan.load}"))
+    if len(result.records) < len(result.plan.asks):
+        sent = f"{len(result.records):,} of {len(result.plan.asks):,}"
+        _console.print(f"sent {sent}: time was up, or somebody ended it", markup=False)
     for line in errors(summary):
         _console.print(line, markup=False)
     _console.print(
@@ -184,12 +208,20 @@ def _sweep(runner: Runner, options: Options, workload: Workload, results: Result
         _console.print(f"{step.load:.3g} {unit}: {verdict}", markup=False)
 
     watcher = partial(watching, slo=workload.slo, console=_console)
-    highest = runner.sweep(options.load, options.steps, options.hold, watcher, tell)
-    if steps:
-        results.keep_sweep(highest, steps, unit)
-        _console.print(steps_table(steps, unit))
-    found = "no load that was tried holds" if highest is None else f"{highest:.3g} {unit} hold"
-    _console.print(f"{found} the SLO", markup=False)
+    try:
+        runner.sweep(options.load, options.steps, options.hold, watcher, tell)
+    except KeyboardInterrupt:
+        _console.print("ended by hand; what follows is of the loads until then")
+    except NotAnsweredError as error:
+        _console.print(f"the endpoint answers no more: {error}", markup=False, soft_wrap=True)
+    if not steps:
+        raise typer.Exit(_ENDED_BADLY)
+    results.keep_sweep(steps, unit)
+    _console.print(steps_table(steps, unit))
+    most = highest(steps)
+    found = "no load that was tried holds" if most is None else f"{most:.3g} {unit} hold"
+    more = "; no higher load was tried" if most == max(s.load for s in steps) else ""
+    _console.print(f"{found} the SLO{more}", markup=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .plan import Plan
 from .record import Ask, Record
 from .slo import Slo
 from .summary import spread
-from .table import figure
+from .table import new_table, spread_text
 
 _PER_SECOND = 2.0
 _LINE_SECONDS = 5.0
@@ -50,12 +50,12 @@ class Board:
 
     def __rich__(self) -> Table:
         seconds = time.monotonic() - self._started
-        made = Table(title=f"{seconds:.0f} s, {self._plan.load}", title_justify="left")
-        made.add_column("prompts")
-        for name in ("planned", "under way", "ended", "good", "failed", "first token p50/p90/p99"):
-            made.add_column(name, justify="right")
+        title = f"{seconds:.0f} s, {self._plan.load} (p50 p90 p99)"
+        counts = ("planned", "under way", "ended", "good", "failed")
+        made = new_table(title, "prompts", *counts, "first token s")
         for kind in self._plan.kinds:
-            made.add_row(kind, *map(str, self._counts(kind)), self._waited(kind))
+            waited = spread_text(spread(self._waits[kind]))
+            made.add_row(kind, *map(str, self._counts(kind)), waited)
         return made
 
     def line(self) -> str:
@@ -72,12 +72,6 @@ class Board:
         under_way = self._sent[kind] - self._ended[kind]
         ended, good, failed = self._ended[kind], self._good[kind], self._failed[kind]
         return self._planned[kind], under_way, ended, good, failed
-
-    def _waited(self, kind: str) -> str:
-        waits = spread(self._waits[kind])
-        if waits is None:
-            return ""
-        return " / ".join(map(figure, (waits.p50, waits.p90, waits.p99)))
 
 
 @contextmanager

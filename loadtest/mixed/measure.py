@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
+import aiohttp
+
 from ..endpoint import Endpoint
 from .client import new_session, send
 from .plan import Bounds, ClosedLoad, Plan
@@ -47,12 +49,19 @@ async def measure(
 
 
 class _Sender:
-    def __init__(self, bounds: Bounds, endpoint: Endpoint, watch: Watch, stop, session) -> None:
+    def __init__(
+        self,
+        bounds: Bounds,
+        endpoint: Endpoint,
+        watch: Watch,
+        stop: asyncio.Event,
+        session: aiohttp.ClientSession,
+    ) -> None:
         self.records: list[Record] = []
         self._bounds = bounds
         self._endpoint = endpoint
         self._watch = watch
-        self._stop: asyncio.Event = stop
+        self._stop = stop
         self._session = session
         self._under_way: set[asyncio.Task[None]] = set()
         self._clock = asyncio.get_running_loop().time

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from .record import Record
 from .slo import Slo
 from .summary import ClassSummary, Summary
-from .sweep import Step
+from .sweep import Step, highest
 
 _BAD = "#c1121f"
 Colour = tuple[float, float, float, float]
@@ -30,6 +30,10 @@ def draw_run(records: Sequence[Record], summary: Summary, slo: Slo, title: str, 
     colours = _colours([each.kind for each in summary.kinds])
     _draw_waits(left, records, slo, colours)
     _draw_shares(right, summary, colours)
+    # Below, where it covers nobody.
+    handles, labels = left.get_legend_handles_labels()
+    names = [f"{label} tokens" if label in colours else label for label in labels]
+    figure.legend(handles, names, loc="outside lower left", ncols=len(names), frameon=False)
     _save(figure, title, path)
 
 
@@ -43,10 +47,10 @@ def draw_sweep(steps: Sequence[Step], hold: float, unit: str, title: str, path: 
         shares = [step.summary.kinds[index].good_share * 100 for step in ordered]
         axes.plot([step.load for step in ordered], shares, "o-", color=colour, label=kind)
     axes.axhline(hold * 100, color="grey", linestyle="--", linewidth=1)
-    highest = max((step.load for step in steps if step.holds), default=None)
-    if highest is not None:
-        axes.axvline(highest, color="black", linewidth=1)
-        axes.annotate(f" {highest:.3g} holds", (highest, 4))
+    most = highest(steps)
+    if most is not None:
+        axes.axvline(most, color="black", linewidth=1)
+        axes.annotate(f" {most:.3g} holds", (most, 4))
     axes.set(xlabel=unit, ylabel="good answers, %", ylim=(0, 104), xscale="log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(title="prompt tokens")
@@ -81,7 +85,6 @@ def _draw_waits(
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(title="prompt tokens", fontsize=8)
 
 
 def _wait(record: Record) -> float:

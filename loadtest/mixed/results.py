@@ -15,7 +15,7 @@ from .options import Options
 from .run import Result
 from .slo import Slo
 from .summary import Summary
-from .sweep import Step
+from .sweep import Step, highest
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Results:
 
     def keep_run(self, result: Result) -> None:
         """Of one load: run.json, requests.csv, summary.csv and picture.png."""
-        from .picture import draw_run
-
         rows = [request_row(record, self.slo) for record in result.records]
         summary, load = result.summary, str(result.plan.load)
         write_json(
@@ -65,21 +63,25 @@ class Results:
             # Ended by hand before the first one was sent.
             return
         write_csv(self.folder / "requests.csv", rows)
+        # Late and last, as matplotlib is heavy, and whatever it does, the figures are kept.
+        from .picture import draw_run
+
         title = self._title(f"{load}: {_in_words(summary)}")
         draw_run(result.records, summary, self.slo, title, self.folder / "picture.png")
 
-    def keep_sweep(self, highest: float | None, steps: Sequence[Step], unit: str) -> None:
+    def keep_sweep(self, steps: Sequence[Step], unit: str) -> None:
         """Of all loads that were tried: sweep.json, summary.csv and picture.png."""
-        from .picture import draw_sweep
-
         objects = [
             {"load": step.load, "holds": step.holds, "summary": summary_object(step.summary)}
             for step in steps
         ]
-        write_json(self.folder / "sweep.json", self.about, highest=highest, steps=objects)
+        most = highest(steps)
+        write_json(self.folder / "sweep.json", self.about, highest=most, steps=objects)
         rows = [row for step in steps for row in summary_rows(f"{step.load:.4g}", step.summary)]
         write_csv(self.folder / "summary.csv", rows)
-        found = "none holds" if highest is None else f"{highest:.3g} is the highest that holds"
+        from .picture import draw_sweep
+
+        found = "none holds" if most is None else f"{most:.3g} is the highest that holds"
         title = self._title(f"{unit}: {found} ({self.options.hold:.0%} good in every class)")
         draw_sweep(steps, self.options.hold, unit, title, self.folder / "picture.png")
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 from ..endpoint import Endpoint
 from ..prompts import TextSize
@@ -45,15 +46,19 @@ class Runner:
         self._workload = workload
         self._size = size
         self._asked_to_end = False
+        self._warm_up_seeds = count(_WARM_UP_SEED)
 
-    def warm_up(self, count: int) -> None:
+    def warm_up(self, prompts: int) -> None:
         """Ask a few of the shortest prompts, which do not count.
 
         Raises:
             NotAnsweredError: none of them was answered.
+            KeyboardInterrupt: it was asked to end meanwhile.
         """
-        plan = self._workload.plan_warm_up(count)
-        records = self._measure(plan, _WARM_UP_SEED, _Nobody(), asyncio.Event())
+        plan = self._workload.plan_warm_up(prompts)
+        records = self._measure(plan, next(self._warm_up_seeds), _Nobody(), asyncio.Event())
+        if self._asked_to_end:
+            raise KeyboardInterrupt
         failures = [record.failure for record in records if record.failure is not None]
         if failures and len(failures) == len(records):
             raise NotAnsweredError(f"{failures[0].name}: {failures[0].said}")
@@ -72,30 +77,34 @@ class Runner:
         hold: float,
         watcher: Watcher,
         tell: Callable[[Step], None],
-    ) -> float | None:
-        """The highest load found to hold the SLO; None where none of those tried does.
+    ) -> None:
+        """Try loads until the highest one that holds the SLO is found; `tell` is told of each.
 
-        A try has prompts of its own, and ends as soon as too many answers are bad.
+        A try has prompts of its own, and ends as soon as too many answers are bad. Before the next
+        one a short prompt must have been answered, so that none inherits the load of another.
 
         Args:
             first: the load to begin with.
             steps: loads to try at most.
             hold: the share of good answers that every class must have.
-            tell: is told of each load that was tried.
+
+        Raises:
+            NotAnsweredError: not even a short prompt was answered after a try.
+            KeyboardInterrupt: it was asked to end.
         """
-        tried: list[Step] = []
+        numbers = count()
 
         def holds(value: float) -> bool:
+            number = next(numbers)
+            if number:
+                self.warm_up(1)
+            step = self._try(with_load(first, value), number, hold, watcher)
             if self._asked_to_end:
-                return False
-            step = self._try(with_load(first, value), len(tried), hold, watcher)
-            if not self._asked_to_end:
-                tried.append(step)
-                tell(step)
+                raise KeyboardInterrupt
+            tell(step)
             return step.holds
 
         search(holds, value_of(first), steps, isinstance(first, ClosedLoad))
-        return max((step.load for step in tried if step.holds), default=None)
 
     def _try(self, load: OpenLoad | ClosedLoad, number: int, hold: float, watcher: Watcher) -> Step:
         plan = self._workload.plan(load, number)
@@ -134,18 +143,18 @@ class _Judge:
     def __init__(
         self, watch: Watch, plan: Plan, slo: Slo, hold: float, stop: asyncio.Event
     ) -> None:
-        self._watch, self._slo, self._stop = watch, slo, stop
-        planned = Counter(ask.kind for ask in plan.asks)
-        self._bad_left = {kind: int(count * (1 - hold)) for kind, count in planned.items()}
+        self._watch, self._slo, self._hold, self._stop = watch, slo, hold, stop
+        self._planned = Counter(ask.kind for ask in plan.asks)
+        self._bad: Counter[str] = Counter()
 
     def sent(self, ask: Ask) -> None:
         self._watch.sent(ask)
 
     def ended(self, record: Record) -> None:
         self._watch.ended(record)
-        if not self._slo.is_met_by(record):
-            self._bad_left[record.ask.kind] -= 1
-        if self._bad_left[record.ask.kind] < 0:
+        kind, planned = record.ask.kind, self._planned[record.ask.kind]
+        self._bad[kind] += not self._slo.is_met_by(record)
+        if (planned - self._bad[kind]) / planned < self._hold:
             self._stop.set()
 
 

@@ -1,7 +1,7 @@
 """The highest load that holds the SLO: doubled until it does not, then halved in between."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .plan import ClosedLoad, OpenLoad
@@ -54,6 +54,11 @@ def _between(low: float, high: float, whole: bool) -> float | None:
         following = math.floor(following) if following > low + 1 else low + 1
         return following if low < following < high else None
     return following if high > low * (1 + PRECISION) else None
+
+
+def highest(steps: Sequence[Step]) -> float | None:
+    """The highest load that was found to hold; None where none of those tried does."""
+    return max((step.load for step in steps if step.holds), default=None)
 
 
 def with_load(load: OpenLoad | ClosedLoad, value: float) -> OpenLoad | ClosedLoad:

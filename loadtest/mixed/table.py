@@ -13,16 +13,18 @@ from .summary import ClassSummary, Spread, Summary
 from .sweep import Step
 
 _SPREADS = (
-    ("first token, s", "first_token", 1.0),
-    ("inter-token, ms", "inter_token", 1000.0),
-    ("end to end, s", "end_to_end", 1.0),
+    ("first token s", "first_token", 1.0),
+    ("inter-token ms", "inter_token", 1000.0),
+    ("end to end s", "end_to_end", 1.0),
 )
 """Title, field of a class's summary, and what a second is."""
 
 
 def plan_table(plan: Plan, slo: Slo) -> Table:
     """All that a plan sends, by class."""
-    made = _table("what is sent", "prompts", "requests", "tokens in", "tokens out", "first token")
+    made = new_table(
+        "what is sent", "prompts", "requests", "tokens in", "tokens out", "first token"
+    )
     for kind in plan.kinds:
         asks = [ask for ask in plan.asks if ask.kind == kind]
         limits = sorted({slo.wait(ask.tokens) for ask in asks})
@@ -38,9 +40,9 @@ def _sizes(asks: Sequence[Ask]) -> tuple[str, str, str]:
 
 
 def summary_table(summary: Summary, title: str) -> Table:
-    """All classes: how many were good, and their times as p50, p90 and p99."""
+    """All classes: how many were good, and their times."""
     titles = (each[0] for each in _SPREADS)
-    made = _table(f"{title} (p50, p90, p99)", "prompts", "good", "wrong", "failed", *titles)
+    made = new_table(f"{title} (p50 p90 p99)", "prompts", "good", "wrong", "failed", *titles)
     for each in (*summary.kinds, summary.whole):
         made.add_row(*_cells(each), style="bold" if each is summary.whole else None)
     return made
@@ -49,7 +51,7 @@ def summary_table(summary: Summary, title: str) -> Table:
 def steps_table(steps: Sequence[Step], unit: str) -> Table:
     """The loads of a sweep, lowest first: good answers in percent, by class."""
     kinds = [each.kind for each in steps[0].summary.kinds]
-    made = _table("what holds", unit, *(f"{kind} good" for kind in kinds), "goodput /s", "holds")
+    made = new_table("what holds", unit, *(f"{kind} good" for kind in kinds), "goodput /s", "holds")
     for step in sorted(steps, key=lambda each: each.load):
         shares = (f"{each.good_share:.0%}" if each.requests else "" for each in step.summary.kinds)
         goodput = f"{step.summary.good_per_second:.2f}"
@@ -63,8 +65,9 @@ def errors(summary: Summary) -> list[str]:
     return [f"{count:,} x {name}" for name, count in counted.most_common()]
 
 
-def _table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+def new_table(title: str, *columns: str) -> Table:
+    """The first column is text, the others are figures."""
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for number, name in enumerate(columns):
         made.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     return made
@@ -72,16 +75,17 @@ def _table(title: str, *columns: str) -> Table:
 
 def _cells(each: ClassSummary) -> list[str]:
     good = f"{each.good:,} of {each.requests:,}"
-    spreads = (_spread(getattr(each, field), factor) for _, field, factor in _SPREADS)
+    spreads = (spread_text(getattr(each, field), factor) for _, field, factor in _SPREADS)
     return [each.kind, good, f"{each.wrong:,}", f"{each.failed:,}", *spreads]
 
 
-def _spread(values: Spread | None, factor: float) -> str:
+def spread_text(values: Spread | None, factor: float = 1.0) -> str:
+    """p50, p90 and p99, each times a factor; nothing where there are none."""
     if values is None:
         return ""
-    return "  ".join(figure(each * factor) for each in (values.p50, values.p90, values.p99))
+    return " ".join(figure(each * factor) for each in (values.p50, values.p90, values.p99))
 
 
 def figure(value: float) -> str:
-    """Three digits that matter."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits, but not more than two behind the point: three of them fit into a column."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

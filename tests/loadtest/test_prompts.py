@@ -22,6 +22,11 @@ def test_prompts_differ_and_the_same_seed_makes_the_same() -> None:
     assert [same.make(500), same.make(500)] == [first, second]
 
 
+def test_every_seed_makes_other_prompts() -> None:
+    texts = {PromptMaker(TextSize(4.0), seed).make(500).text for seed in (2, 3, (1 << 32) + 2)}
+    assert len(texts) == 3
+
+
 def test_a_template_and_an_opening_take_their_part_of_the_tokens() -> None:
     plain = PromptMaker(TextSize(4.0), seed=3).make(1_000)
     within_a_template = PromptMaker(TextSize(4.0, 200.0), seed=3).make(1_000)

@@ -45,6 +45,7 @@ class ScriptedBackend:
         self.at_once = 1
         self.step_seconds = 0.0
         self.error_after: int | None = None
+        self.finish_reason = "stop"
         self.is_ready = True
         self.requests: list[GenerationRequest] = []
         self.closed: list[str] = []
@@ -81,7 +82,7 @@ class ScriptedBackend:
             last = index == len(data) - 1
             text = chr(byte) if byte < 128 else ""
             chosen = ChosenToken(byte, -0.5, top)
-            deltas.append(Delta(choice, text, (chosen,), "stop" if last else None))
+            deltas.append(Delta(choice, text, (chosen,), self.finish_reason if last else None))
         return deltas
 
 

@@ -91,7 +91,8 @@ def test_the_description_is_open_and_names_what_is_accepted(tmp_path: Path) -> N
     page = guarded.request("GET", "/openapi.json").json()
     assert page["openapi"].startswith("3.1")
     assert set(page["paths"]) == {
-        "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models",
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize",
+        "/v1/models",
         "/v1/models/{name}", "/health", "/ready", "/version",
     }  # fmt: skip
     for schema in page["components"]["schemas"].values():

@@ -32,6 +32,21 @@ def call(port: int, out: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, [*fixed, *MIX, *arguments])
 
 
+def call_and_interrupt(script: Script, after: int, port: int, out: Path, *rest: str) -> Result:
+    """Ctrl-C comes when the endpoint has been asked so often."""
+
+    def interrupt() -> None:
+        while script.requests < after:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = call(port, out, *rest)
+    thread.join()
+    return done
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -54,15 +69,15 @@ def test_a_run_says_what_it_sends_and_keeps_its_figures(
     assert kept["about"]["options"]["note"] == "beside nothing"
     assert [each["kind"] for each in kept["summary"]["classes"]] == ["200", "400", "all"]
     together = kept["summary"]["classes"][-1]
-    assert (together["requests"], together["good"]) == (8, 5)
-    assert (together["wrong"], together["failed"], together["errors"]) == (1, 2, {"status 503": 2})
+    assert (together["requests"], together["good"]) == (8, 6)
+    assert (together["wrong"], together["failed"], together["errors"]) == (1, 1, {"status 503": 1})
     assert len(kept["requests"]) == len(rows(out / "requests.csv")) == 8
     assert [row["class"] for row in rows(out / "summary.csv")] == ["200", "400", "all"]
     [_, _, summary] = rows(out / "summary.csv")
     assert float(summary["first_token_p50"]) == pytest.approx(
         together["first_token"]["p50"], abs=1e-6
     )
-    assert summary["errors"] == "2 x status 503"
+    assert summary["errors"] == "1 x status 503"
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -84,11 +99,45 @@ def test_a_sweep_finds_what_the_endpoint_can_do(script: Script, port: int, out: 
     assert kept["highest"] == 2
     assert {step["load"]: step["holds"] for step in kept["steps"]} == {1: True, 2: True, 4: False,
                                                                       3: False}  # fmt: skip
-    assert script.requests < 1 + 4 * 6, "a load that cannot hold any more is given up"
     assert [row["load"] for row in rows(out / "summary.csv")][::3] == ["1", "2", "4", "3"]
     assert (out / "picture.png").exists()
     prompts = [body["messages"][0]["content"] for body in script.bodies]
     assert len(set(prompts)) == len(prompts), "no load has the prompts of another"
+
+
+def test_a_sweep_that_the_endpoint_does_not_survive_keeps_what_was_found(
+    script: Script, port: int, out: Path
+) -> None:
+    script.answers = ["right"] * (1 + 4 + 1) + ["refuse"] * 100
+    done = call(port, out, "--concurrency", "1", "--sweep", "--requests", "4")
+    assert done.exit_code == 0, done.output
+    assert {step["load"]: step["holds"] for step in read(out / "sweep.json")["steps"]} == {
+        1: True,
+        2: False,
+    }
+
+
+def test_a_sweep_can_be_ended_by_hand(script: Script, port: int, out: Path) -> None:
+    script.seconds = 0.1
+    done = call_and_interrupt(
+        script, 12, port, out, "--concurrency", "1", "--sweep", "--requests", "8"
+    )
+    assert done.exit_code == 0, done.output
+    assert [step["load"] for step in read(out / "sweep.json")["steps"]] == [1]
+
+
+@pytest.mark.parametrize(("hold", "tried"), [("0.75", True), ("0.8", False)])
+def test_a_load_holds_with_exactly_the_share_asked_for(
+    script: Script, port: int, out: Path, hold: str, tried: bool
+) -> None:
+    """Three of four in the one class are right."""
+    script.answers = ["right", "right", "wrong", "right", "right"]
+    one = ("--mix", "200=1", "--steps", "1", "--requests", "4")
+    done = call(port, out, "--concurrency", "1", "--sweep", "--hold", hold, *one)
+    assert done.exit_code == 0, done.output
+    [step] = read(out / "sweep.json")["steps"]
+    assert step["holds"] == tried
+    assert step["summary"]["classes"][0]["requests"] == (4 if tried else 2)
 
 
 def test_a_trace_is_replayed(script: Script, port: int, out: Path) -> None:
@@ -102,20 +151,21 @@ def test_a_trace_is_replayed(script: Script, port: int, out: Path) -> None:
 
 
 def test_ctrl_c_ends_it_with_what_came_by_then(script: Script, port: int, out: Path) -> None:
-    def interrupt() -> None:
-        while script.requests < 4:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
     script.seconds = 0.2
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    done = call(port, out, "--concurrency", "1", "--requests", "1000")
-    thread.join()
+    done = call_and_interrupt(script, 4, port, out, "--concurrency", "1", "--requests", "1000")
     assert done.exit_code == 0, done.output
     summary = read(out / "run.json")["summary"]["classes"][-1]
     assert summary["right"] >= 2
     assert summary["errors"] == {"given up": 1}
+    assert "of 1,000" in done.output
+
+
+def test_ctrl_c_while_warming_up_measures_nothing(script: Script, port: int, out: Path) -> None:
+    script.seconds = 0.3
+    done = call_and_interrupt(script, 1, port, out, "--concurrency", "1")
+    assert done.exit_code != 0
+    assert script.requests == 1
+    assert not out.exists()
 
 
 def test_prompts_end_where_the_endpoint_does(script: Script, port: int, out: Path) -> None:
