@@ -368,8 +368,11 @@ def _only_the_end(request_id: str, delta: Delta) -> list[Output]:
 
 
 def _row_of(sequence: _Sequence) -> StepRow:
-    takes_best = sequence.sampler.takes_best and sequence.constraint is None
-    return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best)
+    # What a grammar allows is found out beside the step, and applied to logits on the host.
+    is_free, sampler = sequence.constraint is None, sequence.sampler
+    takes_best = is_free and sampler.takes_best
+    drawing = sampler.drawing if is_free and not takes_best else None
+    return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best, drawing)
 
 
 def pages_needed(request: GenerationRequest) -> int:

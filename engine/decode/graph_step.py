@@ -2,7 +2,8 @@
 
 A step is some four hundred short launches, which a host cannot issue as fast as a GPU runs them.
 So they are captured once for each of a few numbers of rows, and a step fills the inputs, replays
-the smallest graph that holds it, and reads a token and a log-probability for each row.
+the smallest graph that holds it, and reads a token and a log-probability for each row. Drawing
+tokens is a graph of its own behind it, replayed where a row wants that.
 
 What a graph holds are addresses: of the weights, of the pool's memory, of the inputs, and of what
 the launches leave between each other in the graphs' own memory. None of them changes while the
@@ -15,7 +16,7 @@ sums are rounded. So on GPUs, unlike on CPUs, two tokens that are all but equall
 change places with what else is in the batch; the same batch always gives the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,21 +36,9 @@ from ..messages import ChosenToken
 from ..model.layer import Attention, Layer
 from ..model.positions import Rotations
 from ..model.qwen2 import Qwen2
+from .device_sampling import BatchDrawing, HeldAdjustments
+from .launches import Capture, Launch, StepResults
 from .step import DecodeStep, Outcome, StepRow
-
-
-@dataclass(frozen=True)
-class StepResults:
-    """What the launches of a step leave on the device, at the same addresses every time."""
-
-    logits: Tensor  # [rows, vocab], in the model's type
-    tokens: Tensor  # int32 [rows]: the best of each row
-    logprobs: Tensor  # float32 [rows]: theirs
-
-
-Launch = Callable[[], StepResults]
-Capture = Callable[[Launch], Launch]
-"""From launches to something that does the same as one call of them."""
 
 
 def row_counts(max_batch: int) -> list[int]:
@@ -128,21 +117,28 @@ class GraphStep(DecodeStep):
             self._logits = _host_memory(
                 device, max_batch, model.config.vocab_size, dtype=model.dtype
             )
-            self._batches: list[tuple[_Batch, Launch]] = []
+            self._drawn_tokens = _host_memory(device, max_batch, dtype=torch.int32)
+            self._drawn_logprobs = _host_memory(device, max_batch, dtype=torch.float32)
+            held = HeldAdjustments(max_batch, model.config.vocab_size, device)
+            self._batches: list[_Batch] = []
             # The largest first: what it leaves free, smaller ones use.
             for rows in reversed(row_counts):
-                batch = _Batch(rows, programs, device)
-                tables = self._tables[:rows]
-                launch = capture(_Launches(model, pool, tables, batch.inputs))
-                self._batches.insert(0, (batch, launch))
+                inputs = _BatchInputs(rows, programs, device)
+                launch = capture(_Launches(model, pool, self._tables[:rows], inputs.on_device))
+                # No row is used yet: what comes out is at the addresses of all steps.
+                drawing = BatchDrawing(rows, held, capture, launch())
+                self._batches.insert(0, _Batch(inputs, launch, drawing))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow]) -> list[Outcome]:
         """As `DecodeStep.run`; logits stay what they are until the next step."""
-        batch, launch = next(each for each in self._batches if each[0].rows >= len(rows))
+        batch = next(each for each in self._batches if each.inputs.rows >= len(rows))
         self._hold_tables(rows)
-        batch.fill(rows, [self._softmax_scale(row.length + 1) for row in rows])
-        return self._read(rows, launch())
+        batch.inputs.fill(rows, [self._softmax_scale(row.length + 1) for row in rows])
+        results = batch.launch()
+        drawings = [row.drawing for row in rows]
+        drawn = batch.drawing.run(results, drawings) if any(drawings) else None
+        return self._read(rows, results, drawn)
 
     def _hold_tables(self, rows: Sequence[StepRow]) -> None:
         for index, row in enumerate(rows):
@@ -151,7 +147,9 @@ class GraphStep(DecodeStep):
                 self._tables[index, : len(table)].copy_(table)
                 self._held[index] = row.table
 
-    def _read(self, rows: Sequence[StepRow], results: StepResults) -> list[Outcome]:
+    def _read(
+        self, rows: Sequence[StepRow], results: StepResults, drawn: StepResults | None
+    ) -> list[Outcome]:
         """Bring what each row wants to the host; everything is waited for once.
 
         Nothing is allocated on the device: a step that failed here would leave its inputs under
@@ -160,16 +158,32 @@ class GraphStep(DecodeStep):
         count = len(rows)
         self._tokens[:count].copy_(results.tokens[:count], non_blocking=True)
         self._logprobs[:count].copy_(results.logprobs[:count], non_blocking=True)
+        if drawn is not None:
+            self._drawn_tokens[:count].copy_(drawn.tokens[:count], non_blocking=True)
+            self._drawn_logprobs[:count].copy_(drawn.logprobs[:count], non_blocking=True)
         for index, row in enumerate(rows):
-            if not row.takes_best:
+            if not row.takes_best and row.drawing is None:
                 self._logits[index].copy_(results.logits[index], non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        best = zip(self._tokens[:count].tolist(), self._logprobs[:count].tolist(), strict=True)
-        return [
-            ChosenToken(token, logprob) if row.takes_best else self._logits[index].float().numpy()
-            for index, (row, (token, logprob)) in enumerate(zip(rows, best, strict=True))
-        ]
+        return [self._outcome(index, row) for index, row in enumerate(rows)]
+
+    def _outcome(self, index: int, row: StepRow) -> Outcome:
+        """Of one row, from what was brought to the host."""
+        if row.takes_best:
+            return ChosenToken(int(self._tokens[index]), float(self._logprobs[index]))
+        if row.drawing is not None:
+            return ChosenToken(int(self._drawn_tokens[index]), float(self._drawn_logprobs[index]))
+        return self._logits[index].float().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What steps of so many rows go through."""
+
+    inputs: "_BatchInputs"
+    launch: Launch
+    drawing: BatchDrawing
 
 
 @dataclass(frozen=True)
@@ -200,14 +214,14 @@ class _Inputs:
         return 7 * rows + DecodePlan.size(rows, programs)
 
 
-class _Batch:
+class _BatchInputs:
     """The inputs of steps of up to `rows` rows, on the host and on the device."""
 
     def __init__(self, rows: int, programs: int, device: torch.device) -> None:
         self.rows = rows
         size = _Inputs.size(rows, programs)
         on_device = torch.zeros(size, dtype=torch.int32, device=device)
-        self.inputs = _Inputs.over(on_device, rows, programs)
+        self.on_device = _Inputs.over(on_device, rows, programs)
         self._host = _Inputs.over(_host_memory(device, size, dtype=torch.int32), rows, programs)
         self._planned: list[int] = []
 
@@ -223,7 +237,7 @@ class _Batch:
         slots[count:] = -1
         host.scales.numpy()[:count] = scales
         self._plan([row.length + 1 for row in rows])
-        self.inputs.storage.copy_(host.storage, non_blocking=True)
+        self.on_device.storage.copy_(host.storage, non_blocking=True)
 
     def _plan(self, lengths: list[int]) -> None:
         """Between page borders only lengths change, and planning takes longer than the rest."""

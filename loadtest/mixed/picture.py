@@ -30,6 +30,10 @@ def draw_run(records: Sequence[Record], summary: Summary, slo: Slo, title: str, 
     colours = _colours([each.kind for each in summary.kinds])
     _draw_waits(left, records, slo, colours)
     _draw_shares(right, summary, colours)
+    # Below, where it covers nobody.
+    handles, labels = left.get_legend_handles_labels()
+    names = [f"{label} tokens" if label in colours else label for label in labels]
+    figure.legend(handles, names, loc="outside lower left", ncols=len(names), frameon=False)
     _save(figure, title, path)
 
 
@@ -81,7 +85,6 @@ def _draw_waits(
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(title="prompt tokens", fontsize=8)
 
 
 def _wait(record: Record) -> float:

@@ -67,7 +67,7 @@ def errors(summary: Summary) -> list[str]:
 
 def new_table(title: str, *columns: str) -> Table:
     """The first column is text, the others are figures."""
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for number, name in enumerate(columns):
         made.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     return made
