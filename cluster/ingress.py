@@ -120,6 +120,8 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         clamp_max_tokens=settings.limits.clamp_max_tokens,
         max_body_bytes=settings.limits.max_body_bytes,
         max_choices=settings.limits.max_choices,
+        max_prompts=settings.limits.max_prompts,
+        max_scored_tokens=settings.limits.max_scored_tokens,
         max_logprobs=settings.limits.max_logprobs,
         receive_seconds=settings.limits.receive_seconds,
         signs_of_life=SignsOfLife(

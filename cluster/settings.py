@@ -86,6 +86,8 @@ class LimitSettings(_Section):
     max_body_bytes: Count = 64 << 20
     receive_seconds: Positive = 120.0
     max_choices: Count = 8
+    max_prompts: Count = 1024
+    max_scored_tokens: Count = 131072
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
     retries: Annotated[int, Field(ge=0, le=10)] = 2

@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray.exceptions import RayError
 
@@ -49,6 +51,7 @@ class _Job:
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float | None = None  # when its first chunk did
     stages: dict[str, float] = field(default_factory=dict)
+    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     async def heard(self) -> AsyncGenerator[Progress | Prefilled, None]:
         """Its events, to the last."""
@@ -136,7 +139,8 @@ class PrefillReplica:
         """
         try:
             await job.order.destination
-            self._scheduler.add(job.name, job.total)
+            scored = job.order.request.sampling.prompt_logprobs
+            self._scheduler.add(job.name, job.total, scored)
             self._wake.set()
             self._report()
             await job.order.released
@@ -225,6 +229,7 @@ class PrefillReplica:
             return  # Its request is over.
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
+        job.scores += [result.scores for result in results if result.scores is not None]
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
             self._fail_hand_off(job, failure)
@@ -308,6 +313,8 @@ def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: 
     assert job.began is not None
     return Prefilled(
         logits=next(result.logits for result in results if result.logits is not None),
+        # Behind a prompt's last token comes none of its own.
+        scores=np.concatenate(job.scores)[:-1] if job.scores else None,
         queued=max(job.began - job.order.request.arrived, 0.0),
         prefill=max(computed - job.began, 0.0),
         hand_off=hand_off,
