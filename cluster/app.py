@@ -45,7 +45,7 @@ _STOP_SECONDS = 30
 # More than a starved machine keeps a healthy one from answering. Ray ends this process by itself,
 # and leaves everything behind, when the GCS has not answered for a minute.
 _RAY_PATIENCE_SECONDS = 30.0
-# Longer than Serve takes to replace a proxy that hangs: three checks, 10 s apart, of 10 s each.
+# Longer than Serve takes to replace a proxy that hangs: three checks of 10 s each, and its start.
 _PROXY_PATIENCE_SECONDS = 75.0
 # The last line of a trace, as Python writes it.
 _OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)

@@ -11,6 +11,8 @@ from ray.serve.exceptions import RayServeException
 from ..engine.errors import (
     CancelledElsewhereError,
     LongreachError,
+    LostError,
+    NotUpError,
     UnavailableError,
     innermost,
 )
@@ -35,9 +37,9 @@ def as_ours(error: BaseException) -> LongreachError:
         return CancelledElsewhereError()
     logger.error("a part of the cluster failed", exc_info=error)
     if isinstance(cause, RayActorError):
-        return UnavailableError("a part of the cluster died; send the request again")
+        return LostError("a part of the cluster died; send the request again")
     if isinstance(cause, RayServeException):
-        return UnavailableError("a part of the cluster is not up; send the request again")
+        return NotUpError("a part of the cluster is not up; send the request again")
     return UnavailableError("a part of the cluster failed; its log says why")
 
 
@@ -45,12 +47,17 @@ async def first_of(stream: AsyncIterator[T]) -> T:
     """The first message of a stream, which a replica that takes a call sends at once.
 
     Raises:
-        UnavailableError: none took it for a while; Serve's router would wait forever.
+        NotUpError: none took it for a while, and Serve's router would wait forever; or the one that
+            was to take it had died.
     """
     try:
         async with asyncio.timeout(_ROUTING_SECONDS):
             return await anext(stream)
     except TimeoutError as error:
-        raise UnavailableError(
+        raise NotUpError(
             f"no replica took the request within {_ROUTING_SECONDS} s; send it again"
         ) from error
+    except CallError as error:
+        if isinstance(innermost(error), RayActorError):
+            raise NotUpError("a part of the cluster died; send the request again") from error
+        raise

@@ -40,6 +40,14 @@ class Answer:
     finished: float
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """A model, and how many tokens prompt and answer may have together, where that is said."""
+
+    name: str
+    max_model_len: int | None
+
+
 class Endpoint:
     """A running Longreach at `base_url` (without `/v1`)."""
 
@@ -49,9 +57,22 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.Client(base_url=self.base_url, headers=headers, timeout=600)
 
+    def served(self, model: str | None = None) -> ServedModel:
+        """A model that is served here, by name; the first without one.
+
+        Raises:
+            EndpointError: there is none of that name.
+        """
+        found = self._json(self._request("GET", "/v1/models"))["data"]
+        for each in found:
+            if model in (None, each["id"]):
+                return ServedModel(each["id"], each.get("max_model_len"))
+        names = ", ".join(each["id"] for each in found)
+        raise EndpointError(f"{self.base_url} serves no model '{model}', but: {names}")
+
     def first_model(self) -> str:
         """The name of the model served here."""
-        return self._json(self._request("GET", "/v1/models"))["data"][0]["id"]
+        return self.served().name
 
     def count_tokens(self, model: str, messages: list[Message]) -> int:
         """How long the prompt made of these messages is, chat template included."""

@@ -10,12 +10,13 @@ import asyncio
 import json
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import uvicorn.config
 from ray.serve.config import ControllerOptions
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,23 +28,38 @@ from .rest.middleware import BodyLimit, Failures, RequestIds
 
 # Of Ray Serve: its proxies call the function of this name.
 _HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Of Ray Serve too, in seconds. Between its looks at a proxy, of which three that fail make it
+# start another: its own 10 leave the endpoint without one for over half a minute. And for a proxy
+# to start: one that takes longer than its own 5, on a starved machine, fails the whole start.
+_PROXY_CHECKS = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 # A proxy that Serve starts gets nothing of ours but its environment.
 _LIMITS = "LONGREACH_FRONT_LIMITS"
 _HEADER_SECONDS = 20.0
+_MOST_AWAITED = 1024
 _OF_SERVE = "/-/"  # Serve's own paths: its health and its routes
 
 
 @dataclass(frozen=True)
 class FrontLimits:
-    """Most bytes of a body, and most seconds that a client may take to send one."""
+    """Most bytes of a body, most seconds that a client may take to send one, and whose pages may
+    read what is answered here; `*` stands for all.
+    """
 
     max_body_bytes: int
     receive_seconds: float
+    origins: Sequence[str] = ()
 
 
 def controller_options(limits: FrontLimits) -> ControllerOptions:
     """For `serve.start`: has every proxy call `install`. Proxies keep limits while they live."""
-    environment = {_HOOK: f"{__name__}.install", _LIMITS: json.dumps(asdict(limits))}
+    environment = {
+        _HOOK: f"{__name__}.install",
+        _LIMITS: json.dumps(asdict(limits)),
+        **_PROXY_CHECKS,
+    }
     return ControllerOptions(runtime_env={"env_vars": environment})
 
 
@@ -56,15 +72,23 @@ def install() -> list[Middleware]:
         Middleware(BodyLimit, max_bytes=limits.max_body_bytes, seconds=limits.receive_seconds),
         Middleware(ServeAnswers),
         Middleware(Failures),
+        Middleware(ReadableAnswers, origins=limits.origins),
         Middleware(RequestIds),
     ]
 
 
 class FrontProtocol(H11Protocol):
-    """uvicorn's HTTP by h11, with a limit on how long a request's headers may take to come."""
+    """uvicorn's HTTP by h11, with limits on clients whose headers have not come.
+
+    Each has so many seconds, and there may be so many of them at a time: with one more, the one
+    that has taken longest is closed. Clients that are being answered are none of them.
+    """
 
     header_seconds = _HEADER_SECONDS
+    most_awaited = _MOST_AWAITED
 
+    # Of this process, the one that has taken longest first.
+    _awaited: ClassVar[dict["FrontProtocol", None]] = {}
     _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -105,14 +129,18 @@ class FrontProtocol(H11Protocol):
 
     def _await_headers(self) -> None:
         self._header_timer = self.loop.call_later(self.header_seconds, self._give_up)
+        self._awaited[self] = None
+        if len(self._awaited) > self.most_awaited:
+            next(iter(self._awaited))._give_up()
 
     def _stop_waiting(self) -> None:
+        self._awaited.pop(self, None)
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
 
     def _give_up(self) -> None:
-        self._header_timer = None
+        self._stop_waiting()
         if not self._is_answering():
             self.transport.close()
 
@@ -160,6 +188,34 @@ class ServeAnswers:
             await answer.refusal.response()(scope, receive, send)
         elif answer.is_stream and not answer.is_whole:
             await answer.break_off()
+
+
+class ReadableAnswers:
+    """Lets pages of the allowed origins read what is refused before an ingress hears of it.
+
+    A browser shows a page nothing of an answer without this header: an error would be a mystery.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origin.lower() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = Headers(scope=scope).get("origin", "") if scope["type"] == "http" else ""
+        if not origin or not {"*", origin.lower()} & self._origins:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_readable(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=list(message.get("headers", [])))
+                headers.setdefault("access-control-allow-origin", origin)
+                headers.setdefault("access-control-expose-headers", "x-request-id, retry-after")
+                headers.add_vary_header("origin")
+                message = {**message, "headers": headers.raw}
+            await send(message)
+
+        await self._app(scope, receive, send_readable)
 
 
 class _Answer:

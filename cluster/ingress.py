@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -11,15 +12,18 @@ from ray import serve
 from ray.serve.config import ControllerOptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from ..engine.errors import LongreachError
 from ..engine.messages import Event, Finished, GenerationRequest
 from ..engine.text.tokenizer import Tokenizer
+from . import metrics
+from .attempts import Attempts
 from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
 from .metrics import OUTCOMES, REQUESTS, Metrics, ProcessFigures, render
 from .nodes import metrics_of_node, reading_here
-from .rest import Access, IngressLimits, build_api, read_api_keys
+from .rest import Access, IngressLimits, SignsOfLife, build_api, read_api_keys
 from .settings import IngressSettings, Settings, check_model
 from .streams import listening
 from .tasks import detached, tell
@@ -31,16 +35,37 @@ _Stream = DeploymentResponseGenerator[Taken | list[Event]]
 
 
 class DecodeBackend:
-    """Generates on whichever decode replica Serve's router chooses."""
+    """Generates on whichever decode replica Serve's router chooses, and on another if it dies.
 
-    def __init__(self, decode: DeploymentHandle) -> None:
+    Args:
+        decode: the deployment's handle.
+        retries: as `Attempts` takes them.
+        sink: of the ingress.
+    """
+
+    def __init__(self, decode: DeploymentHandle, retries: int, sink: Metrics) -> None:
         self._decode = decode
+        self._retries, self._sink = retries, sink
         self._streams = decode.options(stream=True)
         self._leases = LeaseKeeper()
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
+        attempts = Attempts(request, self._retries)
+        while True:
+            try:
+                async with aclosing(self._attempt(attempts.request)) as events:
+                    async for event in events:
+                        if (heard := attempts.hear(event)) is not None:
+                            yield heard
+                return
+            except LongreachError as error:
+                seconds = attempts.failed(error)
+            self._sink.add(metrics.REQUEST_RECOVERIES)
+            await asyncio.sleep(seconds)
+
+    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         name = request.request_id
         stream = cast(_Stream, self._streams.generate.remote(request))
         taken, finished = None, False
@@ -92,11 +117,16 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         model_name=settings.model.name,
         max_model_len=settings.limits.max_model_len,
         max_output_tokens=settings.limits.max_output_tokens,
+        clamp_max_tokens=settings.limits.clamp_max_tokens,
         max_body_bytes=settings.limits.max_body_bytes,
         max_choices=settings.limits.max_choices,
         max_logprobs=settings.limits.max_logprobs,
-        progress_seconds=settings.ingress.progress_seconds,
         receive_seconds=settings.limits.receive_seconds,
+        signs_of_life=SignsOfLife(
+            settings.ingress.progress_seconds,
+            settings.ingress.empty_delta_seconds,
+            settings.ingress.white_space_seconds,
+        ),
     )
 
 
@@ -114,10 +144,11 @@ def api_builder(
         ProcessFigures(sink).start()
         for outcome in OUTCOMES:  # a rate misses what a series begins with
             sink.add(REQUESTS, 0, outcome=outcome)
+        decode = serve.get_deployment_handle(decode_name, app_name)
         return build_api(
             ingress_limits(settings),
             tokenizer,
-            DecodeBackend(serve.get_deployment_handle(decode_name, app_name)),
+            DecodeBackend(decode, settings.limits.retries, sink),
             sink,
             partial(render, folder),
             access_of(settings.ingress),
@@ -129,7 +160,8 @@ def api_builder(
 def front_of(settings: Settings) -> ControllerOptions:
     """What has Serve's proxies put our front before this endpoint."""
     limits = settings.limits
-    return controller_options(FrontLimits(limits.max_body_bytes, limits.receive_seconds))
+    origins = settings.ingress.allowed_origins
+    return controller_options(FrontLimits(limits.max_body_bytes, limits.receive_seconds, origins))
 
 
 def access_of(settings: IngressSettings) -> Access:

@@ -82,7 +82,7 @@ def _model(settings: ModelSettings, tensor_parallel: int) -> tuple[Weights, Page
     config = ModelConfig.from_folder(settings.folder)
     # Sizes are held to on GPUs only.
     dtype = compute_dtype(settings.dtype, torch.device("cuda"))
-    weights = Weights(config, dtype.itemsize, tensor_parallel)
+    weights = Weights(config, dtype.itemsize, tensor_parallel, settings.weights)
     pages = PageGeometry(config.num_layers, weights.heads.num_kv_heads, config.head_dim, dtype)
     return weights, pages.kept_as(settings.pages_kept_as)
 

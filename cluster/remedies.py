@@ -36,7 +36,7 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
     """What an operator may set differently, or a client ask for; None where that is nothing."""
     match error:
         case errors.DoesNotFitError() if error.largest_cache == 0:
-            return _any_of(*_smaller(error.needs.phase, gpus))
+            return _any_of(*_narrower(error.needs), *_smaller(error.needs.phase, gpus))
         case errors.DoesNotFitError() | errors.LoadingOutOfMemoryError():
             return _more_room(error.needs, gpus)
         case errors.StepDoesNotFitError():
@@ -55,6 +55,17 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
                 f"make prefill.tensor_parallel one of {possible}, or raise "
                 "prefill.sequence_parallel instead"
             )
+        case errors.WeightFormatError():
+            return (
+                "take the model's checkpoint in bfloat16, with model.weights: fp8 if they shall be "
+                "of 8 bits"
+            )
+        case errors.NarrowComputeError():
+            return "set model.dtype bfloat16, or take weights of more bits"
+        case errors.NoNarrowProductsError():
+            return "leave model.weights out, or take a checkpoint of more bits"
+        case errors.DividedBlockError():
+            return "lower prefill.tensor_parallel, or raise prefill.sequence_parallel instead"
         case errors.MixedPrecisionError():
             return f"set model.dtype {error.pages}, or leave model.kv_cache_dtype out"
         case errors.PageFormatError():
@@ -75,8 +86,14 @@ def _more_room(needs: errors.MemoryNeeds, gpus: float) -> str:
     return _any_of(
         f"fewer {needs.phase}.kv_cache_tokens",
         *(() if needs.quantized else (narrow,)),
+        *_narrower(needs),
         *_smaller(needs.phase, gpus),
     )
+
+
+def _narrower(needs: errors.MemoryNeeds) -> tuple[str, ...]:
+    """What makes weights smaller, which may be of 8 bits already."""
+    return () if needs.narrow else ("model.weights fp8, which halves those of all layers",)
 
 
 def _smaller(phase: Phase, gpus: float) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from pydantic import (
 
 from ..engine.errors import CheckpointError, ConfigurationError
 from ..engine.kv.formats import KVCacheDtype
-from ..engine.model.config import Dtype, ModelConfig
+from ..engine.model.config import Dtype, ModelConfig, WeightFormat
 from ..engine.model.files import ModelFiles
 from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
 from ..kernels.page_size import PAGE_TOKENS, pages_for
@@ -41,12 +41,14 @@ class ModelSettings(_Section):
 
     `path` is a Hugging Face checkpoint folder, "pocket" for the bundled model, or "random/" and a
     shape of engine/model/shapes for random weights of a real model's sizes. `dtype` "auto" is up to
-    each process: see `engine.model.compute_type`. `kv_cache_dtype` is how KV pages are kept.
+    each process: see `engine.model.compute_type`. `weights` "fp8" rounds linear layers' weights to
+    8 bits as they are read. `kv_cache_dtype` is how KV pages are kept.
     """
 
     path: str
     name: Annotated[str, Field(min_length=1)]
     dtype: Dtype = "auto"
+    weights: WeightFormat = "auto"
     kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
@@ -72,15 +74,21 @@ class ModelSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What one request may ask for, and how many may wait at a decode replica for each gang."""
+    """What one request may ask for, and how many may wait at a decode replica for each gang.
+
+    `retries`: processes that may die under a request before it is refused; see `attempts`.
+    With `clamp_max_tokens` a request for a longer answer gets the longest, and is refused without.
+    """
 
     max_model_len: Count
     max_output_tokens: Count = 4096
+    clamp_max_tokens: bool = True
     max_body_bytes: Count = 64 << 20
     receive_seconds: Positive = 120.0
     max_choices: Count = 8
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
 
 
 class PrefillSettings(_Section):
@@ -148,7 +156,8 @@ class IngressSettings(_Section):
     """The HTTP endpoint. `api_keys_file` has one key a line; without it everybody is welcome.
 
     `allowed_hosts` are names that clients may reach it by, without ports, and `allowed_origins`
-    web pages that may use it. `*` stands for all.
+    web pages that may use it. `*` stands for all. `progress_seconds` and what follows it is what a
+    client that waits gets meanwhile: see `rest.limits.SignsOfLife`.
     """
 
     replicas: Count = 1
@@ -158,6 +167,8 @@ class IngressSettings(_Section):
     allowed_hosts: list[str] = []
     allowed_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")]] = []
     progress_seconds: Annotated[float, Field(gt=0, le=2)] = 1.0
+    empty_delta_seconds: Positive | None = None
+    white_space_seconds: Positive | None = None
 
 
 class TransportSettings(_Section):
@@ -319,6 +330,11 @@ class Settings(_Section):
             yield (
                 f"model.kv_cache_dtype bfloat16 beside model.dtype {self.model.dtype} is for CPUs; "
                 "set model.dtype to bfloat16 where there are GPUs, or leave kv_cache_dtype out"
+            )
+        if on_gpus and mixed and self.model.weights == "fp8":
+            yield (
+                f"model.weights fp8 beside model.dtype {self.model.dtype} is for CPUs; set "
+                "model.dtype to bfloat16 where there are GPUs, or leave weights out"
             )
         if self.transport.kind == "cuda_ipc":
             for gang in self.prefill:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import TypeVar
 
-from ..engine.errors import UnavailableError
+from ..engine.errors import LostError
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 10.0
@@ -50,7 +50,7 @@ async def listening(
     """What a stream of another process says.
 
     Raises:
-        UnavailableError: it was silent for too long.
+        LostError: it was silent for too long.
     """
     while True:
         try:
@@ -59,7 +59,7 @@ async def listening(
         except StopAsyncIteration:
             return
         except TimeoutError as error:
-            raise UnavailableError(
+            raise LostError(
                 f"a part of the cluster was silent for {seconds:g} s; send the request again"
             ) from error
         yield message

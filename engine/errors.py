@@ -50,6 +50,18 @@ class CheckpointError(LongreachError):
     """A checkpoint folder cannot be served: another architecture, a missing or misshapen tensor."""
 
 
+@dataclass(eq=False)
+class WeightFormatError(FactualError, CheckpointError):
+    """A checkpoint keeps its weights in a format that is not served; `kept` names it."""
+
+    folder: str
+    kept: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.folder}: weights kept as {self.kept} are not supported"
+
+
 class ConfigurationError(LongreachError):
     """A combination of sizes and choices that cannot run."""
 
@@ -87,12 +99,53 @@ class MixedPrecisionError(FactualError, ConfigurationError):
         )
 
 
+@dataclass(eq=False)
+class NarrowComputeError(FactualError, ConfigurationError):
+    """A GPU multiplies weights of 8 bits for models that compute in bfloat16 only."""
+
+    model: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"on GPUs, weights of 8 bits need a model that computes in bfloat16, and this one "
+            f"computes in {self.model}"
+        )
+
+
+@dataclass(eq=False)
+class NoNarrowProductsError(FactualError, ConfigurationError):
+    """A GPU is too old for products of 8 bits."""
+
+    gpu: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.gpu} has no products of 8 bits, which came with compute capability 8.9"
+
+
+@dataclass(eq=False)
+class DividedBlockError(FactualError, ConfigurationError):
+    """A rank's part of a matrix, numbers [first, last), would divide blocks that share a scale."""
+
+    name: str
+    first: int
+    last: int
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"{self.name} has a scale for each block of 128 × 128 weights, and a rank's part of "
+            f"it, {self.first} to {self.last}, is no whole blocks"
+        )
+
+
 @dataclass(frozen=True)
 class MemoryNeeds:
     """What a process would allocate on its device, and what it finds there. All bytes.
 
     `free_bytes` are for this process, one of `processes` that divide what the device has free.
-    Pages that are `quantized` cannot be made smaller.
+    Pages that are `quantized` cannot be made smaller, nor can weights that are `narrow`.
     """
 
     phase: Phase
@@ -103,6 +156,7 @@ class MemoryNeeds:
     free_bytes: int
     processes: int
     quantized: bool
+    narrow: bool = False
 
     @property
     def wanted(self) -> str:
@@ -300,6 +354,10 @@ class GenerationError(LongreachError):
     """One answer cannot go on; others in the same batch do."""
 
 
+class GrammarError(GenerationError, InvalidRequestError):
+    """An answer cannot be held to the grammar that its request names."""
+
+
 class OutOfMemoryError(GenerationError):
     """The device had no memory left for a step of one answer."""
 
@@ -344,6 +402,25 @@ class StepOutOfMemoryError(DecodeOutOfMemoryError):
 
 class UnavailableError(LongreachError):
     """A part of the cluster died or is not up yet; the same request may be sent again."""
+
+
+class LostError(UnavailableError):
+    """A process died, or hung, with a request under way. It can be begun again in another one."""
+
+
+class NotUpError(UnavailableError):
+    """What would take a request is not up, or not again yet. It has not been begun."""
+
+
+@dataclass(eq=False)
+class PoisonousError(FactualError):
+    """So many processes died under a request, one after the other, that it may have killed them."""
+
+    deaths: int
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.deaths} processes died while they served the request; it is not tried again"
 
 
 class CancelledElsewhereError(UnavailableError):

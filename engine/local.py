@@ -11,6 +11,7 @@ from .kv.formats import KVCacheDtype
 from .kv.hand_off import HandOff, Place
 from .kv.pages import HeldPages, PagePool
 from .messages import Tokens
+from .model.config import WeightFormat
 from .model.qwen2 import Qwen2
 from .parallel.mesh import Mesh
 from .prefill.prefiller import Prefiller
@@ -33,9 +34,10 @@ class LocalPrefill:
         sparse: bool = True,
         mesh: Mesh | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        weights: WeightFormat = "auto",
     ) -> None:
         device = device or torch.device("cpu")
-        self.model = Qwen2.load(folder, mesh or Mesh.single(), dtype, device)
+        self.model = Qwen2.load(folder, mesh or Mesh.single(), dtype, device, weights)
         geometry = self.model.pages_kept_as(kv_cache_dtype)
         self.pool = PagePool(geometry, pages_for(max_tokens), device)
         sparsity = SparsityConfig.from_folder(folder) if sparse else None

@@ -4,7 +4,8 @@ Everything here is frozen and small, and pickles; prompts are int32 arrays so th
 hand a million tokens over without touching them one by one.
 """
 
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,9 @@ class SamplingParameters:
 
     `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. `max_tokens` counts each choice.
     `top_logprobs` None means no log-probabilities; 0 means only the chosen token's.
+    No end token is chosen among the first `min_tokens`, and no stop string is looked for in them.
     Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
+    `grammar` is what the answer must match; see `decode.grammar`.
     """
 
     max_tokens: int
@@ -34,18 +37,29 @@ class SamplingParameters:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     top_logprobs: int | None = None
     choices: int = 1
+    grammar: str | None = None
+
+    def seeded(self) -> "SamplingParameters":
+        """The same, with a seed where there is none: all that is drawn can be drawn again."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request, tokenized and validated. `arrived` is time.time() at the ingress."""
+    """One request, tokenized and validated. `arrived` is time.time() at the ingress.
+
+    `replayed` are tokens of each choice that the client has from an earlier attempt: they are
+    generated again, whatever the logits say, and not delivered again.
+    """
 
     request_id: str
     prompt: Tokens
     sampling: SamplingParameters
     arrived: float
+    replayed: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

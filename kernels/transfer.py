@@ -1,4 +1,4 @@
-"""How small tables reach a GPU without making the host wait for it."""
+"""How small tensors reach a GPU, and come from it, without making the host wait for it."""
 
 import torch
 from torch import Tensor
@@ -12,3 +12,12 @@ def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def begin_copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host that holds what it should when the current stream has come so far."""
+    if tensor.is_cuda:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
+    return tensor

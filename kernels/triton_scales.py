@@ -1,4 +1,4 @@
-"""The scale of numbers that are kept as e4m3; see `quantized.reference.scale_for`."""
+"""Scales of numbers that are kept as e4m3; see `quantized.reference` and `narrow.reference`."""
 
 import triton
 import triton.language as tl
@@ -13,3 +13,10 @@ def scale_for(largest):
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     reciprocal = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     return scale, reciprocal
+
+
+@triton.jit
+def e4m3_scale(largest):
+    """The scale that makes float32 `largest` 448, and its reciprocal; see `narrow.reference`."""
+    scale = tl.maximum(tl.div_rn(largest, 448.0), 2.0**-64)
+    return scale, tl.div_rn(1.0, scale)

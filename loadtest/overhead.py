@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import httpx
 
+from .endpoint import Endpoint
+
 _WARM_UP = 20
 
 
@@ -39,8 +41,8 @@ class Sample:
 
 def measure(base_url: str, requests: int) -> list[Sample]:
     """Send requests one after the other, after a few that do not count."""
+    model = Endpoint(base_url).model
     with httpx.Client(base_url=base_url, timeout=60) as client:
-        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         samples = [_ask(client, model) for _ in range(_WARM_UP + requests)]
     return samples[_WARM_UP:]
 

@@ -5,13 +5,14 @@ Whatever is slow to import is imported inside the commands, so that `--help` ans
 
 import secrets
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ...engine.errors import ConfigurationError, LongreachError
+from ...engine.errors import ConfigurationError, InvalidRequestError, LongreachError
 from ...engine.text.files import read_text
 from ..remedies import remedied
 from .commands import Commands
@@ -145,42 +146,57 @@ def demo(
 
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="What to ask about the document.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask; without it, a conversation.")
+    ] = None,
     file: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="The document, UTF-8 text.")
-    ],
+        list[str],
+        typer.Option("--file", "-f", help="A file, a folder, or - for standard input; repeatable."),
+    ] = [],  # noqa: B006 (typer copies it)
     base_url: BaseUrl = _LOCAL,
     model: Annotated[str | None, typer.Option(help="Else the first that is served.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     api_key_file: ApiKeyFile = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Each answer as one JSON object on a line of its own.")
+    ] = False,
 ) -> None:
-    """Ask a running endpoint about a document.
+    """Ask a running endpoint about documents: text in any encoding, PDFs, whole folders.
 
-    The answer goes to standard output, progress to the other.
+    Of a git repository it takes what git tracks, of another folder all but hidden files; what is no
+    text is left out, and said. Several files go under headings with their names. The answer goes
+    to standard output, progress and the number of tokens, which is said first, to the other.
 
         longreach ask --file book.txt "Who is the narrator?"
 
-        longreach ask --file log.txt --base-url http://10.0.0.7:8000 "What failed first?" > out
+        longreach ask -f src -f README.md "Where is a request cancelled?"
+
+        git log | longreach ask -f - --base-url http://10.0.0.7:8000 "What broke in May?" > out
+
+        longreach ask -f report.pdf        # one question after the other, until Ctrl-D
     """
     from ..client import Endpoint
-    from .console import watch_prefill
+    from .ask import Asking, ask_once, converse, questions_from, say_what_is_asked_about
+    from .documents import STANDARD_INPUT, read_documents
 
+    if not file:
+        raise InvalidRequestError("no document is named; add --file with a file, a folder or -")
+    if question is None and STANDARD_INPUT in file:
+        raise InvalidRequestError(
+            "a conversation reads its questions from standard input, which holds a document; "
+            "give a question, or save the document to a file"
+        )
     console = Console(stderr=True)
-    message = {"role": "user", "content": f"{read_text(file)}\n\n{question}"}
+    documents = read_documents(file)
+    say_what_is_asked_about(documents, console)
     endpoint = Endpoint(base_url, read_text(api_key_file).strip() if api_key_file else None)
-    name = model or endpoint.first_model()
-    with watch_prefill(console) as watch:
-
-        def on_text(text: str) -> None:
-            watch.close()
-            print(text, end="", flush=True)
-
-        answer = endpoint.ask(name, [message], max_tokens, watch.update, on_text)
-    print()
-    console.print(
-        f"{answer.prompt_tokens:,} prompt tokens, first token after {answer.first_token:.2f} s, "
-        f"{answer.completion_tokens:,} tokens in {answer.finished:.2f} s"
-    )
+    served = endpoint.served(model)
+    asking = Asking(endpoint, served.name, served.max_model_len, max_tokens, as_json)
+    if question is not None:
+        ask_once(asking, documents, question, console)
+        return
+    read_line = partial(console.input, "> ") if sys.stdin.isatty() else input
+    converse(asking, documents, questions_from(read_line), console)
 
 
 @app.command()

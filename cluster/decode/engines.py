@@ -30,7 +30,7 @@ def make_engine(settings: WorkerSettings) -> DecodeEngine:
 def _make_decoder(settings: WorkerSettings, device: torch.device) -> Decoder:
     files = settings.model.files
     dtype = compute_dtype(settings.model.dtype, device)
-    model = load_model(files, Mesh.single(), dtype, device)
+    model = load_model(files, Mesh.single(), dtype, device, weights=settings.model.weights)
     geometry = model.pages_kept_as(settings.model.pages_kept_as)
     pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
     token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)

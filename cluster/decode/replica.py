@@ -11,7 +11,7 @@ from typing import Any, cast
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from ...engine.errors import QueueFullError, UnavailableError
+from ...engine.errors import NotUpError, QueueFullError, UnavailableError
 from ...engine.messages import Event, GenerationRequest
 from .. import metrics
 from ..call_errors import CallError, as_ours
@@ -103,7 +103,7 @@ class DecodeReplica:
 
     def _begin(self, request: GenerationRequest) -> RequestLife:
         if self._lost:
-            raise UnavailableError(_LOST)
+            raise NotUpError(_LOST)
         prefill = self._router.gang_for(len(request.prompt))
         lives = [life for life in self._lives if life.prefill is prefill]
         waiting = sum(life.state is State.WAITING for life in lives)

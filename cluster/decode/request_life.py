@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from ...engine.errors import UnavailableError
+from ...engine.errors import LostError
 from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
 from ..call_errors import first_of
 from ..messages import PrefillOrder
@@ -61,7 +61,7 @@ class RequestLife:
                     else:
                         yield [event]
             if prefilled is None:
-                raise UnavailableError("prefill ended early; send the request again")
+                raise LostError("prefill ended early; send the request again")
             self.state = State.DECODING
             async with aclosing(self._decoding(prefilled)) as answer:
                 async for events in answer:

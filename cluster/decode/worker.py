@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ...engine.errors import (
     InvalidRequestError,
     LongreachError,
+    LostError,
+    NotUpError,
     TransferError,
     UnavailableError,
 )
@@ -27,6 +29,7 @@ from ..tasks import forever
 
 if TYPE_CHECKING:
     from ...engine.decode.contract import DecodeEngine, Output
+    from ...engine.decode.grammar import Constraint
     from ...engine.decode.sampler import Logits
     from ...engine.kv.hand_off import Destination
 
@@ -42,6 +45,7 @@ class _Request:
     """A request that is here, or about to be: until its release."""
 
     is_reserved: bool = False
+    constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[Delta | LongreachError | None]" = field(default_factory=asyncio.Queue)
 
@@ -111,7 +115,7 @@ class DecodeWorker:
         """Return if it is able to generate.
 
         Raises:
-            UnavailableError: the engine failed in a way that leaves its state unknown.
+            LostError: the engine failed in a way that leaves its state unknown.
         """
         self._check()
 
@@ -133,10 +137,14 @@ class DecodeWorker:
 
         Raises:
             PromptTooLongError: there will never be enough pages.
+            GrammarError: the request's grammar cannot be compiled.
             InvalidRequestError: a request of that name is here already.
-            UnavailableError: as `check`, also while waiting; or the request was released.
+            NotUpError: the engine failed before the request came.
+            LostError: it failed while the request waited.
+            UnavailableError: the request was released.
         """
-        self._check()
+        if self._failed:
+            raise NotUpError(_FAILED)
         name = request.request_id
         if name in self._ended:
             raise UnavailableError(_RELEASED)
@@ -144,6 +152,10 @@ class DecodeWorker:
         if here.is_reserved:
             raise InvalidRequestError(f"request {name} is here already")
         here.is_reserved = True
+        if request.sampling.grammar is not None:
+            here.constraint = await asyncio.to_thread(self._engine.prepare, request)
+            if name in self._ended:
+                raise UnavailableError(_RELEASED)
         await self._admission.reserve(request)
         return self._receiver.destination(name)
 
@@ -187,7 +199,8 @@ class DecodeWorker:
 
         Raises:
             GenerationError: this answer cannot go on.
-            UnavailableError: as `check`, or the request was released; also half-way.
+            LostError: as `check`; also half-way.
+            UnavailableError: the request was released; also half-way.
         """
         self._check()
         request = self._requests.get(request_id)
@@ -197,7 +210,7 @@ class DecodeWorker:
         self._copier.close_soon(request_id)
         async with self._turn:
             self._check()
-            self._deliver(self._engine.start(request_id, logits))
+            self._deliver(self._engine.start(request_id, logits, request.constraint))
         self._stepper.wake()
         ended = False
         while not ended:
@@ -237,7 +250,7 @@ class DecodeWorker:
         """Return when a request is released.
 
         Raises:
-            UnavailableError: as `check`, also while waiting.
+            LostError: as `check`, also while waiting.
         """
         if request_id not in self._ended:
             await self._expect(request_id).released.wait()
@@ -277,7 +290,7 @@ class DecodeWorker:
 
     def _check(self) -> None:
         if self._failed:
-            raise UnavailableError(_FAILED)
+            raise LostError(_FAILED)
 
     def _fail(self, error: BaseException) -> None:
         """Refuse whatever comes from now on, and end whatever waits, wherever it does."""
@@ -285,9 +298,9 @@ class DecodeWorker:
             return
         logger.error("the decode engine failed", exc_info=error)
         self._failed = True
-        self._admission.refuse_all(UnavailableError(_FAILED))
+        self._admission.refuse_all(LostError(_FAILED))
         for request in self._requests.values():
-            request.events.put_nowait(UnavailableError(_FAILED))
+            request.events.put_nowait(LostError(_FAILED))
             request.released.set()
 
     def _report(self) -> None:

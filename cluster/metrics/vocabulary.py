@@ -73,6 +73,10 @@ REQUEST_SUCCESS = Counter(
     "Choices of successful requests by why they ended: stop or length.",
     ("finished_reason",),
 )
+REQUEST_RECOVERIES = Counter(
+    "longreach_request_recoveries_total",
+    "Requests that were begun again, in place of an error: what served them died, or was not up.",
+)
 PROMPT_TOKENS = Counter(
     "longreach_prompt_tokens_total", "Prompt tokens of requests whose prefill ended well."
 )
@@ -206,6 +210,7 @@ PROCESS_OPEN_FILES = Gauge("longreach_process_open_fds", "Open files and sockets
 VOCABULARY: tuple[Metric, ...] = (
     REQUESTS,
     REQUEST_SUCCESS,
+    REQUEST_RECOVERIES,
     NUM_REQUESTS_RUNNING,
     NUM_REQUESTS_WAITING,
     NUM_SEQUENCES_WAITING,

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +21,26 @@ from .scheduler import Chunk
 _PLACEMENT_SECONDS = 120
 
 
-_HAND_OFF, _HEALTH = "hand-off", "health"
-_GROUPS = {_HAND_OFF: 64, _HEALTH: 1}
-"""Threads of a rank beside the one that computes: for flushes, and to say that it is well."""
+_HAND_OFF, _HEALTH, _RESULTS = "hand-off", "health", "results"
+_GROUPS = {_HAND_OFF: 64, _HEALTH: 1, _RESULTS: 4}
+"""Threads of a rank beside the one that launches: for flushes, to say that it is well, and to wait
+for the results of chunks, of which two are under way at most."""
 
 # A chunk may take longer than any before it: a prompt's later ones attend to more. So only a stop
 # of the whole process is found fast, and one within a chunk after minutes.
 _ALLOWANCE = Allowance(seconds=60.0, times=4.0, slowest_at_least=30.0)
+
+
+@dataclass(frozen=True)
+class ChunkUnderWay:
+    """A chunk that the ranks compute.
+
+    `nearly` is done when all ranks have launched it and nearly computed it, true, or when one of
+    them has failed. `results` is done when they have computed it, or with what one of them raised.
+    """
+
+    nearly: "asyncio.Future[bool]"
+    results: "asyncio.Future[list[RankResult]]"
 
 
 class Gang:
@@ -77,15 +91,25 @@ class Gang:
         """Ranks that compute every chunk together."""
         return len(self._ranks)
 
-    async def run_chunk(
+    def begin_chunk(
         self,
         chunk: Chunk,
         prompt: "ray.ObjectRef | None" = None,
         destination: "ray.ObjectRef | None" = None,
-    ) -> list[RankResult]:
-        """Compute one chunk on all ranks; the other two go with a prompt's first chunk."""
-        calls = [rank.run_chunk.remote(chunk, prompt, destination) for rank in self._ranks]
-        return list(await asyncio.gather(*calls))
+    ) -> ChunkUnderWay:
+        """Compute one chunk on all ranks; the other two go with a prompt's first chunk.
+
+        The next may be begun when this one is nearly computed, so that no rank stands still.
+        """
+        begun = [rank.begin_chunk.remote(chunk, prompt, destination) for rank in self._ranks]
+        results = [
+            rank.finish_chunk.options(concurrency_group=_RESULTS).remote(chunk)
+            for rank in self._ranks
+        ]
+        return ChunkUnderWay(
+            asyncio.ensure_future(_all_went_well(begun)),
+            asyncio.ensure_future(_all_of(results)),
+        )
 
     async def flush(self, request_id: str) -> str | None:
         """Return when all pages of a prompt have arrived, or why they did not.
@@ -148,6 +172,15 @@ class Gang:
         for rank in self._ranks:
             ray.kill(rank)
         remove_placement_group(self._group)
+
+
+async def _all_went_well(calls: list[Any]) -> bool:
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    return not any(isinstance(outcome, BaseException) for outcome in outcomes)
+
+
+async def _all_of(calls: list[Any]) -> list[Any]:
+    return list(await asyncio.gather(*calls))
 
 
 def _resources(prefill: PrefillSettings) -> dict[str, float]:

@@ -1,7 +1,13 @@
 """One rank of a prefill gang, as a Ray actor. Its calls are collectives: all ranks get them all,
 in the same order.
+
+A chunk is two calls: one launches it, on the thread that launches everything, and one says on
+another what came out. So the next chunk can be launched before this one is computed.
 """
 
+import math
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
     from ...engine.kv.hand_off import Destination, HandOff, Sender
+    from ...engine.milestones import Milestone
     from ...engine.parallel.mesh import Mesh
     from ...engine.prefill.chunk import ChunkResult
 
@@ -39,6 +46,25 @@ class RankResult:
     failure: str | None
 
 
+_LEAD_SECONDS = 0.03
+"""How long before a chunk is computed the next may be dealt out: what it takes to arrive, and to
+launch its first kernels. Whoever comes later than that waits for one chunk more."""
+
+
+_LEAST_SECONDS = 1e-6
+"""Of a layer: no clock is finer."""
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A chunk on its way through the device; `logits` lie on the host when it is `done`."""
+
+    result: "ChunkResult"
+    logits: "torch.Tensor | None"
+    done: "Milestone"
+    hand_off: "HandOff"
+
+
 class PrefillRank:
     """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
 
@@ -46,6 +72,9 @@ class PrefillRank:
         self._settings = settings
         self._rank = rank
         self._hand_offs: dict[str, HandOff] = {}
+        self._launched: dict[Chunk, Future[_Launched]] = {}
+        self._lock = threading.Lock()
+        self._layer_seconds = math.inf
         self._pulse = Pulse()
         self._store: Store | None = None
 
@@ -101,7 +130,7 @@ class PrefillRank:
         from ...engine.parallel.mesh import Mesh
         from ..memory import room_for_prefill
 
-        # Here, because a thread of its own runs all calls but `flush` and `pulse`.
+        # Here, because one thread runs all calls that launch.
         torch.set_num_threads(self._settings.prefill.threads_per_rank)
         prefill, device = self._settings.prefill, self._device()
         with reading_here(), room_for_prefill(self._settings, device, ranks_on_card):
@@ -143,13 +172,15 @@ class PrefillRank:
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files
-        model = load_model(files, mesh, compute_dtype(settings.model.dtype, device), device)
+        dtype = compute_dtype(settings.model.dtype, device)
+        model = load_model(files, mesh, dtype, device, weights=settings.model.weights)
         geometry = model.pages_kept_as(settings.model.pages_kept_as)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         self._stream = hand_off_stream(device)
         self._sender: Sender = make_sender(settings.transport, pool, ray.util.get_node_ip_address())
         sparsity = SparsityConfig.from_folder(files.folder) if prefill.sparse else None
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
+        self._num_layers = model.config.num_layers
         if prefill.gpus_per_rank:
             longest = settings.max_prompt_tokens
             stride = model.positions.stride
@@ -159,12 +190,12 @@ class PrefillRank:
         """How its work goes on; see `pulse.watch`. On a thread of its own."""
         return self._pulse.read()
 
-    def run_chunk(
+    def begin_chunk(
         self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
-    ) -> RankResult:
-        """Compute a chunk, and begin to hand its pages off.
+    ) -> None:
+        """Launch a chunk, and begin to hand its pages off.
 
-        Returns when the device has computed it. Pages are handed off beside the next chunks.
+        Returns when the device has nearly computed it. Pages are handed off beside the next chunks.
 
         Args:
             prompt: whole, with its first chunk; None with the others.
@@ -174,17 +205,54 @@ class PrefillRank:
             OutOfMemoryError: this rank is as it was before the request, but others may wait for it
                 in a collective.
         """
+        launched = self._future_of(chunk)
+        try:
+            launched.set_result(self._launch(chunk, prompt, destination))
+        except BaseException as error:
+            launched.set_exception(error)
+            raise
+        launched.result().result.nearly.wait()
+
+    def finish_chunk(self, chunk: Chunk) -> RankResult:
+        """What came out of a chunk, when the device has computed it; on a thread of its own.
+
+        Raises:
+            LongreachError: as its `begin_chunk`.
+        """
+        # A piece of work from here on: a device that hangs is found while this waits for it.
+        with self._pulse.piece():
+            try:
+                launched = self._future_of(chunk).result()
+            finally:
+                with self._lock:
+                    del self._launched[chunk]
+            launched.done.wait()
+            stages = launched.result.stages
+        self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
+        logits = None if launched.logits is None else launched.logits.numpy()
+        return RankResult(logits, stages, launched.hand_off.failure)
+
+    def _future_of(self, chunk: Chunk) -> "Future[_Launched]":
+        """Whichever of a chunk's two calls comes first makes it."""
+        with self._lock:
+            return self._launched.setdefault(chunk, Future())
+
+    def _launch(
+        self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
+    ) -> _Launched:
+        from ...engine.milestones import Milestone
+        from ...kernels.transfer import begin_copy_to_host
+
         name = chunk.request_id
         if prompt is not None and destination is not None:
             self._prefiller.admit(name, prompt)
             self._hand_offs[name] = self._open(destination)
         hand_off = self._hand_offs[name]
-        with self._pulse.piece():
-            result = self._compute(chunk, hand_off)
-            wanted = result.logits is not None and self._rank == 0
-            logits = result.logits.cpu().numpy() if wanted and result.logits is not None else None
-            stages = result.stages
-        return RankResult(logits, stages, hand_off.failure)
+        result = self._compute(chunk, hand_off)
+        logits = None
+        if result.logits is not None and self._rank == 0:
+            logits = begin_copy_to_host(result.logits)
+        return _Launched(result, logits, Milestone.after_what_is_launched(self._device()), hand_off)
 
     def flush(self, request_id: str) -> str | None:
         """Return when all pages of a request have arrived, or why they did not.
@@ -208,8 +276,11 @@ class PrefillRank:
         self._prefiller.release(request_id)
 
     def _compute(self, chunk: Chunk, hand_off: "HandOff") -> "ChunkResult":
+        lead = max(1, min(math.ceil(_LEAD_SECONDS / self._layer_seconds), self._num_layers // 2))
         try:
-            return self._prefiller.run_chunk(chunk.request_id, chunk.start, chunk.end, hand_off)
+            return self._prefiller.run_chunk(
+                chunk.request_id, chunk.start, chunk.end, hand_off, layers_to_go=lead
+            )
         except OutOfMemoryError:
             self.release(chunk.request_id)
             raise

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,7 +12,14 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from ...engine.errors import LongreachError, OutOfMemoryError, TransferError, UnavailableError
+from ...engine.errors import (
+    LongreachError,
+    LostError,
+    NotUpError,
+    OutOfMemoryError,
+    TransferError,
+    UnavailableError,
+)
 from ...engine.messages import Prefilled, Progress
 from ...kernels.page_size import pages_for
 from .. import metrics
@@ -22,7 +30,7 @@ from ..nodes import metrics_of_node
 from ..settings import GangSettings
 from ..streams import beating
 from ..tasks import detached, forever
-from .gang import Gang
+from .gang import ChunkUnderWay, Gang
 from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
 from .speed import Speed
@@ -80,6 +88,7 @@ class PrefillReplica:
         self._jobs: dict[str, _Job] = {}
         self._leaving: list[str] = []
         self._handing_off: set[asyncio.Task[None]] = set()
+        self._finishing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._lost = False
         self._speed = Speed()
@@ -107,7 +116,7 @@ class PrefillReplica:
         the chunk that is being computed.
         """
         if self._lost:
-            raise UnavailableError(_LOST)
+            raise NotUpError(_LOST)
         job = _Job(order, ray.put(order.request.prompt), asyncio.Queue())
         self._jobs[job.name] = job
         following = detached(self._follow(job))
@@ -175,15 +184,44 @@ class PrefillReplica:
                 await self._wake.wait()
 
     async def _compute(self, chunk: Chunk) -> None:
+        """Begin a chunk; returns shortly before it is computed, when the next may be dealt out.
+
+        Whoever comes, or leaves, until then does so before the next chunk.
+        """
         job = self._jobs[chunk.request_id]
+        self._speed.begin()
+        under_way = self._begin(chunk, job)
+        self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
+        self._finishing.add_done_callback(self._lose_if_failed)
+        await asyncio.wait({under_way.nearly, self._finishing}, return_when=FIRST_COMPLETED)
+        if not (under_way.nearly.done() and under_way.nearly.result()):
+            # A rank failed: what that means, its results will say.
+            await asyncio.wait({self._finishing})
+
+    def _lose_if_failed(self, finishing: "asyncio.Task[None]") -> None:
+        error = None if finishing.cancelled() else finishing.exception()
+        if error is not None:
+            self._lose(error)
+
+    async def _finish(
+        self,
+        chunk: Chunk,
+        job: _Job,
+        computed: "asyncio.Future[list[RankResult]]",
+        before: "asyncio.Task[None] | None",
+    ) -> None:
+        """Say what came out of a chunk, after those before it."""
+        await asyncio.wait({computed} if before is None else {computed, before})
+        self._speed.end(0 if _has_failed(computed) else chunk.end - chunk.start)
         try:
-            with self._speed.computing(chunk.end - chunk.start):
-                results = await self._run_on_gang(chunk, job)
+            results = computed.result()
         except RayError as error:
-            self._out_of_memory(chunk, error)
+            self._failed(chunk, job, error)
             return
         self._count(chunk, results)
         self._report()
+        if self._jobs.get(chunk.request_id) is not job:
+            return  # Its request is over.
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
         failure = next((r.failure for r in results if r.failure is not None), None)
@@ -197,12 +235,12 @@ class PrefillReplica:
         else:
             job.events.put_nowait(Progress(chunk.end, job.total))
 
-    async def _run_on_gang(self, chunk: Chunk, job: _Job) -> list[RankResult]:
+    def _begin(self, chunk: Chunk, job: _Job) -> ChunkUnderWay:
         if job.began is not None:
-            return await self._gang.run_chunk(chunk)
+            return self._gang.begin_chunk(chunk)
         job.began = time.time()
         self._report()
-        return await self._gang.run_chunk(chunk, job.prompt, job.order.destination)
+        return self._gang.begin_chunk(chunk, job.prompt, job.order.destination)
 
     async def _hand_off(self, job: _Job, results: list[RankResult]) -> None:
         """Wait until all pages of a computed prompt have arrived, and say so."""
@@ -222,12 +260,13 @@ class PrefillReplica:
             self._sink.add(metrics.HANDOFF_FAILURES)
         self._end(job.name, TransferError(why))
 
-    def _out_of_memory(self, chunk: Chunk, error: RayError) -> None:
+    def _failed(self, chunk: Chunk, job: _Job, error: RayError) -> None:
         """End the one request that needed too much; raise if the gang cannot go on."""
         ours = as_ours(error)
         if not isinstance(ours, OutOfMemoryError):
             raise error
-        self._end(chunk.request_id, ours)
+        if self._jobs.get(chunk.request_id) is job:
+            self._end(chunk.request_id, ours)
         if self._gang.num_ranks > 1:
             # The others wait for this rank in a collective, and nothing calls them back.
             raise error
@@ -254,7 +293,7 @@ class PrefillReplica:
             self._sink.add(metrics.LOST)
         self._wake.set()
         for job in self._jobs.values():
-            job.events.put_nowait(UnavailableError(_LOST))
+            job.events.put_nowait(LostError(_LOST))
         self._gang.kill()
 
     def _report(self) -> None:
@@ -273,6 +312,10 @@ def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: 
         hand_off=hand_off,
         stages=job.stages,
     )
+
+
+def _has_failed(computed: "asyncio.Future[list[RankResult]]") -> bool:
+    return computed.cancelled() or computed.exception() is not None
 
 
 def _busy_seconds(result: RankResult) -> float:

@@ -2,7 +2,15 @@
 
 from .api import build_api, build_refusal
 from .generation import Backend
-from .limits import Access, IngressLimits
+from .limits import Access, IngressLimits, SignsOfLife
 from .middleware import read_api_keys
 
-__all__ = ["Access", "Backend", "IngressLimits", "build_api", "build_refusal", "read_api_keys"]
+__all__ = [
+    "Access",
+    "Backend",
+    "IngressLimits",
+    "SignsOfLife",
+    "build_api",
+    "build_refusal",
+    "read_api_keys",
+]

@@ -3,10 +3,11 @@
 import codecs
 import dataclasses
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
@@ -14,12 +15,17 @@ from openai.types.chat import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionMessage,
+    ChatCompletionMessageFunctionToolCall,
     ChatCompletionTokenLogprob,
 )
 from openai.types.chat.chat_completion import Choice as ChatChoice
 from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import (
+    ChoiceDelta,
+    ChoiceDeltaToolCall,
+    ChoiceDeltaToolCallFunction,
+)
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
@@ -29,9 +35,13 @@ from pydantic import BaseModel
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.messages import ChosenToken, Delta, Finished
 from ...engine.text.tokenizer import Tokenizer
+from .errors import RestError
+from .form import Form
 from .plan import Plan
+from .tool_calls import Arguments, CallBegun, Content, Piece, ToolCallReader
 
 FinishReason = Literal["stop", "length"]
+_NOTHING = Delta(0, "")
 
 
 class TokenTexts:
@@ -61,6 +71,12 @@ class TokenTexts:
         return self._raw.id_to_token(token_id) or f"<|unused_{token_id}|>"
 
 
+class _Failure(BaseModel):
+    """The last event of a stream that failed."""
+
+    error: dict[str, str | None]
+
+
 @dataclass
 class _Collected:
     """One choice of an answer that is sent whole."""
@@ -70,8 +86,10 @@ class _Collected:
     finish_reason: FinishReason = "stop"
 
 
-class AnswerFormat(ABC):
-    """Formats the answer to one HTTP request; chunks or whole, not both."""
+class AnswerForm(Form):
+    """Of the two older interfaces: choices, and chunks of them."""
+
+    end_of_stream = b"data: [DONE]\n\n"
 
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
         self._plan = plan
@@ -83,6 +101,8 @@ class AnswerFormat(ABC):
             "model": model_name,
         }
         self._collected: defaultdict[int, _Collected] = defaultdict(_Collected)
+        self._completion_tokens = 0
+        self._ended: set[int] = set()
 
     def collect(self, choice: int, delta: Delta) -> None:
         """Keep a part of an answer that will be sent whole."""
@@ -93,16 +113,55 @@ class AnswerFormat(ABC):
         if delta.finish_reason is not None:
             collected.finish_reason = _finish_reason(delta)
 
-    def chunk(self, choice: int, delta: Delta) -> BaseModel | None:
-        """One event of a stream, or None when the delta says nothing to a client."""
-        says_something = delta.text or delta.finish_reason
-        if not says_something and not (self._with_logprobs and delta.tokens):
-            return None
-        return self._chunk(choice, delta, self._chunk_common())
+    @property
+    def created(self) -> int:
+        """When, in seconds since 1970."""
+        return self._common["created"]
 
-    def usage_chunk(self, finished: Sequence[Finished]) -> BaseModel:
-        """The last event of a stream whose client asked for usage."""
-        return self._empty_chunk({**self._common, **self._closing(finished)})
+    def events(self, choice: int, delta: Delta) -> Sequence[BaseModel]:
+        """One, or none when the delta says nothing to a client."""
+        self._completion_tokens += len(delta.tokens)
+        if delta.finish_reason:
+            self._ended.add(choice)
+        words = self._words(choice, delta)
+        says_something = words or delta.finish_reason
+        if not says_something and not (self._with_logprobs and delta.tokens):
+            return ()
+        return (self._chunk(choice, delta, words, self._chunk_common()),)
+
+    def empty_events(self) -> Sequence[BaseModel]:
+        """One of a choice that goes on."""
+        return (self._chunk(self._going_on(), _NOTHING, {}, self._chunk_common()),)
+
+    def progress_events(self, processed: int, seconds: float) -> Sequence[BaseModel]:
+        """One, in llama.cpp's form."""
+        progress = {
+            "total": self._plan.prompt_tokens,
+            "cache": 0,
+            "processed": processed,
+            "time_ms": round(1000 * seconds),
+        }
+        common = {**self._chunk_common(), "prompt_progress": progress}
+        return (self._chunk(self._going_on(), _NOTHING, {}, common),)
+
+    def _going_on(self) -> int:
+        """The first choice that has not ended; the last, where all have."""
+        last = self._plan.total_choices - 1
+        return next((each for each in range(last) if each not in self._ended), last)
+
+    def ending(self, finished: Sequence[Finished]) -> Sequence[BaseModel]:
+        """Usage, where the client asked for it."""
+        if not self._plan.include_usage:
+            return ()
+        return (self._empty_chunk({**self._common, **self._closing(finished)}),)
+
+    def failure(self, error: RestError) -> Sequence[BaseModel]:
+        """As the body of a refusal."""
+        return (_Failure(**error.body),)
+
+    def usage(self, finished: Sequence[Finished]) -> CompletionUsage:
+        """Of the whole request."""
+        return self._usage(sum(one.completion_tokens for one in finished))
 
     def answer(self, finished: Sequence[Finished]) -> BaseModel:
         """The whole answer, from what was collected."""
@@ -111,7 +170,13 @@ class AnswerFormat(ABC):
         return self._answer(choices, common)
 
     @abstractmethod
-    def _chunk(self, choice: int, delta: Delta, common: dict[str, Any]) -> BaseModel: ...
+    def _words(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """The fields of a chunk that say what a delta does; none where it says nothing yet."""
+
+    @abstractmethod
+    def _chunk(
+        self, choice: int, delta: Delta, words: dict[str, Any], common: dict[str, Any]
+    ) -> BaseModel: ...
 
     @abstractmethod
     def _empty_chunk(self, common: dict[str, Any]) -> BaseModel: ...
@@ -122,39 +187,59 @@ class AnswerFormat(ABC):
     ) -> BaseModel: ...
 
     def _chunk_common(self) -> dict[str, Any]:
+        if self._plan.continuous_usage:
+            return {**self._common, "usage": self._usage(self._completion_tokens)}
         return {**self._common, "usage": None} if self._plan.include_usage else self._common
+
+    def _usage(self, completion_tokens: int) -> CompletionUsage:
+        prompt_tokens = self._plan.prompt_tokens
+        return CompletionUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        )
 
     def _closing(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """Usage, and where the time of each prompt went (an extension of OpenAI's shape)."""
-        completion_tokens = sum(one.completion_tokens for one in finished)
-        prompt_tokens = self._plan.prompt_tokens
         return {
-            "usage": CompletionUsage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
-                prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
-            ),
+            "usage": self.usage(finished),
             "longreach": {"timings": [dataclasses.asdict(one.timings) for one in finished]},
         }
 
 
-class ChatFormat(AnswerFormat):
+class ChatForm(AnswerForm):
     """`chat.completion` and `chat.completion.chunk`."""
 
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
         super().__init__(plan, model_name, texts)
         self._begun: set[int] = set()
+        self._calls = defaultdict(partial(ToolCallReader, plan.one_call))
 
-    def _chunk(self, choice: int, delta: Delta, common: dict[str, Any]) -> BaseModel:
-        words: dict[str, Any] = {"content": delta.text}
+    def _words(self, choice: int, delta: Delta) -> dict[str, Any]:
+        if not self._plan.calls_tools:
+            return {"content": delta.text} if delta.text else {}
+        reader = self._calls[choice]
+        pieces = reader.push(delta.text)
+        if delta.finish_reason:
+            pieces += reader.finish()
+        text, calls = _content_of(pieces), _call_deltas(pieces)
+        return {**({"content": text} if text else {}), **({"tool_calls": calls} if calls else {})}
+
+    def _chunk(
+        self, choice: int, delta: Delta, words: dict[str, Any], common: dict[str, Any]
+    ) -> BaseModel:
+        words = words or {"content": ""}
         if choice not in self._begun:
             self._begun.add(choice)
             words = {"role": "assistant", **words}
+        num_calls = self._calls[choice].num_calls
         content: dict[str, Any] = {
             "index": choice,
             "delta": ChoiceDelta(**words),
-            "finish_reason": _finish_reason(delta) if delta.finish_reason else None,
+            "finish_reason": _with_calls(_finish_reason(delta), num_calls)
+            if delta.finish_reason
+            else None,
         }
         if self._with_logprobs:
             content["logprobs"] = ChunkLogprobs(content=self._logprobs(delta.tokens))
@@ -178,10 +263,20 @@ class ChatFormat(AnswerFormat):
         logprobs = None
         if self._with_logprobs:
             logprobs = ChoiceLogprobs(content=self._logprobs(collected.tokens))
+        text = "".join(collected.text)
+        pieces: list[Piece] = [Content(text)]
+        if self._plan.calls_tools:
+            reader = ToolCallReader(self._plan.one_call)
+            pieces = reader.push(text) + reader.finish()
+        calls = _whole_calls(pieces)
+        text = _content_of(pieces)
+        words: dict[str, Any] = {"content": text}
+        if calls:
+            words = {"content": text or None, "tool_calls": calls}
         return ChatChoice(
             index=index,
-            message=ChatCompletionMessage(role="assistant", content="".join(collected.text)),
-            finish_reason=collected.finish_reason,
+            message=ChatCompletionMessage(role="assistant", **words),
+            finish_reason=_with_calls(collected.finish_reason, len(calls)),
             logprobs=logprobs,
         )
 
@@ -201,14 +296,19 @@ class ChatFormat(AnswerFormat):
         return {"token": self._texts.name(token_id), "bytes": data, "logprob": logprob}
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionForm(AnswerForm):
     """`text_completion`, whose chunks look like its answers."""
 
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
         super().__init__(plan, model_name, texts)
         self._offsets: defaultdict[int, _TextOffset] = defaultdict(_TextOffset)
 
-    def _chunk(self, choice: int, delta: Delta, common: dict[str, Any]) -> BaseModel:
+    def _words(self, choice: int, delta: Delta) -> dict[str, Any]:
+        return {"text": delta.text} if delta.text else {}
+
+    def _chunk(
+        self, choice: int, delta: Delta, words: dict[str, Any], common: dict[str, Any]
+    ) -> BaseModel:
         # The type does not know that chunks before the last have no reason to finish.
         reason = cast(FinishReason, _finish_reason(delta) if delta.finish_reason else None)
         content = CompletionChoice.model_construct(
@@ -271,6 +371,44 @@ class _TextOffset:
         begins = self._characters
         self._characters += len(self._decoder.decode(data))
         return begins
+
+
+def _content_of(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, Content))
+
+
+def _call_deltas(pieces: Iterable[Piece]) -> list[ChoiceDeltaToolCall]:
+    """What pieces add to the calls of an answer, each call once."""
+    calls: dict[int, ChoiceDeltaToolCall] = {}
+    for piece in pieces:
+        match piece:
+            case CallBegun(index=index, id=name, name=function):
+                calls[index] = ChoiceDeltaToolCall(
+                    index=index,
+                    id=name,
+                    type="function",
+                    function=ChoiceDeltaToolCallFunction(name=function, arguments=""),
+                )
+            case Arguments(index=index, text=text):
+                if index not in calls:
+                    more = ChoiceDeltaToolCallFunction(arguments="")
+                    calls[index] = ChoiceDeltaToolCall(index=index, function=more)
+                function = calls[index].function
+                assert function is not None
+                function.arguments = f"{function.arguments}{text}"
+    return list(calls.values())
+
+
+def _whole_calls(pieces: Iterable[Piece]) -> list[ChatCompletionMessageFunctionToolCall]:
+    return [
+        ChatCompletionMessageFunctionToolCall.model_validate(call.model_dump(exclude={"index"}))
+        for call in _call_deltas(pieces)
+    ]
+
+
+def _with_calls(reason: FinishReason, num_calls: int) -> Literal["stop", "length", "tool_calls"]:
+    """Why a choice ended that has so many calls in it."""
+    return "tool_calls" if reason == "stop" and num_calls else reason
 
 
 def _finish_reason(delta: Delta) -> FinishReason:

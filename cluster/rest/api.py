@@ -1,40 +1,58 @@
 """The HTTP application: which path does what."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import openai.types
 from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse, Response
+from openai.types import Model
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Mount
+from starlette.routing import Match, Mount
 
 from ...engine.errors import LongreachError
 from ...engine.text.tokenizer import Tokenizer
 from .. import metrics
 from ..metrics import Metrics
-from .answers import AnswerFormat, ChatFormat, CompletionFormat, TokenTexts
+from . import openapi
+from .answers import ChatForm, CompletionForm, TokenTexts
 from .bodies import Bodies
+from .encodings import Inflater
 from .errors import RestError, as_rest_error, shown, unavailable
+from .form import Form
 from .generation import Backend
 from .limits import OPEN, Access, IngressLimits
 from .meter import Meter, Running
-from .middleware import ApiKeys, BodyLimit, Doors, Failures, Options, RequestIds, request_id_of
-from .plan import check_model
+from .middleware import (
+    ApiKeys,
+    BodyLimit,
+    Doors,
+    Failures,
+    Options,
+    RequestIds,
+    check_media_type,
+    request_id_of,
+)
+from .plan import Plan, check_model
 from .reader import Kind, Readers
-from .response import AnswerResponse
+from .response import MAX_TOKENS_HEADER, AnswerResponse
+from .responses_form import ResponsesForm
 
-OPEN_PATHS = ("/health", "/ready", "/version", "/metrics")
+OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs")
 """These need no API key."""
 
-_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+# Headers of ours that pages may read.
+_EXPOSED = ("x-request-id", "retry-after", MAX_TOKENS_HEADER)
+_METHODS = ("GET", "HEAD", "POST")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's word for it, in access logs
 
 
@@ -68,10 +86,18 @@ def build_api(
                 allow_origins=access.origins,
                 allow_methods=_METHODS,
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"],
+                allow_private_network=True,
+                expose_headers=_EXPOSED,
             )
         )
-    middleware.append(Middleware(Options, methods=_METHODS))
+
+    def methods_of(path: str) -> list[str]:
+        scope = {"type": "http", "method": "GET", "path": path}
+        known = [route for route in api.routes if route.matches(scope)[0] != Match.NONE]
+        found = [method for route in known for method in getattr(route, "methods", None) or ()]
+        return sorted(set(found)) or [*_METHODS]
+
+    middleware.append(Middleware(Options, methods_of=methods_of))
     if access.api_keys:
         middleware.append(Middleware(ApiKeys, keys=access.api_keys, open_paths=OPEN_PATHS))
     middleware.append(
@@ -79,9 +105,9 @@ def build_api(
     )
     api = FastAPI(
         title="Longreach",
+        version=version("longreach"),
         middleware=middleware,
-        # Bodies are parsed by hand, so a generated page would say nothing about them.
-        openapi_url=None,
+        openapi_url=None,  # described by ourselves: see `openapi`
         exception_handlers={
             RestError: _answer_error,
             LongreachError: _answer_error,
@@ -90,24 +116,40 @@ def build_api(
         },
     )
     endpoints = _Endpoints(limits, tokenizer, backend, sink)
-    api.post("/v1/chat/completions")(endpoints.chat)
-    api.post("/v1/completions")(endpoints.completion)
-    api.post("/tokenize")(endpoints.tokenize)
-    api.post("/detokenize")(endpoints.detokenize)
-    api.get("/v1/models")(endpoints.models)
-    api.get("/v1/models/{name:path}")(endpoints.model)
-    for path, answer in (
-        ("/health", endpoints.health),
-        ("/ready", endpoints.ready),
-        ("/version", endpoints.version),
-    ):
-        api.api_route(path, methods=["GET", "HEAD"])(answer)
+    api.post("/v1/chat/completions", **openapi.CHAT)(endpoints.chat)
+    api.post("/v1/completions", **openapi.COMPLETION)(endpoints.completion)
+    api.post("/v1/responses", **openapi.RESPONSES)(endpoints.responses)
+    api.post("/tokenize", **openapi.TOKENIZE)(endpoints.tokenize)
+    api.post("/detokenize", **openapi.DETOKENIZE)(endpoints.detokenize)
 
-    @api.get("/metrics")
+    def get(path: str, answer: Callable[..., Any], **documented: Any) -> None:
+        api.get(path, **documented)(answer)
+        api.head(path, include_in_schema=False)(answer)
+
+    get("/v1/models", endpoints.models, **openapi.MODELS)
+    get("/v1/models/{name:path}", endpoints.model, **openapi.MODEL)
+    get("/health", endpoints.health, **openapi.STATUS)
+    get("/ready", endpoints.ready, **openapi.STATUS)
+    get("/version", endpoints.version, **openapi.VERSION)
+
     async def scrape() -> Response:
         text = await asyncio.to_thread(render_metrics)
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
+    @cache
+    def described() -> bytes:
+        keyed = bool(access.api_keys)
+        return json.dumps(openapi.describe(api, limits, tokenizer.vocab_size, keyed)).encode()
+
+    async def description() -> Response:
+        return Response(await asyncio.to_thread(described), media_type="application/json")
+
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="openapi.json", title="Longreach")
+
+    get("/metrics", scrape, include_in_schema=False)
+    get("/openapi.json", description, include_in_schema=False)
+    get("/docs", docs, include_in_schema=False)
     return api
 
 
@@ -133,6 +175,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return RestError(error.status_code, what, headers=error.headers or {}).response()
 
 
+_MakeForm = Callable[[Plan, str, TokenTexts], Form]
+
+
 class _Endpoints:
     def __init__(
         self, limits: IngressLimits, tokenizer: Tokenizer, backend: Backend, sink: Metrics
@@ -147,10 +192,13 @@ class _Endpoints:
         self._running = Running(sink)
 
     async def chat(self, request: Request) -> Response:
-        return await self._generate(request, "chat", ChatFormat)
+        return await self._generate(request, "chat", ChatForm)
 
     async def completion(self, request: Request) -> Response:
-        return await self._generate(request, "completion", CompletionFormat)
+        return await self._generate(request, "completion", CompletionForm)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._generate(request, "responses", ResponsesForm)
 
     async def tokenize(self, request: Request) -> Response:
         return Response(await self._read(request, "tokenize"), media_type="application/json")
@@ -177,7 +225,9 @@ class _Endpoints:
     async def version(self) -> Response:
         return JSONResponse({"version": version("longreach")})
 
-    async def _generate(self, request: Request, kind: Kind, form: type[AnswerFormat]) -> Response:
+    async def _generate(
+        self, request: Request, kind: Kind, form: Callable[[Plan, str, TokenTexts], Form]
+    ) -> Response:
         try:
             plan = await self._read(request, kind)
         except (ClientDisconnect, asyncio.CancelledError):
@@ -193,24 +243,28 @@ class _Endpoints:
             plan,
             form(plan, self._limits.model_name, self._texts),
             Meter(self._sink, self._running, plan),
-            self._limits.progress_seconds,
+            self._limits.signs_of_life,
         )
 
     async def _read(self, request: Request, kind: Kind) -> Any:
         """What `Reader`'s method of that name makes of the body."""
         arrived = time.time()
-        async with self._bodies.of(request) as body:
+        check_media_type(request.headers)
+        encoding = request.headers.get("content-encoding", "")
+        inflater = Inflater.of(encoding, self._limits.max_body_bytes)
+        async with self._bodies.of(request, inflater) as body:
             request_id = request_id_of(request.scope)
             return await self._readers.read(kind, body.parts, request_id, arrived)
 
     def _model(self) -> dict[str, Any]:
-        model = openai.types.Model.model_validate(
+        model = Model.model_validate(
             {
                 "id": self._limits.model_name,
                 "object": "model",
                 "created": self._started,
                 "owned_by": "longreach",
                 "max_model_len": self._limits.max_model_len,
+                "max_output_tokens": self._limits.max_output_tokens,
             }
         )
         return model.model_dump(exclude_unset=True)

@@ -11,6 +11,7 @@ from ...engine.errors import (
     InvalidRequestError,
     LongreachError,
     OutOfPagesError,
+    PoisonousError,
     PromptTooLongError,
     QueueFullError,
     innermost,
@@ -18,6 +19,9 @@ from ...engine.errors import (
 from ..remedies import remedied
 
 logger = logging.getLogger(__name__)
+
+INCONSISTENT = "inconsistent_parameters"
+"""Code of what is refused because of several fields together, each of which is well by itself."""
 
 BUSY_SECONDS = 5
 """After which a client may try again, where nothing says better."""
@@ -119,6 +123,11 @@ def as_rest_error(error: BaseException, request_id: str = "") -> RestError:
             return busy(str(error), "queue_full", error.retry_after)
         case OutOfPagesError():
             return busy(f"{error}; try again later")
+        case PoisonousError():
+            logger.error("request %s ended: %s", request_id, error)
+            # Clients that know the header do not send it again by themselves.
+            headers = {"x-should-retry": "false"}
+            return RestError(500, str(error), "server_error", code="poisonous", headers=headers)
         case LongreachError():
             logger.warning("request %s ended: %s", request_id, error)
             return unavailable(str(error))

@@ -19,8 +19,28 @@ OPEN = Access()
 
 
 @dataclass(frozen=True)
+class SignsOfLife:
+    """What a client that waits gets meanwhile, and with it whatever stands in between; in seconds.
+
+    A stream gets a comment with the progress after so much silence, which clients skip, and after
+    `empty_delta_seconds` without an event an event that says nothing, for gateways that swallow
+    comments. Before an answer that is not streamed comes white space, every `white_space_seconds`;
+    its status is sent with the first. None for neither.
+    """
+
+    progress_seconds: float
+    empty_delta_seconds: float | None = None
+    white_space_seconds: float | None = None
+
+    @property
+    def silence(self) -> float:
+        """The longest of a stream."""
+        return min(self.progress_seconds, self.empty_delta_seconds or self.progress_seconds)
+
+
+@dataclass(frozen=True)
 class IngressLimits:
-    """`progress_seconds` is how long a stream may stay silent before a progress comment.
+    """`clamp_max_tokens`: who asks for more tokens than there may be gets as many as may be.
 
     `receive_seconds` is how long a client may take to send a request.
     """
@@ -28,8 +48,9 @@ class IngressLimits:
     model_name: str
     max_model_len: int
     max_output_tokens: int
+    clamp_max_tokens: bool
     max_body_bytes: int
     max_choices: int
     max_logprobs: int
-    progress_seconds: float
     receive_seconds: float
+    signs_of_life: SignsOfLife

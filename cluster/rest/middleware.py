@@ -6,7 +6,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...engine.errors import ConfigurationError
+from .encodings import too_large
 from .errors import RestError, as_rest_error, shown
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -41,9 +42,14 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
+def is_fit_request_id(given: str) -> bool:
+    """Whether a client's id of a request is fit for headers and logs."""
+    return _REQUEST_ID.fullmatch(given) is not None
+
+
 def fit_request_id(given: str) -> str:
     """A client's `x-request-id` where it is fit for headers and logs, else a new one."""
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if is_fit_request_id(given) else uuid.uuid4().hex
 
 
 def request_id_of(scope: Scope) -> str:
@@ -108,8 +114,8 @@ class Failures:
 class Doors:
     """Refuses what a web page of somebody else may send to a server on this machine.
 
-    A page can post what it likes to any address as long as it calls it plain text, and reach a
-    local server under a name of its own (DNS rebinding).
+    A page can reach a local server under a name of its own (DNS rebinding). What it can post to any
+    address as long as it calls it plain text is refused by `check_media_type`.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
@@ -142,13 +148,6 @@ class Doors:
                 "permission_error",
                 code="origin_not_allowed",
             )
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and media_type != "application/json":
-            return RestError(
-                415,
-                "the body must be JSON; send 'Content-Type: application/json'",
-                code="unsupported_media_type",
-            )
         return None
 
     def _is_known(self, origin: str, host: str) -> bool:
@@ -156,16 +155,32 @@ class Doors:
         return own or origin in self._origins or "*" in self._origins
 
 
-class Options:
-    """Answers OPTIONS of any path, `*` included: the methods of all."""
+def check_media_type(headers: Headers) -> None:
+    """Refuse a body that is not called JSON, before it is looked at."""
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise RestError(
+            415,
+            "the body must be JSON; send 'Content-Type: application/json'",
+            code="unsupported_media_type",
+        )
 
-    def __init__(self, app: ASGIApp, methods: Sequence[str]) -> None:
+
+class Options:
+    """Answers OPTIONS of any path, `*` included, with its methods.
+
+    Args:
+        methods_of: a path has.
+    """
+
+    def __init__(self, app: ASGIApp, methods_of: Callable[[str], Sequence[str]]) -> None:
         self._app = app
-        self._allow = ", ".join(methods)
+        self._methods_of = methods_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            await Response(status_code=204, headers={"Allow": self._allow})(scope, receive, send)
+            allow = ", ".join([*self._methods_of(scope["path"]), "OPTIONS"])
+            await Response(status_code=204, headers={"Allow": allow})(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -236,7 +251,7 @@ class BodyLimit:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._seconds):
                         await self._discard(receive, 0)
-            await self._too_large().response()(scope, receive, send)
+            await too_large(self._max_bytes).response()(scope, receive, send)
             return
         read, whole = 0, False
 
@@ -254,7 +269,7 @@ class BodyLimit:
             except TimeoutError:
                 raise self._too_slow() from None
             if read > self._max_bytes:
-                raise self._too_large()
+                raise too_large(self._max_bytes)
             return message
 
         await self._app(scope, receive_within_limit, send)
@@ -266,13 +281,6 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             more = message.get("more_body", False)
-
-    def _too_large(self) -> RestError:
-        return RestError(
-            413,
-            f"the body is larger than {self._max_bytes} bytes, the most that is read",
-            code="body_too_large",
-        )
 
     def _too_slow(self) -> RestError:
         return RestError(

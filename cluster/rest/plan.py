@@ -3,17 +3,18 @@
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ...engine.errors import InvalidRequestError
 from ...engine.messages import GenerationRequest, SamplingParameters, Tokens
-from ...engine.text.tokenizer import Tokenizer
-from .errors import RestError, invalid, shown
+from ...engine.text.tokenizer import Tokenizer, Writing
+from .errors import INCONSISTENT, RestError, invalid, shown
 from .limits import IngressLimits
-from .schemas import ChatBody, CompletionBody, GenerationBody, Message, Prompt
+from .middleware import is_fit_request_id
+from .schemas import ChatBody, CompletionBody, GenerationBody, Message, Prompt, StreamOptions
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,13 @@ class Plan:
     """One HTTP request's work: a request to the engine for each prompt, and how to answer.
 
     The answer's choice index is prompt index × `choices` + the engine's choice. `request_id` is
-    what the client and the logs call it, and a part of the engine's ids.
+    what the client and the logs call it.
+
+    `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
+    events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
+    `held_by`: the field that answers are held to a form by. `calls_tools`: an answer may have calls
+    of tools in it, one at most where `one_call`. `repeated`: what the answer repeats of the
+    request, where its form does that.
     """
 
     answer_id: str
@@ -31,6 +38,18 @@ class Plan:
     choices: int
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    return_progress: bool
+    clamped_to: int | None
+    held_by: str | None
+    calls_tools: bool = False
+    one_call: bool = False
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def grammar(self) -> str | None:
+        """What answers must match."""
+        return self.requests[0].sampling.grammar
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,6 +86,15 @@ def _blamed_on(param: str) -> Iterator[None]:
         raise invalid(str(error), param, "invalid_value") from error
 
 
+def _held_to(body: GenerationBody) -> tuple[str, str] | tuple[None, None]:
+    """The field that answers are held by, and its grammar."""
+    held_to = body.held_to()
+    if len(held_to) > 1:
+        first, second, *_ = held_to
+        raise invalid(f"{first} and {second}: an answer has one form", second, "invalid_value")
+    return next(iter(held_to.items()), (None, None))
+
+
 def check_model(name: str, served: str) -> None:
     """Refuse a model that is not served here."""
     if name != served:
@@ -101,8 +129,9 @@ class Planner:
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = _Asked.of_chat(body)
         self._check_limits(body, 1, top_logprobs, asked)
-        prompt = self.encode_chat(body.messages, True, self._limits.max_model_len)
-        return self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
+        prompt = self.encode_chat(body.messages, body.writing, self._limits.max_model_len)
+        plan = self._plan("chatcmpl", body, [prompt], top_logprobs, asked, request_id, arrived)
+        return replace(plan, calls_tools=bool(body.offered), one_call=body.one_call)
 
     def completion(self, body: CompletionBody, request_id: str, arrived: float) -> Plan:
         """A completion has one prompt or several."""
@@ -134,15 +163,17 @@ class Planner:
             )
         return np.array(prompt, dtype=np.int32)
 
-    def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool, most: int
-    ) -> Tokens:
+    def encode_chat(self, messages: Sequence[Message], writing: Writing, most: int) -> Tokens:
         """Ids of a chat, int32 [tokens]; of more than `most`, as in `encode`."""
         least = sum(self._tokenizer.least_tokens(message.content) for message in messages)
         self._check_size(least, "messages", most)
+        with _blamed_on("chat_template_kwargs"):
+            self._tokenizer.check_variables(writing.variables)
+        if writing.tools and not self._tokenizer.takes_tools:
+            raise invalid("the model's chat template has no place for tools", "tools")
         with _blamed_on("messages"):
             tokens = self._tokenizer.encode_chat(
-                [message.for_template for message in messages], add_generation_prompt, most
+                [message.for_template for message in messages], writing, most
             )
         return self._whole(tokens, "messages", most)
 
@@ -175,7 +206,7 @@ class Planner:
                 f"{prompts} prompts with n = {body.n or 1} are {choices} answers; "
                 f"at most {limits.max_choices} are served at once",
                 "prompt" if several else "n",
-                "invalid_value",
+                INCONSISTENT,
             )
         if top_logprobs is not None and top_logprobs > limits.max_logprobs:
             name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
@@ -184,7 +215,8 @@ class Planner:
                 name,
                 "invalid_value",
             )
-        if asked.tokens is not None and asked.tokens > limits.max_output_tokens:
+        too_many = asked.tokens is not None and asked.tokens > limits.max_output_tokens
+        if too_many and not limits.clamp_max_tokens:
             raise invalid(
                 f"{asked.param}: at most {limits.max_output_tokens} are generated for one answer, "
                 f"not {asked.tokens}",
@@ -202,21 +234,26 @@ class Planner:
         request_id: str,
         arrived: float,
     ) -> Plan:
+        options = body.stream_options or StreamOptions()
         # Clients may send one x-request-id twice, and the engine's ids must differ.
-        answer_id = f"{kind}-{request_id}-{uuid.uuid4().hex[:8]}"
-        shared = self._sampling(body, top_logprobs)
+        called = body.request_id if is_fit_request_id(body.request_id or "") else request_id
+        answer_id = f"{kind}-{called}-{uuid.uuid4().hex[:8]}"
+        held_by, grammar = _held_to(body)
+        shared = {**self._sampling(body, top_logprobs), "grammar": grammar}
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         requests = tuple(
             GenerationRequest(
                 request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
                 prompt=prompt,
                 sampling=SamplingParameters(
-                    max_tokens=self._max_tokens(len(prompt), asked, param), **shared
+                    max_tokens=self._max_tokens(len(prompt), asked, param, body.min_tokens or 0),
+                    **shared,
                 ),
                 arrived=arrived,
             )
             for index, prompt in enumerate(prompts)
         )
+        shortest = min(request.sampling.max_tokens for request in requests)
         return Plan(
             answer_id=answer_id,
             request_id=request_id,
@@ -224,21 +261,39 @@ class Planner:
             requests=requests,
             choices=body.n or 1,
             stream=bool(body.stream),
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            include_usage=bool(options.include_usage),
+            continuous_usage=bool(options.continuous_usage_stats),
+            return_progress=bool(body.return_progress),
+            clamped_to=shortest if shortest < (asked.tokens or 0) else None,
+            held_by=held_by,
         )
 
-    def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str) -> int:
-        """What was asked for if it fits, else as many as fit."""
+    def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str, least: int) -> int:
+        """What was asked for, or as many as there may be.
+
+        Args:
+            param: that holds the prompt.
+            least: tokens that are asked for as well.
+        """
         if prompt_tokens == 0:
             raise invalid("the prompt is empty; send at least one token", param, "empty_prompt")
         room = self._limits.max_model_len - prompt_tokens
-        if room < (asked.tokens or 1):
+        needed = 1 if self._limits.clamp_max_tokens else asked.tokens or 1
+        if room < needed:
             has, remedy = f"{prompt_tokens} tokens", "shorten the prompt"
             if asked.tokens:
                 has += f" and {asked.tokens} more were asked for"
                 remedy += f" or lower {asked.param}" if room > 0 else ""
             raise self._too_long(has, param, remedy)
-        return asked.tokens or min(self._limits.max_output_tokens, room)
+        allowed = min(self._limits.max_output_tokens, room)
+        most = min(asked.tokens or allowed, allowed)
+        if least > most:
+            raise invalid(
+                f"min_tokens: at most {most} are generated here, so not {least} at least",
+                "min_tokens",
+                INCONSISTENT,
+            )
+        return most
 
     def _sampling(self, body: GenerationBody, top_logprobs: int | None) -> dict[str, Any]:
         given: Mapping[str, Any] = {
@@ -254,6 +309,7 @@ class Planner:
             "stop": None if body.stop is None else tuple(body.stop),
             "stop_token_ids": self._stop_token_ids(body.stop_token_ids),
             "ignore_eos": body.ignore_eos,
+            "min_tokens": body.min_tokens,
             "top_logprobs": top_logprobs,
             "choices": body.n,
         }

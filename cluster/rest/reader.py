@@ -8,26 +8,23 @@ one after the other. That process gives its memory back by ending.
 import asyncio
 import json
 import logging
-import os
-import pickle
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
-from ...engine.errors import LongreachError, UnavailableError
+from ...engine.errors import UnavailableError
+from ...engine.messages import Tokens
 from ...engine.text.tokenizer import Tokenizer
+from . import child
 from .errors import RestError, invalid
+from .grammar_check import GrammarCheck
 from .limits import IngressLimits
 from .plan import Plan, Planner
-from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from .responses import ResponsesBody, in_its_words
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, checked, parse
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +40,12 @@ _OTHER_VALUES = 1 << 14
 # A text may be counted that is longer than what is served, but not any number of times.
 _COUNTED_LENGTHS = 2
 
-Kind = Literal["chat", "completion", "tokenize", "detokenize"]
+Kind = Literal["chat", "completion", "responses", "tokenize", "detokenize"]
 _BLOCK_BYTES = 1 << 18
 _LISTS: dict[Kind, str] = {
     "chat": "messages",
     "completion": "prompt",
+    "responses": "input",
     "tokenize": "messages",
     "detokenize": "tokens",
 }
@@ -70,6 +68,7 @@ class Reader:
         self._most_values: dict[Kind, int] = {
             "chat": 4 * longest,
             "completion": limits.max_choices * longest,
+            "responses": 8 * longest,
             "tokenize": 4 * longest,
             "detokenize": longest,
         }
@@ -84,6 +83,19 @@ class Reader:
         self._check_count("completion", body)
         return self._planner.completion(parse(CompletionBody, body), request_id, arrived)
 
+    def responses(self, body: bytes, request_id: str, arrived: float) -> Plan:
+        """The plan of a response: that of the chat that it stands for."""
+        self._check_count("responses", body)
+        asked = parse(ResponsesBody, body)
+        try:
+            plan = self._planner.chat(checked(ChatBody, asked.as_chat), request_id, arrived)
+        except RestError as error:
+            error.param = in_its_words(error.param)
+            raise
+        answer_id = plan.answer_id.replace("chatcmpl-", "resp_", 1)
+        held_by = in_its_words(plan.held_by)
+        return replace(plan, answer_id=answer_id, held_by=held_by, repeated=asked.repeated)
+
     def tokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
         """The answer to `/tokenize`, as JSON."""
         self._check_count("tokenize", body)
@@ -93,15 +105,18 @@ class Reader:
         if asked.messages is None:
             tokens = self._planner.encode(asked.prompt or "", "prompt", most)
         else:
-            prompted = asked.add_generation_prompt is not False
-            tokens = self._planner.encode_chat(asked.messages, prompted, most)
+            tokens = self._planner.encode_chat(asked.messages, asked.writing, most)
         answer = {
             "count": len(tokens),
             "max_model_len": self._limits.max_model_len,
             "tokens": tokens.tolist(),
-            "token_strs": None,
+            "token_strs": self._names(tokens) if asked.return_token_strs else None,
         }
         return json.dumps(answer).encode()
+
+    def _names(self, tokens: Tokens) -> list[str | None]:
+        """Tokens as the vocabulary spells them."""
+        return [self._tokenizer.raw.id_to_token(token) for token in tokens.tolist()]
 
     def detokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
         """The answer to `/detokenize`, as JSON."""
@@ -153,7 +168,9 @@ class Readers:
         self._reader = Reader(limits, tokenizer)
         self._small = ThreadPoolExecutor(_SMALL_AT_ONCE, "read-small")
         self._large = ThreadPoolExecutor(1, "read-large")
-        self._process = _ReaderProcess(limits, tokenizer.folder)
+        setup = (limits, tokenizer.folder)
+        self._process = child.ChildProcess(__name__, setup, _READ_SECONDS)
+        self._grammars = GrammarCheck(tokenizer.folder)
 
     async def read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
         """What the method of `Reader` of that name makes of a body.
@@ -162,104 +179,43 @@ class Readers:
             RestError: as that method does.
             UnavailableError: the body took too long to read, or too much memory.
         """
+        done = await self._read(kind, parts, request_id, arrived)
+        if isinstance(done, Plan) and done.grammar is not None:
+            await self._grammars.check(done.grammar, done.held_by or "")
+        return done
+
+    async def _read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
         loop = asyncio.get_running_loop()
         if sum(map(len, parts)) > LARGE_BYTES:
             job = (kind, parts, request_id, arrived)
-            return await loop.run_in_executor(self._large, self._process.do, *job)
+            return await loop.run_in_executor(self._large, self._read_large, *job)
         read = getattr(self._reader, kind)
         return await loop.run_in_executor(self._small, read, b"".join(parts), request_id, arrived)
+
+    def _read_large(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
+        try:
+            return self._process.do(kind, parts, request_id, arrived)
+        except child.ChildDiedError as error:
+            logger.error("request %s: the process that read its body died", request_id)
+            raise UnavailableError(
+                "the body could not be read: it took too long or too much memory"
+            ) from error
 
     def warm_up(self) -> None:
         """Start the other process, if it is not up, without waiting for it."""
         self._large.submit(self._process.start)
 
 
-class _ReaderProcess:
-    """The other process, started when it is needed; used from one thread.
-
-    It ends when this one does: its standard input is closed then.
-    """
-
-    def __init__(self, limits: IngressLimits, folder: Path) -> None:
-        self._setup = (limits, folder)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> "subprocess.Popen[bytes]":
-        """The process, which may still be loading the tokenizer."""
-        if self._process is None or self._process.poll() is not None:
-            # It must find the packages that this process found, however that was set up.
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-            )
-            _put(self._process.stdin, self._setup)
-        return self._process
-
-    def do(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
-        process = self.start()
-        goes_on = False
-        too_long = threading.Timer(_READ_SECONDS, process.kill)
-        too_long.start()
-        try:
-            _put(process.stdin, (kind, parts, request_id, arrived))
-            outcome, goes_on = pickle.load(cast(IO[bytes], process.stdout))
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            logger.error("request %s: the process that read its body died", request_id)
-            raise UnavailableError(
-                "the body could not be read: it took too long or too much memory"
-            ) from error
-        finally:
-            too_long.cancel()
-            if not goes_on:
-                self._replace()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    def _replace(self) -> None:
-        """End the process, whose memory goes back, and start the next one."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        self._process = None
-        self.start()
-
-
-def _put(pipe: IO[bytes] | None, value: object) -> None:
-    assert pipe is not None
-    pickle.dump(value, pipe)
-    pipe.flush()
-
-
-def _outcome(
-    reader: Reader, kind: Kind, parts: list[bytes], request_id: str, arrived: float
-) -> Any:
-    """What a job returned, or what it raised, fit to travel."""
-    try:
-        return getattr(reader, kind)(b"".join(parts), request_id, arrived)
-    except (RestError, LongreachError) as error:
-        return error
-    except Exception:
-        return RuntimeError(traceback.format_exc())
-
-
 def serve() -> None:
     """Read bodies from standard input until it is closed."""
-    # Ctrl-C is for whoever started us, and closes our input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not come between answers
-    limits, folder = pickle.load(sys.stdin.buffer)
+    child.serve(_begin, _MOST_RESIDENT_BYTES)
+
+
+def _begin(setup: tuple[IngressLimits, Path]) -> child.Work:
+    limits, folder = setup
     reader = Reader(limits, Tokenizer(folder))
-    while True:
-        try:
-            job = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        outcome = _outcome(reader, *job)
-        grown_to = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        _put(answers, (outcome, grown_to <= _MOST_RESIDENT_BYTES))
-        del job, outcome
+
+    def read(kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
+        return getattr(reader, kind)(b"".join(parts), request_id, arrived)
+
+    return read

@@ -8,6 +8,7 @@ from ..errors import GenerationError
 from ..kv.hand_off import Place
 from ..kv.pages import Pages
 from ..messages import Delta, GenerationRequest
+from .grammar import Constraint
 from .sampler import Logits
 
 Output = tuple[str, Delta | GenerationError]
@@ -60,6 +61,14 @@ class DecodeEngine(ABC):
         """
 
     @abstractmethod
+    def prepare(self, request: GenerationRequest) -> Constraint | None:
+        """Compile what a request's answers are held to, if anything. On any thread; takes long.
+
+        Raises:
+            GrammarError: the grammar cannot be compiled.
+        """
+
+    @abstractmethod
     def reserve(self, request: GenerationRequest) -> None:
         """Allocate the pages of the whole prompt, and of everything that may be generated.
 
@@ -79,11 +88,14 @@ class DecodeEngine(ABC):
         """
 
     @abstractmethod
-    def start(self, request_id: str, logits: Logits) -> list[Output]:
+    def start(
+        self, request_id: str, logits: Logits, constraint: Constraint | None = None
+    ) -> list[Output]:
         """Let every choice of a request, whose pages are all there, join the batch.
 
         Args:
             logits: after the prompt's last token, [vocab] float32.
+            constraint: what `prepare` made of the request; choices go on from copies.
 
         Returns:
             the first token of each choice for which there is room in the batch; the others wait

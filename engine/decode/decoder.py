@@ -6,7 +6,8 @@ choice is finished, when its pages go back.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ...kernels.pages import BlockTable
 from ..errors import (
     CacheTooSmallError,
     GenerationError,
+    GrammarError,
     InvalidRequestError,
     OutOfMemoryError,
     ReceiveOutOfMemoryError,
@@ -27,15 +29,17 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest
+from ..messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
+from .grammar import Constraint, GrammarCompiler
 from .make_step import make_step
-from .sampler import Logits, Sampler, fresh_seed
+from .sampler import Logits, Sampler
 from .step import DecodeStep, Outcome, StepRow
 
 _NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
+_MASK_THREADS = 2
 
 
 @dataclass(eq=False)
@@ -51,7 +55,9 @@ class _Sequence:
     length: int
     sampler: Sampler
     detokenizer: Detokenizer
+    constraint: Constraint | None
     prompt_logits: Logits
+    replayed: tuple[int, ...]
     next_token: int = -1
     num_generated: int = 0
 
@@ -100,6 +106,9 @@ class Decoder(DecodeEngine):
         self._token_bytes = token_bytes
         self._max_batch = max_batch
         self._step = step or make_step(model, pool, max_batch)
+        config = model.config
+        self._grammars = GrammarCompiler(token_bytes, config.vocab_size, config.eos_token_ids)
+        self._mask_threads = ThreadPoolExecutor(_MASK_THREADS, "mask")
         self._reservations: dict[str, _Reservation] = {}
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
@@ -137,6 +146,10 @@ class Decoder(DecodeEngine):
         if needed > self._pool.num_pages:
             total = self._pool.num_pages * PAGE_TOKENS
             raise CacheTooSmallError("decode", needed * PAGE_TOKENS, total)
+
+    def prepare(self, request: GenerationRequest) -> Constraint | None:
+        grammar = request.sampling.grammar
+        return None if grammar is None else self._grammars.compile(grammar)
 
     @torch.inference_mode()
     def reserve(self, request: GenerationRequest) -> None:
@@ -176,7 +189,9 @@ class Decoder(DecodeEngine):
                 raise RefusedPagesError(request_id, str(place), error) from error
 
     @torch.inference_mode()
-    def start(self, request_id: str, logits: Logits) -> list[Output]:
+    def start(
+        self, request_id: str, logits: Logits, constraint: Constraint | None = None
+    ) -> list[Output]:
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
@@ -186,7 +201,7 @@ class Decoder(DecodeEngine):
                 self._copy_last_prompt_page(reservation)
         except OutOfMemoryError as error:
             return [self._give_up(request_id, error)]
-        reservation.sequences = self._make_sequences(reservation, logits)
+        reservation.sequences = self._make_sequences(reservation, logits, constraint)
         self._waiting.extend(reservation.sequences)
         return self._fill_batch()
 
@@ -196,6 +211,10 @@ class Decoder(DecodeEngine):
         if not self._running:
             return outputs
         batch = list(self._running)
+        for sequence in batch:
+            if sequence.constraint is not None:
+                # On this host, while the device computes the logits that it masks.
+                sequence.constraint.compute_ahead(self._mask_threads)
         try:
             with out_of_memory_raises(StepOutOfMemoryError(len(batch))):
                 outcomes = self._step.run([_row_of(sequence) for sequence in batch])
@@ -244,9 +263,14 @@ class Decoder(DecodeEngine):
             for table in others:
                 self._pool.copy_page(int(first.pages[full]), int(table.pages[full]))
 
-    def _make_sequences(self, reservation: _Reservation, logits: Logits) -> list[_Sequence]:
+    def _make_sequences(
+        self, reservation: _Reservation, logits: Logits, constraint: Constraint | None
+    ) -> list[_Sequence]:
         request = reservation.request
-        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        sampling = request.sampling.seeded()
+        assert sampling.seed is not None
+        replayed = request.replayed or ((),) * sampling.choices
+        ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
             _Sequence(
@@ -254,25 +278,31 @@ class Decoder(DecodeEngine):
                 choice,
                 table,
                 len(request.prompt),
-                Sampler(request.sampling, seed, choice, request.prompt, vocab_size),
-                Detokenizer(self._token_bytes, request.sampling.stop),
+                Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
+                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
+                None if constraint is None else constraint.copy(),
                 logits,
+                replayed[choice],
             )
             for choice, table in enumerate(reservation.block_tables)
         ]
 
     def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
-        sampler = sequence.sampler
+        is_replayed = sequence.num_generated < len(sequence.replayed)
         try:
-            best = isinstance(outcome, ChosenToken)
-            chosen = sampler.accept(outcome) if best else sampler.choose(outcome)
+            chosen = _choose(sequence, outcome, is_replayed)
         except FloatingPointError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, GenerationError(str(error)))]
+        except GrammarError as error:
+            self.cancel(sequence.request_id)
+            return [(sequence.request_id, error)]
         delta = self._take(sequence, chosen)
         if delta.finish_reason is not None:
             self._finish(sequence)
+        if is_replayed:
+            return _only_the_end(sequence.request_id, delta)
         return [(sequence.request_id, delta)]
 
     def _take(self, sequence: _Sequence, chosen: ChosenToken) -> Delta:
@@ -280,19 +310,26 @@ class Decoder(DecodeEngine):
         sampling = self._reservations[sequence.request_id].request.sampling
         sequence.next_token = chosen.token_id
         sequence.num_generated += 1
-        ends = () if sampling.ignore_eos else self._model.config.eos_token_ids
+        constraint = sequence.constraint
         reason, text = None, ""
-        if chosen.token_id in ends or chosen.token_id in sampling.stop_token_ids:
+        if chosen.token_id in self._ends(sampling):
             reason = "stop"
         else:
             text = sequence.detokenizer.push(chosen.token_id)
-            if sequence.detokenizer.stopped:
+            if sequence.detokenizer.stopped or (constraint is not None and constraint.is_complete):
                 reason = "stop"
             elif sequence.num_generated == sampling.max_tokens:
                 reason = "length"
         if reason is not None and not sequence.detokenizer.stopped:
             text += sequence.detokenizer.finish()
         return Delta(sequence.choice, text, (chosen,), reason)
+
+    def _ends(self, sampling: SamplingParameters) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        # A grammar allows an end only where the answer is whole.
+        ignores_end = sampling.ignore_eos and sampling.grammar is None
+        ends = () if ignores_end else tuple(self._model.config.eos_token_ids)
+        return (*ends, *sampling.stop_token_ids)
 
     def _finish(self, sequence: _Sequence) -> None:
         reservation = self._reservations[sequence.request_id]
@@ -304,8 +341,34 @@ class Decoder(DecodeEngine):
             del self._reservations[sequence.request_id]
 
 
+def _choose(sequence: _Sequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:
+    """A sequence's next token.
+
+    Raises:
+        FloatingPointError: its logits are not finite.
+        GrammarError: a limit of its grammar is reached.
+    """
+    sampler, constraint = sequence.sampler, sequence.constraint
+    if is_replayed:
+        chosen = sampler.repeat(sequence.replayed[sequence.num_generated])
+    elif isinstance(outcome, ChosenToken):
+        chosen = sampler.accept(outcome)
+    else:
+        chosen = sampler.choose(outcome, None if constraint is None else constraint.allowed())
+    if constraint is not None:
+        constraint.take(chosen.token_id)
+    return chosen
+
+
+def _only_the_end(request_id: str, delta: Delta) -> list[Output]:
+    """Of a token that the client has: nothing, or that the choice has ended with it."""
+    if delta.finish_reason is None:
+        return []
+    return [(request_id, replace(delta, text="", tokens=()))]
+
+
 def _row_of(sequence: _Sequence) -> StepRow:
-    takes_best = sequence.sampler.takes_best
+    takes_best = sequence.sampler.takes_best and sequence.constraint is None
     return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best)
 
 

@@ -27,6 +27,7 @@ class TokenBytes:
             raise CheckpointError(
                 f"the tokenizer's decoder is {kind}; Longreach serves byte-level BPE (ByteLevel)"
             )
+        self._encode = tokenizer.encode
         byte_of_letter = _byte_alphabet()
         self._bytes: dict[int, bytes] = {
             token_id: _bytes_of(token, byte_of_letter)
@@ -40,6 +41,14 @@ class TokenBytes:
         """Bytes of one token; none for the unused ids that pad a model's vocabulary."""
         return self._bytes.get(token_id, b"")
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, as the tokenizer makes them; it means no control token."""
+        ids = self._encode(text, add_special_tokens=False).ids
+        if all(self[token_id] for token_id in ids):
+            return ids
+        # Control tokens are recognized in text, and none is of one character.
+        return [each for letter in text for each in self._encode(letter).ids]
+
 
 class Detokenizer:
     """The text of one growing answer.
@@ -47,9 +56,16 @@ class Detokenizer:
     Text is final once returned. Held back are the bytes of an incomplete character and
     whatever could turn out to be the beginning of a stop string; a stop string itself, and
     everything behind it, is never returned.
+
+    Args:
+        stop: the stop strings.
+        min_tokens: of so many tokens, from the first on, the text is not looked at for them.
     """
 
-    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, token_bytes: TokenBytes, stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
+        self._unlooked = min_tokens
         self._token_bytes = token_bytes
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = _StopStrings(stop)
@@ -61,7 +77,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is certain now."""
-        return self._stop.push(self._characters.decode(self._token_bytes[token_id]))
+        text = self._characters.decode(self._token_bytes[token_id])
+        if self._unlooked > 0:
+            self._unlooked -= 1
+            return text
+        return self._stop.push(text)
 
     def finish(self) -> str:
         """Return what is held back: no token will follow. Incomplete bytes become U+FFFD."""

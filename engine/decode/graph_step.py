@@ -25,6 +25,7 @@ from ...kernels import elementwise, greedy, quantized
 from ...kernels.dual_chunk.decode_plan import DecodePlan
 from ...kernels.dual_chunk.segments import SegmentQueries
 from ...kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
+from ...kernels.narrow import Rows
 from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable
 from ..errors import StepDoesNotFitError
@@ -264,7 +265,7 @@ class _PagedAttention(Attention[SegmentQueries]):
     stride: int | None
     rotations: Rotations
 
-    def write(self, layer: Layer, normed: Tensor) -> SegmentQueries:
+    def write(self, layer: Layer, normed: Rows) -> SegmentQueries:
         q, k, v = layer.project(normed)
         memory, scales = self._pages(layer)
         slots, rotation = self.inputs.slots, self.rotations.intra

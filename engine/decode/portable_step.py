@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import dual_chunk, quantized
+from ...kernels.narrow import Rows
 from ...kernels.pages import write_pages
 from ..kv.pages import PagePool
 from ..model.layer import Attention, Layer
@@ -59,7 +60,7 @@ class _RowByRow(Attention[Tensor]):
         self._positions = torch.tensor([row.length for row in rows], device=device)
         self._tables = [row.table.pages.tolist() for row in rows]
 
-    def write(self, layer: Layer, normed: Tensor) -> Tensor:
+    def write(self, layer: Layer, normed: Rows) -> Tensor:
         """Returns: queries of all rows, not rotated."""
         q, k, v = layer.project(normed)
         used = slice(0, len(self._rows))

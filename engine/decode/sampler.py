@@ -1,7 +1,8 @@
 """From a model's logits to the next token of one sequence.
 
-In this order: logit bias; repetition, presence and frequency penalties; temperature; top-k;
-top-p (of what top-k left); min-p. Temperature 0 takes the best token after the penalties.
+In this order: the grammar's mask; logit bias; repetition, presence and frequency penalties;
+temperature; top-k; top-p (of what top-k left); min-p. Temperature 0 takes the best token after the
+penalties.
 Log-probabilities that are reported are those of the model's own distribution, before all of it.
 
 Every sequence is sampled alone, on the CPU, from its own counter-based generator, so the
@@ -9,22 +10,18 @@ tokens of one answer cannot depend on what else is in the batch.
 """
 
 import math
-import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..messages import ChosenToken, SamplingParameters, TokenLogprob, Tokens
+from .grammar import Mask, allowed_tokens
 
 Logits = npt.NDArray[np.float32]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
 _DAMAGED = "the model's logits are not finite; its KV pages are damaged"
-
-
-def fresh_seed() -> int:
-    """A seed for a request that brought none."""
-    return secrets.randbits(64)
 
 
 def best_token(logits: Logits) -> ChosenToken:
@@ -41,12 +38,23 @@ class Sampler:
 
     Choice i of a request draws from a generator seeded with (seed, i): the same seed gives the
     same answers in any process, and different choices differ.
+
+    Args:
+        ends: tokens that end an answer; none is chosen before there are `min_tokens` others.
     """
 
     def __init__(
-        self, sampling: SamplingParameters, seed: int, choice: int, prompt: Tokens, vocab_size: int
+        self,
+        sampling: SamplingParameters,
+        seed: int,
+        choice: int,
+        prompt: Tokens,
+        vocab_size: int,
+        ends: Sequence[int] = (),
     ) -> None:
         self._sampling = sampling
+        self._ends = np.array(ends, dtype=np.int64)
+        self._chosen = 0
         entropy = np.random.SeedSequence([seed % 2**64, choice])
         self._generator = np.random.Generator(np.random.Philox(entropy))
         self._penalties = _Penalties.of(sampling, prompt, vocab_size)
@@ -63,8 +71,13 @@ class Sampler:
             self._sampling.temperature == 0
             and self._penalties is None
             and not len(self._bias_ids)
+            and not self._may_not_end
             and not self._sampling.top_logprobs
         )
+
+    @property
+    def _may_not_end(self) -> bool:
+        return self._chosen < self._sampling.min_tokens and len(self._ends) > 0
 
     def accept(self, best: ChosenToken) -> ChosenToken:
         """Choose the next token where `takes_best`, as `choose` would.
@@ -77,21 +90,25 @@ class Sampler:
         """
         if not math.isfinite(best.logprob):
             raise FloatingPointError(_DAMAGED)
+        self._chosen += 1
         return best
 
-    def choose(self, logits: Logits) -> ChosenToken:
+    def choose(self, logits: Logits, allowed: Mask | None = None) -> ChosenToken:
         """Choose the next token, and count it.
 
         Args:
             logits: [vocab] float32; left unchanged.
+            allowed: the tokens to choose from, at least one; None for all.
 
         Raises:
-            FloatingPointError: the logits hold NaN, or nothing but infinities.
+            FloatingPointError: the logits hold NaN, or nothing but infinities, or those of all
+                allowed tokens are infinite.
         """
         normalizer = _log_sum_exp(logits)
         if not math.isfinite(normalizer):
             raise FloatingPointError(_DAMAGED)
-        token = self._sample(self._adjusted(logits))
+        token = self._sample(self._adjusted(logits, allowed))
+        self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
         return ChosenToken(
@@ -100,14 +117,33 @@ class Sampler:
             top=_top_logprobs(logits, normalizer, self._sampling.top_logprobs or 0),
         )
 
-    def _adjusted(self, logits: Logits) -> Logits:
-        """Logits with bias and penalties; a copy only where there are any."""
-        if not len(self._bias_ids) and self._penalties is None:
+    def repeat(self, token: int) -> ChosenToken:
+        """Choose a token that was chosen before in this place, and leave what follows as it was."""
+        if self._sampling.temperature != 0:
+            self._generator.random()
+        self._chosen += 1
+        if self._penalties is not None:
+            self._penalties.count(token)
+        return ChosenToken(token, math.nan)
+
+    def _adjusted(self, logits: Logits, allowed: Mask | None) -> Logits:
+        """Logits with mask, bias and penalties, without early ends; else themselves."""
+        is_changed = len(self._bias_ids) or self._penalties is not None or self._may_not_end
+        if not is_changed and allowed is None:
             return logits
         adjusted = logits.copy()
+        if allowed is not None:
+            adjusted[~allowed_tokens(allowed, len(adjusted))] = -math.inf
+            if not math.isfinite(adjusted.max()):
+                raise FloatingPointError(_DAMAGED)
         np.add.at(adjusted, self._bias_ids, self._bias)
         if self._penalties is not None:
             self._penalties.apply(adjusted)
+        if self._may_not_end:
+            ends = adjusted[self._ends]
+            adjusted[self._ends] = -math.inf
+            if not math.isfinite(adjusted.max()):
+                adjusted[self._ends] = ends  # the grammar allows no other token
         return adjusted
 
     def _sample(self, logits: Logits) -> int:

@@ -10,6 +10,7 @@ from ...kernels import elementwise, quantized
 from ...kernels.dual_chunk.segments import Rotation
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.transfer import without_waiting
+from ..parallel.aside import Pending
 from ..parallel.mesh import Mesh
 from .pages import HeldPages, PagePool, Pages, page_index
 
@@ -48,16 +49,18 @@ class ChunkPages:
         self._buffer: Pages | None = None
         if ranks > 1:
             most = -(-len(table) // ranks)
-            scales = pool.scales
-            self._buffer = Pages(
-                pool.memory.new_zeros(most, *pool.memory.shape[2:]),
-                None if scales is None else scales.new_ones(most, *scales.shape[2:]),
-            )
-            blocks = np.arange(len(table))
+            self._buffer = _pages_like(pool, most)
+            self._gathered = _pages_like(pool, ranks * most)
             # Block b of the prompt is rank b % ranks's, and that rank's first is its place 0.
-            order = (first_block + blocks) % ranks * most + blocks // ranks
-            self._order = without_waiting(torch.from_numpy(order), device)
-            self._targets = without_waiting(torch.from_numpy(table), device)
+            firsts = (np.arange(ranks) - first_block) % ranks
+            blocks = firsts[:, None] + np.arange(most) * ranks  # as they are gathered
+            exist = blocks < len(table)
+            self._targets = without_waiting(torch.from_numpy(table[blocks[exist]]), device)
+            # Where ranks have as many blocks each, whatever is gathered is wanted.
+            self._wanted: Tensor | None = None
+            if not exist.all():
+                places = np.flatnonzero(exist.ravel())
+                self._wanted = without_waiting(torch.from_numpy(places), device)
         self._first_block = first_block
         self._part = _part_of(mesh, len(table))
         self._shared_pages = table[self._part]
@@ -72,19 +75,25 @@ class ChunkPages:
             pages = self._places[rows.start // PAGE_TOKENS : pages_for(rows.stop)]
             quantized.narrow_pages(target.values, target.scales, pages, k, v, rotation)
 
-    def gather(self, layer: int) -> None:
-        """Put what all ranks wrote into this rank's pool; collective where there are several."""
-        if self._buffer is None:
-            return
-        # Collectives do not take every 8-bit type: bits are moved.
-        values = self._gathered(self._buffer.bits).view(self._buffer.values.dtype)
-        scales = self._buffer.scales
-        pages = Pages(values, None if scales is None else self._gathered(scales))
-        self._pool.put(layer, self._targets, 0, pages)
+    def begin_gather(self, layer: int) -> Pending[Tensor] | None:
+        """Put what all ranks wrote into this rank's pool, beside computing; collective.
 
-    def _gathered(self, own: Tensor) -> Tensor:
-        """What all ranks have of something, in the prompt's order."""
-        return self._mesh.gather_over_sequence_ranks(own).flatten(0, 1)[self._order]
+        Nothing more is written until that is waited for. None where there is one rank.
+        """
+        own = self._buffer
+        if own is None:
+            return None
+        if own.scales is not None:
+            # Both gathers are on one stream: whoever waits for the second has for the first.
+            self._mesh.begin_gather_over_sequence_ranks(own.scales, self._gathered.scales)
+        # Collectives do not take every 8-bit type: bits are moved.
+        return self._mesh.begin_gather_over_sequence_ranks(
+            own.bits, self._gathered.bits, lambda _: self._put(layer)
+        )
+
+    def _put(self, layer: int) -> None:
+        pages = self._gathered if self._wanted is None else self._gathered.at(self._wanted)
+        self._pool.put(layer, self._targets, 0, pages)
 
     def part(self, layer: int) -> tuple[int, HeldPages] | None:
         """The contiguous part that this rank hands off: its first page in the prompt, and pages.
@@ -100,3 +109,12 @@ class ChunkPages:
 def _part_of(mesh: Mesh, count: int) -> slice:
     ranks, rank = mesh.sequence_parallel, mesh.sequence_rank
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
+
+
+def _pages_like(pool: PagePool, count: int) -> Pages:
+    """Memory for so many pages of one layer; what is not written is 0."""
+    scales = pool.scales
+    return Pages(
+        pool.memory.new_zeros(count, *pool.memory.shape[2:]),
+        None if scales is None else scales.new_ones(count, *scales.shape[2:]),
+    )

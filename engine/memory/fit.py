@@ -13,12 +13,21 @@ import torch
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..errors import DoesNotFitError, MemoryNeeds, Phase
 from ..kv.pages import PageGeometry
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, WeightFormat
 from ..model.heads import RankHeads
 
 _RESERVE_BYTES = 1 << 30
 """The driver's context, workspaces of the libraries, and what fragmentation loses."""
 _TABLE_ENTRY_BYTES = 4
+_COMMUNICATOR_BYTES = 1 << 30
+"""NCCL's, of each axis of a mesh that has several ranks: 0.89 GB of two H100s were measured."""
+_WINDOW_TOKENS = 32768
+"""Rows that one selection is for; see `prefill.sparsity`."""
+_FULL_ROWS, _PIECES = 256, 16
+"""At most so many rows attend in full, to keys in so many pieces whose results are merged."""
+_SCALE_BYTES = 4
+_MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+"""Of a layer's four products, each by the name of what is in it; others in it are kept alike."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -30,7 +39,7 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """The matrices of one tensor rank, in numbers of `itemsize` bytes.
+    """The matrices of one tensor rank, in numbers of `itemsize` bytes, or of one where `kept` so.
 
     Norms and biases are nothing beside them.
     """
@@ -38,6 +47,7 @@ class Weights:
     config: ModelConfig
     itemsize: int = 2
     tensor_parallel: int = 1
+    kept: WeightFormat = "auto"
 
     @property
     def heads(self) -> RankHeads:
@@ -67,12 +77,28 @@ class Weights:
         return sum(outputs * inputs for outputs, inputs in self.products)
 
     @property
+    def narrow(self) -> bool:
+        """Whether layers are kept in 8 bits, as far as they can be."""
+        return self.kept == "fp8" or self.config.quantization is not None
+
+    @property
+    def layers_bytes(self) -> int:
+        """Of all layers' matrices, with their scales."""
+        return sum(
+            outputs * (inputs + _SCALE_BYTES)
+            if self.config.keeps_narrow(f"model.layers.{layer}.{module}", self.kept)
+            else outputs * inputs * self.itemsize
+            for layer in range(self.config.num_layers)
+            for module, (outputs, inputs) in zip(_MODULES, self.products, strict=True)
+        )
+
+    @property
     def num_bytes(self) -> int:
-        """Of layers, embedding and head; the last two are whole on every rank."""
+        """Of layers, and of this rank's part of embedding and head."""
         config = self.config
         tables = 1 if config.tie_word_embeddings else 2
-        elements = config.num_layers * self.layer_elements
-        return (elements + tables * config.vocab_size * config.hidden_size) * self.itemsize
+        tokens = -(-config.vocab_size // self.tensor_parallel)
+        return self.layers_bytes + tables * tokens * config.hidden_size * self.itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -157,6 +183,7 @@ class Fit(ABC):
             free_bytes=self.own_free,
             processes=self.processes,
             quantized=self.geometry.quantized,
+            narrow=self.weights.narrow,
         )
 
     def _bytes_of_a_layer(self, pages: int) -> int:
@@ -180,20 +207,36 @@ class PrefillFit(Fit):
     gathers_pages: bool = False
 
     def computing_bytes(self, prompt: int) -> int:
-        """A chunk's activations, selection's sums over all keys, pages on their way, the reserve.
+        """A chunk's activations, selection's sums, pages on their way, communicators, the reserve.
 
         On their way are those of one prompt. More prompts that wait to be sent are the reserve's.
         """
         chunk, heads = min(prompt, self.chunk_tokens), self.weights.heads
         own_blocks = -(-pages_for(chunk) // self.sequence_parallel)
         rows = min(chunk, own_blocks * PAGE_TOKENS)
-        # K and V of all ranks' rows, as they come and as they are put in order.
+        # K and V of all ranks' rows, as they come and, of uneven parts, those that are wanted.
         token = 2 * heads.num_kv_heads * self.geometry.head_dim * self.weights.itemsize
         gathered = 2 * chunk * token if self.sequence_parallel > 1 else 0
         selects = self.selects_above is not None and prompt > self.selects_above
-        sums = 6 * 4 * heads.num_heads * prompt if selects else 0
+        selection = self._selection_bytes(prompt) if selects else 0
         sent = self._bytes_of_a_layer(own_blocks) if self.gathers_pages else 0
-        return rows * self.weights.row_bytes + gathered + sums + sent + _RESERVE_BYTES
+        axes = (self.weights.tensor_parallel, self.sequence_parallel)
+        communicators = _COMMUNICATOR_BYTES * sum(ranks > 1 for ranks in axes)
+        activations = rows * self.weights.row_bytes
+        return activations + gathered + selection + sent + communicators + _RESERVE_BYTES
+
+    def _selection_bytes(self, prompt: int) -> int:
+        """Sums over a rank's part of the keys, for each window; or the last rows' full attention.
+
+        They are not alive at the same time, but allocated anew for every layer.
+        """
+        heads, head_dim = self.weights.heads.num_heads, self.geometry.head_dim
+        windows = -(-min(prompt, self.chunk_tokens) // _WINDOW_TOKENS)
+        keys = -(-prompt // self.sequence_parallel)
+        sums = 6 * 4 * heads * keys * windows
+        # As they are made, as they come from all ranks, in order, and weighed.
+        pieces = 4 * 4 * _PIECES * _FULL_ROWS * heads * (head_dim + 1)
+        return max(sums, pieces)
 
     @property
     def bytes_per_page(self) -> int:

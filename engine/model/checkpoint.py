@@ -25,6 +25,10 @@ class WeightSource(Protocol):
         """The tensor `name` of `shape`; only `rows` along `axis` where given."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that may have several."""
+        ...
+
 
 class CheckpointReader:
     """Reads single tensors, or slices of them, without loading a whole file.
@@ -65,8 +69,16 @@ class CheckpointReader:
                     f"config.json makes it {shape}"
                 )
             if rows is None:
-                return stored[:]
+                # A single number has no slices.
+                return stored[:] if shape else self._reader_of(name).get_tensor(name)
             return stored[rows] if axis == 0 else stored[:, rows]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder}: {name} cannot be read: {error}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor `name`."""
+        try:
+            return tuple(self._reader_of(name).get_slice(name).get_shape())
         except SafetensorError as error:
             raise CheckpointError(f"{self._folder}: {name} cannot be read: {error}") from error
 

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError, TensorParallelError
 from ..json_files import read_json
-
-SUPPORTED_ARCHITECTURE = "Qwen2ForCausalLM"
+from .architectures import check_architecture
+from .quantization import Quantization
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """In which type a model computes; `compute_type.compute_dtype` says what "auto" is."""
+
+WeightFormat = Literal["auto", "fp8"]
+"""How linear layers' weights are kept: as the checkpoint has them, or rounded to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,16 @@ class ModelConfig:
     max_position_embeddings: int
     dual_chunk: DualChunk | None
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
+
+    def keeps_narrow(self, module: str, weights: WeightFormat) -> bool:
+        """Whether a layer's product of that name, as in a checkpoint, has weights of 8 bits.
+
+        What a quantized checkpoint leaves in more stays so.
+        """
+        if self.quantization is not None:
+            return self.quantization.covers(module)
+        return weights == "fp8"
 
     def check_tensor_parallel(self, ranks: int) -> None:
         """Refuse a number of tensor parallel ranks that this model cannot be cut into.
@@ -82,21 +95,20 @@ class ModelConfig:
             CheckpointError: the file is missing, malformed, or of another architecture.
         """
         raw = read_json(folder / "config.json")
-        architectures = raw.get("architectures") or []
-        if SUPPORTED_ARCHITECTURE not in architectures:
-            raise CheckpointError(
-                f"{folder}: architecture {architectures} is not supported; "
-                f"Longreach serves {SUPPORTED_ARCHITECTURE}"
-            )
-        if raw.get("use_sliding_window"):
-            raise CheckpointError(f"{folder}: sliding-window attention is not supported")
+        check_architecture(raw, folder)
         try:
-            return cls._from_json(raw, _end_tokens(folder, raw))
+            quantization = Quantization.from_config(folder, raw)
+            return cls._from_json(raw, _end_tokens(folder, raw), quantization)
         except KeyError as missing:
             raise CheckpointError(f"{folder}/config.json has no key {missing}") from missing
 
     @classmethod
-    def _from_json(cls, raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> "ModelConfig":
+    def _from_json(
+        cls,
+        raw: dict[str, Any],
+        eos_token_ids: tuple[int, ...],
+        quantization: Quantization | None,
+    ) -> "ModelConfig":
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -118,6 +130,7 @@ class ModelConfig:
             max_position_embeddings=raw["max_position_embeddings"],
             dual_chunk=None if dual_chunk is None else _dual_chunk(dual_chunk),
             eos_token_ids=eos_token_ids,
+            quantization=quantization,
         )
 
 

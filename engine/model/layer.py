@@ -4,34 +4,47 @@ Source: Qwen2 as published in transformers' `Qwen2ForCausalLM`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from ...kernels import elementwise
+from ...kernels.narrow import Narrowing, Rows
+from ..parallel.aside import Pending
 from ..parallel.mesh import Mesh
 from ..stages import UNTIMED, Stages
 from .linear import Linear
-from .rows import ALL_ROWS, RowSteps
+from .rows import ALL_ROWS, RowSteps, finished
 
 Queries = TypeVar("Queries")
 
 
 @dataclass(frozen=True, eq=False)
 class RMSNorm:
-    """Root mean square norm (arXiv 1910.07467), computed in float32."""
+    """Root mean square norm (arXiv 1910.07467), computed in float32.
+
+    What comes out is `narrowing`'s, as the product that follows takes it.
+    """
 
     weight: Tensor
     epsilon: float
+    narrowing: Narrowing | None = None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Rows:
         """[n, hidden] to the same, normed."""
-        return elementwise.rms_norm(hidden, self.weight, self.epsilon)
+        if self.narrowing is None:
+            return elementwise.rms_norm(hidden, self.weight, self.epsilon)
+        return elementwise.narrow_rms_norm(hidden, self.weight, self.epsilon, self.narrowing)
 
-    def add(self, more: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, more: Tensor, residual: Tensor) -> tuple[Rows, Tensor]:
         """Norm of residual + more, and that sum, each [n, hidden]."""
-        return elementwise.add_rms_norm(more, residual, self.weight, self.epsilon)
+        if self.narrowing is None:
+            return elementwise.add_rms_norm(more, residual, self.weight, self.epsilon)
+        return elementwise.narrow_add_rms_norm(
+            more, residual, self.weight, self.epsilon, self.narrowing
+        )
 
 
 class Attention(ABC, Generic[Queries]):
@@ -41,7 +54,7 @@ class Attention(ABC, Generic[Queries]):
     """
 
     @abstractmethod
-    def write(self, layer: "Layer", normed: Tensor) -> Queries:
+    def write(self, layer: "Layer", normed: Rows) -> Queries:
         """Project rows, and put their K and V where `attend` finds them.
 
         Args:
@@ -77,7 +90,7 @@ class Layer:
 
     def forward(
         self,
-        hidden: list[Tensor],
+        hidden: list[Rows],
         attention: Attention[Queries],
         steps: RowSteps = ALL_ROWS,
         stages: Stages = UNTIMED,
@@ -87,20 +100,28 @@ class Layer:
         The list is emptied at once, so that nothing outlives its use.
 
         Args:
-            hidden: [normed, residual], each [n, hidden].
+            hidden: [normed, residual], each [n, hidden]; the residual is a tensor.
             steps: which rows go through the MLP at once.
         """
         residual = hidden.pop()
+        assert isinstance(residual, Tensor)
         queries = attention.write(self, hidden.pop())
         attended = attention.attend(self, queries)
         del queries
-        hidden += steps.map(lambda rows: self._finish(attended[rows], residual[rows], stages))
+        if self.mesh.tensor_parallel == 1:
+            hidden += steps.map(
+                lambda rows: finished(self._finish(attended[rows], residual[rows], stages))
+            )
+        else:
+            hidden += steps.map_in_turns(
+                lambda rows: self._finish(attended[rows], residual[rows], stages)
+            )
 
-    def queries(self, normed: Tensor) -> Tensor:
+    def queries(self, normed: Rows) -> Tensor:
         """[n, hidden] after the first norm to [n, heads, d], not rotated."""
         return self._heads(normed, slice(0, self.num_heads * self.head_dim))
 
-    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, normed: Rows) -> tuple[Tensor, Tensor]:
         """[n, hidden] after the first norm to K and V, each [n, kv_heads, d], not rotated.
 
         They are views of one tensor, with rows apart.
@@ -108,7 +129,7 @@ class Layer:
         k, v = self._heads(normed, slice(self.num_heads * self.head_dim, None)).chunk(2, 1)
         return k, v
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, normed: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """[n, hidden] after the first norm to q [n, heads, d], k and v [n, kv_heads, d].
 
         They are views of one tensor, with rows apart.
@@ -128,12 +149,16 @@ class Layer:
             down=self.down.for_one_row(),
         )
 
-    def _heads(self, normed: Tensor, outputs: slice) -> Tensor:
+    def _heads(self, normed: Rows, outputs: slice) -> Tensor:
         """Some outputs of the first product, as heads: [n, heads, d]."""
         return self.qkv.rows(outputs)(normed).unflatten(-1, (-1, self.head_dim))
 
-    def _finish(self, attended: Tensor, residual: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
+    def _finish(
+        self, attended: Tensor, residual: Tensor, stages: Stages
+    ) -> Generator[None, None, tuple[Rows, Tensor]]:
         """Output projection and MLP, with their residuals.
+
+        Yields where it would wait for other ranks: other rows are computed meanwhile.
 
         Args:
             attended: this rank's heads, [n, heads, d].
@@ -145,26 +170,46 @@ class Layer:
         with stages.time("linear"):
             projected = self.output(attended.flatten(1))
         del attended
-        normed, residual = self._add(projected, residual, self.mlp_norm, stages)
-        # What is not needed any more is let go of at once: gate and up are the widest there is.
+        summed = self._begin_sum(projected, stages)
         del projected
+        yield
+        normed, residual = self._add(summed, residual, self.mlp_norm, stages)
+        # What is not needed any more is let go of at once: gate and up are the widest there is.
+        del summed
         with stages.time("linear"):
             gate_up = self.gate_up(normed)
         del normed
         with stages.time("elementwise"):
-            activated = elementwise.swiglu(gate_up)
+            activated = self._activated(gate_up)
         del gate_up
         with stages.time("linear"):
             down = self.down(activated)
         del activated
-        return self._add(down, residual, self.next_norm, stages)
+        summed = self._begin_sum(down, stages)
+        del down
+        yield
+        return self._add(summed, residual, self.next_norm, stages)
+
+    def _begin_sum(self, partial: Tensor, stages: Stages) -> Pending[Tensor]:
+        """Sum a product over the tensor ranks, beside computing."""
+        if self.mesh.tensor_parallel == 1:
+            return Pending(partial)
+        with stages.time("communication"):
+            return self.mesh.begin_sum_over_tensor_ranks(partial)
+
+    def _activated(self, gate_up: Tensor) -> Rows:
+        """What the last product takes."""
+        narrowing = self.down.takes
+        if narrowing is None:
+            return elementwise.swiglu(gate_up)
+        return elementwise.narrow_swiglu(gate_up, narrowing)
 
     def _add(
-        self, partial: Tensor, residual: Tensor, norm: RMSNorm, stages: Stages
-    ) -> tuple[Tensor, Tensor]:
-        """Sum a product over the tensor ranks, add it to the residual, and norm that."""
+        self, summed: Pending[Tensor], residual: Tensor, norm: RMSNorm, stages: Stages
+    ) -> tuple[Rows, Tensor]:
+        """Add a product to the residual, and norm that."""
         if self.mesh.tensor_parallel > 1:
             with stages.time("communication"):
-                partial = self.mesh.sum_over_tensor_ranks(partial)
+                summed.wait()
         with stages.time("elementwise"):
-            return norm.add(partial, residual)
+            return norm.add(summed.result, residual)

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
+
 _BIAS_STD = 0.02
 
 
@@ -33,6 +35,14 @@ class RandomWeights:
             return whole
         # A copy, so that the rest can be forgotten.
         return (whole[rows] if axis == 0 else whole[:, rows]).clone()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """No tensor has one of its own.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"random weights have no {name}; a quantized checkpoint has")
 
     def _generator(self, name: str) -> torch.Generator:
         digest = hashlib.blake2b(f"{self._seed} {name}".encode(), digest_size=8).digest()

@@ -3,8 +3,11 @@
 Tensor ranks are neighbours: rank = sequence_rank * tensor_parallel + tensor_rank. Tensor parallel
 shards heads and MLP; sequence parallel shards the rows of every prefill chunk. All communication
 of the engine goes through here, so a mesh of one communicates nothing.
+
+What is begun runs beside whatever the caller computes until it waits: see `aside`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from .aside import Pending, aside
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -93,24 +97,78 @@ class Mesh:
 
     def sum_over_tensor_ranks(self, partial: Tensor) -> Tensor:
         """All-reduce in place."""
-        if self.tensor_group is not None:
-            dist.all_reduce(partial, group=self.tensor_group)
-        return partial
+        return self.begin_sum_over_tensor_ranks(partial).wait()
+
+    def begin_sum_over_tensor_ranks(self, partial: Tensor) -> Pending[Tensor]:
+        """All-reduce in place, beside computing."""
+        return _begin_sum(partial, self.tensor_group, "tensor")
+
+    def gather_over_tensor_ranks(self, part: Tensor) -> Tensor:
+        """All-gather tensors of one shape: [tensor_parallel, *part.shape]."""
+        return _begin_gather(part, None, None, self.tensor_group, "tensor").wait()
 
     def sum_over_sequence_ranks(self, partial: Tensor) -> Tensor:
         """All-reduce in place."""
-        if self.sequence_group is not None:
-            dist.all_reduce(partial, group=self.sequence_group)
+        return self.begin_sum_over_sequence_ranks(partial).wait()
+
+    def begin_sum_over_sequence_ranks(self, partial: Tensor) -> Pending[Tensor]:
+        """All-reduce in place, beside computing."""
+        return _begin_sum(partial, self.sequence_group, "sequence")
+
+    def gather_over_sequence_ranks(self, part: Tensor) -> Tensor:
+        """All-gather tensors of one shape: [sequence_parallel, *part.shape]."""
+        return self.begin_gather_over_sequence_ranks(part).wait()
+
+    def begin_gather_over_sequence_ranks(
+        self,
+        part: Tensor,
+        into: Tensor | None = None,
+        then: Callable[[Tensor], None] | None = None,
+    ) -> Pending[Tensor]:
+        """All-gather tensors of one shape, [sequence_parallel, *part.shape], beside computing.
+
+        Args:
+            into: contiguous, to gather into; not used by anyone until it is waited for.
+            then: what is done with that, beside computing as well.
+        """
+        return _begin_gather(part, into, then, self.sequence_group, "sequence")
+
+
+def _begin_sum(partial: Tensor, group: dist.ProcessGroup | None, axis: str) -> Pending[Tensor]:
+    if group is None:
+        return Pending(partial)
+
+    def work() -> Tensor:
+        dist.all_reduce(partial, group=group)
         return partial
 
-    def gather_over_sequence_ranks(self, rows: Tensor) -> Tensor:
-        """All-gather tensors of one shape: [sequence_parallel, *rows.shape]."""
-        if self.sequence_group is None:
-            return rows[None]
-        gathered = rows.new_empty((self.sequence_parallel, *rows.shape))
-        parts = list(gathered.unbind(0))
-        dist.all_gather(parts, rows.contiguous(), group=self.sequence_group)
+    return aside(work, partial.device, axis)
+
+
+def _begin_gather(
+    part: Tensor,
+    into: Tensor | None,
+    then: Callable[[Tensor], None] | None,
+    group: dist.ProcessGroup | None,
+    axis: str,
+) -> Pending[Tensor]:
+    own = part.contiguous()
+    if group is None:
+        gathered = own[None]
+        if then is not None:
+            then(gathered)
+        return Pending(gathered)
+    # Allocated here and not aside: PyTorch keeps freed memory for the stream that took it.
+    gathered = own.new_empty((group.size(), *own.shape)) if into is None else into
+
+    def work() -> Tensor:
+        # Flat, because backends differ in which shapes they take.
+        dist.all_gather_into_tensor(gathered.view(-1), own.view(-1), group=group)
+        if then is not None:
+            then(gathered)
         return gathered
+
+    return aside(work, own.device, axis)
 
 
 def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:

@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 
 from ...kernels import dual_chunk, quantized, sparse
-from ...kernels.dual_chunk import BLOCK_ROWS, QueryBlocks, SegmentQueries
+from ...kernels.dual_chunk import BLOCK_ROWS, LastRow, QueryBlocks, SegmentQueries
+from ...kernels.narrow import Rows
 from ...kernels.page_size import pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ...kernels.sparse import Selections
-from ...kernels.transfer import without_waiting
 from ..kv.chunk_pages import ChunkPages
 from ..kv.hand_off import HandOff, Place
 from ..kv.pages import PagePool
 from ..model.layer import Attention, Layer
-from ..model.positions import Rotations
 from ..model.qwen2 import Qwen2
-from ..model.rows import RowSteps
+from ..parallel.aside import Pending
 from ..stages import Stages
-from .selection import ChunkSelector
+from .chunk_rows import ChunkRows
+from .full_rows import EverySequenceRank
+from .shared_rows import SharedRows
+from .sparse_chunk import SparseChunk, SparsePart
 from .sparsity import SparsityConfig
-
-_FULL_ROWS = 128
-"""The last rows of a prompt attend to everything, under sparse attention too."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class SparseAttention:
 
 
 Observer = Callable[[SparseAttention], None]
+Planted = Callable[[list[Selections]], list[Selections]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,59 +58,28 @@ class PrefillParts:
     """What all chunks of a prefiller have in common.
 
     `widened` is one layer of all pages in a type that attention reads, where pages are of 8 bits.
+    `planted` selections, of each window of a chunk, take the place of a layer's own.
     """
 
     model: Qwen2
     pool: PagePool
     sparsity: SparsityConfig | None
     observer: Observer | None
+    planted: Planted | None
     widened: LayerPages | None
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkRows:
-    """The rows of chunk [start, end) of a prompt of `length` tokens that this rank computes.
-
-    `positions` are int64 [n] on the host; `rotations` are theirs.
-    """
-
-    start: int
-    end: int
-    length: int
-    blocks: QueryBlocks
-    positions: Tensor
-    rotations: Rotations
-    steps: RowSteps
-
-    @classmethod
-    def of(cls, model: Qwen2, start: int, end: int, length: int) -> "ChunkRows":
-        """Those of the blocks that fall to this rank."""
-        every, mesh = range(start // BLOCK_ROWS, pages_for(end)), model.mesh
-        own = tuple(b for b in every if b % mesh.sequence_parallel == mesh.sequence_rank)
-        blocks = QueryBlocks(own, end)
-        positions = blocks.positions()
-        rotations = model.positions.rotations(
-            without_waiting(positions, model.device), range(start, end)
-        )
-        steps = RowSteps.of(len(positions), model.device)
-        return cls(start, end, length, blocks, positions, rotations, steps)
-
-    @property
-    def hold_last(self) -> bool:
-        """Whether the prompt's last row is among them."""
-        return bool(len(self.positions)) and int(self.positions[-1]) == self.length - 1
 
 
 @dataclass(frozen=True)
 class ChunkQueries:
     """Queries of one layer.
 
-    `rotated` are those of this rank's rows, each [n, heads, d]; `selecting` the chunk's last ones,
-    not rotated, where a selector chooses what to attend to.
+    `rotated` are those of this rank's rows, each [n, heads, d]; `shared` those that all ranks need,
+    not rotated, under sparse attention. `gathered`: when K and V of all ranks lie in the pages.
     """
 
     rotated: SegmentQueries
-    selecting: Tensor | None
+    shared: Pending[Tensor] | None
+    gathered: Pending[Tensor] | None
 
 
 class ChunkAttention(Attention[ChunkQueries]):
@@ -133,82 +102,100 @@ class ChunkAttention(Attention[ChunkQueries]):
             parts.pool, self._model.mesh, table.pages[first:last].tolist(), first,
             rows.blocks.blocks, len(rows.positions),
         )  # fmt: skip
-        self._selector = None
+        self._sparse = None
         sparsity = parts.sparsity
         if sparsity is not None and rows.length > sparsity.threshold:
-            self._selector = ChunkSelector(
-                self._model, sparsity, rows.positions.numpy(), rows.start, rows.end, self._scale,
-                stages,
-            )  # fmt: skip
+            self._sparse = SparseChunk.of(self._model, sparsity, rows, self._scale, stages)
 
-    def write(self, layer: Layer, normed: Tensor) -> ChunkQueries:
-        """Write this rank's K and V."""
-        rotated = self._rows.steps.map(lambda rows: self._project(layer, normed, rows))
-        selecting = None
-        if self._selector is not None:
-            selecting = self._selector.last_queries(layer, normed)
-        return ChunkQueries(SegmentQueries(*rotated), selecting)
+    def write(self, layer: Layer, normed: Rows) -> ChunkQueries:
+        """Write this rank's K and V, and begin to exchange them beside the queries' products."""
+        shared = None
+        if self._sparse is not None:
+            with self._stages.time("selection"):
+                shared = self._sparse.shared.begin(layer, normed)
+        steps = self._rows.steps
+        if self._model.mesh.sequence_parallel == 1:
+            rotated = steps.map(lambda rows: self._project(layer, normed, rows))
+            return ChunkQueries(SegmentQueries(*rotated), shared, None)
+        gathered = self._begin_pages(layer, normed)
+        rotated = steps.map(lambda rows: self._project_queries(layer, normed, rows))
+        return ChunkQueries(SegmentQueries(*rotated), shared, gathered)
 
-    def write_keys_values(self, layer: Layer, normed: Tensor) -> None:
+    def write_keys_values(self, layer: Layer, normed: Rows) -> None:
         """As `write`, for a layer of which no one wants all queries; pages are complete then."""
-        for rows in self._rows.steps.slices:
-            with self._stages.time("linear"):
-                k, v = layer.keys_values(normed[rows])
-            self._write_pages(layer.number, rows, k, v, self._rows.rotations.rows(rows))
-        self._complete_pages(layer.number)
+        self._complete_pages(layer.number, self._begin_pages(layer, normed))
 
     def attend(self, layer: Layer, queries: ChunkQueries) -> Tensor:
-        """Exchange K and V with the other ranks, hand them off, and attend to all there are."""
-        self._complete_pages(layer.number)
+        """Hand off what is exchanged, and attend to all there is."""
+        self._complete_pages(layer.number, queries.gathered)
         pages = self._readable_pages(layer.number)
-        if self._selector is None or queries.selecting is None:
-            return self._attend_in_full(queries.rotated, self._rows.blocks, pages)
-        selections = self._selector.choose(layer.number, queries.selecting, pages)
-        sparse_blocks, full_blocks = self._split_blocks()
-        border = sparse_blocks.num_rows
-        attended = self._attend_sparsely(
-            layer.number, queries.rotated, sparse_blocks, pages, selections
+        if self._sparse is None or queries.shared is None:
+            with self._stages.time("attention"):
+                return dual_chunk.attention(
+                    queries.rotated, self._rows.blocks, pages, self._stride, self._scale
+                )[0]
+        with self._stages.time("communication"):
+            shared = queries.shared.wait()
+        selections = self._sparse.choose(layer.number, shared, pages)
+        if self._parts.planted is not None:
+            selections = self._parts.planted(selections)
+        attended = torch.empty_like(queries.rotated.intra, memory_format=torch.contiguous_format)
+        for part, chosen in zip(self._sparse.parts, selections, strict=True):
+            self._attend_sparsely(layer.number, queries.rotated, part, pages, chosen, attended)
+        if self._sparse.last is not None:
+            self._sparse.last.attend(shared, pages, attended)
+        return attended
+
+    def attend_last(self, layer: Layer, normed: Rows) -> Tensor:
+        """Attention of the prompt's last row, [1, heads, d] on every rank; collective."""
+        row = range(self._rows.length - 1, self._rows.length)
+        held = self._rows.positions.numpy()
+        with self._stages.time("linear"):
+            queries = SharedRows(self._model, held, [row]).begin(layer, normed)
+        attention = EverySequenceRank(
+            self._model, row, LastRow(row.stop), self._scale, self._stages
         )
-        if not full_blocks.blocks:
-            return attended
-        rest = queries.rotated.rows(slice(border, None))
-        full = self._attend_in_full(rest, full_blocks, pages)
-        return torch.cat((attended[:border], full))
+        with self._stages.time("communication"):
+            shared = queries.wait()
+        return attention.attend(shared, self._readable_pages(layer.number))
 
-    def attend_last(self, layer: Layer, q: Tensor) -> Tensor:
-        """Attention of the prompt's last row, the last of this rank's: q [1, heads, d]."""
-        pages = self._readable_pages(layer.number)
-        with self._stages.time("attention"):
-            return dual_chunk.decode_attention(
-                self._rows.rotations.rows(slice(-1, None)).rotate(q),
-                pages.memory,
-                pages.table.pages.tolist(),
-                self._rows.length,
-                self._stride,
-                self._scale,
-            )
-
-    def _project(self, layer: Layer, normed: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: Layer, normed: Rows, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Write K and V of some of this rank's rows; their queries under three rotations."""
         with self._stages.time("linear"):
             q, k, v = layer.project(normed[rows])
-        rotations = self._rows.rotations.rows(rows)
+        self._write_pages(layer.number, rows, k, v)
+        return self._rotate(q, rows)
+
+    def _project_queries(
+        self, layer: Layer, normed: Rows, rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with self._stages.time("linear"):
+            q = layer.queries(normed[rows])
+        return self._rotate(q, rows)
+
+    def _rotate(self, q: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         with self._stages.time("elementwise"):
-            queries = rotations.rotate(q)
-        self._write_pages(layer.number, rows, k, v, rotations)
+            queries = self._rows.rotations.rows(rows).rotate(q)
         return queries.intra, queries.successive, queries.inter
 
-    def _write_pages(
-        self, number: int, rows: slice, k: Tensor, v: Tensor, rotations: Rotations
-    ) -> None:
-        with self._stages.time("page writes"):
-            self._pages.write(number, rows, k, v, rotations.intra)
+    def _begin_pages(self, layer: Layer, normed: Rows) -> Pending[Tensor] | None:
+        """Write K and V of this rank's rows, and begin to exchange them."""
+        for rows in self._rows.steps.slices:
+            with self._stages.time("linear"):
+                k, v = layer.keys_values(normed[rows])
+            self._write_pages(layer.number, rows, k, v)
+        with self._stages.time("communication"):
+            return self._pages.begin_gather(layer.number)
 
-    def _complete_pages(self, number: int) -> None:
-        """Gather this chunk's pages of one layer, and hand off those that fall to this rank."""
-        if self._model.mesh.sequence_parallel > 1:
+    def _write_pages(self, number: int, rows: slice, k: Tensor, v: Tensor) -> None:
+        with self._stages.time("page writes"):
+            self._pages.write(number, rows, k, v, self._rows.rotations.rows(rows).intra)
+
+    def _complete_pages(self, number: int, gathered: Pending[Tensor] | None) -> None:
+        """Wait for this chunk's pages of one layer, and hand off those that fall to this rank."""
+        if gathered is not None:
             with self._stages.time("communication"):
-                self._pages.gather(number)
+                gathered.wait()
         if self._hand_off is not None and self._model.heads.owns_kv:
             with self._stages.time("hand-off"):
                 own = self._pages.part(number)
@@ -233,61 +220,39 @@ class ChunkAttention(Attention[ChunkQueries]):
             quantized.widen_pages(memory, scales, table, widened.memory[:count])
         return widened
 
-    def _split_blocks(self) -> tuple[QueryBlocks, QueryBlocks]:
-        """This rank's blocks that attend sparsely, and those that hold the prompt's end.
-
-        A question mostly stands there, and its own rows are those that cannot do without full
-        attention: see lab/pocket/EXPERIMENTS.md.
-        """
-        rows = self._rows
-        first = (rows.length - _FULL_ROWS) // BLOCK_ROWS
-        sparse_blocks = tuple(b for b in rows.blocks.blocks if b < first)
-        full_blocks = rows.blocks.blocks[len(sparse_blocks) :]
-        return QueryBlocks(sparse_blocks, rows.end), QueryBlocks(full_blocks, rows.end)
-
     def _attend_sparsely(
         self,
         number: int,
         queries: SegmentQueries,
-        blocks: QueryBlocks,
+        part: SparsePart,
         pages: LayerPages,
         selections: Selections,
-    ) -> Tensor:
-        """Attention of the rows of `blocks`, which come first; an observer sees that of all."""
+        attended: Tensor,
+    ) -> None:
+        """Attention of a window's rows; an observer sees that of all, those in full included."""
         observer = self._parts.observer
-        if observer is None:
-            queries = queries.rows(slice(0, blocks.num_rows))
-        else:
-            blocks = self._rows.blocks
+        blocks, rows = (part.sparse, part.rows) if observer is None else (part.every, part.all_rows)
+        own = queries.rows(rows)
         with self._stages.time("attention"):
-            attended, lse = sparse.attention(
-                queries, blocks, pages, self._stride, self._scale, selections
+            _, lse = sparse.attention(
+                own, blocks, pages, self._stride, self._scale, selections, attended[rows]
             )
         if observer is not None:
             observer(
                 SparseAttention(
-                    number, queries, blocks, pages, self._stride, self._scale, lse, selections
+                    number, own, blocks, pages, self._stride, self._scale, lse, selections
                 )
             )
-        return attended
-
-    def _attend_in_full(
-        self, queries: SegmentQueries, blocks: QueryBlocks, pages: LayerPages
-    ) -> Tensor:
-        with self._stages.time("attention"):
-            return dual_chunk.attention(queries, blocks, pages, self._stride, self._scale)[0]
 
 
 @dataclass(frozen=True)
-class LastRowAttention(Attention[Tensor]):
-    """Of the prompt's last row alone, whose K and V, as all others, `chunk` has written."""
+class AttendedAlready(Attention[None]):
+    """For a layer whose rows have attended: [n, heads, d]."""
 
-    chunk: ChunkAttention
-    stages: Stages
+    attended: Tensor
 
-    def write(self, layer: Layer, normed: Tensor) -> Tensor:
-        with self.stages.time("linear"):
-            return layer.queries(normed)
+    def write(self, layer: Layer, normed: Rows) -> None:
+        """K and V are written."""
 
-    def attend(self, layer: Layer, queries: Tensor) -> Tensor:
-        return self.chunk.attend_last(layer, queries)
+    def attend(self, layer: Layer, queries: None) -> Tensor:
+        return self.attended

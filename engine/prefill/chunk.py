@@ -6,12 +6,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...kernels.narrow import Rows
 from ...kernels.pages import BlockTable
 from ...kernels.transfer import without_waiting
 from ..kv.hand_off import HandOff
 from ..messages import Tokens
+from ..milestones import Milestone
+from ..model.rows import RowSteps
 from ..stages import Stages
-from .attention import ChunkAttention, ChunkRows, LastRowAttention, PrefillParts
+from .attention import AttendedAlready, ChunkAttention, PrefillParts
+from .chunk_rows import ChunkRows
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,11 @@ class ChunkResult:
     """What came out of one chunk.
 
     `logits` are those after the prompt's last token, float32 [vocab] on every rank, once the chunk
-    reaches the prompt's end, else None.
+    reaches the prompt's end, else None. `nearly`: when a few layers are to go.
     """
 
     logits: Tensor | None
+    nearly: Milestone
     _stages: Stages
 
     @cached_property
@@ -42,19 +47,21 @@ def run_chunk(
     start: int,
     end: int,
     hand_off: HandOff | None,
+    layers_to_go: int,
 ) -> ChunkResult:
     """Compute prompt tokens [start, end), whose earlier ones lie in the pages; collective.
 
     Args:
         table: of the whole prompt.
         hand_off: takes each layer's finished pages.
+        layers_to_go: when the chunk is nearly computed.
     """
     stages = Stages.on(parts.model.device)
     rows = ChunkRows.of(parts.model, start, end, len(prompt))
     attention = ChunkAttention(parts, rows, table, hand_off, stages)
     tokens = torch.from_numpy(prompt[rows.positions.numpy()])
     chunk = _Chunk(parts, rows, attention, stages)
-    return ChunkResult(chunk.run(without_waiting(tokens, parts.model.device)), stages)
+    return chunk.run(without_waiting(tokens, parts.model.device), layers_to_go)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,30 +73,43 @@ class _Chunk:
     attention: ChunkAttention
     stages: Stages
 
-    def run(self, tokens: Tensor) -> Tensor | None:
-        """Logits [vocab] after the prompt's last token, None before its end."""
+    def run(self, tokens: Tensor, layers_to_go: int) -> ChunkResult:
+        """Through all layers; see `run_chunk`."""
         model = self.parts.model
         hidden = model.begin(tokens, self.stages)
+        turns, nearly = self._turns(), None
         for layer in model.layers[:-1]:
-            layer.forward(hidden, self.attention, self.rows.steps, self.stages)
-        return self._run_last_layer(*hidden)
+            if nearly is None and layer.number >= len(model.layers) - layers_to_go:
+                nearly = Milestone.after_what_is_launched(model.device)
+            layer.forward(hidden, self.attention, turns, self.stages)
+        nearly = nearly or Milestone.after_what_is_launched(model.device)
+        return ChunkResult(self._run_last_layer(*hidden), nearly, self.stages)
 
-    def _run_last_layer(self, normed: Tensor, residual: Tensor) -> Tensor | None:
-        """Of the last layer only K and V are wanted, and the prompt's last row."""
+    def _turns(self) -> RowSteps:
+        """How rows go through a layer's second half: where ranks wait for sums, in turns."""
+        if self.parts.model.mesh.tensor_parallel == 1:
+            return self.rows.steps
+        return RowSteps.in_turns(len(self.rows.positions), self.parts.model.device)
+
+    def _run_last_layer(self, normed: Rows, residual: Rows) -> Tensor | None:
+        """Logits [vocab] after the prompt's last token, None before its end.
+
+        Of the last layer only K and V are wanted, and the prompt's last row.
+        """
         model, rows = self.parts.model, self.rows
         self.attention.write_keys_values(model.layers[-1], normed)
         if rows.end < rows.length:
             return None
+        attended = self.attention.attend_last(model.layers[-1], normed)
         logits = torch.zeros(model.config.vocab_size, device=model.device)
         if rows.hold_last:
-            logits = self._last_logits([normed[-1:], residual[-1:]])
+            logits = self._last_logits(attended, [normed[-1:], residual[-1:]])
         with self.stages.time("communication"):
             return model.mesh.sum_over_sequence_ranks(logits)
 
-    def _last_logits(self, hidden: list[Tensor]) -> Tensor:
-        """Logits float32 [vocab] of one row, whose hidden states are [1, hidden]."""
+    def _last_logits(self, attended: Tensor, hidden: list[Rows]) -> Tensor:
+        """Logits float32 [vocab] of one row, [1, heads, d], whose hidden states are [1, hidden]."""
         model = self.parts.model
-        attention = LastRowAttention(self.attention, self.stages)
-        model.layers[-1].forward(hidden, attention, stages=self.stages)
+        model.layers[-1].forward(hidden, AttendedAlready(attended), stages=self.stages)
         with self.stages.time("linear"):
             return model.logits(hidden[0])[0].float()

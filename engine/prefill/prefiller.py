@@ -17,7 +17,7 @@ from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
 from ..model.qwen2 import Qwen2
-from .attention import Observer, PrefillParts
+from .attention import Observer, Planted, PrefillParts
 from .chunk import ChunkResult, run_chunk
 from .sparsity import SparsityConfig
 
@@ -35,7 +35,7 @@ class Prefiller:
     """Computes prompts on one rank. Not thread-safe.
 
     Activations grow with the chunk, never with the prompt. An observer is shown sparse attention
-    as it happens, for measurements.
+    as it happens, and what was selected may be replaced by what is planted: for measurements.
     """
 
     def __init__(
@@ -44,11 +44,12 @@ class Prefiller:
         pool: PagePool,
         sparsity: SparsityConfig | None,
         observer: Observer | None = None,
+        planted: Planted | None = None,
     ) -> None:
         self._pool = pool
         self._admitted: dict[str, _Admitted] = {}
         widened = _widened(pool, model.dtype) if pool.geometry.quantized else None
-        self._parts = PrefillParts(model, pool, sparsity, observer, widened)
+        self._parts = PrefillParts(model, pool, sparsity, observer, planted, widened)
 
     def admit(
         self,
@@ -100,14 +101,23 @@ class Prefiller:
 
     @torch.inference_mode()
     def run_chunk(
-        self, request_id: str, start: int, end: int, hand_off: HandOff | None = None
+        self,
+        request_id: str,
+        start: int,
+        end: int,
+        hand_off: HandOff | None = None,
+        layers_to_go: int = 1,
     ) -> ChunkResult:
         """Compute prompt tokens [start, end); collective over the mesh.
+
+        On a GPU it returns when all is launched, so that the next chunk can be launched before this
+        one is computed.
 
         Args:
             start: where the request's last chunk ended.
             end: a multiple of 128, or the end of the prompt.
             hand_off: takes each layer's finished pages, as far as they fall to this rank.
+            layers_to_go: when the chunk counts as nearly computed.
 
         Raises:
             InvalidRequestError: no such request, or not its next chunk.
@@ -116,7 +126,9 @@ class Prefiller:
         """
         admitted = self._next_chunk_of(request_id, start, end)
         with out_of_memory_raises(ChunkOutOfMemoryError(start, end)):
-            result = run_chunk(self._parts, admitted.prompt, admitted.table, start, end, hand_off)
+            result = run_chunk(
+                self._parts, admitted.prompt, admitted.table, start, end, hand_off, layers_to_go
+            )
         admitted.done = end
         return result
 

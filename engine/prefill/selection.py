@@ -1,29 +1,49 @@
 """What a prefill chunk attends to under sparse attention, layer by layer.
 
-Query heads are dealt to the sequence ranks, which exchange what they choose. Every method is
-collective over them.
+A selection is made for a *window* of rows, by the last of them. What is computed at once may have
+several windows: all are scored, exchanged and chosen for together. Keys are dealt to the sequence
+ranks: each sums attention over its own, and says what is heaviest among them.
 """
 
-import numpy as np
-import numpy.typing as npt
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ...kernels import sparse
 from ...kernels.pages import LayerPages
-from ...kernels.sparse import NOTHING, Selections
-from ...kernels.transfer import without_waiting
-from ..model.layer import Layer
+from ...kernels.sparse import ColumnCandidates, HeadBudget, KeyPart, KeyScores, Selections
+from ..model.positions import Rotations
 from ..model.qwen2 import Qwen2
 from ..stages import Stages
 from .sparsity import SparsityConfig
 
 
+@dataclass(frozen=True)
+class Window:
+    """Rows [start, end) of a prompt that have one selection; its last ones `select`."""
+
+    start: int
+    end: int
+    select: range
+
+    @classmethod
+    def cut(cls, start: int, end: int, sparsity: SparsityConfig) -> "tuple[Window, ...]":
+        """Those of a chunk [start, end): borders lie where they do for every chunk size."""
+        size = sparsity.window_tokens
+        borders = [start, *range((start // size + 1) * size, end, size), end]
+        return tuple(
+            cls(first, last, range(max(first, last - sparsity.last_queries), last))
+            for first, last in itertools.pairwise(borders)
+        )
+
+
 class ChunkSelector:
-    """Chooses for one chunk [start, end) of a prompt.
+    """Chooses for the windows of one chunk.
 
     Args:
-        positions: rising, of the rows that this rank holds.
         scale: of the softmax.
     """
 
@@ -31,78 +51,118 @@ class ChunkSelector:
         self,
         model: Qwen2,
         sparsity: SparsityConfig,
-        positions: npt.NDArray[np.int64],
-        start: int,
-        end: int,
+        windows: Sequence[Window],
         scale: float,
         stages: Stages,
     ) -> None:
         self._model, self._mesh, self._sparsity = model, model.mesh, sparsity
-        self._stages, self._scale, self._end = stages, scale, end
-        self._num_rows = min(sparsity.last_queries, end - start)
-        self._first = end - self._num_rows
-        self._held = slice(int(np.searchsorted(positions, self._first)), len(positions))
-        places = torch.from_numpy(positions[self._held] - self._first)
-        self._places = without_waiting(places, model.device)
-        where = torch.arange(self._first, end, device=model.device)
-        self._rotations = model.positions.selection_rotations(where, range(self._first, end))
+        self._windows, self._scale, self._stages = windows, scale, stages
+        self._part = KeyPart(self._mesh.sequence_rank, self._mesh.sequence_parallel)
+        self._rotations = [_rotations(model, window.select) for window in windows]
 
-    def last_queries(self, layer: Layer, normed: Tensor) -> Tensor:
-        """Queries of the chunk's last rows, not rotated, [rows, heads, d] float32.
-
-        They are projected once more here, by whichever ranks hold them: 64 rows cost nothing.
+    def choose(self, number: int, last: Sequence[Tensor], pages: LayerPages) -> list[Selections]:
+        """What each head attends to in layer `number`, for each window; collective.
 
         Args:
-            normed: all rows of this rank after the layer's first norm, [n, hidden].
+            last: queries of each window's selecting rows, not rotated, [rows, heads, d].
         """
-        with self._stages.time("selection"):
-            q = layer.queries(normed[self._held]).float()
-            if self._mesh.sequence_parallel == 1:
-                return q
-            last = q.new_zeros(self._num_rows, *q.shape[1:])
-            last.index_copy_(0, self._places, q)
-        return self._summed(last)
-
-    def choose(self, number: int, last: Tensor, pages: LayerPages) -> Selections:
-        """What each head attends to in layer `number`, given its last queries."""
         heads = self._model.heads
         budgets = self._sparsity.heads(number, heads.first_head, heads.last_head)
-        ranks, rank = self._mesh.sequence_parallel, self._mesh.sequence_rank
-        own = slice(heads.num_heads * rank // ranks, heads.num_heads * (rank + 1) // ranks)
-        chosen = None
-        if own.start < own.stop:
-            with self._stages.time("selection"):
-                sums = sparse.sums(
-                    self._rotations.rotate(last[:, own]), self._first, pages, own.start,
-                    self._model.positions.stride, self._scale,
-                    heads.num_heads // heads.num_kv_heads,
-                )  # fmt: skip
-                chosen = sparse.by_bands(sums, budgets[own])
-        if ranks == 1:
-            assert chosen is not None
-            return chosen
-        return self._exchange(chosen, own, sparse.widths_by_bands(budgets, self._end))
+        with self._stages.time("selection"):
+            scored = [
+                self._score(window, rotations, queries, pages)
+                for window, rotations, queries in zip(
+                    self._windows, self._rotations, last, strict=True
+                )
+            ]
+            own = [each.log_sum_exps() for each in scored]
+        every = self._exchanged_log_sum_exps(scored, own)
+        with self._stages.time("selection"):
+            candidates, bands = self._sum(scored, every, budgets)
+        candidates, bands = self._exchanged_sums(candidates, bands, budgets)
+        with self._stages.time("selection"):
+            count, size = len(self._windows), len(budgets)
+            keys = [window.end for window in self._windows for _ in budgets]
+            chosen = sparse.choose_by_bands(candidates, bands, budgets * count, keys)
+            lines = [slice(first, first + size) for first in range(0, count * size, size)]
+            return [Selections(chosen.columns[own], chosen.distances[own]) for own in lines]
 
-    def _exchange(
-        self, chosen: Selections | None, own: slice, widths: tuple[int, int]
-    ) -> Selections:
-        """All heads' selections on every sequence rank, from each rank's heads `own`.
+    def _score(
+        self, window: Window, rotations: Rotations, queries: Tensor, pages: LayerPages
+    ) -> KeyScores:
+        heads = self._model.heads
+        return sparse.key_scores(
+            rotations.rotate(queries.float()), window.select.start, pages, 0,
+            self._model.positions.stride, self._scale, heads.num_heads // heads.num_kv_heads,
+            self._part,
+        )  # fmt: skip
 
-        Each rank fills in its heads and leaves the others 0, so a sum is an exchange.
-        """
-        heads, device = self._model.heads.num_heads, self._model.device
-        every = torch.zeros(heads, sum(widths), dtype=torch.int32, device=device)
-        if chosen is not None:
-            every[own] = torch.cat(
-                [
-                    torch.nn.functional.pad(each, (0, width - each.shape[1]), value=NOTHING)
-                    for each, width in zip((chosen.columns, chosen.distances), widths, strict=True)
-                ],
-                1,
-            )
-        columns, distances = self._summed(every).split(widths, 1)
-        return Selections(columns.contiguous(), distances.contiguous())
-
-    def _summed(self, partial: Tensor) -> Tensor:
+    def _exchanged_log_sum_exps(
+        self, scored: Sequence[KeyScores], own: list[Tensor]
+    ) -> list[Tensor]:
+        """Of all keys' stretches, for each window."""
+        if self._mesh.sequence_parallel == 1:
+            return own
         with self._stages.time("communication"):
-            return self._mesh.sum_over_sequence_ranks(partial)
+            most = [max(each.counts()) for each in scored]
+            sent = own[0].new_full((len(own[0]), sum(most), _most_rows(own)), -torch.inf)
+            firsts = [sum(most[:window]) for window in range(len(most))]
+            for first, part in zip(firsts, own, strict=True):
+                sent[:, first : first + part.shape[1], : part.shape[2]] = part
+            gathered = self._mesh.gather_over_sequence_ranks(sent)
+            return [
+                sparse.in_order(gathered[..., : part.shape[2]], each.counts(), first)
+                for first, part, each in zip(firsts, own, scored, strict=True)
+            ]
+
+    def _sum(
+        self, scored: Sequence[KeyScores], every: Sequence[Tensor], budgets: list[HeadBudget]
+    ) -> tuple[ColumnCandidates, Tensor]:
+        """This rank's part of the sums of all windows' heads, one window after another."""
+        sums = [each.sums(lse) for each, lse in zip(scored, every, strict=True)]
+        found = [
+            sparse.column_candidates(part.columns, each.first_key, budgets)
+            for each, part in zip(scored, sums, strict=True)
+        ]
+        if len(sums) == 1:
+            return found[0], sums[0].bands
+        bands = [_wide(part.bands, max(part.bands.shape[1] for part in sums)) for part in sums]
+        return (
+            ColumnCandidates(
+                torch.cat([each.weights for each in found]),
+                torch.cat([each.places for each in found]),
+            ),
+            torch.cat(bands),
+        )
+
+    def _exchanged_sums(
+        self, candidates: ColumnCandidates, bands: Tensor, budgets: list[HeadBudget]
+    ) -> tuple[ColumnCandidates, Tensor]:
+        """Those of all keys, from each rank's. What they differ in is one tensor on its way."""
+        ranks = self._mesh.sequence_parallel
+        if ranks == 1:
+            return candidates, bands
+        with self._stages.time("communication"):
+            places = candidates.places.view(torch.float32)
+            sent = torch.cat((bands, candidates.weights, places), 1)
+            gathered = self._mesh.gather_over_sequence_ranks(sent)
+        with self._stages.time("selection"):
+            (lines, most), width = candidates.weights.shape, bands.shape[1]
+            every = gathered[..., width:].transpose(0, 1)  # [lines, ranks, 2 * most]
+            weights, places = (each.reshape(lines, ranks * most) for each in every.split(most, 2))
+            counts = sparse.free_counts(budgets) * len(self._windows)
+            together = sparse.heaviest(weights, places.view(torch.int32), counts)
+            return together, gathered[..., :width].sum(0)
+
+
+def _rotations(model: Qwen2, rows: range) -> Rotations:
+    where = torch.arange(rows.start, rows.stop, device=model.device)
+    return model.positions.selection_rotations(where, rows)
+
+
+def _most_rows(parts: Sequence[Tensor]) -> int:
+    return max(part.shape[2] for part in parts)
+
+
+def _wide(bands: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.pad(bands, (0, count - bands.shape[1]))

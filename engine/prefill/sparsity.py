@@ -17,12 +17,14 @@ _PATTERN = "vertical_and_slash"
 class SparsityConfig:
     """`budgets[layer][head]`; prompts of at most `threshold` tokens are prefilled densely.
 
-    The last `last_queries` rows of every prefill chunk choose what the chunk attends to.
+    Every `window_tokens` rows of a prompt attend to what the last `last_queries` of them choose,
+    however many rows are computed at once: as published, prompts are prefilled by so many.
     """
 
     budgets: tuple[tuple[HeadBudget, ...], ...]
     threshold: int = DENSE_UP_TO
     last_queries: int = 64
+    window_tokens: int = 32768
 
     @classmethod
     def from_folder(cls, folder: Path) -> "SparsityConfig | None":

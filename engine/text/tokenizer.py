@@ -6,7 +6,8 @@ The same characters inside anything a user wrote are text, and become the tokens
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import islice
@@ -37,10 +38,37 @@ _UNSURE_WORDS = 2
 # The most bytes of text that become one byte by NFC: three Hangul letters become one syllable.
 _NFC_SHRINKS = 3
 _SAMPLE_MESSAGES = 8
+_SAMPLE_TOOL = "sample_tool"
 
 # Stand for control tokens in what users wrote while the template renders it.
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _PRIVATE_USE_CHARACTER = re.compile("[\U000f0000-\U000ffffd]")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the chat template writes a chat.
+
+    It ends where the assistant's answer begins, or with `continue_final_message` within the last
+    message, which the answer goes on with. `variables` are for the template alone; what they mean
+    is up to it. `tools` are those that the model may call, in OpenAI's form.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+_PLAIN = Writing()
+# What templates fail with where a variable is not what they take it for.
+_WRONG_VARIABLE = (
+    TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
+# What a template is told by us, and no client may say otherwise.
+_OURS = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+)
 
 
 class Tokenizer:
@@ -113,6 +141,16 @@ class Tokenizer:
         around = map(self._tokens_around, (("user",), ("assistant",), ("user", "assistant")))
         return max(min((tokens for tokens in around if tokens is not None), default=1), 1)
 
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        chat = [{"role": "user", "content": "a"}]
+        tool = {"type": "function", "function": {"name": _SAMPLE_TOOL, "parameters": {}}}
+        try:
+            return _SAMPLE_TOOL in self._render(chat, Writing(tools=[tool]))
+        except InvalidRequestError:
+            return False
+
     def _tokens_around(self, roles: Sequence[str]) -> int | None:
         """Around each message of a chat in which these take turns; None where it may not be."""
         sample = [
@@ -138,25 +176,30 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
-        add_generation_prompt: bool = True,
+        messages: Sequence[Mapping[str, Any]],
+        writing: Writing = _PLAIN,
         enough: int | None = None,
     ) -> Tokens:
         """Ids of a chat as the template writes it, int32 [tokens].
 
         Args:
-            messages: `role` and `content` of each.
-            add_generation_prompt: whether to end where the assistant's answer begins.
+            messages: `role`, `content` and what else the template knows of each.
+            writing: where the chat ends, and what else the template is told.
             enough: as in `encode`.
 
         Raises:
             InvalidRequestError: the checkpoint has no template, or the template refuses the chat.
         """
-        marks = self._marks_for([message["content"] for message in messages])
-        marked = [
-            {**message, "content": _replace(message["content"], marks)} for message in messages
-        ]
-        text = self._render(marked, add_generation_prompt)
+        given = (messages, writing.variables, writing.tools)
+        texts = list(texts_in(given))
+        free = _unused_characters(texts)
+        marks = self._marks_for(texts, free)
+        marked, variables, tools = with_texts(given, lambda text: _replace(text, marks))
+        end = _one_of(free) if writing.continue_final_message else ""
+        marked[-1]["content"] += end
+        text = self._render(marked, replace(writing, variables=variables, tools=tools))
+        if end:
+            text = _up_to(text, end)
         original = {mark: token for token, mark in marks.items()}
         parts: list[Tokens] = []
         room = enough
@@ -225,35 +268,46 @@ class Tokenizer:
             length *= 2
         return None
 
-    def _marks_for(self, contents: Sequence[str]) -> dict[str, str]:
-        """A character that occurs nowhere in `contents` for each control token that does."""
-        found = {token for content in contents for token in self._control.findall(content)}
-        if not found:
-            return {}
-        taken = {mark for content in contents for mark in _PRIVATE_USE_CHARACTER.findall(content)}
-        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
-        marks = dict(zip(sorted(found, key=len, reverse=True), free, strict=False))
-        if len(marks) < len(found):
-            raise InvalidRequestError("the messages use up all private-use characters of Unicode")
-        return marks
+    def _marks_for(self, texts: Iterable[str], free: Iterator[str]) -> dict[str, str]:
+        """A character that occurs in no text for each control token that does."""
+        found = {token for text in texts for token in self._control.findall(text)}
+        return {token: _one_of(free) for token in sorted(found, key=len, reverse=True)}
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Refuse what the template is told by us.
+
+        Raises:
+            InvalidRequestError: with the variable's name.
+        """
+        taken = [name for name in variables if name in _OURS or name in self._named_tokens]
+        if taken:
+            raise InvalidRequestError(
+                f"the chat template's variable '{taken[0]}' is not for clients to set; leave it out"
+            )
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], writing: Writing) -> str:
         if self._template is None:
             raise InvalidRequestError(
                 "this model has no chat template; use /v1/completions, or add a "
                 "chat_template.jinja to its folder"
             )
+        ends_open = writing.continue_final_message
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
+            ours = {
+                "messages": messages,
+                "add_generation_prompt": writing.add_generation_prompt and not ends_open,
+                "tools": writing.tools or None,
+                "documents": None,
                 **self._named_tokens,
-            )
+            }
+            return self._template.render({**writing.variables, **ours})
         except jinja2.TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error.message}"
+            ) from error
+        except _WRONG_VARIABLE as error:
+            raise InvalidRequestError(
+                f"the model's chat template fails on these messages and variables: {error}"
             ) from error
 
 
@@ -268,6 +322,53 @@ def count_ids(folder: Path) -> int:
 
 def _count_ids(tokenizer: tokenizers.Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, names of objects' members included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            yield name
+            yield from texts_in(member)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            yield from texts_in(member)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value of JSON, with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): with_texts(member, change) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_texts(member, change) for member in value]
+    return value
+
+
+def _unused_characters(texts: Iterable[str]) -> Iterator[str]:
+    """Of private use, and in none of the texts."""
+    taken = {found for text in texts for found in _PRIVATE_USE_CHARACTER.findall(text)}
+    return (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
+
+
+def _one_of(free: Iterator[str]) -> str:
+    character = next(free, None)
+    if character is None:
+        raise InvalidRequestError("the messages use up all private-use characters of Unicode")
+    return character
+
+
+def _up_to(chat: str, end: str) -> str:
+    """A chat as far as a character that stands where its last message's content ends."""
+    found = chat.rfind(end)
+    if found < 0:
+        raise InvalidRequestError(
+            "the last message cannot be continued: the chat template leaves it out"
+        )
+    return chat[:found]
 
 
 def _replace(text: str, replacements: Mapping[str, str]) -> str:

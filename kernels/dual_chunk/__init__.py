@@ -8,16 +8,30 @@ from torch import Tensor
 
 from ..pages import LayerPages
 from . import portable
+from .pieces import KeyPieces, PartialResults
+from .pieces import attention as attention_in_pieces
 from .portable import decode_attention
-from .segments import BLOCK_ROWS, KeyBounds, QueryBlocks, SegmentQueries, Span, split_at_chunks
+from .segments import (
+    BLOCK_ROWS,
+    KeyBounds,
+    LastRow,
+    QueryBlocks,
+    SegmentQueries,
+    Span,
+    split_at_chunks,
+)
 
 __all__ = [
     "BLOCK_ROWS",
     "KeyBounds",
+    "KeyPieces",
+    "LastRow",
+    "PartialResults",
     "QueryBlocks",
     "SegmentQueries",
     "Span",
     "attention",
+    "attention_in_pieces",
     "decode_attention",
     "split_at_chunks",
 ]

@@ -48,21 +48,21 @@ def attention(
     )  # [heads, rows, d]
     spans = [part for span in blocks.spans() for part in split_at_chunks(span, stride)]
     shared = KeyBounds.of(spans[0].start, stride).inter if spans else 0
-    _attend_range(result, slice(0, rows), inter, pages, 0, shared, scale)
-    for bounds, first_row, last_row in _by_dual_chunk(spans, stride):
+    attend_range(result, slice(0, rows), inter, pages, 0, shared, scale)
+    for bounds, first_row, last_row in by_dual_chunk(spans, stride):
         chosen = slice(first_row, last_row)
-        _attend_range(result, chosen, inter, pages, shared, bounds.inter, scale)
-        _attend_range(result, chosen, successive, pages, bounds.inter, bounds.successive, scale)
+        attend_range(result, chosen, inter, pages, shared, bounds.inter, scale)
+        attend_range(result, chosen, successive, pages, bounds.inter, bounds.successive, scale)
     for span in spans:
         chosen = slice(span.first_row, span.last_row)
         first_key = KeyBounds.of(span.start, stride).successive
-        _attend_range(result, chosen, intra, pages, first_key, span.start, scale)
+        attend_range(result, chosen, intra, pages, first_key, span.start, scale)
         k, v = pages.read(span.start, span.end)
-        result.merge(chosen, *_attend(intra[:, chosen], k, v, scale, causal=True))
+        result.merge(chosen, *attend(intra[:, chosen], k, v, scale, causal=True))
     return result.output.transpose(0, 1).to(queries.intra.dtype), result.lse.T
 
 
-def _by_dual_chunk(spans, stride: int | None):
+def by_dual_chunk(spans, stride: int | None):
     """Row ranges of neighbouring spans that share their bounds: (bounds, first row, last row)."""
     groups: list[tuple[KeyBounds, int, int]] = []
     for span in spans:
@@ -74,7 +74,7 @@ def _by_dual_chunk(spans, stride: int | None):
     return groups
 
 
-def _attend_range(
+def attend_range(
     result: PartialAttention,
     rows: slice,
     q: Tensor,
@@ -88,10 +88,10 @@ def _attend_range(
         return
     for first in range(start, end, _KEYS_AT_ONCE):
         k, v = pages.read(first, min(first + _KEYS_AT_ONCE, end))
-        result.merge(rows, *_attend(q[:, rows], k, v, scale, causal=False))
+        result.merge(rows, *attend(q[:, rows], k, v, scale, causal=False))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Fused attention with log-sum-exp: q [heads, n, d], k and v [kv_heads, m, d]."""
     heads, rows, head_dim = q.shape
     kv_heads = k.shape[0]

@@ -142,6 +142,17 @@ class QueryBlocks:
         return (starts[:, None] + offsets[None, :]).flatten()[: self.num_rows]
 
 
+@dataclass(frozen=True)
+class LastRow:
+    """The last row alone of a sequence that ends at `end`, where else there are `QueryBlocks`."""
+
+    end: int
+
+    def spans(self) -> Iterator[Span]:
+        """The one that there is."""
+        yield Span(0, 1, self.end - 1)
+
+
 def split_at_chunks(span: Span, stride: int | None) -> Iterator[Span]:
     """Cut a span where it crosses from one dual chunk to the next."""
     row, position = span.first_row, span.start
@@ -153,7 +164,7 @@ def split_at_chunks(span: Span, stride: int | None) -> Iterator[Span]:
 
 
 @lru_cache(maxsize=16)
-def span_table(blocks: QueryBlocks, stride: int | None, device: torch.device) -> Tensor:
+def span_table(blocks: QueryBlocks | LastRow, stride: int | None, device: torch.device) -> Tensor:
     """The spans of query blocks, cut at dual chunks, as kernels read them: int32 [spans, 5].
 
     A line is a span's first row, its rows, its first position, and its `KeyBounds`. Kept, since

@@ -176,16 +176,19 @@ def page_tiles(memory: Tensor) -> TensorDescriptor:
     return TensorDescriptor(memory, *as_tiles(memory))
 
 
-def fresh_results(queries: SegmentQueries) -> tuple[Tensor, Tensor]:
-    """Memory for output [rows, heads, d] and log-sum-exp [heads, rows].
+def fresh_results(queries: SegmentQueries, output: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Memory for output [rows, heads, d], unless there is some, and log-sum-exp [heads, rows].
 
     Raises:
-        ValueError: the queries cannot be read, see `check_layout`.
+        ValueError: the queries cannot be read, see `check_layout`, or the memory not be written.
     """
     check_layout(queries)
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    output = queries.intra.new_empty(rows, heads, head_dim)
+    if output is None:
+        output = queries.intra.new_empty(rows, heads, head_dim)
+    elif output.shape != queries.intra.shape or not output.is_contiguous():
+        raise ValueError(f"results {tuple(output.shape)} must be contiguous, as queries are shaped")
     return output, torch.empty(heads, rows, dtype=torch.float32, device=device)
 
 

@@ -2,14 +2,27 @@
 
 On GPUs each function is one fused kernel; elsewhere it is its definition. Both round at the same
 places, so an answer does not depend on which one ran, up to the order of float32 sums.
+
+Where a product of 8 bits comes next (see `narrow`), norms and activation round their results for it
+in the same pass.
 """
 
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation, SegmentQueries
+from ..narrow import Narrowing, NarrowRows
 from . import reference
 
-__all__ = ["add_rms_norm", "rms_norm", "rotate_queries", "swiglu", "write_pages"]
+__all__ = [
+    "add_rms_norm",
+    "narrow_add_rms_norm",
+    "narrow_rms_norm",
+    "narrow_swiglu",
+    "rms_norm",
+    "rotate_queries",
+    "swiglu",
+    "write_pages",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -33,6 +46,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     silu is computed in float32 and rounded before the product (arXiv 2002.05202).
     """
     return _version(gate_up).swiglu(gate_up)
+
+
+def narrow_rms_norm(x: Tensor, weight: Tensor, epsilon: float, narrowing: Narrowing) -> NarrowRows:
+    """`narrow.narrow_rows` of `rms_norm`."""
+    return _version(x).narrow_rms_norm(x, weight, epsilon, narrowing)
+
+
+def narrow_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, narrowing: Narrowing
+) -> tuple[NarrowRows, Tensor]:
+    """`add_rms_norm`, whose norm is narrowed and whose sum is not."""
+    return _version(x).narrow_add_rms_norm(x, residual, weight, epsilon, narrowing)
+
+
+def narrow_swiglu(gate_up: Tensor, narrowing: Narrowing) -> NarrowRows:
+    """`narrow.narrow_rows` of `swiglu`."""
+    return _version(gate_up).narrow_swiglu(gate_up, narrowing)
 
 
 def rotate_queries(

@@ -5,6 +5,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation, SegmentQueries
+from ..narrow import Narrowing, NarrowRows
+from ..narrow.reference import narrow_rows
 from ..page_size import PAGE_TOKENS
 
 
@@ -27,6 +29,24 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def narrow_rms_norm(x: Tensor, weight: Tensor, epsilon: float, narrowing: Narrowing) -> NarrowRows:
+    """The norm, narrowed."""
+    return narrow_rows(rms_norm(x, weight, epsilon), narrowing)
+
+
+def narrow_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, narrowing: Narrowing
+) -> tuple[NarrowRows, Tensor]:
+    """The sum's norm, narrowed, and the sum."""
+    normed, total = add_rms_norm(x, residual, weight, epsilon)
+    return narrow_rows(normed, narrowing), total
+
+
+def narrow_swiglu(gate_up: Tensor, narrowing: Narrowing) -> NarrowRows:
+    """silu(gate) * up, narrowed."""
+    return narrow_rows(swiglu(gate_up), narrowing)
 
 
 def rotate_queries(

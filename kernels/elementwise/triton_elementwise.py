@@ -12,8 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dual_chunk.segments import Rotation, SegmentQueries
+from ..narrow import Narrowing, NarrowRows
+from ..narrow.triton_narrow import empty_rows, row_pieces, row_warps, store_groups
 from ..page_size import PAGE_TOKENS
 from ..pages import check_pages
+from ..triton_scales import e4m3_scale
 
 _NORM_ELEMENTS = 2048
 _SWIGLU_COLUMNS = 2048
@@ -25,7 +28,7 @@ _WARP = 32
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square norm."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_norm(x, x, weight, epsilon, normed, normed, adds=False)
+    _launch_norm(x, None, weight, epsilon, normed, normed)
     return normed
 
 
@@ -35,7 +38,24 @@ def add_rms_norm(
     """The sum's norm, and the sum."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(normed)
-    _launch_norm(x, residual, weight, epsilon, normed, total, adds=True)
+    _launch_norm(x, residual, weight, epsilon, normed, total)
+    return normed, total
+
+
+def narrow_rms_norm(x: Tensor, weight: Tensor, epsilon: float, narrowing: Narrowing) -> NarrowRows:
+    """The norm, narrowed while the row is in registers."""
+    normed = empty_rows(*x.shape, narrowing, x)
+    _launch_norm(x, None, weight, epsilon, normed, x, narrowing)
+    return normed
+
+
+def narrow_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, narrowing: Narrowing
+) -> tuple[NarrowRows, Tensor]:
+    """The sum's norm, narrowed while the row is in registers, and the sum."""
+    normed = empty_rows(*x.shape, narrowing, x)
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_norm(x, residual, weight, epsilon, normed, total, narrowing)
     return normed, total
 
 
@@ -56,6 +76,30 @@ def swiglu(gate_up: Tensor) -> Tensor:
             num_warps=4,
         )
     return output
+
+
+def narrow_swiglu(gate_up: Tensor, narrowing: Narrowing) -> NarrowRows:
+    """silu(gate) * up, narrowed; a row stays in registers until its largest number is known."""
+    count, columns = len(gate_up), gate_up.shape[1] // 2
+    narrow = empty_rows(count, columns, narrowing, gate_up)
+    pieces, by_row = row_pieces(columns), narrowing.group is None
+    blocks = 1 if by_row else triton.cdiv(columns, _SWIGLU_COLUMNS)
+    if count:
+        _narrow_swiglu[(count * blocks,)](
+            gate_up,
+            narrow.values,
+            narrow.scales,
+            gate_up.stride(0),
+            *narrow.scales.stride(),
+            blocks,
+            COLUMNS=columns,
+            GROUP=narrowing.group or 0,
+            FIRST=pieces[0],
+            REST=pieces[1],
+            SIZE=_SWIGLU_COLUMNS,
+            num_warps=row_warps(pieces) if by_row else 4,
+        )
+    return narrow
 
 
 def rotate_queries(
@@ -122,31 +166,37 @@ def write_pages(memory: Tensor, slots: Tensor, k: Tensor, v: Tensor, rotation: R
 
 def _launch_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     epsilon: float,
-    normed: Tensor,
+    normed: Tensor | NarrowRows,
     total: Tensor,
-    adds: bool,
+    narrowing: Narrowing | None = None,
 ) -> None:
+    """`total` is written where there is a residual."""
     count, hidden = x.shape
     block = int(triton.next_power_of_2(hidden))
     rows = max(1, _NORM_ELEMENTS // block)
+    narrow = isinstance(normed, NarrowRows)
     if count:
         _norm[(triton.cdiv(count, rows),)](
             x,
-            residual,
+            x if residual is None else residual,
             weight,
-            normed,
+            normed.values if narrow else normed,
+            normed.scales if narrow else x,
             total,
             x.stride(0),
-            residual.stride(0),
+            0 if residual is None else residual.stride(0),
+            *(normed.scales.stride() if narrow else (0, 0)),
             count,
             epsilon,
             ROWS=rows,
             HIDDEN=hidden,
             BLOCK=block,
-            ADDS=adds,
+            ADDS=residual is not None,
+            NARROW=narrow,
+            GROUP=block if narrowing is None or narrowing.group is None else narrowing.group,
             num_warps=min(16, 2 * _warps(rows * block // 4, x)),
         )
 
@@ -162,15 +212,20 @@ def _norm(
     residual,
     weight,
     normed,
+    scales,
     total,
     x_stride,
     residual_stride,
+    scale_row_stride,
+    scale_group_stride,
     count,
     epsilon,
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
+    NARROW: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """A few whole rows."""
     dtype = x.dtype.element_ty
@@ -187,21 +242,79 @@ def _norm(
         wide = rounded.to(tl.float32)
     variance = tl.sum(wide * wide, 1, keep_dims=True) / HIDDEN
     unit = (wide * tl.rsqrt(variance + epsilon)).to(dtype).to(tl.float32)
-    tl.store(normed + row * HIDDEN + column, (factors * unit).to(dtype), mask=exists)
+    result = (factors * unit).to(dtype)
+    if NARROW:
+        grouped = tl.reshape(result.to(tl.float32), [ROWS, BLOCK // GROUP, GROUP])
+        scale, reciprocal = e4m3_scale(tl.max(tl.abs(grouped), 2))
+        narrow = tl.reshape(grouped * reciprocal[:, :, None], [ROWS, BLOCK]).to(tl.float8e4nv)
+        tl.store(normed + row * HIDDEN + column, narrow, mask=exists)
+        group = tl.arange(0, BLOCK // GROUP)[None, :]
+        place = scales + row * scale_row_stride + group * scale_group_stride
+        tl.store(place, scale, mask=(row < count) & (group * GROUP < HIDDEN))
+    else:
+        tl.store(normed + row * HIDDEN + column, result, mask=exists)
 
 
 @triton.jit
 def _swiglu(gate_up, output, row_stride, blocks, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """One block of columns of one row."""
-    dtype = output.dtype.element_ty
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    activated = _activated(gate_up + row * row_stride, column, COLUMNS)
+    tl.store(output + row * COLUMNS + column, activated, mask=column < COLUMNS)
+
+
+@triton.jit
+def _activated(gate_up, column, COLUMNS: tl.constexpr):
+    """Some columns of one row, in its type; 0 behind its end."""
+    dtype = gate_up.dtype.element_ty
     exists = column < COLUMNS
-    gates = gate_up + row * row_stride + column
-    gate = tl.load(gates, mask=exists, other=0.0).to(tl.float32)
-    up = tl.load(gates + COLUMNS, mask=exists, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + column, mask=exists, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + COLUMNS + column, mask=exists, other=0.0).to(tl.float32)
     activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(output + row * COLUMNS + column, (activated * up).to(dtype), mask=exists)
+    return (activated * up).to(dtype)
+
+
+@triton.jit
+def _narrow_swiglu(
+    gate_up,
+    values,
+    scales,
+    row_stride,
+    scale_row_stride,
+    scale_group_stride,
+    blocks,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """One row, or one block of its columns where groups have scales of their own."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    source = gate_up + row * row_stride
+    target = values + row * COLUMNS
+    own_scales = scales + row * scale_row_stride
+    if GROUP == 0:
+        first = _activated(source, tl.arange(0, FIRST), COLUMNS)
+        largest = tl.max(tl.abs(first.to(tl.float32)), 0)
+        if REST > 0:
+            rest = _activated(source, FIRST + tl.arange(0, REST), COLUMNS)
+            largest = tl.maximum(largest, tl.max(tl.abs(rest.to(tl.float32)), 0))
+        scale, reciprocal = e4m3_scale(largest)
+        tl.store(own_scales, scale)
+        narrow = (first.to(tl.float32) * reciprocal).to(tl.float8e4nv)
+        tl.store(target + tl.arange(0, FIRST), narrow)
+        if REST > 0:
+            column = FIRST + tl.arange(0, REST)
+            narrow_rest = (rest.to(tl.float32) * reciprocal).to(tl.float8e4nv)
+            tl.store(target + column, narrow_rest, mask=column < COLUMNS)
+    else:
+        start = tl.program_id(0) % blocks * SIZE
+        activated = _activated(source, start + tl.arange(0, SIZE), COLUMNS).to(tl.float32)
+        store_groups(
+            activated, target + start, own_scales, start, scale_group_stride, COLUMNS, GROUP, SIZE
+        )
 
 
 @triton.jit

@@ -5,12 +5,12 @@ tiles, since attention computes tiles: a lone diagonal costs as much as 128 neig
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..dual_chunk.segments import BLOCK_ROWS
+from .heaviest import ColumnCandidates, heaviest, on_device
 from .selections import NOTHING, HeadBudget, Selections, Sums, round_up
 
 FORCED_VERTICALS = 30
@@ -25,17 +25,60 @@ def by_bands(sums: Sums, budgets: Sequence[HeadBudget]) -> Selections:
 
     A budget of s slashes buys ceil(s / 128) bands. The nearest band is always taken.
     """
-    bands = _heaviest(sums.bands, [budget.bands for budget in budgets], 1)
-    touched = _marks(bands, sums.bands.shape[1]) | _marks(bands + 1, sums.bands.shape[1])
-    return Selections(_columns(sums, budgets), _rising(touched, 2 * bands.shape[1]))
+    columns = sums.columns
+    candidates = column_candidates(columns, 0, budgets)
+    return choose_by_bands(candidates, sums.bands, budgets, [columns.shape[1]] * len(columns))
 
 
-def widths_by_bands(budgets: Sequence[HeadBudget], keys: int) -> tuple[int, int]:
-    """How wide `by_bands` makes columns and distances at most, for any of these heads."""
-    tiles = -(-keys // BLOCK_ROWS)
-    columns = min(max(FORCED_VERTICALS, *(each.verticals for each in budgets)), keys)
-    distances = min(2 * min(max(each.bands for each in budgets), tiles), tiles)
-    return round_up(columns), distances
+def column_candidates(
+    columns: Tensor, first_key: int, budgets: Sequence[HeadBudget]
+) -> ColumnCandidates:
+    """The heaviest of keys [first_key, first_key + n), as many as each line may take.
+
+    Without those that are taken anyway.
+
+    Args:
+        columns: sums of attention, [lines, n].
+    """
+    skipped = min(max(FORCED_VERTICALS - first_key, 0), columns.shape[1])
+    return heaviest(columns[:, skipped:], first_key + skipped, free_counts(budgets))
+
+
+def free_counts(budgets: Sequence[HeadBudget]) -> list[int]:
+    """Columns that each head may take beside the forced ones."""
+    return [max(0, budget.verticals - FORCED_VERTICALS) for budget in budgets]
+
+
+def choose_by_bands(
+    candidates: ColumnCandidates,
+    bands: Tensor,
+    budgets: Sequence[HeadBudget],
+    keys: Sequence[int],
+) -> Selections:
+    """As `by_bands`, from the heaviest columns of all keys.
+
+    Args:
+        candidates: as many as each line may take, beside the forced ones.
+        bands: float32 [lines, most bands]; 0 beyond a line's own.
+        keys: how many each line looks at.
+    """
+    chosen = _heaviest(bands, [budget.bands for budget in budgets], 1)
+    touched = _marks(chosen, bands.shape[1]) | _marks(chosen + 1, bands.shape[1])
+    return Selections(
+        _with_forced_columns(candidates.places, keys), _rising(touched, 2 * chosen.shape[1])
+    )
+
+
+def _with_forced_columns(places: Tensor, keys: Sequence[int]) -> Tensor:
+    """The first tokens of each line, and what was chosen of the rest, filled up to whole tiles."""
+    forced = torch.arange(FORCED_VERTICALS, dtype=torch.int32, device=places.device)
+    lines = forced.expand(len(places), -1)
+    if min(keys) < FORCED_VERTICALS:
+        exist = on_device(tuple(keys), places.device)[:, None]
+        lines = lines.masked_fill(forced >= exist, NOTHING)
+    width = round_up(FORCED_VERTICALS + places.shape[1])
+    filled = places.new_full((len(places), width - FORCED_VERTICALS - places.shape[1]), NOTHING)
+    return torch.cat((lines, places, filled), 1)
 
 
 def by_diagonals(sums: Sums, budgets: Sequence[HeadBudget]) -> Selections:
@@ -101,15 +144,9 @@ def _heaviest(weights: Tensor, counts: Sequence[int], forced: int) -> Tensor:
     most, forced = max(counts), min(forced, weights.shape[1])
     always = torch.arange(forced, device=weights.device).expand(len(weights), -1)
     order = torch.cat((always, weights[:, forced:].topk(most - forced).indices + forced), 1)
-    allowed = _on_device(counts, weights.device)[:, None]
+    allowed = on_device(counts, weights.device)[:, None]
     rank = torch.arange(most, device=weights.device)
     return order.masked_fill_(rank >= allowed, NOTHING)
-
-
-@lru_cache(maxsize=1024)
-def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, so that a layer copies its budgets to the device once."""
-    return torch.tensor(counts, device=device)
 
 
 def _with_forced(weights: Tensor, forced: int) -> Tensor:

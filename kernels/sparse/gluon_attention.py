@@ -195,11 +195,12 @@ def attention(
     stride: int | None,
     scale: float,
     selections: Selections,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the package's `attention`, where `gluon_prefill.supports` approves."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    output, lse = fresh_results(queries)
+    output, lse = fresh_results(queries, output)
     if rows == 0:
         return output, lse.T
     group = heads // pages.num_kv_heads

@@ -27,10 +27,11 @@ def attention(
     stride: int | None,
     scale: float,
     selections: Selections,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the package's `attention`, for tensors on any device."""
     rows, heads, head_dim = queries.intra.shape
-    output = torch.empty(
+    attended = torch.empty(
         heads, rows, head_dim, dtype=queries.intra.dtype, device=pages.memory.device
     )
     lse = torch.empty(heads, rows, device=pages.memory.device)
@@ -53,8 +54,10 @@ def attention(
             weights.div_(total)
             block = slice(span.first_row, span.last_row)
             lse[head, block] = (highest + total.log2_())[:, 0] * math.log(2)
-            torch.mm(weights.to(v.dtype), v, out=output[head, block])
-    return output.transpose(0, 1), lse.T
+            torch.mm(weights.to(v.dtype), v, out=attended[head, block])
+    if output is None:
+        return attended.transpose(0, 1), lse.T
+    return output.copy_(attended.transpose(0, 1)), lse.T
 
 
 def visible_keys(selections: Selections, head: int, block: int, end: int) -> npt.NDArray[np.int64]:

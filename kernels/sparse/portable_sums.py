@@ -14,40 +14,83 @@ from torch import Tensor
 
 from ..dual_chunk.segments import BLOCK_ROWS, KeyBounds, SegmentQueries, Span, split_at_chunks
 from ..pages import LayerPages
-from .selections import HEAVY_ROWS, Sums
+from . import scores
+from .scores import KeyPart, PartSums
+from .selections import HEAVY_ROWS
 
 _KEYS_AT_ONCE = 4096
 
 
-def sums(
-    queries: SegmentQueries,
-    first_position: int,
-    pages: LayerPages,
-    first_head: int,
-    stride: int | None,
-    scale: float,
-    group: int,
-    heavy: float = math.inf,
-    diagonals: bool = False,
-) -> Sums:
-    """As the package's `sums`, for tensors on any device, and for any number of rows."""
-    rows, heads, _ = queries.intra.shape
-    parts: list[Sums] = []
-    for head in range(heads):
-        scorer = _Scorer(
-            queries.heads(slice(head, head + 1)), first_position, pages,
-            (first_head + head) // group, stride, scale,
-        )  # fmt: skip
-        parts.append(scorer.sums(scorer.log_sum_exp(), heavy, diagonals))
-    heavy_columns = [part.heavy_columns for part in parts if part.heavy_columns is not None]
-    every_diagonal = [part.diagonals for part in parts if part.diagonals is not None]
-    return Sums(
-        torch.cat([part.columns for part in parts]),
-        torch.cat([part.bands for part in parts]),
-        torch.cat(heavy_columns) if heavy < math.inf else None,
-        torch.cat(every_diagonal) if diagonals else None,
-        rows,
-    )
+class KeyScores(scores.KeyScores):
+    """As the package's `key_scores`, for tensors on any device, and for any number of rows.
+
+    A part is one stretch, of whole pages.
+    """
+
+    def __init__(
+        self,
+        queries: SegmentQueries,
+        first_position: int,
+        pages: LayerPages,
+        first_head: int,
+        stride: int | None,
+        scale: float,
+        group: int,
+        part: KeyPart,
+    ) -> None:
+        self._rows, self._num_heads, _ = queries.intra.shape
+        self._part, self._length = part, first_position + self._rows
+        own = part.of(-(-self._length // BLOCK_ROWS))
+        self._keys = range(own.start * BLOCK_ROWS, min(own.stop * BLOCK_ROWS, self._length))
+        self._scorers = [
+            _Scorer(
+                queries.heads(slice(head, head + 1)), first_position, pages,
+                (first_head + head) // group, stride, scale, self._keys,
+            )
+            for head in range(self._num_heads)
+        ]  # fmt: skip
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows
+
+    @property
+    def first_key(self) -> int:
+        return self._keys.start
+
+    @property
+    def num_keys(self) -> int:
+        return len(self._keys)
+
+    def counts(self) -> list[int]:
+        return [1] * self._part.parts
+
+    def log_sum_exps(self) -> Tensor:
+        lse = [scorer.log_sum_exp().transpose(1, 2) for scorer in self._scorers]
+        return torch.cat(lse)
+
+    def sums(self, every: Tensor, heavy: float = math.inf, diagonals: bool = False) -> PartSums:
+        lse = _log_sum_exp2(every)[..., None]  # [heads, rows, 1]
+        parts = [
+            scorer.sums(lse[head : head + 1], heavy, diagonals)
+            for head, scorer in enumerate(self._scorers)
+        ]
+        heavy_columns = [part.heavy_columns for part in parts if part.heavy_columns is not None]
+        every_diagonal = [part.diagonals for part in parts if part.diagonals is not None]
+        return PartSums(
+            torch.cat([part.columns for part in parts]),
+            torch.cat([part.bands for part in parts]),
+            torch.cat(heavy_columns) if heavy < math.inf else None,
+            torch.cat(every_diagonal) if diagonals else None,
+        )
+
+
+def _log_sum_exp2(every: Tensor) -> Tensor:
+    """Over all stretches, to the base 2: [heads, stretches, rows] to [heads, rows]."""
+    lse = every[:, 0]
+    for stretch in range(1, every.shape[1]):
+        lse = torch.logaddexp2(lse, every[:, stretch])
+    return lse
 
 
 @dataclass(frozen=True)
@@ -76,9 +119,11 @@ class _Scorer:
         kv_head: int,
         stride: int | None,
         scale: float,
+        scored: range,
     ) -> None:
+        """`scored` are the keys that are looked at."""
         self._rows, self._heads, _ = queries.intra.shape
-        self._first = first_position
+        self._first, self._scored = first_position, scored
         self._length = first_position + self._rows
         self._pages, self._kv_head = pages, kv_head
         scale *= math.log2(math.e)
@@ -87,7 +132,7 @@ class _Scorer:
             for segment in _segments(queries, first_position, stride, scale)
         ]
         self._device = queries.intra.device
-        most_keys = min(_KEYS_AT_ONCE, self._length)
+        most_keys = min(_KEYS_AT_ONCE, len(scored))
         size = self._heads * self._rows * most_keys
         self._products = torch.empty(size, dtype=pages.dtype, device=self._device)
         self._scores = torch.empty(size, device=self._device)
@@ -103,29 +148,29 @@ class _Scorer:
             lse = torch.logaddexp2(lse, highest + total.log2())
         return lse
 
-    def sums(self, lse: Tensor, heavy: float, diagonals: bool) -> Sums:
+    def sums(self, lse: Tensor, heavy: float, diagonals: bool) -> PartSums:
         """Everything that is summed, of each head."""
-        columns = torch.empty(self._heads, self._length, device=self._device)
+        columns = torch.empty(self._heads, len(self._scored), device=self._device)
         heavy_columns = torch.zeros_like(columns) if heavy < math.inf else None
         # Distances of -(rows - 1) and more; negative ones hold masked keys alone, and no mass.
         shape = (self._heads, self._length + self._rows)
         light, every = (torch.zeros(shape, device=self._device) for _ in range(2))
         for start, end in self._ranges():
             attention = self._score(start, end).sub_(lse).exp2_()  # [heads, rows, keys]
-            torch.sum(attention, 1, out=columns[:, start:end])
+            own = slice(start - self._scored.start, end - self._scored.start)
+            torch.sum(attention, 1, out=columns[:, own])
             if diagonals:
                 self._add_diagonals(every, attention, start)
             if heavy_columns is not None:
                 shared = attention.clamp(max=heavy / HEAVY_ROWS).sum(1) >= heavy
-                heavy_columns[:, start:end] = columns[:, start:end] * shared
+                heavy_columns[:, own] = columns[:, own] * shared
                 attention.masked_fill_(shared[:, None], 0.0)
             self._add_diagonals(light, attention, start)
-        return Sums(
+        return PartSums(
             columns,
             _by_band(light[:, self._rows :]),
             heavy_columns,
             every[:, self._rows :] if diagonals else None,
-            self._rows,
         )
 
     def _add_diagonals(self, result: Tensor, attention: Tensor, start: int) -> None:
@@ -144,8 +189,8 @@ class _Scorer:
         result[:, first : newest + 1] += skewed.sum(1)[:, : newest + 1 - first].flip(1)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self._length, _KEYS_AT_ONCE):
-            yield start, min(start + _KEYS_AT_ONCE, self._length)
+        for start in range(self._scored.start, self._scored.stop, _KEYS_AT_ONCE):
+            yield start, min(start + _KEYS_AT_ONCE, self._scored.stop)
 
     def _score(self, start: int, end: int) -> Tensor:
         """Causal logits over keys [start, end), [heads, rows, end - start]; reused memory."""

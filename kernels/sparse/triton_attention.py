@@ -149,11 +149,17 @@ def _pack_kernel(
     memory, table, columns, packed, capacity, kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Copy 128 chosen columns of one head into a page; places without a column become 0."""
+    """Copy 128 chosen columns of one head into a page; places without a column become 0.
+
+    Pages without any are left as they are: no one reads beyond a head's last column.
+    """
     tile, head = tl.program_id(0), tl.program_id(1)
     line = tl.arange(0, 128)
-    token = tl.load(columns + head.to(tl.int64) * capacity + tile * 128 + line)
-    exists = token < 1073741824  # NOTHING
+    own = columns + head.to(tl.int64) * capacity + tile * 128
+    if tl.load(own) >= 1073741824:  # NOTHING; columns rise
+        return
+    token = tl.load(own + line)
+    exists = token < 1073741824
     page = tl.load(table + token // 128, mask=exists, other=0).to(tl.int64)
     source = ((page * kv_heads + head // GROUP) * 2 * 128 + token % 128) * HEAD_DIM
     dims = tl.arange(0, HEAD_DIM)
@@ -173,11 +179,12 @@ def attention(
     stride: int | None,
     scale: float,
     selections: Selections,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the package's `attention`, for tensors on one GPU."""
     rows, heads, head_dim = queries.intra.shape
     device = queries.intra.device
-    output, lse = fresh_results(queries)
+    output, lse = fresh_results(queries, output)
     if rows == 0:
         return output, lse.T
     group = heads // pages.num_kv_heads
@@ -230,13 +237,15 @@ def _see_columns(columns, listed, spans, seen, width, most_listed, COLUMNS: tl.c
     block = tl.load(spans + span * 5 + 2) // 128
     target = seen + (head * tl.num_programs(0) + span) * width
     for first in range(0, width, COLUMNS):
-        place = first + tl.arange(0, COLUMNS)
-        exists = place < width
-        distance = block - tl.load(columns + head * width + place, mask=exists, other=0) // 128
-        is_listed = tl.load(
-            listed + head * most_listed + distance, mask=exists & (distance >= 0), other=1
-        )
-        tl.store(target + place, 1 - is_listed, mask=exists)
+        # Columns rise: behind a place without one there is none, and no one reads there.
+        if tl.load(columns + head * width + first) < 1073741824:
+            place = first + tl.arange(0, COLUMNS)
+            exists = place < width
+            distance = block - tl.load(columns + head * width + place, mask=exists, other=0) // 128
+            is_listed = tl.load(
+                listed + head * most_listed + distance, mask=exists & (distance >= 0), other=1
+            )
+            tl.store(target + place, 1 - is_listed, mask=exists)
 
 
 def tile_counts(distances: Tensor, spans: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ docs/kernels/selection.md.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,9 @@ from ..dual_chunk.segments import BLOCK_ROWS, KeyBounds, SegmentQueries
 from ..dual_chunk.triton_prefill import check_layout, page_tiles
 from ..pages import LayerPages
 from ..transfer import without_waiting
-from .selections import HEAVY_ROWS, Sums
+from . import scores
+from .scores import KeyPart, PartSums
+from .selections import HEAVY_ROWS
 
 _LINES = 64
 """Rows of one product: one warpgroup's."""
@@ -37,12 +41,11 @@ _SECOND_PASS = {"num_stages": 1, "maxnreg": 168}
 """So that several programs of four warps share a multiprocessor and hide each other's waits."""
 
 
-@lru_cache(maxsize=16)
-def stretches(first_position: int, rows: int, stride: int | None, device: torch.device) -> Tensor:
-    """Which pages belong together: int32 [n, 3] of first page, page after the last, and kind.
+def stretches(first_position: int, rows: int, stride: int | None) -> npt.NDArray[np.int32]:
+    """Which pages belong together: [n, 3] of first page, page after the last, and kind.
 
     All rows see all keys of a stretch under one rotation, the kind's; a page where that does not
-    hold is alone, and mixed. Kept, since every layer of a prefill chunk asks for the same.
+    hold is alone, and mixed.
     """
     last_position = first_position + rows - 1
     near, far = KeyBounds.of(first_position, stride), KeyBounds.of(last_position, stride)
@@ -59,7 +62,35 @@ def stretches(first_position: int, rows: int, stride: int | None, device: torch.
         for start, last in pairwise(borders)
         for first in range(start, last, _STRETCH)
     ]
-    return without_waiting(torch.tensor(np.array(lines), dtype=torch.int32), device)
+    return np.array(lines, dtype=np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """One part of the stretches, on the host and on the device, and how many there are in all."""
+
+    lines: npt.NDArray[np.int32]
+    table: Tensor
+    total: int
+
+    @property
+    def first_page(self) -> int:
+        return int(self.lines[0, 0]) if len(self.lines) else 0
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.lines[-1, 1]) - self.first_page if len(self.lines) else 0
+
+
+@lru_cache(maxsize=64)
+def _work(
+    first_position: int, rows: int, stride: int | None, part: KeyPart, device: torch.device
+) -> _Work:
+    """Kept, since every layer of a prefill chunk asks for the same."""
+    every = stretches(first_position, rows, stride)
+    lines = every[part.of(len(every))]
+    table = without_waiting(torch.from_numpy(np.ascontiguousarray(lines)), device)
+    return _Work(lines, table, len(every))
 
 
 @triton.jit
@@ -109,6 +140,7 @@ def _store_sums(
 
     Args:
         logits: [128 keys, LINES rows]: this way round, a thread holds most of a key's rows.
+        page: counted from the first one whose sums are wanted, of which there are `num_pages`.
     """
     PACK: tl.constexpr = LINES // ROWS
     key = tl.arange(0, 128)
@@ -147,11 +179,13 @@ def _store_sums(
     tl.store(bands + cell * 4 + 2, above, mask=pack_exists)
 
 
-@triton.jit(do_not_specialize=["num_stretches", "num_pages", "first_position", "rows"])
+@triton.jit(
+    do_not_specialize=["num_stretches", "first_page", "num_pages", "first_position", "rows"]
+)
 def _sums_kernel(
-    inter, successive, intra, row_stride, head_stride, kv, table, work, num_stretches, num_pages,
-    first_position, rows, first_head, num_heads, first_kv_head, kv_heads, stride, scale, heavy,
-    most_of_a_row,
+    inter, successive, intra, row_stride, head_stride, kv, table, work, num_stretches,
+    first_page, num_pages, first_position, rows, first_head, num_heads, first_kv_head, kv_heads,
+    stride, scale, heavy, most_of_a_row,
     stretch_lse, lse, columns, bands, heavy_columns, diagonals,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
     DUAL: tl.constexpr, SUMS: tl.constexpr, HEAVY: tl.constexpr, DIAGONALS: tl.constexpr,
@@ -161,8 +195,9 @@ def _sums_kernel(
     Args:
         stretch_lse: [heads, stretches, ROWS] out, in the first pass; lse: [heads, ROWS] in, in the
             second, SUMS; both to the base 2.
-        columns, heavy_columns: [heads, pages * 128]. bands: [heads, pages, 4], see `_band_sums`.
-        diagonals: [heads, pages, 256], see `_diagonal_sums`; DIAGONALS only.
+        columns, heavy_columns: [heads, num_pages * 128], from `first_page` on.
+        bands: [heads, num_pages, 4], see `_band_sums`.
+        diagonals: [heads, num_pages, 256], see `_diagonal_sums`; DIAGONALS only.
     """
     PACK: tl.constexpr = LINES // ROWS
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
@@ -198,9 +233,9 @@ def _sums_kernel(
         )  # fmt: skip
         if SUMS:
             _store_sums(
-                tl.trans(logits), own_lse, columns, bands, heavy_columns, diagonals, first,
-                num_pages, heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
-                most_of_a_row,
+                tl.trans(logits), own_lse, columns, bands, heavy_columns, diagonals,
+                first - first_page, num_pages, heads_of_pack, pack_exists, first_position, rows,
+                line, scale, heavy, most_of_a_row,
                 LINES, ROWS, HEAVY, DIAGONALS,
             )  # fmt: skip
         else:
@@ -220,9 +255,9 @@ def _sums_kernel(
             number = tl.load(table + page + 1, mask=page + 1 < last, other=0)
             if SUMS:
                 _store_sums(
-                    tl.dot(k, q.T), own_lse, columns, bands, heavy_columns, diagonals, page,
-                    num_pages, heads_of_pack, pack_exists, first_position, rows, line, scale, heavy,
-                    most_of_a_row,
+                    tl.dot(k, q.T), own_lse, columns, bands, heavy_columns, diagonals,
+                    page - first_page, num_pages, heads_of_pack, pack_exists, first_position, rows,
+                    line, scale, heavy, most_of_a_row,
                     LINES, ROWS, HEAVY, DIAGONALS,
                 )  # fmt: skip
             else:
@@ -258,81 +293,138 @@ def _combine_kernel(
     tl.store(lse + head * ROWS + line, highest + tl.log2(total), mask=line < rows)
 
 
-def sums(
-    queries: SegmentQueries,
-    first_position: int,
-    pages: LayerPages,
-    first_head: int,
-    stride: int | None,
-    scale: float,
-    group: int,
-    heavy: float = math.inf,
-    diagonals: bool = False,
-) -> Sums:
-    """As the package's `sums`, for tensors on one GPU."""
-    rows, heads, head_dim = queries.intra.shape
-    check_layout(queries)
-    if rows > _LINES:
-        raise ValueError(f"{rows} rows are more than the {_LINES} that can be scored at once")
-    # Scores only rank, so they may be made of what the tensor cores take.
-    inter, successive, intra = (
-        each.to(pages.memory.dtype) for each in (queries.inter, queries.successive, queries.intra)
-    )
-    length = first_position + rows
-    num_pages = -(-length // BLOCK_ROWS)
-    padded_rows = max(16, int(triton.next_power_of_2(rows)))
-    packs = -(-group // (_LINES // padded_rows))
-    first_kv_head = first_head // group
-    last_kv_head = -(-(first_head + heads) // group)
-    device = queries.intra.device
-    work = stretches(first_position, rows, stride, device)
+class KeyScores(scores.KeyScores):
+    """As the package's `key_scores`, for tensors on one GPU."""
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    def __init__(
+        self,
+        queries: SegmentQueries,
+        first_position: int,
+        pages: LayerPages,
+        first_head: int,
+        stride: int | None,
+        scale: float,
+        group: int,
+        part: KeyPart,
+    ) -> None:
+        self._rows, self._heads, self._head_dim = queries.intra.shape
+        check_layout(queries)
+        if self._rows > _LINES:
+            raise ValueError(
+                f"{self._rows} rows are more than the {_LINES} that can be scored at once"
+            )
+        # Scores only rank, so they may be made of what the tensor cores take.
+        self._queries = tuple(
+            each.to(pages.memory.dtype)
+            for each in (queries.inter, queries.successive, queries.intra)
+        )
+        self._first_position, self._pages, self._first_head = first_position, pages, first_head
+        self._stride, self._scale, self._group, self._part = stride, scale, group, part
+        self._length = first_position + self._rows
+        self._padded_rows = max(16, int(triton.next_power_of_2(self._rows)))
+        self._device = queries.intra.device
+        self._work = _work(first_position, self._rows, stride, part, self._device)
 
-    stretch_lse, lse = empty(heads, len(work), padded_rows), empty(heads, padded_rows)
-    columns, bands = empty(heads, num_pages * BLOCK_ROWS), empty(heads, num_pages, 4)
-    is_asked = heavy < math.inf
-    heavy_columns = torch.empty_like(columns) if is_asked else columns
-    diagonal_parts = empty(heads, num_pages, 256) if diagonals else bands
+    @property
+    def num_rows(self) -> int:
+        return self._rows
 
-    def score(second_pass: bool) -> None:
-        _sums_kernel[((last_kv_head - first_kv_head) * packs, len(work))](
-            inter, successive, intra, *intra.stride()[:2],
-            page_tiles(pages.memory), pages.table.on(device), work, len(work), num_pages,
-            first_position, rows, first_head, heads, first_kv_head, pages.num_kv_heads,
-            stride or 1, scale * math.log2(math.e), heavy, heavy / HEAVY_ROWS,
-            stretch_lse, lse, columns, bands, heavy_columns, diagonal_parts,
-            GROUP=group, HEAD_DIM=head_dim, LINES=_LINES, ROWS=padded_rows, DUAL=stride is not None,
-            SUMS=second_pass, HEAVY=is_asked, DIAGONALS=diagonals,
+    @property
+    def first_key(self) -> int:
+        return self._work.first_page * BLOCK_ROWS
+
+    @property
+    def num_keys(self) -> int:
+        end = (self._work.first_page + self._work.num_pages) * BLOCK_ROWS
+        return min(end, self._length) - self.first_key if self._work.num_pages else 0
+
+    def counts(self) -> list[int]:
+        return self._part.counts(self._work.total)
+
+    def log_sum_exps(self) -> Tensor:
+        lse = self._empty(self._heads, len(self._work.lines), self._padded_rows)
+        if self._padded_rows > self._rows:
+            lse.fill_(-torch.inf)
+        self._score(stretch_lse=lse)
+        return lse
+
+    def sums(self, every: Tensor, heavy: float = math.inf, diagonals: bool = False) -> PartSums:
+        lse = self._empty(self._heads, self._padded_rows)
+        _combine_kernel[(self._heads,)](
+            every, lse, every.shape[1], self._rows,
+            ROWS=self._padded_rows, STRETCHES=64, num_warps=8,
+        )  # fmt: skip
+        pages = self._work.num_pages
+        columns = self._empty(self._heads, pages * BLOCK_ROWS)
+        bands = self._empty(self._heads, pages, 4)
+        heavy_columns = torch.empty_like(columns) if heavy < math.inf else None
+        parts = self._empty(self._heads, pages, 256) if diagonals else None
+        self._score(
+            lse=lse, columns=columns, bands=bands, heavy_columns=heavy_columns,
+            diagonals=parts, heavy=heavy,
+        )  # fmt: skip
+        return PartSums(
+            columns[:, : self.num_keys],
+            self._band_sums(bands),
+            None if heavy_columns is None else heavy_columns[:, : self.num_keys],
+            None if parts is None else _diagonal_sums(parts, self._first_position, self._length),
+        )
+
+    def _score(
+        self,
+        stretch_lse: Tensor | None = None,
+        lse: Tensor | None = None,
+        columns: Tensor | None = None,
+        bands: Tensor | None = None,
+        heavy_columns: Tensor | None = None,
+        diagonals: Tensor | None = None,
+        heavy: float = math.inf,
+    ) -> None:
+        """The first pass, which wants memory for `stretch_lse`, or the second, for all else.
+
+        What one pass does not touch is a tensor that it does.
+        """
+        count = len(self._work.lines)
+        if count == 0:
+            return
+        second_pass = stretch_lse is None
+        any_memory = stretch_lse if lse is None else lse
+        first_kv_head = self._first_head // self._group
+        last_kv_head = -(-(self._first_head + self._heads) // self._group)
+        packs = -(-self._group // (_LINES // self._padded_rows))
+        memory = [
+            any_memory if each is None else each
+            for each in (stretch_lse, lse, columns, bands, heavy_columns, diagonals)
+        ]
+        _sums_kernel[((last_kv_head - first_kv_head) * packs, count)](
+            *self._queries, *self._queries[-1].stride()[:2],
+            page_tiles(self._pages.memory), self._pages.table.on(self._device),
+            self._work.table, count, self._work.first_page, self._work.num_pages,
+            self._first_position, self._rows, self._first_head, self._heads, first_kv_head,
+            self._pages.num_kv_heads, self._stride or 1, self._scale * math.log2(math.e), heavy,
+            heavy / HEAVY_ROWS, *memory,
+            GROUP=self._group, HEAD_DIM=self._head_dim, LINES=_LINES, ROWS=self._padded_rows,
+            DUAL=self._stride is not None, SUMS=second_pass, HEAVY=heavy_columns is not None,
+            DIAGONALS=diagonals is not None,
             num_warps=4, **(_SECOND_PASS if second_pass else _FIRST_PASS),
         )  # fmt: skip
 
-    score(second_pass=False)
-    _combine_kernel[(heads,)](
-        stretch_lse, lse, len(work), rows, ROWS=padded_rows, STRETCHES=64, num_warps=8
-    )
-    score(second_pass=True)
-    return Sums(
-        columns[:, :length],
-        _band_sums(bands, first_position, num_pages),
-        heavy_columns[:, :length] if is_asked else None,
-        _diagonal_sums(diagonal_parts, first_position, length) if diagonals else None,
-        rows,
-    )
+    def _band_sums(self, parts: Tensor) -> Tensor:
+        """What this part's pages give to every band."""
+        count = -(-self._length // BLOCK_ROWS)
+        bands = self._empty(self._heads, count)
+        base = self._first_position // BLOCK_ROWS - 1 - self._work.first_page
+        _add_bands[(triton.cdiv(count, 1024), self._heads)](
+            parts, bands, base, self._work.num_pages, count, BANDS=1024, num_warps=4
+        )
+        return bands
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
 
 
-def _band_sums(parts: Tensor, first_position: int, num_pages: int) -> Tensor:
-    """Add what pages give to each band."""
-    bands = torch.empty(len(parts), num_pages, dtype=torch.float32, device=parts.device)
-    _add_bands[(triton.cdiv(num_pages, 1024), len(parts))](
-        parts, bands, first_position // BLOCK_ROWS - 1, num_pages, BANDS=1024, num_warps=4
-    )
-    return bands
-
-
-@triton.jit(do_not_specialize=["base", "num_pages"])
-def _add_bands(parts, bands, base, num_pages, BANDS: tl.constexpr):
+@triton.jit(do_not_specialize=["base", "num_pages", "num_bands"])
+def _add_bands(parts, bands, base, num_pages, num_bands, BANDS: tl.constexpr):
     """Page t's part j belongs to band base - t + j; bands below 0 hold masked pairs alone."""
     head = tl.program_id(1).to(tl.int64)
     band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)
@@ -341,7 +433,7 @@ def _add_bands(parts, bands, base, num_pages, BANDS: tl.constexpr):
         page = base - band + part
         here = (page >= 0) & (page < num_pages)
         total += tl.load(parts + (head * num_pages + page) * 4 + part, mask=here, other=0.0)
-    tl.store(bands + head * num_pages + band, total, mask=band < num_pages)
+    tl.store(bands + head * num_bands + band, total, mask=band < num_bands)
 
 
 def _diagonal_sums(parts: Tensor, first_position: int, length: int) -> Tensor:

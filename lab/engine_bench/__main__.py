@@ -5,7 +5,7 @@ import sys
 import torch
 
 from ...engine.errors import LongreachError
-from . import prompts, scaling
+from . import mesh, prompts, scaling
 from .options import parse
 from .remedies import remedied
 
@@ -16,6 +16,9 @@ def main(arguments: list[str] | None = None) -> bool:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.what == "scaling":
         scaling.predict(options, device)
+        return True
+    if options.what == "mesh":
+        mesh.measure(options)
         return True
     return prompts.measure(options, device)
 

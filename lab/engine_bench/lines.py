@@ -18,8 +18,9 @@ from .work import Work
 class Line:
     """One case. Seconds, unless the name says otherwise; None where it was not measured.
 
-    `floor` is linear layers and selected attention at the rate of the model's own products, for a
-    batch its bytes at the measured bandwidth. Fractions are of what was measured in the same run.
+    `floor` is linear layers and selected attention at the rate of the model's own products (those
+    of linear layers with weights as they are kept), for a batch its bytes at the measured
+    bandwidth. Fractions are of what was measured in the same run.
     """
 
     case: str
@@ -129,9 +130,9 @@ class Reporter:
 
     def of_prompt(self, run: PromptRun) -> Line:
         """A prompt, and what was decoded after it."""
-        rate = self.ceilings.products * 1e12
-        linear_floor = self.work.linear_flops(run.tokens) / rate
-        floor = linear_floor + self.work.attention_flops(run.tokens) * run.density / rate
+        linear_floor = self.work.linear_flops(run.tokens) / (self.ceilings.linear * 1e12)
+        attention = self.work.attention_flops(run.tokens) * run.density
+        floor = linear_floor + attention / (self.ceilings.products * 1e12)
         stages = run.stages
         attending = stages.get("attention", 0.0) + stages.get("selection", 0.0)
         dense = None if self.baseline is None else self.baseline.attention_seconds(run.tokens)
@@ -198,7 +199,7 @@ class Reporter:
             "weights": self.weights,
             "kv_cache": self.kv_cache,
             "chunk_tokens": self.chunk_tokens,
-            "matmul_tflops": self.ceilings.products,
+            "matmul_tflops": self.ceilings.linear,
             "matmul_square_tflops": self.ceilings.square,
             "read_gbs": self.ceilings.read,
             **self.named,

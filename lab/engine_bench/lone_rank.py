@@ -1,61 +1,69 @@
 """One rank of a mesh that is not there: its own work, without the others'."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...engine.model.heads import RankHeads
+from ...engine.parallel.aside import Pending
 from ...engine.parallel.mesh import Mesh
-from ...engine.prefill.sparsity import SparsityConfig
-from ...kernels import sparse
-from ...kernels.sparse import NOTHING, Selections
+from ...kernels.sparse import Selections
 
 
 @dataclass(frozen=True)
 class LoneRank(Mesh):
     """Computes what a rank computes; collectives return at once with something of the right size.
 
-    What other ranks would have sent is the rank's own part again, with one exception: what other
-    ranks select decides how much this one attends to. Their selections come from `exchanged`, one
-    for each layer in turn, as the exchange of a real mesh would leave them.
+    What other ranks would have sent is the rank's own part again. But what they would have selected
+    decides how much this one attends to, so a prefiller is given that: see `Planted`.
     """
 
-    exchanged: deque[Tensor] = field(default_factory=deque)
-
-    def sum_over_tensor_ranks(self, partial: Tensor) -> Tensor:
+    def begin_sum_over_tensor_ranks(self, partial: Tensor) -> Pending[Tensor]:
         """The own part."""
-        return partial
+        return Pending(partial)
 
-    def sum_over_sequence_ranks(self, partial: Tensor) -> Tensor:
-        """The own part; of selections, which alone are whole numbers, those of all heads."""
-        if partial.dtype != torch.int32 or not self.exchanged:
-            return partial
-        whole = self.exchanged[0]
-        self.exchanged.rotate(-1)
-        return partial.copy_(whole)
+    def begin_sum_over_sequence_ranks(self, partial: Tensor) -> Pending[Tensor]:
+        """The own part."""
+        return Pending(partial)
 
-    def gather_over_sequence_ranks(self, rows: Tensor) -> Tensor:
+    def gather_over_tensor_ranks(self, part: Tensor) -> Tensor:
         """The own part from every rank."""
-        return rows.expand(self.sequence_parallel, *rows.shape)
+        return part.expand(self.tensor_parallel, *part.shape)
+
+    def begin_gather_over_sequence_ranks(
+        self,
+        part: Tensor,
+        into: Tensor | None = None,
+        then: Callable[[Tensor], None] | None = None,
+    ) -> Pending[Tensor]:
+        """The own part from every rank."""
+        gathered = part.expand(self.sequence_parallel, *part.shape)
+        if into is not None:
+            into.view(self.sequence_parallel, *part.shape).copy_(gathered)
+            gathered = into
+        if then is not None:
+            then(gathered)
+        return Pending(gathered)
 
 
-def exchanged(
-    recorded: Sequence[Selections], held: RankHeads, sparsity: SparsityConfig, keys: int
-) -> deque[Tensor]:
-    """What a rank's exchange ends with in each layer, from selections of all heads."""
-    heads = slice(held.first_head, held.last_head)
-    result: deque[Tensor] = deque()
-    for layer, selections in enumerate(recorded):
-        budgets = sparsity.heads(layer, held.first_head, held.last_head)
-        widths = sparse.widths_by_bands(budgets, keys)
-        lists = (selections.columns[heads], selections.distances[heads])
-        parts = [
-            pad(each[:, :width], (0, max(0, width - each.shape[1])), value=NOTHING)
-            for each, width in zip(lists, widths, strict=True)
-        ]
-        result.append(torch.cat(parts, 1))
-    return result
+@dataclass
+class Recorded:
+    """What every layer of a chunk selects, of all heads, taken over in turn by a rank's heads."""
+
+    heads: RankHeads
+    layers: deque[list[Selections]] = field(default_factory=deque)
+
+    def record(self, layers: Sequence[list[Selections]]) -> None:
+        """Those of the next chunk, by layer and window."""
+        self.layers = deque(layers)
+
+    def plant(self, own: list[Selections]) -> list[Selections]:
+        """In place of what a lone rank would select; its own where nothing was recorded."""
+        if not self.layers:
+            return own
+        every = self.layers[0]
+        self.layers.rotate(-1)
+        held = slice(self.heads.first_head, self.heads.last_head)
+        return [Selections(each.columns[held], each.distances[held]) for each in every]

@@ -28,7 +28,7 @@ def measure(options: Options, device: torch.device) -> bool:
         DoesNotFitError: the longest prompt does not; nothing was run.
     """
     config = ModelConfig.from_folder(options.files.folder)
-    work = Work(config, torch.bfloat16.itemsize)
+    work = Work(config, torch.bfloat16.itemsize, options.kept)
     geometry = page_geometry(config, options.kv_cache)
     budgets = SparsityConfig.from_folder(options.files.folder)
     sparsity = budgets if "sparse" in options.attentions else None
@@ -41,7 +41,7 @@ def measure(options: Options, device: torch.device) -> bool:
     cached = max(cached, min(most, max(wanted, default=0)))
 
     named = run_environment(options.commit)
-    model = load(options.files, device, options.seed)
+    model = load(options.files, device, options.seed, options.kept)
     rows = min(options.chunk_tokens, longest or options.chunk_tokens)
     ceilings = Ceilings.measure(work, rows, model.dtype, device)
     baseline = DenseBaseline(config, longest, device) if options.baseline and longest else None
@@ -127,7 +127,7 @@ def _kv_tokens(prompt: int, new_tokens: int) -> int:
 
 def _say_what_is_measured(options: Options, ceilings: Ceilings, subject: Subject) -> None:
     print(
-        f"{options.name}, weights {options.weights}; this device: {ceilings.products:.1f} TFLOP/s "
+        f"{options.name}, weights {options.weights}; this device: {ceilings.linear:.1f} TFLOP/s "
         f"on the model's own products, {ceilings.square:.1f} on square ones, "
         f"{ceilings.read:.0f} GB/s read\n"
         "TTFT is from the first chunk's start until the first token is sampled; prefill and "

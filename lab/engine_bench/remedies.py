@@ -16,12 +16,13 @@ def remedied(error: LongreachError) -> LongreachError:
 
 def _remedy_of(error: LongreachError) -> str | None:
     match error:
-        case errors.DoesNotFitError() if error.largest_cache == 0:
-            return f"take {_SMALLER}"
-        case errors.DoesNotFitError() if error.needs.quantized:
-            return f"take fewer --tokens, {_SMALLER}"
         case errors.DoesNotFitError():
-            return f"take fewer --tokens, --kv-cache fp8, whose pages are half as large, {_SMALLER}"
+            fewer = [] if error.largest_cache == 0 else ["fewer --tokens"]
+            if error.largest_cache and not error.needs.quantized:
+                fewer.append("--kv-cache fp8, whose pages are half as large")
+            if not error.needs.narrow:
+                fewer.append("--weights fp8, which halves those of all layers")
+            return f"take {', '.join([*fewer, _SMALLER])}"
         case errors.TensorParallelError():
             possible = ", ".join(map(str, error.possible))
             return f"in --meshes, begin with one of {possible}, or take more sequence parallel"

@@ -99,13 +99,14 @@ def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> P
             decoder.reserve(_request("a", prompt, new_tokens + 1))
             synchronize(subject.device)
             started = time.perf_counter()
-            results = _prefill(subject, prefiller, prompt, decoder.block_table("a"))
+            results = prefill(prefiller, prompt, subject.chunk_tokens, decoder.block_table("a"))
+            synchronize(subject.device)
             prefilled = time.perf_counter()
             logits = results[-1].logits
             assert logits is not None
             _check(decoder.start("a", logits.cpu().numpy()))
             first_token = time.perf_counter()
-            stages = _add_up(results)
+            stages = add_up(results)
             prefiller.release("a")
             steps = _steps(decoder, subject.device)
         finally:
@@ -122,16 +123,19 @@ def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> P
     )  # fmt: skip
 
 
-def _prefill(
-    subject: Subject, prefiller: Prefiller, prompt: Tokens, pages: Sequence[int]
+def prefill(
+    prefiller: Prefiller, prompt: Tokens, chunk_tokens: int, pages: Sequence[int] | None = None
 ) -> list[ChunkResult]:
+    """Launch all chunks of a prompt, admitted as "a"; a GPU computes them later.
+
+    Args:
+        pages: as `Prefiller.admit` takes them.
+    """
     prefiller.admit("a", prompt, pages)
-    results = [
-        prefiller.run_chunk("a", start, min(start + subject.chunk_tokens, len(prompt)))
-        for start in range(0, len(prompt), subject.chunk_tokens)
+    return [
+        prefiller.run_chunk("a", start, min(start + chunk_tokens, len(prompt)))
+        for start in range(0, len(prompt), chunk_tokens)
     ]
-    synchronize(subject.device)
-    return results
 
 
 def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> BatchRun:
@@ -185,7 +189,8 @@ def _request(name: str, prompt: Tokens, max_tokens: int) -> GenerationRequest:
     return GenerationRequest(name, prompt, sampling, time.time())
 
 
-def _add_up(results: Sequence[ChunkResult]) -> dict[str, float]:
+def add_up(results: Sequence[ChunkResult]) -> dict[str, float]:
+    """Seconds by stage, of all chunks."""
     stages: defaultdict[str, float] = defaultdict(float)
     for result in results:
         for stage, seconds in result.stages.items():

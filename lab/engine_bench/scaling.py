@@ -20,7 +20,6 @@ from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.model.heads import RankHeads
 from ...engine.model.load import load_model
-from ...engine.prefill.attention import SparseAttention
 from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels.page_size import pages_for
@@ -28,7 +27,7 @@ from ...kernels.sparse import Selections
 from ..kernel_bench.measure import append
 from .fit import fit
 from .lines import run_environment
-from .lone_rank import LoneRank, exchanged
+from .lone_rank import LoneRank, Recorded
 from .options import Options
 from .subject import page_geometry, synchronize
 from .work import Work
@@ -57,8 +56,8 @@ class Traffic:
         gathered = tokens * row * config.num_layers * (sequence - 1) / sequence
         states = tokens / sequence * config.hidden_size * itemsize
         reduced = 2 * states * 2 * (tensor - 1) / tensor * (config.num_layers - 1)
-        # Gathering pages, the last queries, and the exchange of selections; and two all-reduces.
-        in_layer = 3 * (sequence > 1) + 2 * (tensor > 1)
+        # Gathering pages, the last queries, and two for selections; and two all-reduces.
+        in_layer = 4 * (sequence > 1) + 2 * (tensor > 1)
         return cls(gathered, reduced, -(-tokens // chunk_tokens) * config.num_layers * in_layer)
 
 
@@ -143,16 +142,16 @@ class _Recorder:
     """Keeps what every layer of a chunk selected when one rank had all heads."""
 
     def __init__(self, num_layers: int) -> None:
-        self.by_start: dict[int, list[Selections]] = {}
+        self.by_start: dict[int, list[list[Selections]]] = {}
         self.start: int | None = None
         self._num_layers = num_layers
 
-    def __call__(self, seen: SparseAttention) -> None:
-        if self.start is None:
-            return
-        kept = self.by_start.setdefault(self.start, [])
-        if len(kept) < self._num_layers:
-            kept.append(seen.selections)
+    def __call__(self, selections: list[Selections]) -> list[Selections]:
+        if self.start is not None:
+            kept = self.by_start.setdefault(self.start, [])
+            if len(kept) < self._num_layers:
+                kept.append(selections)
+        return selections
 
 
 def _time_rank(
@@ -173,15 +172,15 @@ def _time_rank(
         0, model.config.vocab_size, tokens, dtype=np.int32
     )
     pages = pool.allocate(pages_for(tokens))
-    prefiller = Prefiller(model, pool, sparsity, recorder)
     single = mesh.tensor_parallel == mesh.sequence_parallel == 1
+    recorded = Recorded(model.heads)
+    planted = recorder if single else recorded.plant
+    prefiller = Prefiller(model, pool, sparsity, planted=planted)
     starts, seconds = _sampled_starts(tokens, options.chunk_tokens), []
     for start in starts:
         end = min(start + options.chunk_tokens, tokens)
         recorder.start = start if single else None
-        mesh.exchanged.clear()
-        if not single and sparsity is not None and start in recorder.by_start:
-            mesh.exchanged.extend(exchanged(recorder.by_start[start], model.heads, sparsity, end))
+        recorded.record([] if single else recorder.by_start.get(start, []))
         # The first run of each compiles what may not have been met before.
         times = []
         for _ in range(1 + _REPEATS):

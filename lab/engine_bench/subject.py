@@ -8,7 +8,7 @@ import torch
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.kv.pages import PageGeometry, PagePool
 from ...engine.messages import Tokens
-from ...engine.model.config import ModelConfig
+from ...engine.model.config import ModelConfig, WeightFormat
 from ...engine.model.files import ModelFiles
 from ...engine.model.load import load_model
 from ...engine.model.qwen2 import Qwen2
@@ -56,12 +56,22 @@ class Subject:
 
     def prompt(self, tokens: int) -> Tokens:
         """Seeded random tokens."""
-        generator = np.random.default_rng([self.seed, tokens])
-        return generator.integers(0, self.model.config.vocab_size, tokens, dtype=np.int32)
+        return _random_tokens(self.model.config, tokens, self.seed)
 
     def is_sparse(self, tokens: int) -> bool:
         """Whether budgets apply to prompts of this length."""
         return self.sparsity is not None and tokens > self.sparsity.threshold
+
+
+def random_prompt(files: ModelFiles, tokens: int, seed: int) -> Tokens:
+    """As a subject's, wherever the model is."""
+    return _random_tokens(ModelConfig.from_folder(files.folder), tokens, seed)
+
+
+def _random_tokens(config: ModelConfig, tokens: int, seed: int) -> Tokens:
+    return np.random.default_rng([seed, tokens]).integers(
+        0, config.vocab_size, tokens, dtype=np.int32
+    )
 
 
 def page_geometry(config: ModelConfig, kv_cache: str) -> PageGeometry:
@@ -71,9 +81,9 @@ def page_geometry(config: ModelConfig, kv_cache: str) -> PageGeometry:
     )
 
 
-def load(files: ModelFiles, device: torch.device, seed: int) -> Qwen2:
+def load(files: ModelFiles, device: torch.device, seed: int, kept: WeightFormat) -> Qwen2:
     """The whole model in bfloat16; what making it up left behind goes back to the device."""
-    model = load_model(files, Mesh.single(), torch.bfloat16, device, seed)
+    model = load_model(files, Mesh.single(), torch.bfloat16, device, seed, kept)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model

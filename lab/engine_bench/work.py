@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...engine.memory.fit import Weights
-from ...engine.model.config import ModelConfig
+from ...engine.model.config import ModelConfig, WeightFormat
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of a whole model, in weights of `itemsize` bytes."""
+    """Of a whole model, in weights of `itemsize` bytes, or of one where they are `kept` so."""
 
     config: ModelConfig
     itemsize: int = 2
+    kept: WeightFormat = "auto"
 
     @property
     def weights(self) -> Weights:
         """What is multiplied with."""
-        return Weights(self.config, self.itemsize)
+        return Weights(self.config, self.itemsize, kept=self.kept)
 
     def linear_flops(self, tokens: int) -> float:
         """Of a prompt's linear layers. Of the last layer only K and V are wanted."""
@@ -33,6 +34,5 @@ class Work:
 
     def decode_bytes(self, lengths: Sequence[int], kv_bytes_per_token: float) -> float:
         """Read by a step of sequences of these lengths: layers and head once, and all K and V."""
-        head = self.config.vocab_size * self.config.hidden_size
-        weights = (self.config.num_layers * self.weights.layer_elements + head) * self.itemsize
-        return weights + sum(lengths) * kv_bytes_per_token
+        head = self.config.vocab_size * self.config.hidden_size * self.itemsize
+        return self.weights.layers_bytes + head + sum(lengths) * kv_bytes_per_token

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from ...engine.errors import ConfigurationError, InvalidRequestError
+from ...engine.model.config import WeightFormat
 from ...engine.model.pocket import CHECKPOINT
 from ...engine.text.files import read_text
 from .options import (
@@ -20,6 +21,7 @@ from .options import (
     Device,
     DtypeName,
     FirstSeed,
+    Kept,
     LastQueries,
     Length,
     Lengths,
@@ -30,6 +32,7 @@ from .options import (
     Variants,
     budget_of,
     depths_of,
+    kept_as,
     length_of,
     lengths_of,
     place_of,
@@ -161,6 +164,7 @@ def recall(
     checkpoint: Checkpoint = CHECKPOINT,
     device: Device = None,
     dtype: DtypeName = None,
+    weights: Kept = "auto",
     out: Out = Path("results/recall"),
 ) -> None:
     """Measure how much of full attention each head keeps under sparse prefill.
@@ -179,7 +183,8 @@ def recall(
     _check_drawing()
 
     seeds = range(first_seed, first_seed + prompts)
-    subject = _subject(context, checkpoint, length, seeds, text, device, dtype)
+    kept = kept_as(weights)
+    subject = _subject(context, checkpoint, length, seeds, text, device, dtype, kept)
     sparsity = sparsity_of(checkpoint)
     if last_queries is not None:
         sparsity = replace(sparsity, last_queries=last_queries)
@@ -188,6 +193,7 @@ def recall(
         "checkpoint": fingerprint(checkpoint),
         "dtype": dtype_name(subject.model.dtype),
         "device": subject.model.device.type,
+        "weights": weights,
         "last_queries": str(sparsity.last_queries),
     }
     longest = max(map(len, subject.prompts))
@@ -361,6 +367,7 @@ def _subject(
     text: Path | None,
     device: str | None,
     dtype: str | None,
+    weights: WeightFormat = "auto",
 ) -> "Subject":
     from .subject import Subject
 
@@ -368,5 +375,5 @@ def _subject(
         raise InvalidRequestError("an endpoint does not show its attention; leave --endpoint out")
     tokens, where = length_of(length), place_of(device, dtype)
     if text is not None:
-        return Subject.of_file(checkpoint, text, tokens, *where)
-    return Subject.of_seeds(checkpoint, seeds, tokens, *where)
+        return Subject.of_file(checkpoint, text, tokens, *where, weights)
+    return Subject.of_seeds(checkpoint, seeds, tokens, *where, weights=weights)

@@ -18,7 +18,7 @@ from ...engine.kv.pages import PagePool
 from ...engine.local import DirectHandOff
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Delta, GenerationRequest, Progress, SamplingParameters, Tokens
-from ...engine.model.config import DualChunk
+from ...engine.model.config import DualChunk, WeightFormat
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
 from ...engine.prefill.prefiller import Prefiller
@@ -35,7 +35,8 @@ _SHORTER = "take shorter --lengths"
 
 class Variant(StrEnum):
     """Dense Dual Chunk Attention with its temperature, the same without one or without dual
-    chunks, sparse prefill with both, and dense attention over KV pages of 8 bits.
+    chunks, sparse prefill with both, and dense attention over KV pages of 8 bits, with weights
+    of 8 bits, and with both.
     """
 
     DENSE = "dense"
@@ -43,6 +44,8 @@ class Variant(StrEnum):
     PLAIN = "plain"
     SPARSE = "sparse"
     FP8 = "fp8"
+    FP8_WEIGHTS = "fp8-weights"
+    FP8_BOTH = "fp8-both"
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,19 @@ class InProcessAnswerer(Answerer):
         self._device = device or torch.device("cpu")
         self._dtype, self._chunk_tokens = dtype, chunk_tokens
         self._tokenizer = Tokenizer(folder)
-        model = Qwen2.load(folder, Mesh.single(), dtype, self._device)
-        model = model.with_tokens(self._tokenizer.vocab_size)
+        formats_of_weights: set[WeightFormat] = {_weights(variant) for variant in variants}
+        models = {
+            kept: Qwen2.load(folder, Mesh.single(), dtype, self._device, kept).with_tokens(
+                self._tokenizer.vocab_size
+            )
+            for kept in formats_of_weights
+        }
+        geometry = next(iter(models.values())).page_geometry
         # One prompt at a time, so that all variants share the pages on either side.
         formats: set[KVCacheDtype] = {_kv_cache_dtype(variant) for variant in variants}
         pools = {
             name: [
-                PagePool(model.page_geometry.kept_as(name), pages_for(max_tokens), self._device)
+                PagePool(geometry.kept_as(name), pages_for(max_tokens), self._device)
                 for _ in range(2)
             ]
             for name in formats
@@ -91,6 +100,7 @@ class InProcessAnswerer(Answerer):
         token_bytes = TokenBytes(self._tokenizer.raw)
         self._engines = {}
         for variant in variants:
+            model = models[_weights(variant)]
             changed = model.with_dual_chunk(_dual_chunk(folder, model.config.dual_chunk, variant))
             sparsity = sparsity_of(folder) if variant is Variant.SPARSE else None
             prefill_pool, decode_pool = pools[_kv_cache_dtype(variant)]
@@ -186,7 +196,11 @@ def fingerprint(folder: Path) -> str:
 
 
 def _kv_cache_dtype(variant: Variant) -> KVCacheDtype:
-    return "fp8_e4m3" if variant is Variant.FP8 else "auto"
+    return "fp8_e4m3" if variant in (Variant.FP8, Variant.FP8_BOTH) else "auto"
+
+
+def _weights(variant: Variant) -> WeightFormat:
+    return "fp8" if variant in (Variant.FP8_WEIGHTS, Variant.FP8_BOTH) else "auto"
 
 
 def _dual_chunk(folder: Path, own: DualChunk | None, variant: Variant) -> DualChunk | None:

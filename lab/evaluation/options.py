@@ -6,11 +6,12 @@ one is (type, bounds, help) is said here, once. torch is imported only where it 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from ...engine.errors import InvalidRequestError
+from ...engine.model.config import WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,11 @@ Checkpoint = Annotated[
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt tokens, as 2K,32K,1M or plain numbers.")]
 Variants = Annotated[
-    str, typer.Option(help="Which of dense,no-temperature,plain,sparse,fp8; not for an endpoint.")
+    str,
+    typer.Option(
+        help="Which of dense,no-temperature,plain,sparse,fp8,fp8-weights,fp8-both; not for an "
+        "endpoint."
+    ),
 ]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts in a cell.")]
 LongPrompts = Annotated[
@@ -35,6 +40,9 @@ Device = Annotated[
 ]
 DtypeName = Annotated[
     str | None, typer.Option(help="bfloat16 or float32; else the first on cuda, the last on cpu.")
+]
+Kept = Annotated[
+    str, typer.Option(help="fp8 rounds linear layers' weights to 8 bits; auto leaves them.")
 ]
 Out = Annotated[Path, typer.Option(file_okay=False, help="The folder for results.")]
 
@@ -105,6 +113,13 @@ def variants_of(text: str) -> "list[Variant]":
             f"no variant is called {unknown[0]}; there are {', '.join(Variant)}"
         )
     return [Variant(name) for name in names]
+
+
+def kept_as(weights: str) -> WeightFormat:
+    """How weights are kept."""
+    if weights not in get_args(WeightFormat):
+        raise InvalidRequestError(f"--weights {weights} is unknown; take auto or fp8")
+    return cast(WeightFormat, weights)
 
 
 def place_of(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch.device]":

@@ -8,6 +8,7 @@ import torch
 
 from ...engine.errors import InvalidRequestError
 from ...engine.messages import Tokens
+from ...engine.model.config import WeightFormat
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
 from ...engine.text.files import read_text
@@ -24,7 +25,13 @@ class Subject:
 
     @classmethod
     def of_file(
-        cls, folder: Path, file: Path, tokens: int, dtype: torch.dtype, device: torch.device
+        cls,
+        folder: Path,
+        file: Path,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: WeightFormat = "auto",
     ) -> "Subject":
         """With the first `tokens` tokens of a text.
 
@@ -36,7 +43,7 @@ class Subject:
             raise InvalidRequestError(
                 f"{file} has {len(prompt)} tokens, not {tokens}; name a longer one or ask for less"
             )
-        return cls(Qwen2.load(folder, Mesh.single(), dtype, device), (prompt,))
+        return cls(Qwen2.load(folder, Mesh.single(), dtype, device, weights), (prompt,))
 
     @classmethod
     def of_seeds(
@@ -47,6 +54,7 @@ class Subject:
         dtype: torch.dtype,
         device: torch.device,
         task: Task = NEEDLES[-1],
+        weights: WeightFormat = "auto",
     ) -> "Subject":
         """With questions about made-up documents, one of `tokens` tokens for each seed."""
         tokenizer = Tokenizer(folder)
@@ -58,5 +66,5 @@ class Subject:
             task.prompt(tokens, seed, None, lambda content: len(encode(content))).content
             for seed in seeds
         ]
-        model = Qwen2.load(folder, Mesh.single(), dtype, device)
+        model = Qwen2.load(folder, Mesh.single(), dtype, device, weights)
         return cls(model, tuple(map(encode, contents)))

@@ -19,9 +19,17 @@ END_OF_TEXT_ID, TURN_START_ID, TURN_END_ID = range(BYTES, BYTES + len(SPECIAL_TO
 VOCABULARY_SIZE = 320
 """Rows of the embedding: the tokens, padded to a multiple of 64. The rest is never trained."""
 
+# The model was never trained on tools; it is told of them, so that forced calls can be tried.
 CHAT_TEMPLATE = (
+    "{%- if tools %}{{- '<|im_start|>system\\nTools:\\n' }}"
+    "{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{%- for call in message['tool_calls'] or [] %}"
+    "{{- '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}"
+    "{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}\n"
 )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..commit import commit
 from . import report
 from .scenarios import Scenario, all_scenarios, choose
 from .suite import CannotRunError, Plan, check, run
@@ -59,7 +60,7 @@ def main(
     for request_to_end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(request_to_end, signal.default_int_handler)
     rows = []
-    for result in run(plan, chosen, report.commit()):
+    for result in run(plan, chosen, commit()):
         rows.append(result.row)
         report.write(csv, [result.row])
         _console.print(f"{result.row.scenario}: {result.measured.said or 'done'}", markup=False)

@@ -6,15 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from .prompts import Prompt, sample_text
-
-SHORT_ANSWER = 16
-"""Tokens that are enough for a key."""
+from ..endpoint import Endpoint
+from ..events import Event, StreamError, read_event
+from ..prompts import SHORT_ANSWER, Prompt
 
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 5.0
@@ -37,27 +35,8 @@ class Outcome:
         return self.error is None and self.prompt.is_answered_by(self.text)
 
 
-class Client:
-    """Speaks to one endpoint. May be used by many threads at once."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._model: str | None = None
-
-    @property
-    def model(self) -> str:
-        """The name of the model that is served."""
-        if self._model is None:
-            answer = httpx.get(f"{self.url}/v1/models", timeout=_CONNECT_SECONDS)
-            self._model = str(answer.raise_for_status().json()["data"][0]["id"])
-        return self._model
-
-    def characters_per_token(self) -> float:
-        """Of text as prompts have it."""
-        text = sample_text()
-        body = {"model": self.model, "prompt": text}
-        answer = httpx.post(f"{self.url}/tokenize", json=body, timeout=_CONNECT_SECONDS)
-        return len(text) / int(answer.raise_for_status().json()["count"])
+class Client(Endpoint):
+    """Speaks to one endpoint of Longreach. May be used by many threads at once."""
 
     def ask(
         self,
@@ -77,42 +56,38 @@ class Client:
         started = time.monotonic()
         text, error = "", None
         try:
-            for event in self._stream(self._body(prompt, max_tokens), timeout):
-                text += _delta(event)
+            for event in self._stream(prompt, max_tokens, timeout):
+                text += event.text
                 if text and decoding is not None:
                     decoding.set()
-        except (httpx.HTTPError, _RefusedError) as failure:
+        except (httpx.HTTPError, StreamError) as failure:
             error = f"{type(failure).__name__}: {failure}"
         return Outcome(prompt, text, time.monotonic() - started, max_tokens, error)
 
-    def _body(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt.text}],
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "ignore_eos": max_tokens > SHORT_ANSWER,
-            "stream": True,
-        }
-
-    def _stream(self, body: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
-        """The events of an answer; raises `_RefusedError` where it does not end as it should."""
+    def _stream(self, prompt: Prompt, max_tokens: int, timeout: float) -> Iterator[Event]:
+        """The events of an answer; raises `StreamError` where it does not end as it should."""
         deadline = time.monotonic() + timeout
         limits = httpx.Timeout(timeout, connect=_CONNECT_SECONDS)
+        body = self._body(prompt, max_tokens)
         with (
             httpx.Client(timeout=limits) as http,
             http.stream("POST", f"{self.url}/v1/chat/completions", json=body) as answer,
         ):
             if answer.status_code != 200:
-                raise _RefusedError(f"{answer.status_code} {answer.read()[:300]!r}")
+                raise StreamError(f"{answer.status_code} {answer.read()[:300]!r}")
             for line in answer.iter_lines():
                 if time.monotonic() > deadline:
-                    raise _RefusedError(f"no end within {timeout:.0f} s")
-                if line == "data: [DONE]":
+                    raise StreamError(f"no end within {timeout:.0f} s")
+                event = read_event(line)
+                if event is None:
+                    continue
+                if event.is_end:
                     return
-                if line.startswith("data: "):
-                    yield _parse(line)
-        raise _RefusedError("the stream ended early")
+                yield event
+        raise StreamError("the stream ended early")
+
+    def _body(self, prompt: Prompt, max_tokens: int) -> dict[str, object]:
+        return self.chat_body(prompt.text, max_tokens, whole=max_tokens > SHORT_ANSWER)
 
     def is_ready(self) -> bool:
         """Whether `/ready` says so."""
@@ -184,10 +159,6 @@ class Client:
         return answer.status_code, time.monotonic() - started
 
 
-class _RefusedError(Exception):
-    """The endpoint said no, or broke off."""
-
-
 def parse_metrics(text: str) -> dict[tuple[str, str], float]:
     """(metric, role) -> value, summed over other labels, of Prometheus's text format."""
     values: dict[tuple[str, str], float] = {}
@@ -199,14 +170,3 @@ def parse_metrics(text: str) -> dict[tuple[str, str], float]:
         role = labels.partition('role="')[2].partition('"')[0]
         values[name, role] = values.get((name, role), 0.0) + float(value.split()[0])
     return values
-
-
-def _parse(line: str) -> dict[str, Any]:
-    event = json.loads(line.removeprefix("data: "))
-    if "error" in event:
-        raise _RefusedError(str(event["error"].get("message"))[:300])
-    return event
-
-
-def _delta(event: dict[str, Any]) -> str:
-    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", []))

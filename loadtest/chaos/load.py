@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .client import SHORT_ANSWER, Client, Outcome
-from .prompts import Prompt, PromptMaker
+from ..prompts import SHORT_ANSWER, Prompt, PromptMaker
+from .client import Client, Outcome
 
 HUNG_SECONDS = 10.0
 _POLL_SECONDS = 0.02

@@ -1,7 +1,6 @@
 """What came of each scenario: a table for people, and a file for those who compare."""
 
 import csv
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,16 +36,6 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-
-
-def commit() -> str:
-    """Which state of the repository is in the working directory; "unknown" outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

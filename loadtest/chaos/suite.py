@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..prompts import PromptMaker
 from .cluster import Cluster, Overrides, attach, launched
 from .load import Alone, Workload
-from .prompts import PromptMaker
 from .report import Row
 from .scenarios import Measured, Scenario
 
@@ -125,7 +125,7 @@ class _Keeper:
         else:
             cluster = self._stack.enter_context(launched(plan.config, scenario.overrides))
         client = cluster.client
-        maker = PromptMaker(client.characters_per_token(), plan.seed)
+        maker = PromptMaker(client.text_size(), plan.seed)
         settings = repr(scenario.overrides)
         alone = self._alone.setdefault(settings, Alone())
         workload = Workload(client, maker, plan.sizes, plan.timeout, alone)

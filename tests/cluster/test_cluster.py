@@ -53,6 +53,48 @@ def test_a_key_hidden_in_a_long_document_is_found(cluster: LocalCluster) -> None
     assert len(set(done)) > 3
 
 
+def test_answers_are_held_to_a_schema(client: openai.OpenAI, http: httpx.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"type": "boolean"}, "grade": {"enum": ["A", "B"]}},
+        "required": ["sure", "grade"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Well?"}], n=3, seed=1,
+        response_format={"type": "json_schema",
+                         "json_schema": {"name": "it", "strict": True, "schema": schema}},
+    )  # fmt: skip
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        said = json.loads(choice.message.content or "")
+        assert type(said["sure"]) is bool
+        assert said["grade"] in ("A", "B")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL, prompt="a", extra_body={"guided_regex": "(a"})
+    assert refused.value.param == "guided_regex"
+    wait_until_no_page_is_held(http)
+
+
+def test_a_tool_is_called(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"loud": {"type": "boolean"}},
+        "required": ["loud"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Ring!"}], temperature=0,
+        tools=[{"type": "function", "function": {"name": "ring", "parameters": parameters}}],
+        tool_choice="required", parallel_tool_calls=False,
+    )  # fmt: skip
+    [call] = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "ring"
+    assert json.loads(call.function.arguments)["loud"] in (True, False)
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
 def test_answers_equal_those_of_one_process(
     client: openai.OpenAI, tokenizer: Tokenizer, cluster: LocalCluster
 ) -> None:

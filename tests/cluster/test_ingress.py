@@ -1,16 +1,22 @@
 """The ingress's backend: it holds leases, and releases what its clients leave."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
 
+from longreach.cluster import attempts, metrics
 from longreach.cluster.ingress import DecodeBackend, access_of, ingress_limits
 from longreach.cluster.messages import Taken
+from longreach.cluster.metrics import Metrics
 from longreach.cluster.settings import IngressSettings
+from longreach.engine.errors import LongreachError, LostError, NotUpError, PoisonousError
 from longreach.engine.messages import (
+    ChosenToken,
     Delta,
     Event,
     Finished,
@@ -88,15 +94,21 @@ class Leases:
         self.held.discard((worker_id, request_id))
 
 
+def make_backend(replica: "Replica", folder: Path, retries: int = 2) -> DecodeBackend:
+    return DecodeBackend(cast(Any, replica), retries, Metrics(folder, "ingress", "pocket"))
+
+
 async def settle() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then() -> None:
+def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then(
+    tmp_path: Path,
+) -> None:
     async def run() -> None:
         replica = Replica([DELTA], [FINISHED])
-        backend = DecodeBackend(cast(Any, replica))
+        backend = make_backend(replica, tmp_path)
         leases = Leases(backend)
         events = [event async for event in backend.generate(REQUEST)]
         assert events == [DELTA, FINISHED]
@@ -107,10 +119,10 @@ def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then() 
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["taken", "not taken yet"])
-def test_a_client_that_leaves_has_its_request_released(taken: bool) -> None:
+def test_a_client_that_leaves_has_its_request_released(tmp_path: Path, taken: bool) -> None:
     async def run() -> None:
         replica = Replica([DELTA], stays=True)
-        backend = DecodeBackend(cast(Any, replica))
+        backend = make_backend(replica, tmp_path)
         leases = Leases(backend)
         if not taken:
             replica.takes.clear()
@@ -129,6 +141,77 @@ def test_a_client_that_leaves_has_its_request_released(taken: bool) -> None:
         await settle()
         assert replica.worker.released == ["a"]
         assert leases.held == set()
+
+    asyncio.run(run())
+
+
+class Dying(Replica):
+    """Each call meets one of several fates: messages, then an error where there is one."""
+
+    def __init__(self, *fates: tuple[list[Event], LongreachError | None]) -> None:
+        super().__init__()
+        self._fates = iter(fates)
+        self.asked: list[GenerationRequest] = []
+
+    def remote(self, request: GenerationRequest) -> "Dying":
+        self.asked.append(request)
+        events, self._error = next(self._fates)
+        self._left = iter([Taken("worker", self.worker), *([event] for event in events)])
+        return self
+
+    async def __anext__(self) -> Taken | list[Event]:
+        message = next(self._left, None)
+        if message is None and self._error is not None:
+            raise RayTaskError("generate", "a trace", self._error).as_instanceof_cause()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+
+def counted(folder: Path, metric: metrics.Counter) -> float:
+    lines = metrics.render(folder).decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{metric.name}{{"))
+
+
+def test_a_request_goes_on_elsewhere_when_what_serves_it_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.0)
+    first, second = (Delta(0, text, (ChosenToken(ord(text), -1.0),)) for text in "ab")
+
+    async def run() -> None:
+        lost = LostError("the worker died")
+        replica = Dying(([first], lost), ([], NotUpError("not yet")), ([second, FINISHED], None))
+        backend = make_backend(replica, tmp_path)
+        leases = Leases(backend)
+        events = [event async for event in backend.generate(REQUEST)]
+        assert events == [first, second, replace(FINISHED, completion_tokens=2)]
+        assert [request.replayed for request in replica.asked] == [(), ((97,),), ((97,),)]
+        names = [request.request_id for request in replica.asked]
+        # What is left of an attempt is released, by its own name.
+        assert replica.worker.released == names[:2]
+        assert len(set(names)) == 3
+        assert leases.held == set()
+        assert counted(tmp_path, metrics.REQUEST_RECOVERIES) == 2
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("retries", "refused"), [(0, LostError), (1, PoisonousError)])
+def test_a_request_under_which_everything_dies_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    retries: int,
+    refused: type[LongreachError],
+) -> None:
+    monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.0)
+
+    async def run() -> None:
+        replica = Dying(*[([], LostError("the worker died"))] * 3)
+        with pytest.raises(refused):
+            async for _ in make_backend(replica, tmp_path, retries).generate(REQUEST):
+                pass
+        assert len(replica.asked) == retries + 1
 
     asyncio.run(run())
 

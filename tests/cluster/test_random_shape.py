@@ -57,7 +57,9 @@ def test_prefill_and_decode_make_up_the_same_weights(
     def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:
         sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         decoder.reserve(GenerationRequest(name, prompt, sampling, 0.0))
-        logits = rank.run_chunk(Chunk(name, 0, len(prompt), True), prompt, Destination(name)).logits
+        chunk = Chunk(name, 0, len(prompt), True)
+        rank.begin_chunk(chunk, prompt, Destination(name))
+        logits = rank.finish_chunk(chunk).logits
         assert logits is not None
         outputs = decoder.start(name, logits)
         while decoder.has_work:

@@ -48,6 +48,13 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
         errors.TensorParallelError(3, 4, 2, 256, (1, 2, 4)),
         {"prefill.tensor_parallel", "prefill.sequence_parallel"},
     ),
+    (errors.WeightFormatError("folder", "awq"), {"model.weights"}),
+    (errors.NarrowComputeError("float16"), {"model.dtype"}),
+    (errors.NoNarrowProductsError("an old GPU"), {"model.weights"}),
+    (
+        errors.DividedBlockError("down_proj", 64, 128),
+        {"prefill.tensor_parallel", "prefill.sequence_parallel"},
+    ),
     (errors.MixedPrecisionError("bfloat16", "float32"), {"model.dtype", "model.kv_cache_dtype"}),
     (errors.PageFormatError("bfloat16", "float32"), {"model.dtype", "model.kv_cache_dtype"}),
     (

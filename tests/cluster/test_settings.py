@@ -60,6 +60,16 @@ def test_pages_are_alike_where_processes_compute_in_types_of_their_own(raw: dict
     assert parse_settings(raw).model.pages_kept_as == "auto"
 
 
+def test_weights_of_8_bits_on_gpus_want_bfloat16(raw: dict[str, Any]) -> None:
+    raw["model"] |= {"weights": "fp8", "dtype": "float16"}
+    assert parse_settings(raw).model.weights == "fp8"
+    raw["decode"]["gpus"] = 1.0
+    with pytest.raises(ConfigurationError, match=r"model\.weights fp8 .* float16"):
+        parse_settings(raw)
+    raw["model"]["dtype"] = "auto"
+    assert parse_settings(raw).model.weights == "fp8"
+
+
 def test_gpus_want_pages_in_the_models_type() -> None:
     raw = yaml.safe_load((LAPTOP.parent / "one-gpu.yaml").read_text())
     raw["model"] |= {"dtype": "float32", "kv_cache_dtype": "bfloat16"}

@@ -32,8 +32,6 @@ def make_checkpoint(
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -41,7 +39,7 @@ def make_checkpoint(
         tie_word_embeddings=tie,
         eos_token_id=VOCAB - 1,
         # No field of this configuration, yet part of a checkpoint's.
-        **{"head_dim": 16, **changes},
+        **{"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **changes},
     )
     model = Qwen2ForCausalLM(config)
     for parameter in model.parameters():

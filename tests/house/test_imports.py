@@ -23,7 +23,7 @@ LAB_MAY_IMPORT = {"cluster.client"}
 """Besides: what asks an endpoint."""
 
 ENGINE = (
-    {"errors", "messages", "stages"},
+    {"errors", "messages", "milestones", "stages"},
     {"json_files", "parallel"},
     {"text", "kv"},
     {"model"},

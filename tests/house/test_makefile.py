@@ -37,6 +37,16 @@ def test_what_is_installed_is_not_installed_again(tmp_path: Path) -> None:
     assert "pip install" not in would_run("test", f"VENV={tmp_path}")
 
 
+def test_load_tests_of_others_have_an_environment_of_their_own(tmp_path: Path) -> None:
+    commands = would_run("load", f"LOAD_VENV={tmp_path}/elsewhere")
+    assert f"{tmp_path}/elsewhere/bin/python -m pip install" in commands
+    assert "--requirement loadtest/tools.txt" in commands
+    tools = (ROOT / "loadtest" / "tools.txt").read_text().splitlines()
+    pinned = [line for line in tools if not line.startswith("#")]
+    assert [line.partition("==")[0] for line in pinned] == ["aiperf", "guidellm"]
+    assert all(line.partition("==")[2] for line in pinned)
+
+
 def test_every_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert all("==" in line for line in lines)

@@ -17,7 +17,7 @@ from longreach.kernels.dual_chunk.decode_plan import DecodePlan
 from longreach.kernels.dual_chunk.segments import Rotation
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.pages import LayerPages, check_pages
-from longreach.kernels.sparse import Selections, triton_attention, triton_sums
+from longreach.kernels.sparse import ALL_KEYS, Selections, triton_attention, triton_sums
 
 HEAD_DIM = 64
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +45,8 @@ def sparse_attention(memory: Tensor) -> object:
 
 
 def sums(memory: Tensor) -> object:
-    return triton_sums.sums(queries(64), 0, LayerPages.of(memory, [0]), 0, None, 1.0, 1)
+    pages = LayerPages.of(memory, [0])
+    return triton_sums.KeyScores(queries(64), 0, pages, 0, None, 1.0, 1, ALL_KEYS).all_sums()
 
 
 def decode(memory: Tensor) -> object:

@@ -1,6 +1,8 @@
 """Selection and sparse attention against the definition: portable, and Triton's interpreted."""
 
 import math
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries, triton_prefill
 from longreach.kernels.dual_chunk.reference import attention as exact_attention
+from longreach.kernels.pages import LayerPages
 from longreach.kernels.sparse import (
     HeadBudget,
     Selections,
@@ -131,6 +134,15 @@ def test_visible_keys_are_the_mask(head: int, end: int) -> None:
         assert keys.tolist() == mask[last_row].nonzero().flatten().tolist()
 
 
+def all_sums(
+    version: ModuleType, queries: SegmentQueries, first: int, pages: LayerPages, *rest: Any
+) -> Sums:
+    """`rest` are the first head, the stride, the scale, the group; heavy, and diagonals."""
+    first_head, stride, scale, group, *wanted = rest
+    where = (queries, first, pages, first_head, stride, scale, group, sparse.ALL_KEYS)
+    return version.KeyScores(*where).all_sums(*wanted)
+
+
 def check_sums(actual: Sums, problem: Problem, rows: int, heavy: float, tolerance: float) -> None:
     first = problem.length - rows
     for head in range(problem.q.shape[1]):
@@ -166,8 +178,17 @@ def test_portable_sums_are_those_of_the_definition(monkeypatch, length, rows, ke
     monkeypatch.setattr(portable_sums, "_KEYS_AT_ONCE", keys_at_once)
     problem = make_problem(length, dual=False)
     for heavy in (math.inf, 0.2):
-        actual = portable_sums.sums(
-            problem.last_queries(rows), length - rows, problem.pages, 0, None, SCALE, 2, heavy, True
+        actual = all_sums(
+            portable_sums,
+            problem.last_queries(rows),
+            length - rows,
+            problem.pages,
+            0,
+            None,
+            SCALE,
+            2,
+            heavy,
+            True,
         )
         check_sums(actual, problem, rows, heavy, 1e-4)
 
@@ -175,10 +196,82 @@ def test_portable_sums_are_those_of_the_definition(monkeypatch, length, rows, ke
 @pytest.mark.parametrize(("length", "rows"), [(1, 1), (63, 63), (640, 64), (1000, 64), (300, 50)])
 def test_triton_sums_are_those_of_the_definition(length, rows) -> None:
     problem = make_problem(length, dual=False, device=DEVICE)
-    actual = triton_sums.sums(
-        problem.last_queries(rows), length - rows, problem.pages, 0, None, SCALE, 2, 0.2, True
+    actual = all_sums(
+        triton_sums,
+        problem.last_queries(rows),
+        length - rows,
+        problem.pages,
+        0,
+        None,
+        SCALE,
+        2,
+        0.2,
+        True,
     )
     check_sums(actual, problem, rows, 0.2, 1e-3)
+
+
+@pytest.mark.parametrize("version", [portable_sums, triton_sums])
+@pytest.mark.parametrize(("length", "rows", "parts"), [(1000, 64, 3), (700, 16, 2), (100, 64, 4)])
+@pytest.mark.parametrize("dual", [True, False])
+def test_parts_of_the_keys_are_all_of_them_together(
+    monkeypatch, version: ModuleType, length: int, rows: int, parts: int, dual: bool
+) -> None:
+    """Ranks that deal the keys choose, bit for bit, what one process does."""
+    monkeypatch.setattr(triton_sums, "_STRETCH", 2)
+    triton_sums._work.cache_clear()
+    problem = make_problem(length, dual, device=DEVICE)
+    where = (problem.last_queries(rows), length - rows, problem.pages, 0, STRIDE if dual else None)
+
+    def scores(part: sparse.KeyPart) -> sparse.KeyScores:
+        return version.KeyScores(*where, SCALE, 2, part)
+
+    whole = scores(sparse.ALL_KEYS)
+    lse = whole.log_sum_exps()
+    expected = whole.sums(lse)
+    scored = [scores(sparse.KeyPart(number, parts)) for number in range(parts)]
+    own = [each.log_sum_exps() for each in scored]
+    counts = scored[0].counts()
+    assert [part.shape[1] for part in own] == counts
+    most = max(counts)
+    padded = [
+        torch.nn.functional.pad(part, (0, 0, 1, most - part.shape[1]), value=math.nan)
+        for part in own
+    ]
+    every = sparse.in_order(torch.stack(padded), counts, 1)
+    found = [each.sums(every) for each in scored]
+    columns = torch.cat([part.columns for part in found], 1)
+    firsts = [0, *np.cumsum([each.num_keys for each in scored])]
+    assert [each.first_key for each in scored if each.num_keys] == [
+        first for first, each in zip(firsts, scored, strict=False) if each.num_keys
+    ]
+    bands = torch.stack([part.bands for part in found]).sum(0)
+    if version is triton_sums:
+        assert torch.equal(every, lse)
+        assert torch.equal(columns, expected.columns)
+    torch.testing.assert_close(columns, expected.columns, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bands, expected.bands, rtol=1e-4, atol=1e-5)
+    triton_sums._work.cache_clear()
+
+
+def test_candidates_of_parts_are_chosen_from_as_from_all_columns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns, bands = torch.rand(3, 900, generator=generator), torch.rand(3, 8, generator=generator)
+    budgets = [HeadBudget(31, 128), HeadBudget(200, 300), HeadBudget(1000, 128)]
+    expected = sparse.by_bands(Sums(columns, bands, None, None, 64), budgets)
+    parts = [
+        sparse.column_candidates(columns[:, first:last], first, budgets)
+        for first, last in ((0, 20), (20, 256), (256, 256), (256, 900))
+    ]
+    together = sparse.heaviest(
+        torch.cat([part.weights for part in parts], 1),
+        torch.cat([part.places for part in parts], 1),
+        sparse.free_counts(budgets),
+    )
+    chosen = sparse.choose_by_bands(together, bands, budgets, [900] * 3)
+    for head in range(3):
+        for ours, whole in zip(chosen.of_head(head), expected.of_head(head), strict=True):
+            assert ours.tolist() == whole.tolist()
 
 
 def test_queries_may_be_wider_than_keys() -> None:
@@ -186,7 +279,7 @@ def test_queries_may_be_wider_than_keys() -> None:
     last = problem.last_queries(64)
     wide = SegmentQueries(*(each.float() for each in (last.intra, last.successive, last.inter)))
     narrow, same = (
-        triton_sums.sums(each, 236, problem.pages, 0, None, SCALE, 2) for each in (wide, last)
+        all_sums(triton_sums, each, 236, problem.pages, 0, None, SCALE, 2) for each in (wide, last)
     )
     assert torch.equal(narrow.columns, same.columns)
 
@@ -233,9 +326,9 @@ def test_both_sum_alike_across_dual_chunks(length, rows, group, chunk) -> None:
     problem = make_problem(length, dual=True, heads=2 * group, chunk=chunk)
     heavy = clear_limit(last_weights(problem, rows, stride)[heads])
     where = (problem.last_queries(rows), length - rows, problem.pages)
-    expected = portable_sums.sums(*where, 0, stride, SCALE, group, heavy, True)
+    expected = all_sums(portable_sums, *where, 0, stride, SCALE, group, heavy, True)
     problem = make_problem(length, dual=True, heads=2 * group, chunk=chunk, device=DEVICE)
-    actual = triton_sums.sums(
+    actual = all_sums(triton_sums, 
         problem.last_queries(rows).heads(heads), length - rows, problem.pages, heads.start, stride,
         SCALE, group, heavy, True,
     )  # fmt: skip
@@ -299,8 +392,6 @@ def test_what_is_chosen_is_forced_or_among_the_heaviest(data, length: int, level
     # Of bands only what they touch is seen, so none are equal.
     bands = torch.stack([torch.randperm(tiles, generator=generator) for _ in budgets]).float()
     chosen = sparse.by_bands(Sums(columns, bands, None, None, 64), budgets)
-    widths = sparse.widths_by_bands(budgets, length)
-    assert (chosen.columns.shape[1], chosen.distances.shape[1]) == widths
     for head, budget in enumerate(budgets):
         own_columns, distances = chosen.of_head(head)
         check_heaviest(own_columns.tolist(), columns[head], budget.verticals, 30)
@@ -356,7 +447,7 @@ def test_lists_that_are_not_contiguous_are_refused() -> None:
 def test_more_rows_than_one_product_takes_are_refused() -> None:
     problem = make_small_problem(300, None)
     with pytest.raises(ValueError, match="65 rows"):
-        triton_sums.sums(problem.last_queries(65), 235, problem.pages, 0, None, SCALE, 2)
+        all_sums(triton_sums, problem.last_queries(65), 235, problem.pages, 0, None, SCALE, 2)
 
 
 def test_from_queries_to_output_both_versions_agree() -> None:
@@ -364,12 +455,12 @@ def test_from_queries_to_output_both_versions_agree() -> None:
     problem = make_problem(1000, True, 4, 2, 64, torch.float32, chunk)
     rows = QueryBlocks((2, 5, 7), 1000)
     budgets = [HeadBudget(40, 128), HeadBudget(200, 300), HeadBudget(30, 500), HeadBudget(90, 1)]
-    sums = portable_sums.sums(problem.last_queries(64), 936, problem.pages, 0, 256, SCALE, 2)
+    sums = all_sums(portable_sums, problem.last_queries(64), 936, problem.pages, 0, 256, SCALE, 2)
     expected, _ = portable.attention(
         problem.queries(rows), rows, problem.pages, 256, SCALE, sparse.by_bands(sums, budgets)
     )
     problem = make_problem(1000, True, 4, 2, 64, torch.float32, chunk, DEVICE)
-    sums = triton_sums.sums(problem.last_queries(64), 936, problem.pages, 0, 256, SCALE, 2)
+    sums = all_sums(triton_sums, problem.last_queries(64), 936, problem.pages, 0, 256, SCALE, 2)
     output, _ = triton_attention.attention(
         problem.queries(rows), rows, problem.pages, 256, SCALE, sparse.by_bands(sums, budgets)
     )

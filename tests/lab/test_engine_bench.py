@@ -34,7 +34,7 @@ from longreach.lab.engine_bench import prompts
 from longreach.lab.engine_bench.__main__ import main
 from longreach.lab.engine_bench.density import Density
 from longreach.lab.engine_bench.fit import fit
-from longreach.lab.engine_bench.lone_rank import LoneRank, exchanged
+from longreach.lab.engine_bench.lone_rank import LoneRank, Recorded
 from longreach.lab.engine_bench.options import parse
 from longreach.lab.engine_bench.remedies import remedied
 from longreach.lab.engine_bench.scaling import Traffic, compute_seconds
@@ -58,6 +58,8 @@ def test_the_floors_are_the_designs() -> None:
     assert work.attention_flops(2**20) == pytest.approx(2.2e17 * 27 / 28, rel=0.01)
     assert work.weights.num_bytes == pytest.approx(15.2e9, rel=0.01)
     assert work.decode_bytes([1_000_000], 57_344) == pytest.approx(14.1e9 + 57.3e9, rel=0.01)
+    narrow = Work(QWEN_7B, kept="fp8")
+    assert narrow.decode_bytes([1_000_000], 57_344) == pytest.approx(7.6e9 + 57.3e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +82,13 @@ def test_too_long_a_prompt_is_refused_with_what_fits_and_what_helps() -> None:
     assert "--kv-cache fp8" in str(remedied(refused.value))
     with pytest.raises(DoesNotFitError) as refused:
         fit_of(QWEN_14B, "fp8", H100_BYTES).check(1_000_064)
-    assert "fp8" not in str(remedied(refused.value))
+    assert "--kv-cache" not in str(remedied(refused.value))
+    assert "--weights fp8" in str(refused.value)
     assert "--tokens" in str(refused.value)
+    narrow = Work(QWEN_14B, kept="fp8")
+    with pytest.raises(DoesNotFitError) as refused:
+        fit(narrow, page_geometry(QWEN_14B, "fp8"), 32768, H100_BYTES, None).check(1_000_064)
+    assert "fp8" not in str(remedied(refused.value))
 
 
 def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
@@ -109,8 +116,13 @@ def test_too_small_a_device_is_refused() -> None:
         (["--chunk-tokens", "1000"], "--chunk-tokens is 1000"),
         (["--decode", "-1"], "--decode"),
         (["scaling", "--tokens", ""], "--tokens"),
+        (["mesh", "--tokens", ""], "--tokens"),
+        (["mesh", "--rank-tokens", "100"], "--rank-tokens is 100"),
+        (["scaling", "--chunk-tokens", "32K,64K"], "`mesh`"),
+        (["--rank-tokens", "32K"], "`mesh`"),
         (["scaling", "--meshes", "8"], "'8'"),
         (["scaling", "--kv-cache", "fp8"], "--kv-cache"),
+        (["scaling", "--weights", "fp8"], "--weights"),
         (["scaling", "--link-gbs", "0"], "--link-gbs"),
         (["scaling", "--latency-us", "-1"], "--latency-us"),
     ],
@@ -131,7 +143,7 @@ def test_lengths_and_batches_are_read() -> None:
 
 def test_dense_prompts_that_would_take_too_long_are_left_out(folder: Path) -> None:
     options = parse([*arguments_of(folder, folder), "--dense-up-to", "300"])
-    model = load(options.files, torch.device("cpu"), 0)
+    model = load(options.files, torch.device("cpu"), 0, "auto")
     subject = Subject.of(options.files, model, "bf16", 256, 256, 0)
     assert prompts._prompts(options, subject) == [(300, False), (700, True)]
 
@@ -174,11 +186,16 @@ def arguments_of(folder: Path, path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kv_cache", ["bf16", "fp8"])
-def test_a_run_with_the_pocket_model(folder: Path, tmp_path: Path, capsys, kv_cache: str) -> None:
+@pytest.mark.parametrize(("kv_cache", "weights"), [("bf16", "auto"), ("fp8", "fp8")])
+def test_a_run_with_the_pocket_model(
+    folder: Path, tmp_path: Path, capsys, kv_cache: str, weights: str
+) -> None:
     path = tmp_path / "new" / "engine.csv"
-    assert main([*arguments_of(folder, path), "--kv-cache", kv_cache])
+    assert main([*arguments_of(folder, path), "--kv-cache", kv_cache, "--weights", weights])
     lines = lines_of(path)
+    assert {line["weights"] for line in lines} == {
+        "checkpoint" if weights == "auto" else "checkpoint, fp8"
+    }
     assert [(line["tokens"], line["attention"]) for line in lines[:3]] == [
         ("300", "dense"), ("700", "sparse"), ("700", "dense"),
     ]  # fmt: skip
@@ -242,6 +259,28 @@ def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
     assert "measured" in capsys.readouterr().out
 
 
+def test_meshes_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
+    """Over gloo, two processes; every figure is there, and the logits are one process's."""
+    path = tmp_path / "mesh.csv"
+    assert main([
+        "mesh", "--checkpoint", str(folder), "--tokens", "900", "--chunk-tokens", "256",
+        "--rank-tokens", "256", "--meshes", "1x1,1x2", "--csv", str(path), "--commit", "abc",
+    ])  # fmt: skip
+    lines = lines_of(path)
+    assert [(line["mesh"], line["chunk_tokens"]) for line in lines] == [
+        ("1x1", "256"), ("1x2", "256"), ("1x2", "512"),
+    ]  # fmt: skip
+    alone, *meshes = lines
+    assert alone["efficiency"] == alone["logits_difference"] == ""
+    for line in meshes:
+        expected = float(alone["ttft"]) / float(line["ttft"]) / 2
+        assert float(line["efficiency"]) == pytest.approx(expected, rel=0.01, abs=1e-4)
+        assert float(line["slowest_communication"]) > 0
+    # Only a mesh with the same chunks selects the same.
+    assert float(meshes[0]["logits_difference"]) < 0.02
+    assert "communi" in capsys.readouterr().out
+
+
 def test_a_mesh_that_does_not_divide_is_refused_before_any_is_timed(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -283,11 +322,12 @@ def test_a_lone_rank_attends_to_what_all_ranks_would_have_selected(folder: Path)
     for rank in (-1, 0, 1):
         mesh = LoneRank(1, 2, rank) if rank >= 0 else Mesh.single()
         model = Qwen2.load(folder, mesh, torch.float32, cpu)
-        if isinstance(mesh, LoneRank):
-            recorded = [each.selections for each in seen[-1]]
-            mesh.exchanged.extend(exchanged(recorded, model.heads, sparsity, 1024))
+        recorded = Recorded(model.heads)
+        if rank >= 0:
+            recorded.record([[each.selections] for each in seen[-1]])
         pool = PagePool(model.page_geometry, 8, cpu)
-        prefiller = Prefiller(model, pool, sparsity, seen.setdefault(rank, []).append)
+        observer = seen.setdefault(rank, []).append
+        prefiller = Prefiller(model, pool, sparsity, observer, recorded.plant)
         prefiller.admit("a", prompt)
         prefiller.run_chunk("a", 0, 1024)
     for rank in (0, 1):

@@ -100,4 +100,4 @@ def test_ask_without_an_endpoint_says_how_to_start_one(monkeypatch, capsys, tmp_
 def test_ask_refuses_what_is_not_text(monkeypatch, capsys, tmp_path: Path) -> None:
     document = tmp_path / "book.bin"
     document.write_bytes(b"\xff\xfe\x00")
-    assert "not UTF-8" in main_error(monkeypatch, capsys, "ask", "--file", str(document), "?")
+    assert "book.bin" in main_error(monkeypatch, capsys, "ask", "--file", str(document), "?")

@@ -13,12 +13,14 @@ import torch
 
 from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.decode.worker import DecodeWorker
+from longreach.cluster.leases import RENEWAL_SECONDS, TICKS_WITHOUT_RENEWAL
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import (
     CacheTooSmallError,
     DecodeOutOfMemoryError,
     GenerationError,
+    GrammarError,
     ReceiveOutOfMemoryError,
     TransferError,
     UnavailableError,
@@ -29,6 +31,7 @@ from longreach.engine.messages import GenerationRequest, SamplingParameters
 
 from ..conftest import make_settings
 
+LEASE = RENEWAL_SECONDS * TICKS_WITHOUT_RENEWAL
 WAITS = 1.0
 """Seconds after which something that waits is taken to wait for good."""
 
@@ -78,8 +81,8 @@ def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Ex
 
 
 async def ended(calls: list[Awaitable[object]]) -> list[object]:
-    """What each call came to; waiting for good is a failure."""
-    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10 * WAITS)
+    """What each call came to; waiting for good is a failure, and so is being ended by a lease."""
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), LEASE / 2)
 
 
 def test_a_failed_step_ends_all_that_waits_and_refuses_what_comes(
@@ -319,3 +322,51 @@ def test_a_request_that_is_released_while_it_waits_for_pages_is_told(worker: Dec
             await waiting
 
     asyncio.run(asyncio.wait_for(run(), 10 * WAITS))
+
+
+def held(name: str, grammar: str) -> GenerationRequest:
+    request = make_request(name)
+    return replace(request, sampling=replace(request.sampling, grammar=grammar))
+
+
+def test_answers_are_held_to_a_grammar(worker: DecodeWorker) -> None:
+    async def run() -> str:
+        await worker.start(None)
+        await worker.reserve(held("held", 'start: "a" /[0-9]/ "b"'))
+        deltas = [delta async for some, _ in worker.answer("held", logits_of(worker))
+                  for delta in some]  # fmt: skip
+        with pytest.raises(GrammarError):
+            await worker.reserve(held("wrong", "start: ("))
+        assert worker._engine.usage == 0
+        return "".join(delta.text for delta in deltas)
+
+    text = asyncio.run(run())
+    assert (text[0], text[2:]) == ("a", "b")
+    assert text[1].isdigit()
+
+
+def test_a_grammar_is_compiled_beside_the_loop_and_may_come_too_late(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that left meanwhile gets no pages."""
+    goes_on, prepare = threading.Event(), worker._engine.prepare
+
+    def slow(request: GenerationRequest) -> object:
+        assert goes_on.wait(10 * WAITS)
+        return prepare(request)
+
+    monkeypatch.setattr(worker._engine, "prepare", slow)
+
+    async def run() -> None:
+        await worker.start(None)
+        leaving = asyncio.create_task(worker.reserve(held("leaves", 'start: "a"')))
+        await asyncio.sleep(0)
+        await worker.reserve(make_request("other"))  # the loop goes on
+        await worker.release("leaves")
+        goes_on.set()
+        with pytest.raises(UnavailableError):
+            await leaving
+        await worker.release("other")
+        assert worker._engine.usage == 0
+
+    asyncio.run(run())

@@ -1,5 +1,6 @@
 """A rank of a gang of one, in this process."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
 
@@ -8,13 +9,14 @@ import pytest
 import ray
 import torch
 
-from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.rank import PrefillRank, RankResult
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.engine.errors import ChunkOutOfMemoryError
 from longreach.engine.kv import background
 from longreach.engine.kv.hand_off import Destination, HandOff, Place
 from longreach.engine.kv.pages import HeldPages
+from longreach.engine.messages import Tokens
 from longreach.kernels import dual_chunk
 
 from ..conftest import gangs_with, make_settings
@@ -39,6 +41,13 @@ def make_rank() -> PrefillRank:
     return made
 
 
+def run_chunk(
+    rank: PrefillRank, chunk: Chunk, prompt: Tokens | None, destination: Destination | None
+) -> RankResult:
+    rank.begin_chunk(chunk, prompt, destination)
+    return rank.finish_chunk(chunk)
+
+
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> PrefillRank:
     monkeypatch.setattr(PrefillRank, "_open", lambda *arguments: NoHandOff())
@@ -49,23 +58,45 @@ def test_a_chunk_that_needs_too_much_memory_leaves_the_rank_as_it_was(
     rank: PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = np.full(1500, 65, dtype=np.int32)
-    expected = rank.run_chunk(Chunk("whole", 0, 1500, True), prompt, TO).logits
+    expected = run_chunk(rank, Chunk("whole", 0, 1500, True), prompt, TO).logits
     rank.release("whole")
     kernel = dual_chunk.attention
 
     def small_kernel(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    rank.run_chunk(Chunk("a", 0, 1024, False), prompt, TO)
+    run_chunk(rank, Chunk("a", 0, 1024, False), prompt, TO)
     monkeypatch.setattr(dual_chunk, "attention", small_kernel)
+    failing = Chunk("a", 1024, 1500, True)
     with pytest.raises(ChunkOutOfMemoryError) as raised:
-        rank.run_chunk(Chunk("a", 1024, 1500, True), None, None)
+        rank.begin_chunk(failing, None, None)
+    with pytest.raises(ChunkOutOfMemoryError):
+        rank.finish_chunk(failing)
     assert (raised.value.start, raised.value.end) == (1024, 1500)
     monkeypatch.setattr(dual_chunk, "attention", kernel)
-    after = rank.run_chunk(Chunk("b", 0, 1500, True), prompt, TO).logits
+    after = run_chunk(rank, Chunk("b", 0, 1500, True), prompt, TO).logits
     assert expected is not None
     assert after is not None
     np.testing.assert_array_equal(after, expected)
+
+
+def test_results_may_be_asked_for_before_their_chunk_is_launched_and_after_the_next(
+    rank: PrefillRank,
+) -> None:
+    """The two calls of a chunk run on different threads, and in no order."""
+    prompt = np.full(1500, 65, dtype=np.int32)
+    expected = run_chunk(rank, Chunk("whole", 0, 1500, True), prompt, TO).logits
+    rank.release("whole")
+    first, last = Chunk("a", 0, 1024, False), Chunk("a", 1024, 1500, True)
+    with ThreadPoolExecutor(2) as threads:
+        results = [threads.submit(rank.finish_chunk, each) for each in (last, first)]
+        rank.begin_chunk(first, prompt, TO)
+        rank.begin_chunk(last, None, None)
+        logits = [result.result(timeout=60).logits for result in results]
+    assert logits[1] is None
+    assert expected is not None
+    assert logits[0] is not None
+    np.testing.assert_array_equal(logits[0], expected)
 
 
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
@@ -84,7 +115,7 @@ def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
     prompt = np.full(300, 65, dtype=np.int32)
     for name in ("a", "b", "c"):
         destination = WorkerDestination(name, Mock())
-        assert rank.run_chunk(Chunk(name, 0, 300, True), prompt, destination).failure is None
+        assert run_chunk(rank, Chunk(name, 0, 300, True), prompt, destination).failure is None
         assert rank.flush(name) is None
     assert made.call_count == 1
     assert used == [used[0]] * 3

@@ -1,8 +1,9 @@
 """A prefill replica in this process, over a gang and a decode worker that do as they are told."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextvars import ContextVar
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from longreach.cluster.messages import PrefillOrder
 from longreach.cluster.metrics import render
-from longreach.cluster.prefill.gang import Gang
+from longreach.cluster.prefill.gang import ChunkUnderWay, Gang
 from longreach.cluster.prefill.rank import RankResult
 from longreach.cluster.prefill.replica import PrefillReplica
 from longreach.cluster.prefill.scheduler import Chunk
@@ -35,6 +36,12 @@ class FakeGang:
 
     def __init__(self) -> None:
         self.computed: list[Chunk] = []
+        self.finished = 0
+        self.begun_while: list[int] = []  # how many others were under way
+        self.seconds_to_finish: Iterator[float] = repeat(0.001)
+        self.may_compute, self.may_finish = asyncio.Event(), asyncio.Event()
+        self.may_compute.set()
+        self.may_finish.set()
         self.released: list[str] = []
         self.released_by: list[str] = []
         self.killed = False
@@ -46,13 +53,27 @@ class FakeGang:
         self.num_ranks = 1
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
-    async def run_chunk(
+    def begin_chunk(
         self, chunk: Chunk, prompt: Any = None, destination: Any = None
-    ) -> list[RankResult]:
+    ) -> ChunkUnderWay:
         assert (prompt is None) == (destination is None) == (chunk.start > 0)
         self.computed.append(chunk)
+        self.begun_while.append(len(self.computed) - 1 - self.finished)
+        nearly = asyncio.get_running_loop().create_future()
+        return ChunkUnderWay(nearly, asyncio.ensure_future(self._compute(chunk, nearly)))
+
+    async def _compute(self, chunk: Chunk, nearly: "asyncio.Future[bool]") -> list[RankResult]:
+        await self.may_compute.wait()
         await asyncio.sleep(0.001)
-        failure = self.outcome(chunk)
+        try:
+            failure = self.outcome(chunk)
+        except RayTaskError:
+            nearly.set_result(False)
+            raise
+        nearly.set_result(True)
+        await self.may_finish.wait()
+        await asyncio.sleep(next(self.seconds_to_finish))
+        self.finished += 1
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
         return [RankResult(logits, {"linear": 0.1}, failure)]
 
@@ -138,9 +159,65 @@ async def prefill(
 
 def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
     events = play(lambda replica: prefill(replica, "a", CHUNK_TOKENS + 1))
+    assert gang.begun_while == [0, 1], "the next chunk waited for the results of the one before"
     assert events[:2] == [None, Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)]
     assert isinstance(events[2], Prefilled)
     assert gang.released == ["a"]
+
+
+def test_chunks_under_way_say_what_they_did_in_order(play: Any, gang: FakeGang) -> None:
+    """Whichever of their results comes first."""
+
+    async def scenario(replica: PrefillReplica) -> list[Progress | Prefilled | None]:
+        gang.may_finish.clear()
+        prefilling = asyncio.create_task(prefill(replica, "a", 4 * CHUNK_TOKENS))
+        while len(gang.computed) < 2:
+            await asyncio.sleep(0.001)
+        gang.seconds_to_finish = iter([0.05, 0.0, 0.0, 0.0])
+        gang.may_finish.set()
+        return await prefilling
+
+    events = play(scenario)
+    done = [event.done for event in events if isinstance(event, Progress)]
+    assert done == [CHUNK_TOKENS, 2 * CHUNK_TOKENS, 3 * CHUNK_TOKENS]
+
+
+def test_whoever_leaves_before_a_chunk_is_nearly_computed_gets_no_other(
+    play: Any, gang: FakeGang
+) -> None:
+    """And whoever comes until then is next."""
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.may_compute.clear()
+        leaving = asyncio.create_task(prefill(replica, "long", 9 * CHUNK_TOKENS, worker))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        coming = asyncio.create_task(prefill(replica, "short", 9))
+        worker.is_released.set()
+        with pytest.raises(UnavailableError):
+            await leaving
+        await asyncio.sleep(0.01)
+        gang.may_compute.set()
+        await coming
+
+    play(scenario)
+    assert [chunk.request_id for chunk in gang.computed] == ["long", "short"]
+
+
+def test_a_rank_that_dies_under_way_ends_what_was_begun_after(play: Any, gang: FakeGang) -> None:
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            if chunk.start:
+                raise RayTaskError("begin_chunk", "", RuntimeError("a device is lost"))
+
+        gang.outcome = outcome
+        with pytest.raises(UnavailableError):
+            await prefill(replica, "a", 3 * CHUNK_TOKENS)
+
+    play(scenario)
+    assert gang.killed
+    assert len(gang.computed) == 2
 
 
 def test_no_call_that_must_arrive_belongs_to_a_request(play: Any, gang: FakeGang) -> None:
@@ -220,7 +297,8 @@ def test_after_a_failed_hand_off_nothing_more_is_computed(play: Any, gang: FakeG
         await prefill(replica, "b", 1)
 
     play(scenario)
-    assert [chunk.request_id for chunk in gang.computed] == ["a", "b"]
+    # The second chunk was begun before anyone knew.
+    assert [chunk.request_id for chunk in gang.computed] == ["a", "a", "b"]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -230,7 +308,7 @@ def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks
 
     def outcome(chunk: Chunk) -> None:
         if chunk.request_id == "big" and chunk.start:
-            raise RayTaskError("run_chunk", "", ChunkOutOfMemoryError(chunk.start, chunk.end))
+            raise RayTaskError("begin_chunk", "", ChunkOutOfMemoryError(chunk.start, chunk.end))
 
     gang.outcome = outcome
 

@@ -8,7 +8,7 @@ import httpx
 from starlette.applications import Starlette
 
 from longreach.cluster.metrics import Metrics, render
-from longreach.cluster.rest import Access, IngressLimits, build_api
+from longreach.cluster.rest import Access, IngressLimits, SignsOfLife, build_api
 from longreach.cluster.rest.limits import OPEN
 from longreach.engine.messages import (
     ChosenToken,
@@ -25,8 +25,8 @@ from longreach.lab.pocket.tokenizer import save_tokenizer
 
 MODEL = "pocket"
 LIMITS = IngressLimits(
-    MODEL, 100, 50, max_body_bytes=4096, max_choices=4, max_logprobs=5, progress_seconds=0.02,
-    receive_seconds=120.0,
+    MODEL, 100, 50, clamp_max_tokens=False, max_body_bytes=4096, max_choices=4, max_logprobs=5,
+    receive_seconds=120.0, signs_of_life=SignsOfLife(0.02),
 )  # fmt: skip
 TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served=1.0)
 
@@ -45,6 +45,7 @@ class ScriptedBackend:
         self.at_once = 1
         self.step_seconds = 0.0
         self.error_after: int | None = None
+        self.finish_reason = "stop"
         self.is_ready = True
         self.requests: list[GenerationRequest] = []
         self.closed: list[str] = []
@@ -81,7 +82,7 @@ class ScriptedBackend:
             last = index == len(data) - 1
             text = chr(byte) if byte < 128 else ""
             chosen = ChosenToken(byte, -0.5, top)
-            deltas.append(Delta(choice, text, (chosen,), "stop" if last else None))
+            deltas.append(Delta(choice, text, (chosen,), self.finish_reason if last else None))
         return deltas
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +13,8 @@ from .backend import MODEL, Endpoint
 from .raw_http import Connection, check_the_front, post
 from .server import serving, wait_for
 
-LIMITS = FrontLimits(max_body_bytes=4096, receive_seconds=1.0)
+FRIEND = "https://friend.example"
+LIMITS = FrontLimits(max_body_bytes=4096, receive_seconds=1.0, origins=(FRIEND,))
 PROMPT = {"model": MODEL, "prompt": "Well?"}
 HEADER_SECONDS = 1.0
 
@@ -99,6 +101,27 @@ def test_a_body_that_never_ends_does_not_reach_serve(proxy: Proxy, port: int) ->
     assert not proxy.called
 
 
+def test_of_too_many_that_send_no_whole_headers_the_oldest_is_closed(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else, however many come: not who is being answered, nor who has been."""
+    monkeypatch.setattr(FrontProtocol, "header_seconds", 60.0)
+    monkeypatch.setattr(FrontProtocol, "most_awaited", 3)
+    with ExitStack() as stack:
+        answered = stack.enter_context(Connection(port))
+        answered.send(post("/v1/completions", PROMPT))
+        assert answered.answer().status == 200
+        slow = [stack.enter_context(Connection(port)) for _ in range(5)]
+        for each in slow:
+            each.send(b"POST /v1/completions HTTP/1.1\r\nHost:")
+        for each in slow[:2]:
+            assert each.read_line() == b""
+        slow[2].send(b" 127.0.0.1\r\n\r\n")
+        assert slow[2].answer().status >= 400
+        answered.send(post("/v1/completions", PROMPT))
+        assert answered.answer().status == 200
+
+
 def test_a_client_that_leaves_stops_the_work(endpoint: Endpoint, port: int) -> None:
     endpoint.backend.prefill_seconds = 60
     with Connection(port) as client:
@@ -165,3 +188,15 @@ def test_serves_own_paths_are_left_alone(proxy: Proxy, port: int) -> None:
         client.send(b"GET /-/healthz HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = client.answer()
     assert (answer.status, answer.body) == (503, b"draining")
+
+
+@pytest.mark.parametrize(("origin", "readable"), [(FRIEND, True), ("https://evil.example", False)])
+def test_pages_that_are_allowed_may_read_what_the_front_refuses(
+    port: int, origin: str, readable: bool
+) -> None:
+    with Connection(port) as client:
+        client.send(post("/tokenize", {"prompt": "a" * 5000}, f"Origin: {origin}"))
+        refused = client.answer()
+    assert refused.status == 413
+    assert refused.all("access-control-allow-origin") == ([origin] if readable else [])
+    assert ("retry-after" in "".join(refused.all("access-control-expose-headers"))) == readable

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from longreach.cluster.rest import SignsOfLife
 from longreach.cluster.rest.errors import RestError
 from longreach.cluster.rest.reader import LARGE_BYTES, Reader
 
@@ -30,7 +31,7 @@ LIMITS = replace(
     backend.LIMITS,
     max_model_len=LONGEST,
     max_body_bytes=64 * MB,
-    progress_seconds=0.1,
+    signs_of_life=SignsOfLife(0.1),
     receive_seconds=2.0,
 )
 
@@ -200,7 +201,7 @@ def test_a_stream_goes_on_while_large_bodies_are_read(large: tuple[Endpoint, int
     endpoint.backend.requests.clear()
     gaps = [after - before for before, after in itertools.pairwise(comments)]
     assert len(gaps) > 10
-    assert max(gaps) < LIMITS.progress_seconds + LATE_SECONDS
+    assert max(gaps) < LIMITS.signs_of_life.silence + LATE_SECONDS
 
 
 def test_the_other_process_may_die(large: tuple[Endpoint, int]) -> None:

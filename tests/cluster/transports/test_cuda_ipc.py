@@ -175,7 +175,8 @@ class Pair:
             end = min(start + chunk, len(prompt))
             whole = prompt if start == 0 else None
             turn = Chunk(name, start, end, end == len(prompt))
-            result = self.rank.run_chunk(turn, whole, None if start else self._destinations[name])
+            self.rank.begin_chunk(turn, whole, None if start else self._destinations[name])
+            result = self.rank.finish_chunk(turn)
         assert result is not None
         failure = self.rank.flush(name)
         self.rank.release(name)

@@ -1,5 +1,6 @@
 """Continuous batching against one-shot prefill, transformers, and each request alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ class Engine:
         while self.decoder.has_work:
             outputs += self.decoder.step()
         return tokens_by_choice(outputs, name)
+
+
+def outputs_of(engine: Engine, request: GenerationRequest) -> list[Delta]:
+    """What comes out for one request, alone, to its end."""
+    prompt = request.prompt.tolist()
+    engine.decoder.reserve(request)
+    outputs = engine.decoder.start(request.request_id, engine.hand_off(request.request_id, prompt))
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    assert engine.decoder.usage == 0
+    deltas = [delta for _, delta in outputs if isinstance(delta, Delta)]
+    assert len(deltas) == len(outputs)
+    return deltas
 
 
 def make_request(name: str, prompt: list[int], **sampling) -> GenerationRequest:
@@ -251,6 +265,17 @@ def test_ends_at_end_token_stop_string_and_length(dual_chunk_folder: Path) -> No
         text = "".join(delta.text for delta in deltas)
         end = free.index(free[2]) if name == "stopped" else free.index(free[3])
         assert text.encode() == bytes(free[:end])
+
+
+def test_nothing_ends_an_answer_before_min_tokens(dual_chunk_folder: Path) -> None:
+    engine = Engine(dual_chunk_folder)
+    prompt = make_prompt(40)
+    free = engine.generate("free", prompt, max_tokens=6)[0]
+    stops = {"stop_token_ids": tuple(free), "stop": tuple(map(chr, range(256)))}
+    ended = engine.generate("ended", prompt, max_tokens=6, **stops)[0]
+    kept = engine.generate("kept", prompt, max_tokens=6, min_tokens=4, **stops)[0]
+    assert (len(ended), len(kept)) == (1, 5)
+    assert not set(kept[:4]) & set(free)
 
 
 def test_one_damaged_request_fails_alone(dual_chunk_folder: Path) -> None:
@@ -446,3 +471,37 @@ def test_a_first_token_comes_with_a_place_in_the_batch_and_not_before(
     for name, prompt in prompts.items():
         alone = Engine(dual_chunk_folder).generate(name, prompt, **sampling)
         assert tokens_by_choice(outputs, name) == alone
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 3, "frequency_penalty": 0.5}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("had", [(0, 0), (1, 5), (11, 2), (12, 12)])
+def test_a_request_that_is_begun_again_says_the_rest_of_what_it_would_have_said(
+    dual_chunk_folder: Path, sampling: dict[str, Any], had: tuple[int, int]
+) -> None:
+    engine, prompt = Engine(dual_chunk_folder), make_prompt(245)
+    request = make_request("a", prompt, max_tokens=12, choices=2, **sampling)
+    whole: list[list[Delta]] = [[], []]
+    for delta in outputs_of(engine, request):
+        whole[delta.choice].append(delta)
+    tokens = [tuple(delta.tokens[0].token_id for delta in deltas) for deltas in whole]
+    replayed = tuple(tokens[choice][: had[choice]] for choice in (0, 1))
+    rest: list[list[Delta]] = [[], []]
+    for delta in outputs_of(engine, replace(request, request_id="again", replayed=replayed)):
+        rest[delta.choice].append(delta)
+    for choice in (0, 1):
+        left = whole[choice][had[choice] :]
+        # A choice that had ended says so once more, and nothing else.
+        assert rest[choice] == (left or [Delta(choice, "", (), "length")])
+
+
+def test_what_is_replayed_is_what_was_said_whatever_the_logits_say(dual_chunk_folder: Path) -> None:
+    """An engine of another kind may have said it; what follows is built on it all the same."""
+    engine, prompt = Engine(dual_chunk_folder), make_prompt(200)
+    said = (7, 11, 13)
+    request = make_request("a", prompt, max_tokens=8)
+    deltas = outputs_of(engine, replace(request, replayed=(said,)))
+    continued = engine.generate("b", [*prompt, *said], max_tokens=5)[0]
+    assert [delta.tokens[0].token_id for delta in deltas] == continued

@@ -55,6 +55,14 @@ def test_nothing_is_said_that_could_begin_a_stop_string() -> None:
     assert detokenizer.finish() == "EN"
 
 
+def test_stop_strings_are_not_looked_for_in_the_first_tokens() -> None:
+    detokenizer = Detokenizer(TOKEN_BYTES, ("END",), min_tokens=4)
+    assert [detokenizer.push(byte) for byte in b"aEND"] == ["a", "E", "N", "D"]
+    assert not detokenizer.stopped
+    assert [detokenizer.push(byte) for byte in b"END"] == ["", "", ""]
+    assert detokenizer.stopped
+
+
 def test_a_character_appears_with_its_last_byte() -> None:
     detokenizer = Detokenizer(TOKEN_BYTES)
     assert [detokenizer.push(byte) for byte in "é€".encode()] == ["", "é", "", "", "€"]

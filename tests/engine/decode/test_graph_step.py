@@ -19,12 +19,15 @@ from longreach.engine.errors import GenerationError, StepDoesNotFitError
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
+from longreach.engine.model.config import WeightFormat
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
-from longreach.kernels import elementwise, greedy, matvec, quantized
+from longreach.kernels import elementwise, greedy, matvec, narrow, quantized
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.greedy import triton_greedy
 from longreach.kernels.matvec import triton_matvec
+from longreach.kernels.narrow import reference as narrow_reference
+from longreach.kernels.narrow import triton_narrow
 from longreach.kernels.page_size import pages_for
 from longreach.kernels.pages import BlockTable
 from longreach.kernels.quantized import reference as quantized_reference
@@ -62,8 +65,8 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen2:
-    return Qwen2.load(folder, Mesh.single(), dtype, DEVICE)
+def load(folder: Path, dtype: torch.dtype = torch.float32, weights: WeightFormat = "auto") -> Qwen2:
+    return Qwen2.load(folder, Mesh.single(), dtype, DEVICE, weights)
 
 
 @dataclass
@@ -225,6 +228,26 @@ def test_pages_of_8_bits_grow_over_page_borders(
     torch.testing.assert_close(written, reference, rtol=0.14, atol=0.1)
 
 
+@pytest.mark.parametrize("lengths", [[300, 128, 20], [129]], ids=str)
+def test_weights_of_8_bits(
+    monkeypatch: pytest.MonkeyPatch, dual_folder: Path, lengths: list[int]
+) -> None:
+    """As they are defined on one side, the kernels' on the other."""
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    portable, kernels = make_sides(load(dual_folder, dtype, "fp8"))
+    rows = make_rows(lengths)
+    monkeypatch.setattr(narrow, "_version", lambda tensor: narrow_reference)
+    expected = portable.step.run(rows)
+    monkeypatch.setattr(narrow, "_version", lambda tensor: triton_narrow)
+    for mine, theirs in zip(kernels.step.run(rows), expected, strict=True):
+        assert isinstance(mine, np.ndarray)
+        assert isinstance(theirs, np.ndarray)
+        # One number that falls on another side of a border between two e4m3 values moves others,
+        # and in bfloat16 many do.
+        tolerance = 0.03 if dtype == torch.float32 else 0.2
+        assert np.linalg.norm(mine - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
 def widened(pool: PagePool) -> torch.Tensor:
     assert pool.scales is not None
     return pool.memory.float() * pool.scales[..., None, None]
@@ -384,6 +407,14 @@ def test_a_captured_step_takes_no_memory_and_so_cannot_lack_it(dual_folder: Path
     before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
     step.run(rows)
     assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
+
+
+@on_gpus
+@pytest.mark.parametrize("weights", ["auto", "fp8"])
+def test_captured_steps_with_weights_of_8_bits(dual_folder: Path, weights: WeightFormat) -> None:
+    model = load(dual_folder, torch.bfloat16, weights)
+    launched = joining_and_leaving(Engine(model, eager))
+    assert joining_and_leaving(Engine(model, captured(DEVICE))) == launched
 
 
 @on_gpus

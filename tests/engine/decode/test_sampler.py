@@ -15,9 +15,15 @@ VOCAB = 50
 NO_PROMPT: Tokens = np.empty(0, dtype=np.int32)
 
 
-def make_sampler(seed: int = 0, choice: int = 0, prompt: Sequence[int] = (), **sampling) -> Sampler:
+def make_sampler(
+    seed: int = 0,
+    choice: int = 0,
+    prompt: Sequence[int] = (),
+    ends: Sequence[int] = (),
+    **sampling,
+) -> Sampler:
     parameters = SamplingParameters(max_tokens=9, **sampling)
-    return Sampler(parameters, seed, choice, np.asarray(prompt, dtype=np.int32), VOCAB)
+    return Sampler(parameters, seed, choice, np.asarray(prompt, dtype=np.int32), VOCAB, ends)
 
 
 def make_logits(seed: int = 0, spread: float = 3.0) -> Logits:
@@ -186,3 +192,37 @@ def test_greedy_without_extras_takes_the_best_token_as_it_is_told() -> None:
 )
 def test_everything_else_needs_the_logits(sampling: dict[str, Any]) -> None:
     assert not make_sampler(**{"temperature": 0, **sampling}).takes_best
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_end_before_there_are_enough_tokens(temperature: float) -> None:
+    logits = make_logits()
+    logits[[7, 9]] = logits.max() + 50
+    sampler = make_sampler(ends=(7, 9), min_tokens=2, temperature=temperature)
+    assert not sampler.takes_best
+    drawn = [sampler.choose(logits).token_id for _ in range(2)]
+    assert not {7, 9} & set(drawn)
+    assert sampler.takes_best == (temperature == 0)
+    assert sampler.choose(logits).token_id in (7, 9)
+    assert logits[7] == logits.max()
+
+
+def test_tokens_that_are_repeated_count_as_well() -> None:
+    logits = make_logits()
+    logits[7] = logits.max() + 50
+    sampler = make_sampler(ends=(7,), min_tokens=3, temperature=0)
+    for token in (1, 2):
+        sampler.repeat(token)
+    assert sampler.choose(logits).token_id != 7
+    assert sampler.choose(logits).token_id == 7
+
+
+def test_without_ends_greedy_tokens_are_counted_as_they_are_told() -> None:
+    sampler = make_sampler(min_tokens=5, temperature=0)
+    assert sampler.takes_best
+
+
+def test_top_p_of_nothing_leaves_the_best_token() -> None:
+    logits = make_logits()
+    drawn = {make_sampler(seed=seed, top_p=0.0).choose(logits).token_id for seed in range(20)}
+    assert drawn == {int(logits.argmax())}

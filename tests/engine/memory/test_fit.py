@@ -11,7 +11,8 @@ from longreach.engine.errors import DoesNotFitError, MemoryNeeds
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, page_index
 from longreach.engine.memory.fit import DecodeFit, PrefillFit, Weights
-from longreach.engine.model.config import ModelConfig
+from longreach.engine.model.config import ModelConfig, WeightFormat
+from longreach.engine.model.linear import WideLinear
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.model.shapes import known_shapes
 from longreach.engine.parallel.mesh import Mesh
@@ -53,25 +54,27 @@ def decode_of(free: float, max_batch: int = 8) -> DecodeFit:
 
 def bytes_of(model: Qwen2) -> int:
     """Of a rank's matrices as they were loaded."""
-    matrices = [
-        linear.weight
+    matrices = sum(
+        linear.num_bytes
         for layer in model.layers
         for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
-    ]
+    )
+    assert isinstance(model.head, WideLinear)
     tables = {tensor.data_ptr(): tensor for tensor in (model.head.weight, model.embedding)}
-    return sum(each.numel() * each.element_size() for each in [*matrices, *tables.values()])
+    return matrices + sum(table.nbytes for table in tables.values())
 
 
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
 def test_weights_and_pages_are_what_a_rank_loads(
-    tmp_path: Path, tensor_parallel: int, tie: bool
+    tmp_path: Path, tensor_parallel: int, tie: bool, kept: WeightFormat
 ) -> None:
     """The last of four ranks shares its one KV head with another."""
     folder = make_checkpoint(tmp_path, DUAL_CHUNK, tie=tie)
     mesh = Mesh(tensor_parallel, 1, tensor_parallel - 1)
-    model = Qwen2.load(folder, mesh, torch.bfloat16, CPU)
-    weights = Weights(ModelConfig.from_folder(folder), 2, tensor_parallel)
+    model = Qwen2.load(folder, mesh, torch.bfloat16, CPU, kept)
+    weights = Weights(ModelConfig.from_folder(folder), 2, tensor_parallel, kept)
     assert weights.num_bytes == bytes_of(model)
     assert geometry_of(weights) == model.page_geometry
 
@@ -170,6 +173,29 @@ def test_a_mesh_needs_less_on_each_rank() -> None:
     assert wide.weights.num_bytes < alone.weights.num_bytes / 2
     assert long.computing_bytes(1_000_000) < alone.computing_bytes(1_000_000) / 2
     assert long.weights.num_bytes == alone.weights.num_bytes
+
+
+def test_every_axis_of_a_mesh_has_a_communicator() -> None:
+    """Which is nothing of PyTorch's, and nothing of one rank's."""
+    chunk = 32768 // 8 * 8
+    one, two = (prefill_of(1, sequence=n, selects_above=None) for n in (1, 2))
+    both = prefill_of(1, tensor=2, sequence=2, selects_above=None)
+    activations = [chunk // n * each.weights.row_bytes for each, n in ((one, 1), (two, 2))]
+    gathered = 2 * chunk * 2 * 4 * 128 * 2
+    spared = activations[0] - activations[1] - gathered
+    assert one.computing_bytes(chunk) - two.computing_bytes(chunk) == spared - (1 << 30)
+    alone = prefill_of(1, tensor=2, selects_above=None)
+    assert both.computing_bytes(chunk) > alone.computing_bytes(chunk) // 2 + (1 << 30)
+
+
+def test_ranks_deal_the_sums_of_all_windows_that_are_computed_at_once() -> None:
+    one, four = prefill_of(1), prefill_of(1, sequence=4)
+    at_once = replace(four, chunk_tokens=4 * 32768)
+    sums = [
+        each.computing_bytes(1_000_000) - replace(each, selects_above=None).computing_bytes(10**6)
+        for each in (one, at_once, four)
+    ]
+    assert sums[0] == sums[1] > 2 * sums[2]
 
 
 def test_what_is_refused_comes_with_its_numbers() -> None:

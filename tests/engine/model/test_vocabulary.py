@@ -17,6 +17,7 @@ from longreach.engine.model.files import ModelFiles
 from longreach.engine.model.load import load_model
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
+from longreach.engine.model.vocabulary import VocabularyPart
 from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.text.tokenizer import Tokenizer
@@ -84,3 +85,20 @@ def test_what_is_no_token_is_never_sampled(sampling: dict[str, Any]) -> None:
     assert len(tokens) == 120
     assert max(each.token_id for each in tokens) < IDS
     assert all(np.isfinite(each.logprob) for each in tokens)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("total", [7, 96])
+def test_tensor_ranks_hold_every_token_once(total: int, ranks: int) -> None:
+    """Sums of what they look up, and what they join, are one process's."""
+    parts = [VocabularyPart.of(total, Mesh(ranks, 1, rank)) for rank in range(ranks)]
+    table, tokens = torch.rand(total, 3), torch.tensor([0, total - 1, 3, 3, total // 2])
+    held = [table if part.rows is None else table[part.rows] for part in parts]
+    padded = [
+        torch.nn.functional.pad(own, (0, 0, 0, part.size - len(own)), value=torch.nan)
+        for own, part in zip(held, parts, strict=True)
+    ]
+    looked_up = [part.embed(tokens, own) for own, part in zip(padded, parts, strict=True)]
+    assert torch.equal(torch.stack(looked_up).sum(0), table[tokens])
+    logits = torch.stack([own[:, 0].expand(2, -1) for own in padded])
+    assert torch.equal(parts[0].joined(logits), table[:, 0].expand(2, -1))

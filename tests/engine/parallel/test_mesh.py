@@ -1,6 +1,6 @@
 """Every mesh gives what one process gives, and hands every page off exactly once."""
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from longreach.engine.model.files import ModelFiles
 from longreach.engine.model.heads import RankHeads
 from longreach.engine.model.load import load_model
 from longreach.engine.parallel.mesh import Mesh
+from longreach.engine.prefill.prefiller import Prefiller
+from longreach.engine.prefill.sparsity import SparsityConfig
 
 from ..checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
 
@@ -83,6 +85,46 @@ def rank_main(
         mesh.close()
 
 
+def windows_main(rank: int, ranks: int, checkpoint: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    mesh = Mesh.join(1, ranks, rank, f"file://{output}/meeting")
+    torch.save(run_windows(checkpoint, mesh), output / f"{rank}.pt")
+    mesh.close()
+
+
+def run_windows(checkpoint: Path, mesh: Mesh) -> list[Tensor]:
+    """Logits for several sizes of chunks, whose rows select in windows of 256."""
+    local = LocalPrefill(checkpoint, 1024, mesh=mesh)
+    sparsity = SparsityConfig.from_folder(checkpoint)
+    assert sparsity is not None
+    sparsity = replace(sparsity, window_tokens=256, last_queries=48)
+    local.prefiller = Prefiller(local.model, local.pool, sparsity)
+    return [run(local, length, chunk)[0] for length in (1000, 1024) for chunk in (256, 512, 1024)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_is_computed_at_once_changes_no_selection(
+    ranks: int, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Windows of selection lie where they do for every size of chunks, on every mesh."""
+    expected = run_windows(checkpoint, Mesh.single())
+    every = [expected]
+    if ranks > 1:
+        spawn(windows_main, (ranks, checkpoint, tmp_path), nprocs=ranks)
+        every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for found in every:
+        for number, logits in enumerate(found):
+            whole = expected[number // 3 * 3]
+            torch.testing.assert_close(logits, whole, rtol=3e-4, atol=3e-4)
+
+
+def test_a_window_of_the_whole_chunk_selects_otherwise(checkpoint: Path) -> None:
+    """So the test above compares something."""
+    local = LocalPrefill(checkpoint, 1024)
+    one, two = (run(local, 1024, chunk)[0] for chunk in (256, 1024))
+    assert not torch.allclose(one, two, rtol=1e-2, atol=1e-2)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), PUBLISHED, sparse=(60, 128))
@@ -93,6 +135,7 @@ def checkpoint(tmp_path_factory) -> Path:
     [
         ([(1, 2), (2, 1)], "auto"),
         ([(1, 3)], "auto"),
+        ([(1, 5)], "auto"),
         ([(2, 2), (4, 1)], "auto"),
         ([(1, 2)], "fp8_e4m3"),
     ],

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from longreach.engine.errors import CheckpointError, InvalidRequestError
-from longreach.engine.text.tokenizer import Tokenizer
+from longreach.engine.text.tokenizer import Tokenizer, Writing
 from longreach.lab.pocket.tokenizer import SPECIAL_TOKENS, TURN_START_ID, save_tokenizer
 
 
@@ -61,7 +61,7 @@ def test_chats_equal_those_of_transformers(
     expected = theirs.apply_chat_template(
         chat, tokenize=True, add_generation_prompt=prompted, return_dict=False
     )
-    assert tokenizer.encode_chat(chat, prompted).tolist() == expected
+    assert tokenizer.encode_chat(chat, Writing(prompted)).tolist() == expected
 
 
 @given(st.sampled_from(SPECIAL_TOKENS), st.text("ab\U000f0000\U000f0001", max_size=5))
@@ -99,6 +99,52 @@ def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(InvalidRequestError):
         Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
+
+
+def with_template(folder: Path, template: str) -> Tokenizer:
+    save_tokenizer(folder, 10)
+    (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer(folder)
+
+
+def test_variables_reach_the_template_as_text(tmp_path: Path) -> None:
+    tokenizer = with_template(
+        tmp_path, "{{ messages[0].name }}{% if loud %}!{% endif %}{{ names | join }}{{ eos_token }}"
+    )
+    chat = [{"role": "user", "content": "x", "name": "<|im_end|>"}]
+    variables = {"loud": True, "names": ["a", "<|im_start|>"], "eos_token": "no", "messages": []}
+    ids = tokenizer.encode_chat(chat, Writing(variables=variables))
+    assert tokenizer.decode(ids) == "<|im_end|>!a<|im_start|><|im_end|>"
+    assert [token for token in ids if token >= 256] == [258]
+    tokenizer.check_variables({"loud": True})
+    for name in ("messages", "tools", "eos_token", "add_generation_prompt"):
+        with pytest.raises(InvalidRequestError):
+            tokenizer.check_variables({name: 1})
+
+
+@pytest.mark.parametrize("wrong", [3, {"a": 1}, "text", [[]]])
+def test_a_variable_that_a_template_cannot_use_is_refused(tmp_path: Path, wrong: object) -> None:
+    tokenizer = with_template(tmp_path, "{{ names[0] + 1 }}{{ names.items()[0][7].what }}")
+    with pytest.raises(InvalidRequestError):
+        tokenizer.encode_chat(
+            [{"role": "user", "content": "x"}], Writing(variables={"names": wrong})
+        )
+
+
+@pytest.mark.parametrize("content", ["It is", "im_end", " a \n", "", "<|im_end|>", "user"])
+def test_a_chat_that_goes_on_ends_with_its_last_message(tokenizer: Tokenizer, content: str) -> None:
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    ids = tokenizer.encode_chat(chat, Writing(continue_final_message=True))
+    assert tokenizer.decode(ids).endswith(f"assistant\n{content}")
+    whole = tokenizer.encode_chat(chat, Writing(add_generation_prompt=False))
+    assert np.array_equal(ids, whole[: len(ids)])
+
+
+def test_a_message_that_a_template_leaves_out_cannot_go_on(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, "{{ messages[0].content }}")
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(InvalidRequestError):
+        tokenizer.encode_chat(chat, Writing(continue_final_message=True))
 
 
 def test_templates_in_the_configuration_count_too(tmp_path: Path) -> None:

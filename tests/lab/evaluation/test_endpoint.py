@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from longreach.cluster.client import EndpointError
-from longreach.cluster.rest import IngressLimits
+from longreach.cluster.rest import IngressLimits, SignsOfLife
 from longreach.engine.errors import ConfigurationError
 from longreach.lab.evaluation.cli import app
 from longreach.lab.evaluation.endpoint import EndpointAnswerer
@@ -26,8 +26,8 @@ PASS_KEY = NEEDLES[0]
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Endpoint:
     limits = IngressLimits(
-        MODEL, 8192, 512, max_body_bytes=1 << 20, max_choices=1, max_logprobs=0,
-        progress_seconds=1, receive_seconds=120.0,
+        MODEL, 8192, 512, clamp_max_tokens=False, max_body_bytes=1 << 20, max_choices=1,
+        max_logprobs=0, receive_seconds=120.0, signs_of_life=SignsOfLife(1),
     )  # fmt: skip
     return Endpoint(tmp_path, limits=limits)
 

@@ -12,13 +12,15 @@ import yaml
 from longreach.loadtest.chaos.scenarios import choose
 from longreach.loadtest.chaos.suite import Plan, Result, run
 
-from ..prometheus import free_port
+from ...prometheus import free_port
 
-REPLACED = (
+OUTLIVED = (
     "kill-rank-prefill",
-    "kill-prefill-replica-idle",
+    "kill-prefill-replica-hand-off",
     "kill-decode-worker-decode",
-    "kill-decode-replica-idle",
+    "kill-decode-replica-decode",
+)
+REPLACED = (
     "kill-ingress-decode",
     "kill-proxy-idle",
     "kill-controller-idle",
@@ -44,8 +46,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Result]:
     """Of every scenario, by its name."""
     path = tmp_path_factory.mktemp("chaos") / "cluster.yaml"
     path.write_text(yaml.safe_dump({**CONFIG, "ingress": {"port": free_port()}}))
-    plan = Plan(path, pid=None, sizes=(1_000, 3_000), timeout=60.0, seed=1)
-    scenarios = choose(["storm-200", *REPLACED, "sigterm", *FATAL])
+    plan = Plan(path, pid=None, sizes=(1_000, 3_000), timeout=120.0, seed=1)
+    scenarios = choose(["storm-200", *OUTLIVED, *REPLACED, "sigterm", *FATAL])
     return {each.row.scenario: each for each in run(plan, scenarios, "test")}
 
 
@@ -55,9 +57,19 @@ def test_clients_that_leave_cost_honest_ones_nothing(results: Mapping[str, Resul
     assert (row.lost, row.wrong, row.hung, row.leaked_pages) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("name", OUTLIVED)
+def test_requests_outlive_what_serves_them(results: Mapping[str, Result], name: str) -> None:
+    """They wait for what takes its place, and are answered rightly; none is lost."""
+    row = results[name].row
+    assert row.requests == 3
+    assert (row.lost, row.wrong, row.leaked_pages) == (0, 0, 0)
+    assert row.served_again_s is not None
+    assert row.ready_again_s is not None
+
+
 @pytest.mark.parametrize("name", REPLACED)
 def test_what_is_killed_is_replaced(results: Mapping[str, Result], name: str) -> None:
-    """Requests under way may be lost, and must then be told so at once."""
+    """Clients of an ingress or a proxy lose their connections with it, and hear so at once."""
     row = results[name].row
     assert (row.wrong, row.hung, row.leaked_pages) == (0, 0, 0)
     assert row.served_again_s is not None

@@ -1,0 +1,68 @@
+"""The heaviest of many columns, as many as each line wants, in the order of their places.
+
+On a GPU by counting, see `triton_heaviest`: sorting a million sums to take some thousands of them
+would take longer than making them. There the first of equals are taken; on a CPU, any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .selections import NOTHING
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnCandidates:
+    """Some columns of each line and their weights, each [lines, most].
+
+    `places`, int32, are token positions and rise; `weights` are float32. Lines that have less are
+    filled up with `NOTHING` and -1, at their end; in what is joined of several, anywhere.
+    """
+
+    weights: Tensor
+    places: Tensor
+
+    def filled_up(self, most: int) -> "ColumnCandidates":
+        """With `most` of each line."""
+        missing = (0, most - self.weights.shape[1])
+        pad = torch.nn.functional.pad
+        return ColumnCandidates(
+            pad(self.weights, missing, value=-1.0), pad(self.places, missing, value=NOTHING)
+        )
+
+
+def heaviest(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> ColumnCandidates:
+    """The `counts[line]` heaviest of each line, or all where it has less.
+
+    Args:
+        weights: float32 [lines, n], rows may be apart; not negative, or -1 for none.
+        places: theirs, int32 [lines, n] and rising, NOTHING aside; or that of the first, where they
+            are neighbours.
+    """
+    if weights.is_cuda:
+        from . import triton_heaviest
+
+        wanted = on_device(tuple(counts), weights.device)
+        return ColumnCandidates(*triton_heaviest.heaviest(weights, places, wanted, max(counts)))
+    return _portable(weights, places, counts)
+
+
+def _portable(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> ColumnCandidates:
+    most = min(max(counts), weights.shape[1])
+    values, order = weights.topk(most)
+    rank = torch.arange(most, device=weights.device)
+    left_out = rank >= on_device(tuple(counts), weights.device)[:, None]
+    left_out |= values < 0
+    where = order + places if isinstance(places, int) else places.gather(1, order)
+    where, order = where.masked_fill_(left_out, NOTHING).sort(1)
+    values = values.masked_fill_(left_out, -1.0).gather(1, order)
+    return ColumnCandidates(values, where.to(torch.int32)).filled_up(max(counts))
+
+
+@lru_cache(maxsize=1024)
+def on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, so that a layer copies its budgets to the device once."""
+    return torch.tensor(counts, device=device)

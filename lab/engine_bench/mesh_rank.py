@@ -1,0 +1,152 @@
+"""One rank of a real mesh: a process of its own, which computes a prompt and says how it went."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...engine.kv.pages import PageGeometry, PagePool
+from ...engine.model.config import WeightFormat
+from ...engine.model.files import ModelFiles
+from ...engine.model.load import load_model
+from ...engine.parallel.mesh import Mesh
+from ...engine.prefill.prefiller import Prefiller
+from ...engine.prefill.sparsity import SparsityConfig
+from ...engine.prefill.warm_up import warm_up_prefill
+from ...kernels.page_size import pages_for
+from .running import add_up, prefill
+from .subject import KV_CACHE_TYPES, random_prompt, synchronize
+
+_SHORT_SECONDS = 3.0
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class MeshCase:
+    """A prompt on one mesh, in chunks of several sizes, one after the other."""
+
+    tensor_parallel: int
+    sequence_parallel: int
+    files: ModelFiles
+    sparse: bool
+    kv_cache: str
+    tokens: int
+    chunk_tokens: tuple[int, ...]
+    seed: int
+    kept: WeightFormat
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes, and GPUs where there are any."""
+        return self.tensor_parallel * self.sequence_parallel
+
+
+@dataclass(frozen=True)
+class RankRun:
+    """What one rank saw of the median run with one size of chunks; memory is 0 on a CPU.
+
+    `seconds` are until the logits lay on the host. `communicator_bytes`: what the device has less
+    after the mesh's communicators were made than before.
+    """
+
+    chunk_tokens: int
+    seconds: float
+    stages: dict[str, float]
+    peak_bytes: int
+    communicator_bytes: int
+    logits: Tensor
+
+
+def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
+    """Meet in the folder, compute, and leave the runs there as `rank-N.pt`."""
+    on_gpu = torch.cuda.is_available()
+    apart = on_gpu and torch.cuda.device_count() >= case.num_ranks
+    device = torch.device("cuda", rank if apart else 0) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    mesh = Mesh.join(
+        case.tensor_parallel, case.sequence_parallel, rank, f"file://{folder}/meeting",
+        # NCCL refuses two ranks on one GPU.
+        backend="nccl" if apart else "gloo",
+    )  # fmt: skip
+    communicators = _communicator_bytes(mesh, device)
+    model = load_model(case.files, mesh, torch.bfloat16, device, case.seed, case.kept)
+    geometry = _kept_as(model.page_geometry, case.kv_cache)
+    pool = PagePool(geometry, pages_for(case.tokens), device)
+    pool.clear()
+    sparsity = SparsityConfig.from_folder(case.files.folder) if case.sparse else None
+    if on_gpu:
+        torch.cuda.empty_cache()
+    prefiller = Prefiller(model, pool, sparsity)
+    runs = []
+    for chunk_tokens in case.chunk_tokens:
+        warm_up_prefill(prefiller, case.tokens, chunk_tokens, model.positions.stride)
+        timed = [_run(prefiller, mesh, case, chunk_tokens, device)]
+        # By what all ranks agree on: a rank that runs once more waits for the others.
+        while _mean(mesh, timed[0].seconds, device) < _SHORT_SECONDS and len(timed) < _REPEATS:
+            timed.append(_run(prefiller, mesh, case, chunk_tokens, device))
+        run = sorted(timed, key=lambda each: each.seconds)[len(timed) // 2]
+        runs.append({**vars(run), "communicator_bytes": communicators})
+    torch.save(runs, folder / f"rank-{rank}.pt")
+    mesh.close()
+
+
+def read_runs(case: MeshCase, folder: Path) -> list[list[RankRun]]:
+    """For each size of chunks, the runs of all ranks."""
+    ranks: list[Sequence[dict]] = [
+        torch.load(folder / f"rank-{rank}.pt") for rank in range(case.num_ranks)
+    ]
+    return [[RankRun(**run) for run in runs] for runs in zip(*ranks, strict=True)]
+
+
+def _run(
+    prefiller: Prefiller, mesh: Mesh, case: MeshCase, chunk_tokens: int, device: torch.device
+) -> RankRun:
+    prompt = random_prompt(case.files, case.tokens, case.seed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _mean(mesh, 0.0, device)
+    synchronize(device)
+    started = time.perf_counter()
+    results = prefill(prefiller, prompt, chunk_tokens)
+    logits = results[-1].logits
+    assert logits is not None
+    logits = logits.cpu()
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    prefiller.release("a")
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return RankRun(chunk_tokens, seconds, add_up(results), peak, 0, logits)
+
+
+def _mean(mesh: Mesh, seconds: float, device: torch.device) -> float:
+    """The mean of what all ranks have, on each: they are together then, and decide alike."""
+    mean = mesh.sum_over_tensor_ranks(torch.tensor([seconds], device=device))
+    mean = mesh.sum_over_sequence_ranks(mean)
+    return float(mean) / (mesh.tensor_parallel * mesh.sequence_parallel)
+
+
+def _communicator_bytes(mesh: Mesh, device: torch.device) -> int:
+    """Communicators are made by their first collective, and take what is not PyTorch's."""
+    if device.type != "cuda":
+        return 0
+    synchronize(device)
+    part = torch.ones(2**20, device=device)
+    before = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    mesh.gather_over_sequence_ranks(part)
+    mesh.gather_over_tensor_ranks(part)
+    mesh.sum_over_tensor_ranks(mesh.sum_over_sequence_ranks(part))
+    synchronize(device)
+    after = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return before - after
+
+
+def _kept_as(geometry: PageGeometry, kv_cache: str) -> PageGeometry:
+    return PageGeometry(
+        geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, KV_CACHE_TYPES[kv_cache]
+    )
