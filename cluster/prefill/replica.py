@@ -193,6 +193,7 @@ class PrefillReplica:
         Whoever comes, or leaves, until then does so before the next chunk.
         """
         job = self._jobs[chunk.request_id]
+        self._speed.begin()
         under_way = self._begin(chunk, job)
         self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
         self._finishing.add_done_callback(self._lose_if_failed)
@@ -214,12 +215,10 @@ class PrefillReplica:
         before: "asyncio.Task[None] | None",
     ) -> None:
         """Say what came out of a chunk, after those before it."""
-        if before is not None:
-            await asyncio.wait({before})
+        await asyncio.wait({computed} if before is None else {computed, before})
+        self._speed.end(0 if _has_failed(computed) else chunk.end - chunk.start)
         try:
-            # A rank computes chunks one after the other, however early they are launched.
-            with self._speed.computing(chunk.end - chunk.start):
-                results = await computed
+            results = computed.result()
         except RayError as error:
             self._failed(chunk, job, error)
             return
@@ -320,6 +319,10 @@ def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: 
         hand_off=hand_off,
         stages=job.stages,
     )
+
+
+def _has_failed(computed: "asyncio.Future[list[RankResult]]") -> bool:
+    return computed.cancelled() or computed.exception() is not None
 
 
 def _busy_seconds(result: RankResult) -> float:

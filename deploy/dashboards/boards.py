@@ -211,6 +211,13 @@ RELIABILITY = Board(
             red=2,
         ),
         Panel(
+            "Requests begun again",
+            "reqps",
+            "Something died under them, and clients saw a pause. Look at what was lost.",
+            (Query(f"{per_second('longreach_request_recoveries_total')} or vector(0)", "again"),),
+            red=0.1,
+        ),
+        Panel(
             "Requests that clients cancelled",
             "reqps",
             "Many: clients or a proxy on the way give up; compare with the time to first tokens.",

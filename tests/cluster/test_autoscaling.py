@@ -107,20 +107,19 @@ def test_speed_is_of_chunks_and_busyness_of_the_last_half_minute() -> None:
     now = 100.0
     speed = Speed(lambda: now)
     assert speed.load(7) == {"tokens_to_go": 7.0, "tokens_per_second": 0.0, "busy": 0.0}
-    with speed.computing(1000):
-        now += 6
-        assert speed.load(0)["busy"] == pytest.approx(0.2)
-
-    def failing() -> None:
-        nonlocal now
-        with speed.computing(1000):
-            now += 1
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        failing()
-    now += 14
-    assert speed.load(0)["tokens_per_second"] == pytest.approx(1000 / 6)
+    speed.begin()
+    now += 6
     assert speed.load(0)["busy"] == pytest.approx(0.2)
-    now += 12
+    speed.begin()  # before the first has ended, and computed from then on
+    now += 1
+    speed.end(1000)
+    now += 3
+    speed.end(0)  # failed
+    assert speed.load(0)["tokens_per_second"] == pytest.approx(1000 / 7)
+    assert speed.load(0)["busy"] == pytest.approx(7 / 30)
+    speed.begin()
+    now += 3
+    speed.end(1000)
+    assert speed.load(0)["tokens_per_second"] == pytest.approx(2000 / 10)
+    now += 26
     assert speed.load(0)["busy"] == pytest.approx(3 / 30)
