@@ -68,7 +68,11 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (errors.CannotSharePagesError("no"), {"transport.kind"}),
     (errors.CannotMapPagesError("no"), {"transport.kind"}),
 ]  # fmt: skip
-NO_REMEDY = (errors.OutOfPagesError(2, 1, 8), errors.QueueFullError(3))
+NO_REMEDY = (
+    errors.OutOfPagesError(2, 1, 8),
+    errors.QueueFullError(3),
+    errors.PoisonousError(3),
+)
 
 EVERY = pytest.mark.parametrize(
     ("error", "names"), REMEDIES, ids=[type(error).__name__ for error, _ in REMEDIES]
