@@ -50,6 +50,7 @@ class DecodeReplica:
         most_waiting: int,
     ) -> None:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
+        self._sink.add(metrics.LOST, 0)  # a rate misses what a series begins with
         self._router = PrefillRouter(gangs)
         self._most_waiting = most_waiting
         self._lives: set[RequestLife] = set()
@@ -70,6 +71,10 @@ class DecodeReplica:
         if self._lost:
             raise UnavailableError(_LOST)
         await self._worker.check.remote()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.DecodeLoad` is made of; Serve asks by this name."""
+        return await self._worker.load.remote()
 
     async def ready(self) -> None:
         """Return when this replica and a replica of each gang could serve; raise if not."""

@@ -14,7 +14,15 @@ from typing import Any, cast
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ...engine.errors import LostError
-from ...engine.messages import Event, Finished, GenerationRequest, Prefilled, Progress, Timings
+from ...engine.messages import (
+    Event,
+    Finished,
+    GenerationRequest,
+    Prefilled,
+    Progress,
+    PromptScores,
+    Timings,
+)
 from ..call_errors import first_of
 from ..messages import PrefillOrder
 from ..streams import listening
@@ -62,6 +70,8 @@ class RequestLife:
                         yield [event]
             if prefilled is None:
                 raise LostError("prefill ended early; send the request again")
+            if prefilled.scores is not None:
+                yield [PromptScores(prefilled.scores)]
             self.state = State.DECODING
             async with aclosing(self._decoding(prefilled)) as answer:
                 async for events in answer:

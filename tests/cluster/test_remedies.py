@@ -22,17 +22,20 @@ from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import HeldPages, Pages
 
 WIDE = MemoryNeeds("prefill", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 1, quantized=False)
-NARROW = MemoryNeeds("decode", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 2, quantized=True)
+NARROW = MemoryNeeds("decode", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 2, quantized=True, narrow=True)
 
 REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (
         errors.DoesNotFitError(WIDE, 1024),
         {
-            "prefill.kv_cache_tokens", "model.kv_cache_dtype", "prefill.chunk_tokens",
-            "prefill.tensor_parallel",
+            "prefill.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
+            "prefill.chunk_tokens", "prefill.tensor_parallel",
         },
     ),
-    (errors.DoesNotFitError(WIDE, 0), {"prefill.chunk_tokens", "prefill.tensor_parallel"}),
+    (
+        errors.DoesNotFitError(WIDE, 0),
+        {"model.weights", "prefill.chunk_tokens", "prefill.tensor_parallel"},
+    ),
     (errors.LoadingOutOfMemoryError(NARROW), {"decode.kv_cache_tokens", "decode.max_batch"}),
     (errors.StepDoesNotFitError(8), {"decode.kv_cache_tokens", "decode.max_batch"}),
     (
@@ -65,7 +68,11 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (errors.CannotSharePagesError("no"), {"transport.kind"}),
     (errors.CannotMapPagesError("no"), {"transport.kind"}),
 ]  # fmt: skip
-NO_REMEDY = (errors.OutOfPagesError(2, 1, 8), errors.QueueFullError(3))
+NO_REMEDY = (
+    errors.OutOfPagesError(2, 1, 8),
+    errors.QueueFullError(3),
+    errors.PoisonousError(3),
+)
 
 EVERY = pytest.mark.parametrize(
     ("error", "names"), REMEDIES, ids=[type(error).__name__ for error, _ in REMEDIES]
@@ -100,7 +107,7 @@ def test_every_error_with_facts_is_here() -> None:
     here = {type(error) for error, _ in REMEDIES} | {type(error) for error in NO_REMEDY}
     ours = {kind for kind in below(FactualError) if kind.__module__ == errors.__name__}
     assert ours - here == {FactualError, errors.DecodeOutOfMemoryError}
-    assert [remedy_of(error) for error in NO_REMEDY] == [None, None]
+    assert {remedy_of(error) for error in NO_REMEDY} == {None}
 
 
 def test_who_shares_a_gpu_may_have_one_alone() -> None:
