@@ -93,7 +93,7 @@ def test_the_description_is_open_and_names_what_is_accepted(tmp_path: Path) -> N
     assert set(page["paths"]) == {
         "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize",
         "/v1/models",
-        "/v1/models/{name}", "/health", "/ready", "/version",
+        "/v1/models/{name}", "/tokenizer_info", "/health", "/ready", "/version",
     }  # fmt: skip
     for schema in page["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
