@@ -76,6 +76,30 @@ def test_answers_are_held_to_a_schema(client: openai.OpenAI, http: httpx.Client)
     wait_until_no_page_is_held(http)
 
 
+def test_prompts_are_scored_by_all_ranks(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """Over chunks and ranks as in one process; and more prompts than may wait."""
+    import torch
+
+    from longreach.engine.local import LocalPrefill
+    from longreach.engine.model.pocket import CHECKPOINT
+
+    prompts = [make_prompt(tokenizer, 2 * CHUNK_TOKENS + 100), *[make_prompt(tokenizer, 9)] * 11]
+    answer = client.completions.create(
+        model=MODEL, prompt=[prompt.tolist() for prompt in prompts], max_tokens=0, logprobs=0,
+        echo=True,
+    )  # fmt: skip
+    assert len(answer.choices) == len(prompts)
+    found = [choice.logprobs.token_logprobs for choice in answer.choices if choice.logprobs]
+    assert all(scores is not None for scores in found)
+    long, short = found[0] or [], found[-1] or []
+    local = LocalPrefill(CHECKPOINT, max_tokens=8192)
+    for scores, prompt in ((long, prompts[0]), (short, prompts[-1])):
+        assert len(scores) == len(prompt)
+        for end in (1, len(prompt) // 2, len(prompt) - 1):
+            row = torch.log_softmax(local.logits(prompt[:end]), 0)
+            assert scores[end] == pytest.approx(float(row[prompt[end]]), abs=1e-3)
+
+
 def test_a_tool_is_called(client: openai.OpenAI) -> None:
     parameters = {
         "type": "object",
