@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test test-clients lint format house check-deploy check-proxies load install clean
+.PHONY: help run test test-clients lint format house check-deploy check-deployed check-proxies load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -25,7 +25,8 @@ help:
 	@echo 'make lint                       ruff and basedpyright'
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'
-	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
+	@echo 'make check-deploy               manifests, alerts and images, without a cluster'
+	@echo 'make check-deployed             the CPU overlay on Ray nodes of this machine'
 	@echo 'make test-clients               real clients against a cluster, each in an environment of its own'
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
 	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
@@ -53,6 +54,8 @@ house: $(INSTALLED)
 
 check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
+
+check-deployed: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
 
 check-proxies: $(INSTALLED_DEV)

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def problems(folder: Path) -> Iterator[Problem]:
 
 
 def _linted(path: Path) -> Iterator[Problem]:
-    hadolint = shutil.which("hadolint")
+    # Beside this Python, whose folder need not be on the path.
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
         yield Problem(path.name, "no hadolint to check it; install the extra `deploy`")
         return

@@ -1,6 +1,6 @@
 """The laptop overlay's serve configuration on Ray nodes of this machine, as `serve deploy` gets it.
 
-`make check-deploy` runs this: a head without CPUs and two workers, as the overlay's pods are. All
+`make check-deployed` runs this: a head without CPUs and two workers, as the overlay's pods are. All
 that is changed are addresses and folders.
 """
 
