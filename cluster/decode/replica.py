@@ -39,7 +39,7 @@ class DecodeReplica:
 
     Args:
         gangs: as `PrefillRouter` takes them.
-        most_waiting: requests for one gang before more are refused.
+        most_waiting: requests for one gang, or for the worker itself, before more are refused.
     """
 
     async def __init__(
@@ -52,6 +52,7 @@ class DecodeReplica:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         self._router = PrefillRouter(gangs)
         self._most_waiting = most_waiting
+        self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
         self._worker_id = f"longreach-decode-{uuid.uuid4().hex}"
@@ -99,7 +100,8 @@ class DecodeReplica:
     def _begin(self, request: GenerationRequest) -> RequestLife:
         if self._lost:
             raise NotUpError(_LOST)
-        prefill = self._router.gang_for(len(request.prompt))
+        tokens = len(request.prompt)
+        prefill = None if tokens <= self._prefills_up_to else self._router.gang_for(tokens)
         lives = [life for life in self._lives if life.prefill is prefill]
         waiting = sum(life.state is State.WAITING for life in lives)
         # One that nobody waits in front of does not wait itself.

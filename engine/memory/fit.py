@@ -247,22 +247,26 @@ class PrefillFit(Fit):
 
 @dataclass(frozen=True)
 class DecodeFit(Fit):
-    """Of a decoder, which prepares steps of 1, 2, 4 and so on up to `max_batch` sequences.
+    """Of a decoder, which prepares steps of up to `max_batch` sequences.
 
     `chunk_tokens` are prefill's: pages of one layer come for so many tokens at once.
+    `prompt_tokens` of prompts that it computes itself are in the largest step. Logits of
+    `logits_rows` rows are kept, of all steps that are prepared.
     """
 
     phase = "decode"
 
     max_batch: int
     chunk_tokens: int
+    logits_rows: int
+    prompt_tokens: int = 0
 
     def computing_bytes(self, prompt: int) -> int:
         """The largest step, the logits of all, pages as they come, and the reserve."""
-        # All steps together have less than twice the rows of the largest.
-        logits = 2 * self.weights.config.vocab_size * self.weights.itemsize
+        logits = self.logits_rows * self.weights.config.vocab_size * self.weights.itemsize
         come = self._bytes_of_a_layer(pages_for(min(prompt, self.chunk_tokens)))
-        return self.max_batch * (self.weights.row_bytes + logits) + come + _RESERVE_BYTES
+        rows = self.max_batch + self.prompt_tokens
+        return rows * self.weights.row_bytes + logits + come + _RESERVE_BYTES
 
     @property
     def bytes_per_page(self) -> int:
