@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import uvicorn.config
 from ray.serve.config import ControllerOptions
@@ -37,6 +38,7 @@ _PROXY_CHECKS = {
 # A proxy that Serve starts gets nothing of ours but its environment.
 _LIMITS = "LONGREACH_FRONT_LIMITS"
 _HEADER_SECONDS = 20.0
+_MOST_AWAITED = 1024
 _OF_SERVE = "/-/"  # Serve's own paths: its health and its routes
 
 
@@ -76,10 +78,17 @@ def install() -> list[Middleware]:
 
 
 class FrontProtocol(H11Protocol):
-    """uvicorn's HTTP by h11, with a limit on how long a request's headers may take to come."""
+    """uvicorn's HTTP by h11, with limits on clients whose headers have not come.
+
+    Each has so many seconds, and there may be so many of them at a time: with one more, the one
+    that has taken longest is closed. Clients that are being answered are none of them.
+    """
 
     header_seconds = _HEADER_SECONDS
+    most_awaited = _MOST_AWAITED
 
+    # Of this process, the one that has taken longest first.
+    _awaited: ClassVar[dict["FrontProtocol", None]] = {}
     _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -120,14 +129,18 @@ class FrontProtocol(H11Protocol):
 
     def _await_headers(self) -> None:
         self._header_timer = self.loop.call_later(self.header_seconds, self._give_up)
+        self._awaited[self] = None
+        if len(self._awaited) > self.most_awaited:
+            next(iter(self._awaited))._give_up()
 
     def _stop_waiting(self) -> None:
+        self._awaited.pop(self, None)
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
 
     def _give_up(self) -> None:
-        self._header_timer = None
+        self._stop_waiting()
         if not self._is_answering():
             self.transport.close()
 

@@ -47,7 +47,6 @@ ADVICE_RESPONSES = frozenset(
     {
         "max_tool_calls",
         "moderation",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -58,6 +57,7 @@ ADVICE_RESPONSES = frozenset(
         "user",
     }
 )
+ADVICE_RESPONSES_FORMAT = frozenset({"description"})
 ADVICE_RESPONSES_PART = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
 ADVICE_RESPONSES_TEXT = frozenset({"verbosity"})
 ADVICE_OUTPUT_ITEM = frozenset({"id", "phase", "status"})
@@ -118,11 +118,8 @@ UNSUPPORTED_RESPONSES: Neutral = {
     "previous_response_id": (),
     "prompt": (),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
-UNSUPPORTED_RESPONSES_TEXT: Neutral = {"format": ({"type": "text"},)}
 UNSUPPORTED_TOKENIZE: Neutral = {"chat_template": (), "tools": ([],)}
 
 

@@ -26,9 +26,9 @@ class Plan:
 
     `continuous_usage`: every chunk says the usage so far. `return_progress`: the progress comes in
     events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
-    `repeated`: what the answer repeats of the request, where its form does that.
     `held_by`: the field that answers are held to a form by. `calls_tools`: an answer may have calls
-    of tools in it, one at most where `one_call`.
+    of tools in it, one at most where `one_call`. `repeated`: what the answer repeats of the
+    request, where its form does that.
     """
 
     answer_id: str

@@ -24,7 +24,7 @@ from .grammar_check import GrammarCheck
 from .limits import IngressLimits
 from .plan import Plan, Planner
 from .responses import ResponsesBody, in_its_words
-from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, checked, parse
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,13 @@ class Reader:
         self._check_count("responses", body)
         asked = parse(ResponsesBody, body)
         try:
-            plan = self._planner.chat(asked.as_chat, request_id, arrived)
+            plan = self._planner.chat(checked(ChatBody, asked.as_chat), request_id, arrived)
         except RestError as error:
-            raise in_its_words(error) from error
+            error.param = in_its_words(error.param)
+            raise
         answer_id = plan.answer_id.replace("chatcmpl-", "resp_", 1)
-        return replace(plan, answer_id=answer_id, repeated=asked.repeated)
+        held_by = in_its_words(plan.held_by)
+        return replace(plan, answer_id=answer_id, held_by=held_by, repeated=asked.repeated)
 
     def tokenize(self, body: bytes, request_id: str, arrived: float) -> bytes:
         """The answer to `/tokenize`, as JSON."""

@@ -297,4 +297,4 @@ async def _client_gone(receive: Receive) -> None:
 
 
 def _json(model: BaseModel) -> bytes:
-    return model.model_dump_json(exclude_unset=True).encode()
+    return model.model_dump_json(by_alias=True, exclude_unset=True).encode()

@@ -306,7 +306,7 @@ class ResponsesForm(Form):
                 "error": None,
                 "incomplete_details": None,
                 "model": self._model_name,
-                "output": [item.model_dump() for item in items],
+                "output": [item.model_dump(by_alias=True, exclude_unset=True) for item in items],
                 "parallel_tool_calls": True,
                 "previous_response_id": None,
                 "store": False,

@@ -53,11 +53,12 @@ class Strict(BaseModel):
     def _take_what_it_knows(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in body.items():
-            known = name in cls.model_fields or name in cls.advice
+            known = name in fields or name in cls.advice
             if not known and not asks_for_nothing(value, cls.unsupported.get(name, ())):
                 raise _refused_field(name, name in cls.unsupported)
-        return {name: value for name, value in body.items() if name in cls.model_fields}
+        return {name: value for name, value in body.items() if name in fields}
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -436,6 +437,15 @@ def parse(kind: type[Body], body: bytes | bytearray, most_messages: int | None =
             "messages",
             "context_length_exceeded",
         )
+    return checked(kind, value)
+
+
+def checked(kind: type[Body], value: Any) -> Body:
+    """A body that is parsed already.
+
+    Raises:
+        RestError: as `parse`.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -444,7 +454,9 @@ def parse(kind: type[Body], body: bytes | bytearray, most_messages: int | None =
 
 def _first_problem(error: ValidationError) -> RestError:
     problem = error.errors(include_url=False, include_context=True, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    # A part in angle brackets is no field: it says which of several kinds was meant.
+    parts = [str(part) for part in problem["loc"]]
+    where = ".".join(part for part in parts if not part.startswith("<"))
     context = problem.get("ctx", {})
     match problem["type"]:
         case "unsupported_field":

@@ -2,11 +2,9 @@
 
 from torch import Tensor
 
-from .. import narrow
-from ..narrow import NarrowRows
 from . import reference
 
-__all__ = ["linear", "narrow_linear"]
+__all__ = ["linear"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -19,14 +17,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         return triton_matvec.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
-
-
-def narrow_linear(
-    x: NarrowRows, weight: Tensor, scales: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """`narrow.linear` of one row."""
-    if x.values.is_cuda:
-        from . import triton_matvec
-
-        return triton_matvec.narrow_linear(x, weight, scales, bias)
-    return narrow.linear(x, weight, scales, bias)

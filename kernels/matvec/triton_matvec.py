@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..narrow import BLOCK, NarrowRows
-
 
 @dataclass(frozen=True)
 class MatvecTiling:
@@ -27,9 +25,6 @@ class MatvecTiling:
 
 
 DEFAULT_TILING = MatvecTiling()
-NARROW_TILING = MatvecTiling(columns=1024)
-BLOCKS_TILING = MatvecTiling(rows=16, columns=BLOCK)
-"""A step takes one block of inputs, and its rows lie in one block of outputs."""
 
 
 def linear(
@@ -53,45 +48,6 @@ def linear(
         EVEN=columns % block == 0 and rows % tiling.rows == 0,
         ROWS=tiling.rows,
         BLOCK=block,
-        UNROLL=tiling.unroll,
-        num_warps=tiling.warps,
-    )
-    return output
-
-
-def narrow_linear(
-    x: NarrowRows,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None = None,
-    tiling: MatvecTiling | None = None,
-) -> Tensor:
-    """As the package's."""
-    if len(x) != 1:
-        raise ValueError(f"a matrix times a vector takes one row, not {len(x)}")
-    rows, columns = weight.shape
-    by_blocks = scales.dim() == 2
-    tiling = tiling or (BLOCKS_TILING if by_blocks else NARROW_TILING)
-    output = torch.empty(1, rows, dtype=x.dtype, device=weight.device)
-    block = min(tiling.columns, int(triton.next_power_of_2(columns)))
-    _narrow_linear[(-(-rows // tiling.rows),)](
-        x.values,
-        x.scales,
-        weight,
-        scales,
-        output if bias is None else bias,
-        output,
-        weight.stride(0),
-        x.scales.stride(1),
-        scales.stride(0),
-        rows,
-        COLUMNS=columns,
-        BIASED=bias is not None,
-        EVEN=columns % block == 0 and rows % tiling.rows == 0,
-        BY_BLOCKS=by_blocks,
-        ROWS=tiling.rows,
-        BLOCK=block,
-        GROUP=BLOCK,
         UNROLL=tiling.unroll,
         num_warps=tiling.warps,
     )
@@ -132,57 +88,6 @@ def _linear(
             weights = tl.load(sources + start, mask=exists[:, None] & inside[None, :], other=0.0)
         sums += weights.to(tl.float32) * factors.to(tl.float32)
     result = tl.sum(sums, 1)
-    if BIASED:
-        result += tl.load(bias + row, mask=exists, other=0.0).to(tl.float32)
-    tl.store(output + row, result.to(output.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _narrow_linear(
-    x,
-    x_scales,
-    weight,
-    scales,
-    bias,
-    output,
-    row_stride,
-    x_scale_stride,
-    scale_stride,
-    rows,
-    COLUMNS: tl.constexpr,
-    BIASED: tl.constexpr,
-    EVEN: tl.constexpr,
-    BY_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """As `_linear`, of 8 bits; scales by blocks multiply x, others the sums."""
-    first = tl.program_id(0) * ROWS
-    row = first + tl.arange(0, ROWS)
-    in_block = tl.arange(0, BLOCK)
-    exists = row < rows
-    sources = weight + row.to(tl.int64)[:, None] * row_stride + in_block[None, :]
-    places = tl.broadcast_to(x + in_block[None, :], [ROWS, BLOCK])
-    block_scales = scales + first // GROUP * scale_stride
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(0, COLUMNS, BLOCK, loop_unroll_factor=UNROLL):
-        if EVEN:
-            factors = tl.load(places + start).to(tl.float32)
-            weights = tl.load(sources + start, eviction_policy="evict_first").to(tl.float32)
-        else:
-            inside = start + in_block < COLUMNS
-            factors = tl.load(places + start, mask=inside[None, :], other=0.0).to(tl.float32)
-            there = exists[:, None] & inside[None, :]
-            weights = tl.load(sources + start, mask=there, other=0.0).to(tl.float32)
-        if BY_BLOCKS:
-            group = start // GROUP
-            factors *= tl.load(x_scales + group * x_scale_stride) * tl.load(block_scales + group)
-        sums += weights * factors
-    result = tl.sum(sums, 1)
-    if not BY_BLOCKS:
-        result *= tl.load(x_scales) * tl.load(scales + row, mask=exists, other=0.0)
     if BIASED:
         result += tl.load(bias + row, mask=exists, other=0.0).to(tl.float32)
     tl.store(output + row, result.to(output.dtype.element_ty), mask=exists)

@@ -27,12 +27,12 @@ class FewRowsTiling:
 
     outputs: int = 64
     inputs: int = 256
-    stages: int = 4
+    stages: int = 6
     warps: int = 4
 
 
 BY_OUTPUT = FewRowsTiling()
-BY_BLOCK = FewRowsTiling(inputs=BLOCK, stages=6)
+BY_BLOCK = FewRowsTiling(inputs=BLOCK)
 """A step takes one block of inputs, and outputs lie in one block."""
 
 
@@ -104,7 +104,7 @@ def linear(x: NarrowRows, weight: Tensor, scales: Tensor, bias: Tensor | None = 
         return torch.empty(0, len(weight), dtype=x.dtype, device=weight.device)
     if count <= _MOST_FEW_ROWS:
         return linear_of_few(x, weight, scales, bias)
-    if by_blocks and not _library_takes_blocks(weight):
+    if by_blocks and not _library_takes_blocks(count, weight):
         return linear_by_blocks(x, weight, scales, bias)
     x_scales = x.scales
     if by_blocks and x_scales.stride(1) != count:
@@ -121,10 +121,10 @@ def linear(x: NarrowRows, weight: Tensor, scales: Tensor, bias: Tensor | None = 
     )
 
 
-def _library_takes_blocks(weight: Tensor) -> bool:
-    """Whether its product has scales by blocks: on Hopper alone, and for whole fours of them."""
+def _library_takes_blocks(count: int, weight: Tensor) -> bool:
+    """Whether its product has scales by blocks: on Hopper, of whole blocks, and of whole fours."""
     outputs, inputs = weight.shape
-    whole = outputs % BLOCK == 0 and inputs % (4 * BLOCK) == 0
+    whole = outputs % BLOCK == 0 and inputs % (4 * BLOCK) == 0 and count % 4 == 0
     return whole and weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
 
 

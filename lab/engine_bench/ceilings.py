@@ -36,9 +36,9 @@ class Ceilings:
         """Products of the model's own shapes have `rows` rows; each counts by its operations."""
         size, rows = _SQUARE[device.type], min(rows, _MOST_ROWS[device.type])
         products = _products_rate(work, rows, dtype, device, narrow=False)
-        linear = (
-            _products_rate(work, rows, dtype, device, True) if work.weights.narrow else products
-        )
+        linear = products
+        if work.weights.narrow:
+            linear = _products_rate(work, rows, dtype, device, narrow=True)
         square = 2.0 * size**3 / _product_seconds(size, size, size, dtype, device, False)
         source = torch.ones(_READ_ELEMENTS[device.type], device=device)
         read = 4.0 * source.numel() / median_seconds(source.sum, device)

@@ -1,9 +1,12 @@
 """What can be done to a cluster, one thing at a time."""
 
+import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -27,6 +30,10 @@ _SLOW_SECONDS = 30.0
 _SLOW_READERS = 16
 _SLOW_SENDERS = 200
 _FATAL = (Kind.GCS, Kind.RAYLET)
+_OUTLIVED = (Kind.RANK, Kind.PREFILL_REPLICA, Kind.DECODE_WORKER, Kind.DECODE_REPLICA)
+"""Whose death no request may notice but by waiting: its client's connection is elsewhere."""
+_RANDOM_KILLS = 20
+_SECONDS_A_KILL = 30.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,14 @@ def all_scenarios() -> list[Scenario]:
             _stop_one_worker,
             _RECOVERY_SECONDS + 200,
             overrides={"decode": {"replicas": 2}},
+        ),
+        Scenario(
+            "random-kills",
+            f"{_REQUESTS} at a time",
+            f"{_RANDOM_KILLS} processes of random kinds are killed, one each "
+            f"{_SECONDS_A_KILL:.0f} s, under requests of all sizes",
+            _kill_at_random,
+            _RANDOM_KILLS * _SECONDS_A_KILL + _RECOVERY_SECONDS + 200,
         ),
         Scenario(
             f"short-{_SHORT_REQUESTS}",
@@ -356,6 +371,31 @@ def _stop_one_worker(cluster: Cluster, workload: Workload) -> Measured:
             f"{max(answered, default=0.0):.1f} s; alone {workload.alone.of(shortest):.1f} s"
         ),
     )
+
+
+def _kill_at_random(cluster: Cluster, workload: Workload) -> Measured:
+    """Each third of the load takes sizes in another order, so that they do not go in step."""
+    chance = random.Random(_RANDOM_KILLS)
+    sizes = workload.sizes
+    killed: Counter[Kind] = Counter()
+    broken_at = time.monotonic()
+    with ExitStack() as stack:
+        beside = [
+            stack.enter_context(Beside(workload, sizes[turn % len(sizes) :] + sizes))
+            for turn in range(_REQUESTS)
+        ]
+        for _ in range(_RANDOM_KILLS):
+            broken_at = time.monotonic()
+            kind = chance.choice(_OUTLIVED)
+            send(chance.choice(cluster.tree.wait_for(kind, _RECOVERY_SECONDS)), signal.SIGKILL)
+            killed[kind] += 1
+            time.sleep(max(broken_at + _SECONDS_A_KILL - time.monotonic(), 0.0))
+    outcomes = [outcome for each in beside for outcome in each.outcomes]
+    recovery = _recovery(cluster, workload, broken_at)
+    tally = workload.tally(outcomes)
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(killed.items()))
+    slowest = f"slowest over alone {tally.slowest_over_alone:.1f} s"
+    return Measured(tally, *recovery, besides=f"killed {kinds}; {slowest}")
 
 
 def _ask_many(count: int, cluster: Cluster, workload: Workload) -> Measured:

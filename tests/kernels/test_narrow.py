@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longreach.kernels import elementwise, matvec, narrow
+from longreach.kernels import elementwise, narrow
 from longreach.kernels.elementwise import reference as elementwise_reference
 from longreach.kernels.elementwise import triton_elementwise
-from longreach.kernels.matvec import triton_matvec
 from longreach.kernels.narrow import BLOCK, BY_ROW, Narrowing, NarrowRows, reference, triton_narrow
 
 from .poison import poison_fresh_memory
@@ -152,8 +151,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
     ("count", "outputs", "inputs"),  # of few rows; by a kernel, and by the library
-    [(1, 64, 256), (3, 272, 128), (32, 144, 384), (65, 400, 640), (130, 208, 1024),
-     (90, 256, 512), (0, 64, 256)],
+    [(1, 64, 256), (1, 97, 3584), (3, 272, 128), (32, 144, 384), (65, 400, 640), (130, 208, 1024),
+     (90, 256, 512), (92, 256, 512), (0, 64, 256)],
 )  # fmt: skip
 def test_products(version, dtype, narrowing, biased, count, outputs, inputs) -> None:
     if count > 32 and dtype == torch.float32 and version is triton_narrow and narrowing is BY_ROW:
@@ -178,25 +177,3 @@ def test_rows_cut_out_of_others_are_multiplied(dtype) -> None:
         expected = exact(x[rows], weight, scales, None)
         actual = triton_narrow.linear(x[rows], weight, scales)
         assert (actual.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-
-
-@every_type
-@every_narrowing
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 256), (97, 384), (130, 3584), (272, 4736)])
-def test_one_row(dtype, narrowing, biased, outputs, inputs) -> None:
-    x = reference.narrow_rows(random(1, inputs, dtype=dtype), narrowing)
-    weight, scales = kept(outputs, inputs, narrowing)
-    bias = random(outputs, dtype=dtype) if biased else None
-    expected = exact(x, weight, scales, bias)
-    for version in (matvec, triton_matvec):
-        actual = version.narrow_linear(x, weight, scales, bias)
-        assert actual.dtype == dtype
-        assert actual.shape == (1, outputs)
-        assert (actual.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-
-
-def test_one_row_is_one() -> None:
-    weight, scales = kept(16, 128, BY_ROW)
-    with pytest.raises(ValueError, match="takes one row, not 2"):
-        triton_matvec.narrow_linear(reference.narrow_rows(random(2, 128), BY_ROW), weight, scales)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -98,6 +99,27 @@ def test_a_body_that_never_ends_does_not_reach_serve(proxy: Proxy, port: int) ->
         client.send(post("/v1/completions", {"prompt": "a" * LIMITS.max_body_bytes}))
         assert client.answer().json["error"]["code"] == "body_too_large"
     assert not proxy.called
+
+
+def test_of_too_many_that_send_no_whole_headers_the_oldest_is_closed(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else, however many come: not who is being answered, nor who has been."""
+    monkeypatch.setattr(FrontProtocol, "header_seconds", 60.0)
+    monkeypatch.setattr(FrontProtocol, "most_awaited", 3)
+    with ExitStack() as stack:
+        answered = stack.enter_context(Connection(port))
+        answered.send(post("/v1/completions", PROMPT))
+        assert answered.answer().status == 200
+        slow = [stack.enter_context(Connection(port)) for _ in range(5)]
+        for each in slow:
+            each.send(b"POST /v1/completions HTTP/1.1\r\nHost:")
+        for each in slow[:2]:
+            assert each.read_line() == b""
+        slow[2].send(b" 127.0.0.1\r\n\r\n")
+        assert slow[2].answer().status >= 400
+        answered.send(post("/v1/completions", PROMPT))
+        assert answered.answer().status == 200
 
 
 def test_a_client_that_leaves_stops_the_work(endpoint: Endpoint, port: int) -> None:

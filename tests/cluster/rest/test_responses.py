@@ -1,5 +1,6 @@
 """`/v1/responses`, read with OpenAI's own types and clients."""
 
+import json
 import typing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import openai
 import pytest
 from openai.types.responses import (
     Response,
+    ResponseFunctionToolCall,
     ResponseOutputMessage,
     ResponseStreamEvent,
     response_create_params,
@@ -151,7 +153,10 @@ def test_signs_of_life(tmp_path: Path) -> None:
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"include": ["web_search_call.results"]}, "include"),
         ({"input": []}, "input"),
         ({"input": [{"role": "tool", "content": "a"}]}, "input.0.role"),
@@ -185,6 +190,72 @@ def test_what_changes_nothing_is_accepted(endpoint: Endpoint) -> None:
         "max_output_tokens": 5.0, "tools": [], "tool_choice": "auto", "previous_response_id": None,
     }  # fmt: skip
     assert ask(endpoint, **advice).status_code == 200
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Endpoint:
+    """With room for what a template says about tools."""
+    return Endpoint(tmp_path, limits=replace(LIMITS, max_model_len=4000))
+
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call>'
+TOOL = {
+    "type": "function",
+    "name": "look",
+    "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+    "strict": None,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("before", ["", "Let me see."])
+def test_calls_of_tools_are_items(roomy: Endpoint, before: str, stream: bool) -> None:
+    roomy.backend.text = before + CALL
+    answer = ask(roomy, tools=[TOOL], stream=stream)
+    if stream:
+        events = list(events_of(answer.text))
+        response = events[-1].response
+        done = [e for e in events if e.type == "response.function_call_arguments.done"]
+        deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+        assert "".join(deltas) == done[0].arguments
+        items = [e.item for e in events if e.type == "response.output_item.done"]
+        assert items == response.output
+        added = [e.output_index for e in events if e.type == "response.output_item.added"]
+        assert added == list(range(len(items)))
+    else:
+        response = Response.model_validate(answer.json())
+    *texts, call = response.output
+    assert isinstance(call, ResponseFunctionToolCall)
+    assert (call.name, json.loads(call.arguments)) == ("look", {"at": "sea"})
+    assert call.call_id
+    assert response.output_text.strip() == before
+    assert len(texts) == bool(before)
+    assert [tool.type for tool in response.tools] == ["function"]
+
+
+def test_what_came_of_a_call_goes_into_the_next_request(roomy: Endpoint) -> None:
+    roomy.backend.text = CALL
+    made = ask(roomy, tools=[TOOL]).json()["output"]
+    outcome = {"type": "function_call_output", "call_id": made[0]["call_id"], "output": "A whale."}
+    asked = {"role": "user", "content": "Well?"}
+    assert ask(roomy, tools=[TOOL], input=[asked, *made, outcome]).status_code == 200
+    prompt = roomy.tokenizer.decode(roomy.backend.requests[-1].prompt)
+    assert prompt.index("Well?") < prompt.index('"at": "sea"') < prompt.index("A whale.")
+
+
+def test_the_form_of_the_text_is_the_chats(endpoint: Endpoint) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "a", "schema": schema, "strict": True}
+    answer = ask(endpoint, text={"format": form})
+    assert Response.model_validate(answer.json()).text is not None
+    endpoint.chat(
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": schema, "strict": True},
+        }
+    )
+    response, chat = endpoint.backend.requests
+    assert response.sampling.grammar == chat.sampling.grammar is not None
 
 
 def test_every_field_of_openais_is_known() -> None:
