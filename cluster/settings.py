@@ -139,14 +139,14 @@ class DecodeSettings(_Section):
     Prompts of up to `prefill_up_to` tokens are computed by the worker itself, beside others'
     answers, `prefill_at_once` tokens of them in one step; a gang is asked for longer ones.
     `patience`: as a gang's, for prompts that wait for pages here, or to be computed.
-    Where one of the first three is None, it is what suits the worker's device.
+    Where `max_batch` or one of these two is None, it is what suits the worker's device.
     """
 
+    replicas: Count = 1
+    kv_cache_tokens: Count
     max_batch: Count | None = None
     prefill_up_to: Annotated[int, Field(ge=0)] | None = None
     prefill_at_once: Count | None = None
-    replicas: Count = 1
-    kv_cache_tokens: Count
     threads: Count = 1
     cpus: NotNegative = 1.0
     gpus: NotNegative = 0.0

@@ -5,7 +5,7 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ENDED_REMEMBERED = 4096
+_MESSAGE_SECONDS = 0.001
+"""About what a message with tokens costs each process on its way. With many answers under way, one
+a token would keep all of them busier than the device."""
+_LONGEST_PAUSE = 0.1
 _RELEASED = "the request was released; send it again"
 _FAILED = "the decode engine failed, and is being replaced; send the request again"
 
@@ -221,7 +225,7 @@ class DecodeWorker:
             self._check()
             self._deliver(self._engine.start(request_id, logits, request.constraint))
         self._stepper.wake()
-        async for events, ended in _heard(request):
+        async for events, ended in _heard(request, self._pause):
             yield [event for event in events if isinstance(event, Delta)], ended
 
     async def generate(
@@ -237,8 +241,12 @@ class DecodeWorker:
         await self._prepare(request, here)
         await self._admission.admit(request, here.constraint)
         self._stepper.wake()
-        async for message in _heard(here):
+        async for message in _heard(here, self._pause):
             yield message
+
+    def _pause(self) -> float:
+        """Seconds that an answer waits with its next tokens, which then come together."""
+        return min(self._engine.num_generating * _MESSAGE_SECONDS, _LONGEST_PAUSE)
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
@@ -357,8 +365,13 @@ class DecodeWorker:
         self._preemptions = preemptions
 
 
-async def _heard(request: _Request) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
+async def _heard(
+    request: _Request, pause: Callable[[], float]
+) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
     """What comes for a request, and whether all choices are finished with it.
+
+    Args:
+        pause: how long to say nothing after a message with tokens.
 
     Raises: what comes instead of the rest.
     """
@@ -372,3 +385,5 @@ async def _heard(request: _Request) -> AsyncGenerator[tuple[list[AnswerEvent], b
         yield [e for e in events if e is not None and not isinstance(e, LongreachError)], ended
         if error is not None:
             raise error
+        if not ended and any(isinstance(event, Delta) for event in events):
+            await asyncio.sleep(pause())

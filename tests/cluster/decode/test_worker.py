@@ -437,14 +437,14 @@ def test_it_says_what_it_would_after_a_hand_off(worker: DecodeWorker) -> None:
 
 
 def test_requests_that_lack_pages_wait_and_all_end_well(worker: DecodeWorker) -> None:
-    """Ten pages, and five requests that need three or four each at their ends."""
+    """Ten pages, and five requests that need two each at first, and three at their ends."""
 
     async def run() -> None:
         await worker.start(None)
-        requests = [make_request(f"r{n}", tokens=250, max_tokens=150) for n in range(5)]
+        requests = [make_request(f"r{n}", tokens=250, max_tokens=12) for n in range(5)]
         answers = [generated(worker, request) for request in requests]
         for said in await asyncio.wait_for(asyncio.gather(*answers), 100 * WAITS):
-            assert sum(len(each.tokens) for each in said if isinstance(each, Delta)) == 150
+            assert sum(len(each.tokens) for each in said if isinstance(each, Delta)) == 12
         assert engine_of(worker).num_preemptions > 0
         assert worker._engine.usage == 0
 
@@ -481,3 +481,22 @@ def test_a_failed_step_ends_what_is_computed_here(
         assert isinstance(late, NotUpError)
 
     asyncio.run(run())
+
+
+def test_a_first_token_comes_at_once_and_later_ones_together_where_many_answer(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_MESSAGE_SECONDS", 1.0)
+    monkeypatch.setattr(worker_module, "_LONGEST_PAUSE", 2.0)
+
+    async def run() -> list[int]:
+        await worker.start(None)
+        counts = []
+        async for events, _ in worker.generate(make_request("a", max_tokens=8)):
+            counts.append(sum(len(each.tokens) for each in events if isinstance(each, Delta)))
+        return counts
+
+    first, *rest = asyncio.run(run())
+    assert first == 1
+    assert sum(rest) == 7
+    assert len(rest) < 7
