@@ -16,7 +16,7 @@ from ..engine.errors import (
     QueueFullError,
     TransferError,
 )
-from ..engine.messages import Delta, Event, Finished, GenerationRequest
+from ..engine.messages import Delta, Event, Finished, GenerationRequest, Progress
 
 RECOVERY_SECONDS = 180.0
 """How long a request waits for what is not up: longer than a gang takes to be replaced."""
@@ -33,8 +33,9 @@ class Attempts:
     has: it generates these again without saying so, and goes on as if nothing had happened.
 
     Args:
-        retries: processes that may die under the request. Where one more does, it is refused: the
-            request may be what kills them. With 0 nothing is begun again, or waited for.
+        retries: processes that may die under the request at one place of it. Where one more does,
+            it is refused: the request may be what kills them. With 0 nothing is begun again, or
+            waited for.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Attempts:
         self._heard: list[list[int]] = [[] for _ in range(request.sampling.choices)]
         self._ended: set[int] = set()
         self._number, self._deaths = 0, 0
+        # How far an attempt has come: tokens of the prompt, and of the answer.
+        self._reached = self._died_at = (0, 0)
         self._wait = _FIRST_WAIT
         self._trouble_since: float | None = None
 
@@ -59,11 +62,15 @@ class Attempts:
 
     def hear(self, event: Event) -> Event | None:
         """Note what this attempt said; what the client is to be told of it."""
+        if isinstance(event, Progress):
+            self._reached = max(self._reached, (event.done, 0))
         if isinstance(event, Delta):
             self._trouble_since, self._wait = None, _FIRST_WAIT
             if event.choice in self._ended:
                 return None
             self._heard[event.choice].extend(token.token_id for token in event.tokens)
+            whole = len(self._request.prompt)
+            self._reached = (whole, sum(map(len, self._heard)))
             if event.finish_reason is not None:
                 self._ended.add(event.choice)
         if isinstance(event, Finished):
@@ -104,12 +111,19 @@ class Attempts:
         died = isinstance(error, (LostError, TransferError))
         # Who had a place has not lost it because others came while something was replaced.
         waits = isinstance(error, NotUpError) or (
-            isinstance(error, QueueFullError) and self._deaths > 0
+            isinstance(error, QueueFullError) and self._number > 0
         )
         if self._retries == 0 or not (died or waits):
             raise error
-        self._deaths += died
+        if died and getattr(error, "begun", True):
+            self._count_death()
         if self._deaths > self._retries:
             raise PoisonousError(self._deaths) from error
         if now - self._trouble_since > RECOVERY_SECONDS:
             raise error
+
+    def _count_death(self) -> None:
+        """What kills processes does so again where it did before; chance does not."""
+        got_further = self._reached > self._died_at
+        self._deaths = 1 if got_further else self._deaths + 1
+        self._died_at = self._reached

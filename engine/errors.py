@@ -405,7 +405,14 @@ class UnavailableError(LongreachError):
 
 
 class LostError(UnavailableError):
-    """A process died, or hung, with a request under way. It can be begun again in another one."""
+    """A process died, or hung, with a request under way. It can be begun again in another one.
+
+    `begun`: whether the process had begun on the request, which may be what killed it.
+    """
+
+    def __init__(self, sentence: str, begun: bool = True) -> None:
+        super().__init__(sentence)
+        self.begun = begun
 
 
 class NotUpError(UnavailableError):
@@ -414,13 +421,15 @@ class NotUpError(UnavailableError):
 
 @dataclass(eq=False)
 class PoisonousError(FactualError):
-    """So many processes died under a request, one after the other, that it may have killed them."""
+    """So many processes died under a request, at the same place, that it may have killed them."""
 
     deaths: int
 
     @property
     def sentence(self) -> str:
-        return f"{self.deaths} processes died while they served the request; it is not tried again"
+        return (
+            f"{self.deaths} processes died at the same place of the request; it is not tried again"
+        )
 
 
 class CancelledElsewhereError(UnavailableError):

@@ -282,7 +282,7 @@ class PrefillReplica:
             self._sink.add(metrics.LOST)
         self._wake.set()
         for job in self._jobs.values():
-            job.events.put_nowait(LostError(_LOST))
+            job.events.put_nowait(LostError(_LOST, begun=job.began is not None))
         self._gang.kill()
 
     def _report(self) -> None:

@@ -4,7 +4,7 @@ A step is some four hundred short launches, which a host cannot issue as fast as
 So they are captured once for each of a few numbers of rows, and a step fills the inputs, replays
 the smallest graph that holds it, and reads a token and a log-probability for each row. Pieces of
 prompts go through the model in the same launches: what a batch reads of the weights, they need not
-read again.
+read again. Drawing tokens is a graph of its own behind it, replayed where a row wants that.
 
 What a graph holds are addresses: of the weights, of the pool's memory, of the inputs, and of what
 the launches leave between each other in the graphs' own memory. None of them changes while the
@@ -17,7 +17,7 @@ sums are rounded. So on GPUs, unlike on CPUs, two tokens that are all but equall
 change places with what else is in the batch; the same batch always gives the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,24 +32,12 @@ from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken
 from ..model.qwen2 import Qwen2
+from .device_sampling import BatchDrawing, HeldAdjustments
 from .graph_inputs import StepBatch, StepInputs, StepShape, host_memory
+from .launches import Capture, Launch, StepResults
 from .paged_attention import PagedAttention, StepRotations
 from .step import NO_PROMPTS, DecodeStep, Outcome, PromptLimits, PromptPiece, StepRow
 from .step_rows import step_rows
-
-
-@dataclass(frozen=True)
-class StepResults:
-    """What the launches of a step leave on the device, at the same addresses every time."""
-
-    logits: Tensor  # [rows, vocab], in the model's type
-    tokens: Tensor  # int32 [rows]: the best of each row
-    logprobs: Tensor  # float32 [rows]: theirs
-
-
-Launch = Callable[[], StepResults]
-Capture = Callable[[Launch], Launch]
-"""From launches to something that does the same as one call of them."""
 
 
 def programs_for(model: Qwen2) -> int:
@@ -123,7 +111,10 @@ class GraphStep(DecodeStep):
             self._tokens = host_memory(device, most, dtype=torch.int32)
             self._logprobs = host_memory(device, most, dtype=torch.float32)
             self._logits = host_memory(device, most, model.config.vocab_size, dtype=model.dtype)
-            self._batches: list[tuple[StepBatch, Launch]] = []
+            self._drawn_tokens = host_memory(device, max_batch, dtype=torch.int32)
+            self._drawn_logprobs = host_memory(device, max_batch, dtype=torch.float32)
+            held = HeldAdjustments(max_batch, model.config.vocab_size, device)
+            self._batches: list[_Prepared] = []
             shapes = [
                 StepShape(*rows, prompts, programs, model.positions.stride)
                 for rows in step_rows(row_counts, prompts)
@@ -133,24 +124,32 @@ class GraphStep(DecodeStep):
                 batch = StepBatch(shape, device)
                 tables = self._tables[: shape.rows]
                 launch = capture(_Launches(model, pool, tables, batch.inputs, shape))
-                self._batches.insert(0, (batch, launch))
+                drawing = None
+                if shape.rows:
+                    # No row is used yet: what comes out is at the addresses of all steps.
+                    results = _first(shape.rows, launch())
+                    drawing = BatchDrawing(shape.rows, held, capture, results)
+                self._batches.insert(0, _Prepared(batch, launch, drawing))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
         """As `DecodeStep.run`; logits stay what they are until the next step."""
         asked = len(rows), sum(piece.count for piece in pieces)
-        batch, launch = next(each for each in self._batches if each[0].shape.holds(*asked))
+        prepared = next(each for each in self._batches if each.batch.shape.holds(*asked))
+        first_piece = prepared.batch.shape.rows
         self._hold_tables(rows)
         scale = self._softmax_scale
-        batch.fill(
+        prepared.batch.fill(
             rows, [scale(row.length + 1) for row in rows],
             pieces, [scale(len(piece.prompt)) for piece in pieces],
         )  # fmt: skip
-        results = launch()
-        wanted = [(place, row.takes_best) for place, row in enumerate(rows)]
-        ending = (piece for piece in pieces if piece.ends)
-        wanted += [(batch.shape.rows + n, piece.takes_best) for n, piece in enumerate(ending)]
-        return self._read(wanted, results)
+        results, drawn = prepared.launch(), None
+        drawings = [row.drawing for row in rows]
+        if prepared.drawing is not None and any(drawings):
+            drawn = prepared.drawing.run(_first(first_piece, results), drawings)
+        wanted: list[_Wanted] = list(enumerate(rows))
+        wanted += enumerate((piece for piece in pieces if piece.ends), first_piece)
+        return self._read(wanted, results, drawn)
 
     def _hold_tables(self, rows: Sequence[StepRow]) -> None:
         for index, row in enumerate(rows):
@@ -159,30 +158,56 @@ class GraphStep(DecodeStep):
                 self._tables[index, : len(table)].copy_(table)
                 self._held[index] = row.table
 
-    def _read(self, wanted: list[tuple[int, bool]], results: StepResults) -> list[Outcome]:
+    def _read(
+        self, wanted: "list[_Wanted]", results: StepResults, drawn: StepResults | None
+    ) -> list[Outcome]:
         """Bring what is wanted to the host; everything is waited for once.
 
         Nothing is allocated on the device: a step that failed here would leave its inputs under
         way, and the next would write over them. So logits become float32 on the host.
 
         Args:
-            wanted: places in the results, rising, and whether the best token is all of it.
+            wanted: rising.
         """
         count = wanted[-1][0] + 1 if wanted else 0
         self._tokens[:count].copy_(results.tokens[:count], non_blocking=True)
         self._logprobs[:count].copy_(results.logprobs[:count], non_blocking=True)
-        for place, takes_best in wanted:
-            if not takes_best:
+        if drawn is not None:
+            rows = len(drawn.tokens)
+            self._drawn_tokens[:rows].copy_(drawn.tokens, non_blocking=True)
+            self._drawn_logprobs[:rows].copy_(drawn.logprobs, non_blocking=True)
+        for place, asked in wanted:
+            if not asked.takes_best and asked.drawing is None:
                 self._logits[place].copy_(results.logits[place], non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        tokens, logprobs = self._tokens.tolist(), self._logprobs.tolist()
-        return [
-            ChosenToken(tokens[place], logprobs[place])
-            if takes_best
-            else self._logits[place].float().numpy()
-            for place, takes_best in wanted
-        ]
+        return [self._outcome(place, asked) for place, asked in wanted]
+
+    def _outcome(self, place: int, asked: StepRow | PromptPiece) -> Outcome:
+        """Of one row or piece, from what was brought to the host."""
+        if asked.takes_best:
+            return ChosenToken(int(self._tokens[place]), float(self._logprobs[place]))
+        if asked.drawing is not None:
+            return ChosenToken(int(self._drawn_tokens[place]), float(self._drawn_logprobs[place]))
+        return self._logits[place].float().numpy()
+
+
+_Wanted = tuple[int, StepRow | PromptPiece]
+"""A row of the results, and who wants it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What steps of one shape go through; nothing is drawn where there are no sequences."""
+
+    batch: StepBatch
+    launch: Launch
+    drawing: BatchDrawing | None
+
+
+def _first(rows: int, results: StepResults) -> StepResults:
+    """Views of the first rows: those of sequences."""
+    return StepResults(results.logits[:rows], results.tokens[:rows], results.logprobs[:rows])
 
 
 class _Launches:

@@ -5,22 +5,24 @@ temperature; top-k; top-p (of what top-k left); min-p. Temperature 0 takes the b
 penalties.
 Log-probabilities that are reported are those of the model's own distribution, before all of it.
 
-Every sequence is sampled alone, on the CPU, from its own counter-based generator, so the
-tokens of one answer cannot depend on what else is in the batch.
+Every sequence is sampled alone, by draws from its own counter-based generator, so the tokens of one
+answer cannot depend on what else is in the batch. What is drawn is defined in `kernels.sampling`:
+here it is done on the host, and a GPU's step does it where the logits are, by the same draws.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ...kernels.sampling.reference import best_tokens, draw_token, penalize
 from ..messages import ChosenToken, SamplingParameters, TokenLogprob, Tokens
 from .grammar import Mask, allowed_tokens
 
 Logits = npt.NDArray[np.float32]
 
-_FIRST_SORTED = 1024  # candidates sorted before top-p tries the whole vocabulary
 _DAMAGED = "the model's logits are not finite; its KV pages are damaged"
 
 
@@ -31,6 +33,21 @@ def best_token(logits: Logits) -> ChosenToken:
     """
     token = int(np.argmax(logits))
     return ChosenToken(token, float(logits[token]) - _log_sum_exp(logits))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """How a device that has the logits chooses a row's next token; see `kernels.sampling`.
+
+    `top_k` 0 is off. `draw` is uniform in [0, 1). `penalties` None means none, and no bias.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    draw: float
+    penalties: "Penalties | None"
 
 
 class Sampler:
@@ -57,9 +74,8 @@ class Sampler:
         self._chosen = 0
         entropy = np.random.SeedSequence([seed % 2**64, choice])
         self._generator = np.random.Generator(np.random.Philox(entropy))
-        self._penalties = _Penalties.of(sampling, prompt, vocab_size)
-        self._bias_ids = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
-        self._bias = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float32)
+        self._penalties = Penalties.of(sampling, prompt, vocab_size)
+        self._pending: float | None = None
 
     @property
     def takes_best(self) -> bool:
@@ -70,28 +86,44 @@ class Sampler:
         return (
             self._sampling.temperature == 0
             and self._penalties is None
-            and not len(self._bias_ids)
             and not self._may_not_end
             and not self._sampling.top_logprobs
         )
 
     @property
+    def drawing(self) -> Drawing | None:
+        """How a device that has the logits would choose the next token; see `accept`.
+
+        None where it cannot: alternatives are wanted, or an end would come too early.
+        """
+        sampling = self._sampling
+        if self._may_not_end or sampling.top_logprobs:
+            return None
+        if sampling.temperature == 0:
+            return Drawing(1.0, 1, 1.0, 0.0, 0.0, self._penalties)
+        return Drawing(
+            sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
+            self._next_draw(), self._penalties,
+        )  # fmt: skip
+
+    @property
     def _may_not_end(self) -> bool:
         return self._chosen < self._sampling.min_tokens and len(self._ends) > 0
 
-    def accept(self, best: ChosenToken) -> ChosenToken:
-        """Choose the next token where `takes_best`, as `choose` would.
+    def accept(self, chosen: ChosenToken) -> ChosenToken:
+        """Take what was chosen elsewhere, as `choose` would have, and count it.
 
         Args:
-            best: `best_token` of the logits.
+            chosen: `best_token` of the logits where `takes_best`, or what a device chose by the
+                `drawing`.
 
         Raises:
             FloatingPointError: as `choose`.
         """
-        if not math.isfinite(best.logprob):
+        if not math.isfinite(chosen.logprob):
             raise FloatingPointError(_DAMAGED)
-        self._chosen += 1
-        return best
+        self._count(chosen.token_id)
+        return chosen
 
     def choose(self, logits: Logits, allowed: Mask | None = None) -> ChosenToken:
         """Choose the next token, and count it.
@@ -108,9 +140,7 @@ class Sampler:
         if not math.isfinite(normalizer):
             raise FloatingPointError(_DAMAGED)
         token = self._sample(self._adjusted(logits, allowed))
-        self._chosen += 1
-        if self._penalties is not None:
-            self._penalties.count(token)
+        self._count(token)
         return ChosenToken(
             token_id=token,
             logprob=float(logits[token]) - normalizer,
@@ -119,16 +149,27 @@ class Sampler:
 
     def repeat(self, token: int) -> ChosenToken:
         """Choose a token that was chosen before in this place, and leave what follows as it was."""
+        self._count(token)
+        return ChosenToken(token, math.nan)
+
+    def _next_draw(self) -> float:
+        """The same until a token is counted."""
+        if self._pending is None:
+            self._pending = self._generator.random()
+        return self._pending
+
+    def _count(self, token: int) -> None:
+        """A token was chosen; where that took a draw, the next one takes another."""
         if self._sampling.temperature != 0:
-            self._generator.random()
+            self._next_draw()
+        self._pending = None
         self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
-        return ChosenToken(token, math.nan)
 
     def _adjusted(self, logits: Logits, allowed: Mask | None) -> Logits:
         """Logits with mask, bias and penalties, without early ends; else themselves."""
-        is_changed = len(self._bias_ids) or self._penalties is not None or self._may_not_end
+        is_changed = self._penalties is not None or self._may_not_end
         if not is_changed and allowed is None:
             return logits
         adjusted = logits.copy()
@@ -136,7 +177,6 @@ class Sampler:
             adjusted[~allowed_tokens(allowed, len(adjusted))] = -math.inf
             if not math.isfinite(adjusted.max()):
                 raise FloatingPointError(_DAMAGED)
-        np.add.at(adjusted, self._bias_ids, self._bias)
         if self._penalties is not None:
             self._penalties.apply(adjusted)
         if self._may_not_end:
@@ -150,91 +190,59 @@ class Sampler:
         sampling = self._sampling
         if sampling.temperature == 0:
             return int(np.argmax(logits))
-        best = logits.max()
-        # Subtracting first keeps a tiny temperature from overflowing.
-        scaled = (logits.astype(np.float64) - best) / sampling.temperature
-        candidates = _kept_by_top_k_and_top_p(scaled, sampling.top_k, sampling.top_p)
-        left = scaled if candidates is None else scaled[candidates]
-        if sampling.min_p > 0:
-            kept = np.flatnonzero(left >= math.log(sampling.min_p))
-            left = left[kept]
-            candidates = kept if candidates is None else candidates[kept]
-        # In place: fresh memory for a whole vocabulary costs as much as the sums.
-        cumulative = np.cumsum(np.exp(left, out=left), out=left)
-        drawn = self._generator.random() * cumulative[-1]
-        # A draw that rounds up to the total belongs to the last candidate that can come at all.
-        last = int(np.searchsorted(cumulative, cumulative[-1]))
-        index = min(int(np.searchsorted(cumulative, drawn, side="right")), last)
-        return index if candidates is None else int(candidates[index])
+        return draw_token(
+            logits, self._next_draw(), sampling.temperature, sampling.top_k, sampling.top_p,
+            sampling.min_p,
+        )  # fmt: skip
 
 
-class _Penalties:
-    """Counts of the tokens that penalties look at, kept as tokens arrive."""
+class Penalties:
+    """A request's bias, and counts of the tokens that penalties look at, kept as tokens arrive.
+
+    `newest` is the token that was counted last, -1 before the first, and `total` how many were.
+    """
 
     def __init__(self, sampling: SamplingParameters, prompt: Tokens, vocab_size: int) -> None:
-        self._presence = sampling.presence_penalty
-        self._frequency = sampling.frequency_penalty
-        self._repetition = sampling.repetition_penalty
-        self._answered = np.zeros(vocab_size, dtype=np.float32)
-        self._seen = np.zeros(vocab_size, dtype=np.bool_)
-        self._seen[prompt] = True
+        self.presence = sampling.presence_penalty
+        self.frequency = sampling.frequency_penalty
+        self.repetition = sampling.repetition_penalty
+        self.answered = np.zeros(vocab_size, dtype=np.float32)
+        self.seen = np.zeros(vocab_size, dtype=np.bool_)
+        self.seen[prompt] = True
+        self._bias_ids = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
+        self._bias = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float32)
+        self.newest, self.total = -1, 0
 
     @classmethod
     def of(
         cls, sampling: SamplingParameters, prompt: Tokens, vocab_size: int
-    ) -> "_Penalties | None":
-        """None where no penalty is set, which is nearly always."""
+    ) -> "Penalties | None":
+        """None where neither is set, which is nearly always."""
         if (
             sampling.presence_penalty == 0
             and sampling.frequency_penalty == 0
             and sampling.repetition_penalty == 1
+            and not sampling.logit_bias
         ):
             return None
         return cls(sampling, prompt, vocab_size)
 
+    def bias(self) -> Logits:
+        """Of every token, float32 [vocab]."""
+        every = np.zeros_like(self.answered)
+        np.add.at(every, self._bias_ids, self._bias)
+        return every
+
     def count(self, token: int) -> None:
-        self._answered[token] += 1
-        self._seen[token] = True
+        self.answered[token] += 1
+        self.seen[token] = True
+        self.newest = token
+        self.total += 1
 
     def apply(self, logits: Logits) -> None:
         """Change [vocab] logits in place."""
-        if self._repetition != 1:
-            seen = logits[self._seen]
-            logits[self._seen] = np.where(
-                seen > 0, seen / self._repetition, seen * self._repetition
-            )
-        logits -= self._frequency * self._answered
-        logits -= self._presence * (self._answered > 0)
-
-
-def _kept_by_top_k_and_top_p(
-    scaled: npt.NDArray[np.float64], top_k: int, top_p: float
-) -> npt.NDArray[np.int64] | None:
-    """Token ids left by top-k, then by top-p, best first; None for all, when both are off.
-
-    Top-p keeps the shortest run of best tokens whose probability reaches `top_p`, at least one.
-    """
-    top_k = min(top_k, len(scaled))
-    if top_p >= 1:
-        return _best(scaled, top_k) if top_k else None
-    # Sorting a whole vocabulary is slow, and its few best tokens nearly always reach top_p.
-    ids = _best(scaled, top_k or _FIRST_SORTED)
-    cumulative = np.cumsum(np.exp(scaled[ids]))
-    target = top_p * (cumulative[-1] if top_k else np.exp(scaled).sum())
-    if cumulative[-1] < target:
-        ids = _best(scaled, len(scaled))
-        cumulative = np.cumsum(np.exp(scaled[ids]))
-    return ids[: int(np.searchsorted(cumulative, target)) + 1]
-
-
-def _best(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
-    """Indices of the `count` largest values, largest first, the lower index first among equals."""
-    if count < len(values):
-        threshold = np.partition(values, len(values) - count)[len(values) - count]
-        candidates = np.flatnonzero(values >= threshold)
-    else:
-        candidates = np.arange(len(values))
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
+        np.add.at(logits, self._bias_ids, self._bias)
+        penalize(logits, self.answered, self.seen, self.repetition, self.frequency, self.presence)
 
 
 def _log_sum_exp(logits: Logits) -> float:
@@ -249,5 +257,5 @@ def _top_logprobs(logits: Logits, normalizer: float, count: int) -> tuple[TokenL
         return ()
     return tuple(
         TokenLogprob(int(token), float(logits[token]) - normalizer)
-        for token in _best(logits, count)
+        for token in best_tokens(logits, count)
     )

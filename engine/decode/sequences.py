@@ -36,7 +36,10 @@ class TokenSequence:
     @property
     def row(self) -> StepRow:
         """What it brings to a step."""
-        return StepRow(self.next_token, self.length, self.block_table, self.takes_best)
+        # What a grammar allows is found out beside the step, and applied to logits on the host.
+        draws = self.constraint is None and not self.takes_best
+        drawing = self.sampler.drawing if draws else None
+        return StepRow(self.next_token, self.length, self.block_table, self.takes_best, drawing)
 
     @property
     def takes_best(self) -> bool:

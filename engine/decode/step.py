@@ -14,10 +14,10 @@ from ...kernels.dual_chunk import SequenceRows
 from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.pages import BlockTable
 from ..messages import ChosenToken, Tokens
-from .sampler import Logits
+from .sampler import Drawing, Logits
 
 Outcome = Logits | ChosenToken
-"""Logits [vocab] after a row's token; or the best token of them, where that is all one asked."""
+"""Logits [vocab] after a row's token; or the token that was chosen, where the row said how."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +25,15 @@ class StepRow:
     """What one sequence brings to a step.
 
     `token` is at position `length`: so many tokens have K and V in the pages of `table` already.
-    `takes_best`: the best token and its log-probability are wanted, and not the logits.
+    `takes_best`: the best token and its log-probability are wanted, and not the logits. Else
+    `drawing` says how a device that can may choose the token itself.
     """
 
     token: int
     length: int
     table: BlockTable
     takes_best: bool
+    drawing: Drawing | None = None
 
     @property
     def slot(self) -> int:
@@ -53,6 +55,11 @@ class PromptPiece:
     end: int
     table: BlockTable
     takes_best: bool
+
+    @property
+    def drawing(self) -> None:
+        """A first token is chosen on the host: every choice of a request draws its own."""
+        return None
 
     @property
     def count(self) -> int:
@@ -119,10 +126,11 @@ class DecodeStep(ABC):
                 row or piece.
 
         Returns:
-            for each row, and then for each piece that ends its prompt, the best token, the lowest
-            id among equals, where it `takes_best`, with the model's own log-probability, which is
-            not finite where the logits are not; else its logits, float32 [vocab], which the next
-            step may overwrite.
+            for each row, and then for each piece that ends its prompt, its best token, the lowest
+            id among equals, where it `takes_best`; the token that was drawn, where it has a
+            `drawing` and the step draws; else its logits, float32 [vocab], which the next step may
+            overwrite. With a token comes the model's own log-probability, which is not finite where
+            the logits are not.
 
         Raises:
             RuntimeError: the device's memory does not suffice for these rows, in any of the ways

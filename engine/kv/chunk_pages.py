@@ -93,7 +93,7 @@ class ChunkPages:
 
     def _put(self, layer: int) -> None:
         pages = self._gathered if self._wanted is None else self._gathered.at(self._wanted)
-        self._pool.put(layer, self._targets, 0, pages)
+        self._pool.put_whole(layer, self._targets, pages)
 
     def part(self, layer: int) -> tuple[int, HeldPages] | None:
         """The contiguous part that this rank hands off: its first page in the prompt, and pages.

@@ -229,6 +229,15 @@ class PagePool:
         if pages.scales is not None and target.scales is not None:
             target.scales.index_copy_(0, table, pages.scales)
 
+    def put_whole(self, layer: int, table: Tensor, pages: Pages) -> None:
+        """As `put`, of all KV heads and in the pool's own format."""
+        target = self.layer(layer)
+        # Eight bytes at a time: index functions move elements, however small.
+        whole, own = (each.values.flatten(1).view(torch.int64) for each in (target, pages))
+        whole.index_copy_(0, table, own)
+        if pages.scales is not None and target.scales is not None:
+            target.scales.index_copy_(0, table, pages.scales)
+
     def clear(self) -> None:
         """Fill all pages with zeros."""
         self.memory.zero_()

@@ -26,6 +26,8 @@ _WINDOW_TOKENS = 32768
 _FULL_ROWS, _PIECES = 256, 16
 """At most so many rows attend in full, to keys in so many pieces whose results are merged."""
 _SCALE_BYTES = 4
+_SAMPLING_BYTES = 14
+"""For each token of the vocabulary: bias, count, whether it was seen, mask; adjusted logits."""
 _MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 """Of a layer's four products, each by the name of what is in it; others in it are kept alike."""
 
@@ -262,8 +264,10 @@ class DecodeFit(Fit):
     prompt_tokens: int = 0
 
     def computing_bytes(self, prompt: int) -> int:
-        """The largest step, the logits of all, pages as they come, and the reserve."""
-        logits = self.logits_rows * self.weights.config.vocab_size * self.weights.itemsize
+        """The largest step, all logits and what is drawn by, pages as they come, the reserve."""
+        vocab_size = self.weights.config.vocab_size
+        logits = vocab_size * self.logits_rows * self.weights.itemsize
+        logits += vocab_size * self.max_batch * _SAMPLING_BYTES
         come = self._bytes_of_a_layer(pages_for(min(prompt, self.chunk_tokens)))
         rows = self.max_batch + self.prompt_tokens
         return rows * self.weights.row_bytes + logits + come + _RESERVE_BYTES

@@ -147,9 +147,8 @@ class ChunkSelector:
             sent = torch.cat((bands, candidates.weights, places), 1)
             gathered = self._mesh.gather_over_sequence_ranks(sent)
         with self._stages.time("selection"):
-            (lines, most), width = candidates.weights.shape, bands.shape[1]
-            every = gathered[..., width:].transpose(0, 1)  # [lines, ranks, 2 * most]
-            weights, places = (each.reshape(lines, ranks * most) for each in every.split(most, 2))
+            most, width = candidates.weights.shape[1], bands.shape[1]
+            weights, places = gathered[..., width:].split(most, 2)  # [ranks, lines, most]
             counts = sparse.free_counts(budgets) * len(self._windows)
             together = sparse.heaviest(weights, places.view(torch.int32), counts)
             return together, gathered[..., :width].sum(0)

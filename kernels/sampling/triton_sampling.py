@@ -194,10 +194,9 @@ def _search(
     shift: tl.constexpr = 32 - BITS * (NUMBER + 1)
     place = BY_WEIGHT * PASSES + NUMBER
     asked = rows + row * 12
-    if not BY_WEIGHT:  # noqa: SIM102 - one is known as it compiles, one as it runs
-        # Where top-k is off there is nothing to search for.
-        if tl.load(asked + 1) >= vocab:
-            return
+    # Where top-k is off there is nothing to search for.
+    if (BY_WEIGHT == 0) & (tl.load(asked + 1) >= vocab):
+        return
     temperature = tl.load(asked).to(tl.float32)
     best = _best_of(found, row, blocks, BLOCKS)
     token = block * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,6 @@
 """The heaviest of many columns, as many as each line wants, in the order of their places.
 
-On a GPU by counting, see `triton_heaviest`: sorting a million sums to take some thousands of them
-would take longer than making them. There the first of equals are taken; on a CPU, any.
+Of equals any may be taken.
 """
 
 from collections.abc import Sequence
@@ -38,19 +37,14 @@ def heaviest(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> Co
     """The `counts[line]` heaviest of each line, or all where it has less.
 
     Args:
-        weights: float32 [lines, n], rows may be apart; not negative, or -1 for none.
-        places: theirs, int32 [lines, n] and rising, NOTHING aside; or that of the first, where they
-            are neighbours.
+        weights: float32 [lines, n], or in parts that follow one another, [parts, lines, n]; rows
+            may be apart. Not negative, or -1 for none.
+        places: theirs, int32 and rising, NOTHING aside, with the same strides; or that of the
+            first, where they are neighbours.
     """
-    if weights.is_cuda:
-        from . import triton_heaviest
-
-        wanted = on_device(tuple(counts), weights.device)
-        return ColumnCandidates(*triton_heaviest.heaviest(weights, places, wanted, max(counts)))
-    return _portable(weights, places, counts)
-
-
-def _portable(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> ColumnCandidates:
+    if weights.dim() == 3:
+        weights = weights.transpose(0, 1).flatten(1)
+        places = places if isinstance(places, int) else places.transpose(0, 1).flatten(1)
     most = min(max(counts), weights.shape[1])
     values, order = weights.topk(most)
     rank = torch.arange(most, device=weights.device)
@@ -65,4 +59,4 @@ def _portable(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> C
 @lru_cache(maxsize=1024)
 def on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Kept, so that a layer copies its budgets to the device once."""
-    return torch.tensor(counts, device=device)
+    return torch.tensor(counts, dtype=torch.int32, device=device)

@@ -168,7 +168,7 @@ class Reporter:
         """Decode alone."""
         alone = len(run.lengths) == 1
         return self._line(
-            case=f"decode {named(run.lengths)}",
+            case=f"decode {named(run.lengths)}{', sampled' if run.sampled else ''}",
             tokens=sum(run.lengths),
             attention="dense",
             vllm_tpot_ms=VLLM_TPOT_MS.get(run.lengths[0]) if self.vllm and alone else None,

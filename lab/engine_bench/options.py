@@ -42,6 +42,7 @@ class Options:
     dense_up_to: int | None
     decode: int
     batches: tuple[tuple[int, ...], ...]
+    sampled: bool
     baseline: bool
     csv: Path
     commit: str | None
@@ -91,6 +92,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     )
     parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
     parser.add_argument("--batches", default=_BATCHES, help='decode only; "" for none')
+    parser.add_argument("--sampled", action="store_true", help="batches with top-p 0.8 as well")
     parser.add_argument("--baseline", action="store_true", help="time cuDNN's attention as well")
     parser.add_argument("--csv", type=Path, help="to add to; else one in docs/bench")
     parser.add_argument("--commit", help="what to call the code, where there is no git")
@@ -139,6 +141,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         dense_up_to=given.dense_up_to,
         decode=given.decode,
         batches=tuple(batch(each) for each in given.batches.split(",") if each),
+        sampled=given.sampled,
         baseline=given.baseline,
         csv=given.csv or _CSV[given.what],
         commit=given.commit,

@@ -82,6 +82,12 @@ def _cases(options: Options, subject: Subject, reporter: Reporter) -> Iterator[L
         yield from _tried(
             lambda each=lengths: reporter.of_batch(run_batch(subject, each, options.decode))
         )
+        if options.sampled:
+            yield from _tried(
+                lambda each=lengths: reporter.of_batch(
+                    run_batch(subject, each, options.decode, sampled=True)
+                )
+            )
 
 
 def _tried(case: Callable[[], Line | None]) -> list[Line | str]:

@@ -56,10 +56,14 @@ class PromptRun:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """Seconds of each decode step of sequences that began with these lengths."""
+    """Seconds of each decode step of sequences that began with these lengths.
+
+    `sampled` with temperature 0.7 and top-p 0.8, else greedy.
+    """
 
     lengths: list[int]
     steps: list[float]
+    sampled: bool = False
 
 
 def run_prompt(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
@@ -138,7 +142,9 @@ def prefill(
     ]
 
 
-def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> BatchRun:
+def run_batch(
+    subject: Subject, lengths: Sequence[int], new_tokens: int, sampled: bool = False
+) -> BatchRun:
     """Decode only, after prompts of these lengths whose pages hold whatever they hold.
 
     Raises:
@@ -152,11 +158,11 @@ def run_batch(subject: Subject, lengths: Sequence[int], new_tokens: int) -> Batc
         try:
             for name, length in zip(names, lengths, strict=True):
                 prompt = np.zeros(length, dtype=np.int32)
-                decoder.reserve(_request(name, prompt, new_tokens + 1))
+                decoder.reserve(_request(name, prompt, new_tokens + 1, sampled))
             vocab = subject.model.config.vocab_size
             for name in names:
                 _check(decoder.start(name, generator.standard_normal(vocab, dtype=np.float32)))
-            return BatchRun(list(lengths), _steps(decoder, subject.device))
+            return BatchRun(list(lengths), _steps(decoder, subject.device), sampled)
         finally:
             for name in names:
                 decoder.cancel(name)
@@ -184,8 +190,11 @@ def _check(outputs: Sequence[tuple[str, object]]) -> None:
             raise output
 
 
-def _request(name: str, prompt: Tokens, max_tokens: int) -> GenerationRequest:
-    sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+def _request(
+    name: str, prompt: Tokens, max_tokens: int, sampled: bool = False
+) -> GenerationRequest:
+    temperature, top_p = (0.7, 0.8) if sampled else (0.0, 1.0)
+    sampling = SamplingParameters(max_tokens, temperature, top_p, seed=0, ignore_eos=True)
     return GenerationRequest(name, prompt, sampling, time.time())
 
 

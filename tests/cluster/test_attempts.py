@@ -1,5 +1,6 @@
 """What becomes of a request when what serves it dies: pure bookkeeping."""
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -83,12 +84,32 @@ def test_a_choice_ends_once_and_all_its_tokens_are_counted() -> None:
 @pytest.mark.parametrize("error", [LOST, TransferError("the worker is gone")])
 def test_one_death_too_many_refuses_the_request(error: LongreachError) -> None:
     attempts = Attempts(make_request(), retries=2)
-    attempts.failed(error)
+    attempts.hear(Progress(2, 5))
     attempts.hear(delta(1))
+    attempts.failed(error)
+    # Its prompt is computed again, and it gets no further.
+    attempts.hear(Progress(4, 5))
     attempts.failed(error)
     with pytest.raises(PoisonousError) as refused:
         attempts.failed(error)
     assert refused.value.deaths == 3
+
+
+@pytest.mark.parametrize("reached", [Progress(3, 5), delta(1)], ids=["prompt", "answer"])
+def test_deaths_at_other_places_are_chance(reached: Progress | Delta) -> None:
+    attempts = Attempts(make_request(), retries=1)
+    attempts.failed(LOST)
+    attempts.hear(reached)
+    attempts.failed(LOST)
+    with pytest.raises(PoisonousError) as refused:
+        attempts.failed(LOST)
+    assert refused.value.deaths == 2
+
+
+def test_a_process_that_had_not_begun_on_it_was_not_killed_by_it() -> None:
+    attempts = Attempts(make_request(), retries=1)
+    for _ in range(5):
+        attempts.failed(pickle.loads(pickle.dumps(LostError("it died", begun=False))))
 
 
 def test_what_is_not_up_is_waited_for_and_is_no_death() -> None:

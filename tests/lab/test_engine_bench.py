@@ -216,9 +216,10 @@ def test_batches_may_run_without_prompts(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "engine.csv"
     arguments = arguments_of(folder, path)
     arguments[arguments.index("--tokens") + 1] = ""
-    assert main(arguments)
+    assert main([*arguments, "--sampled"])
     assert [line["case"] for line in lines_of(path)] == [
-        "decode 1 x 200", "decode 1 x 1,024 + 3 x 50",
+        "decode 1 x 200", "decode 1 x 200, sampled",
+        "decode 1 x 1,024 + 3 x 50", "decode 1 x 1,024 + 3 x 50, sampled",
     ]  # fmt: skip
 
 

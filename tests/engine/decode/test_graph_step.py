@@ -20,6 +20,7 @@ from longreach.engine.decode.graph_step import (
 )
 from longreach.engine.decode.make_step import make_step
 from longreach.engine.decode.portable_step import PortableStep
+from longreach.engine.decode.sampler import Sampler
 from longreach.engine.decode.step import (
     NO_PROMPTS,
     DecodeStep,
@@ -42,7 +43,7 @@ from longreach.engine.messages import (
 from longreach.engine.model.config import WeightFormat
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
-from longreach.kernels import elementwise, greedy, matvec, narrow, quantized
+from longreach.kernels import elementwise, greedy, matvec, narrow, quantized, sampling
 from longreach.kernels.elementwise import reference as elementwise_reference
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.greedy import triton_greedy
@@ -53,6 +54,7 @@ from longreach.kernels.page_size import pages_for
 from longreach.kernels.pages import BlockTable
 from longreach.kernels.quantized import reference as quantized_reference
 from longreach.kernels.quantized import triton_quantized
+from longreach.kernels.sampling import triton_sampling
 from longreach.lab.pocket.tokenizer import build_tokenizer
 
 from ...kernels import conftest  # noqa: F401  # mends Triton's interpreter
@@ -63,7 +65,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POOL_PAGES = 24
 MAX_BATCH = 5
 PROGRAMS = 3
-PROMPTS = PromptLimits(longest=512, at_once=256, pieces=3)
+PROMPTS = PromptLimits(longest=512, at_once=192, pieces=3)
 STRIDE = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
 
 on_gpus = pytest.mark.skipif(DEVICE.type == "cpu", reason="graphs are captured on GPUs")
@@ -325,7 +327,7 @@ def make_pieces(
 
 PIECES = [
     [(0, 1, 1)],
-    [(0, 17, 17), (128, 256, 300), (0, 60, 60)],
+    [(0, 17, 17), (128, 256, 300), (0, 40, 40)],
     [(256, 300, 300), (0, 5, 5), (384, 399, 399)],  # as many rows as there are
     [(128, 256, 500)],  # nothing ends
 ]
@@ -355,7 +357,7 @@ def test_pieces_of_prompts_in_pages_of_8_bits(
 ) -> None:
     portable, kernels = make_sides_with_prompts(dual_folder, dtype, "fp8_e4m3")
     rows = [StepRow(3, 140, BlockTable.of([0, 1]), False)]
-    pieces = make_pieces([(0, 17, 17), (128, 256, 300), (0, 60, 60)], first_page=8)
+    pieces = make_pieces(PIECES[1], first_page=8)
     monkeypatch.setattr(quantized, "_version", lambda tensor: quantized_reference)
     expected = portable.step.run(rows, pieces)
     monkeypatch.setattr(quantized, "_version", lambda tensor: triton_quantized)
@@ -381,6 +383,7 @@ def test_steps_with_and_without_prompts_follow_each_other(dual_folder: Path) -> 
     [
         (128, [64, 128]),
         (384, [64, 128, 192, 256, 384]),
+        (192, [64, 128, 192]),
         (1024, [64, 128, 192, 256, 384, 512, 768, 1024]),
     ],
 )
@@ -492,6 +495,56 @@ def joining_and_leaving(engine: Engine) -> dict[tuple[str, int], list[int]]:
         assert isinstance(delta, Delta)
         tokens.setdefault((name, delta.choice), []).extend(t.token_id for t in delta.tokens)
     return tokens
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 0.9, "top_p": 0.8, "seed": 5},
+    {"temperature": 1.2, "top_k": 12, "presence_penalty": 0.6, "seed": 6},
+    {"temperature": 0.0, "frequency_penalty": 1.5, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "min_p": 0.05, "logit_bias": ((7, 3.0), (9, -2.0)), "seed": 8},
+]
+
+
+def sampled_tokens(engine: Engine) -> dict[str, list[int]]:
+    """Five sampled requests on three places, greedy ones among them: rows change hands."""
+    outputs: list[Any] = []
+    for number, asked in enumerate([*SAMPLED, SAMPLED[1]]):
+        outputs += engine.start(f"{number}", 40 + 100 * number, max_tokens=7 + number, **asked)
+    outputs += engine.start("greedy", 12, max_tokens=4)
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    tokens: dict[str, list[int]] = {}
+    for name, delta in outputs:
+        assert isinstance(delta, Delta)
+        assert all(np.isfinite(token.logprob) for token in delta.tokens)
+        tokens.setdefault(name, []).extend(token.token_id for token in delta.tokens)
+    return tokens
+
+
+@pytest.mark.parametrize("version", ["definition", "kernels"])
+def test_what_is_drawn_behind_the_step_is_what_the_host_draws(
+    monkeypatch: pytest.MonkeyPatch, dual_folder: Path, version: str
+) -> None:
+    model = load(dual_folder)
+    if version == "kernels" or DEVICE.type == "cuda":
+        monkeypatch.setattr(sampling, "sample", triton_sampling.sample)
+    engine = Engine(model, eager)
+    mine = sampled_tokens(engine)
+    assert mine["1"] != mine["4"][:8]
+    # On the host, by the logits of the same step.
+    monkeypatch.setattr(Sampler, "drawing", None)
+    theirs = sampled_tokens(Engine(model, eager))
+    assert {name: len(each) for name, each in mine.items()} == {
+        "0": 7, "1": 8, "2": 9, "3": 10, "4": 11, "greedy": 4,
+    }  # fmt: skip
+    assert mine == theirs
+
+
+@on_gpus
+def test_captured_draws_are_those_of_launched_ones(dual_folder: Path) -> None:
+    model = load(dual_folder, torch.bfloat16)
+    launched = sampled_tokens(Engine(model, eager))
+    assert sampled_tokens(Engine(model, captured(DEVICE))) == launched
 
 
 def test_a_decoder_on_kernels_finishes_what_it_started(dual_folder: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from longreach.engine.decode.sampler import Logits, Sampler, best_token
 from longreach.engine.messages import SamplingParameters, Tokens
+from longreach.kernels.sampling.reference import draw_token
 
 VOCAB = 50
 NO_PROMPT: Tokens = np.empty(0, dtype=np.int32)
@@ -226,3 +227,41 @@ def test_top_p_of_nothing_leaves_the_best_token() -> None:
     logits = make_logits()
     drawn = {make_sampler(seed=seed, top_p=0.0).choose(logits).token_id for seed in range(20)}
     assert drawn == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.0, "presence_penalty": 0.5, "logit_bias": ((3, 2.0),)},
+        {"temperature": 1.3, "top_k": 9, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    ],
+    ids=str,
+)
+def test_what_a_device_draws_is_what_would_have_been_chosen(sampling: dict[str, Any]) -> None:
+    """Whoever has the logits draws by what the sampler says, and the sampler goes on alike."""
+    mine, theirs = (make_sampler(7, prompt=[1, 2], **sampling) for _ in range(2))
+    for seed in range(12):
+        logits = make_logits(seed, spread=1.0)
+        drawing = mine.drawing
+        assert drawing is not None
+        assert drawing == mine.drawing or drawing.draw == mine.drawing.draw  # pyright: ignore
+        adjusted = logits.copy()
+        if drawing.penalties is not None:
+            drawing.penalties.apply(adjusted)
+        token = draw_token(
+            adjusted, drawing.draw, drawing.temperature, drawing.top_k, drawing.top_p,
+            drawing.min_p,
+        )  # fmt: skip
+        chosen = theirs.choose(logits)
+        assert token == chosen.token_id
+        assert mine.accept(chosen) == chosen
+
+
+def test_some_tokens_are_the_hosts_to_choose() -> None:
+    assert make_sampler(top_logprobs=2).drawing is None
+    parameters = SamplingParameters(max_tokens=9, min_tokens=1)
+    sampler = Sampler(parameters, 0, 0, NO_PROMPT, VOCAB, ends=(4,))
+    assert sampler.drawing is None
+    sampler.choose(make_logits())
+    assert sampler.drawing is not None

@@ -1,0 +1,92 @@
+"""Tokens drawn on the device, right behind a step's logits, by what the host's samplers ask for.
+
+A row's bias and counts lie on the device for as long as the same sequence has the row; of each
+step only its newest token is brought there. They come whole when another sequence takes the row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ...kernels import sampling
+from ...kernels.sampling import PENALIZED, Adjustments, RowInputs
+from .launches import Capture, StepResults
+from .sampler import Drawing, Penalties
+
+
+class HeldAdjustments:
+    """Bias and counts of the rows of all batches, and whose they are."""
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size, self.device = vocab_size, device
+        self.on_device = Adjustments.allocate(rows, vocab_size, device)
+        self._held: list[tuple[Penalties, int] | None] = [None] * rows
+
+    def hold(self, row: int, penalties: Penalties) -> None:
+        """Have a row's on the device, but for its newest token, which its inputs bring.
+
+        A step that failed may come again with the same tokens.
+        """
+        held = self._held[row]
+        if held is None or held[0] is not penalties or penalties.total - held[1] not in (0, 1):
+            target = self.on_device
+            target.bias[row].copy_(torch.from_numpy(penalties.bias()))
+            target.answered[row].copy_(torch.from_numpy(penalties.answered))
+            target.seen[row].copy_(torch.from_numpy(penalties.seen.view("uint8")))
+        self._held[row] = penalties, penalties.total
+
+
+class BatchDrawing:
+    """Draws for batches of up to `rows`.
+
+    Args:
+        results: of a step of so many rows, whose logits lie where those of all such steps do,
+            unless they are launched anew every time.
+    """
+
+    def __init__(
+        self, rows: int, held: HeldAdjustments, capture: Capture, results: StepResults
+    ) -> None:
+        self._held, self._results = held, results
+        self._adjustments = held.on_device.first(rows)
+        self._on_device = RowInputs.allocate(rows, held.device)
+        on_gpu = held.device.type == "cuda"
+        self._host = RowInputs.allocate(rows, torch.device("cpu"), pinned=on_gpu)
+        self._launch = capture(self._sample)
+
+    def run(self, results: StepResults, drawings: Sequence[Drawing | None]) -> StepResults:
+        """Draw for the rows of a step that ask for it; of others, what comes out means nothing.
+
+        The device must have read what the step before brought.
+        """
+        self._results = results
+        for row, drawing in enumerate(drawings):
+            if drawing is not None:
+                self._ask(row, drawing)
+        self._on_device.storage.copy_(self._host.storage, non_blocking=True)
+        return self._launch()
+
+    def _ask(self, row: int, drawing: Drawing) -> None:
+        vocab = self._held.vocab_size
+        top_k = min(drawing.top_k, vocab) or vocab
+        penalties = drawing.penalties
+        own = {}
+        if penalties is not None:
+            self._held.hold(row, penalties)
+            newest = penalties.newest
+            own = {
+                "flags": PENALIZED,
+                "repetition": penalties.repetition,
+                "frequency": penalties.frequency,
+                "presence": penalties.presence,
+                "newest": newest,
+                "times": int(penalties.answered[newest]) if newest >= 0 else 0,
+            }
+        self._host.set(
+            row, temperature=drawing.temperature, top_k=top_k, top_p=drawing.top_p,
+            min_p=drawing.min_p, draw=drawing.draw, **own,
+        )  # fmt: skip
+
+    def _sample(self) -> StepResults:
+        logits = self._results.logits
+        return StepResults(logits, *sampling.sample(logits, self._on_device, self._adjustments))
