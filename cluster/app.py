@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
+from .autoscaling import DecodePolicy, GangPolicy, replicas_of
 from .decode.replica import DecodeReplica
 from .handlers import uninterrupted
 from .ingress import api_builder, front_of
@@ -90,15 +91,16 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     }
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
-    gangs = []
+    scaling, gangs = settings.autoscaling, []
     for name, gang in zip(prefill_names(settings), settings.gangs, strict=True):
-        replicas = deployment(
-            PrefillReplica, name=name, num_replicas=gang.prefill.replicas, **common
-        )
+        kind = gang.prefill
+        scaled = replicas_of(kind.replicas, kind.max_replicas, GangPolicy, scaling)
+        replicas = deployment(PrefillReplica, name=name, **scaled, **common)
         gangs.append((gang.max_prompt_tokens, replicas.bind(gang, metrics_directory)))
-    decode = deployment(
-        DecodeReplica, name=_DECODE, num_replicas=settings.decode.replicas, **common
+    scaled = replicas_of(
+        settings.decode.replicas, settings.decode.max_replicas, DecodePolicy, scaling
     )
+    decode = deployment(DecodeReplica, name=_DECODE, **scaled, **common)
     ingress = deployment(
         serve.ingress(api_builder(settings, metrics_directory, _DECODE, APP_NAME))(),
         name=_INGRESS,

@@ -39,13 +39,14 @@ def drain_this_node(directory: Path, seconds: float) -> bool:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(f"no Ray runs on this node ({error})") from error
     try:
-        _announce(deadline)
+        announce(deadline)
         return wait_until_idle(metrics_of_node(directory), deadline)
     finally:
         ray.shutdown()
 
 
-def _announce(deadline: float) -> None:
+def announce(deadline: float) -> None:
+    """Tell Ray that this node goes, at a time in seconds since 1970; raises as above."""
     context = ray.get_runtime_context()
     accepted, why = (
         cast(Any, _raylet)

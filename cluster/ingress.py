@@ -21,7 +21,7 @@ from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
 from .messages import Taken
-from .metrics import Metrics, ProcessFigures, render
+from .metrics import OUTCOMES, REQUESTS, Metrics, ProcessFigures, render
 from .nodes import metrics_of_node, reading_here
 from .rest import Access, IngressLimits, SignsOfLife, build_api, read_api_keys
 from .settings import IngressSettings, Settings, check_model
@@ -120,6 +120,8 @@ def ingress_limits(settings: Settings) -> IngressLimits:
         clamp_max_tokens=settings.limits.clamp_max_tokens,
         max_body_bytes=settings.limits.max_body_bytes,
         max_choices=settings.limits.max_choices,
+        max_prompts=settings.limits.max_prompts,
+        max_scored_tokens=settings.limits.max_scored_tokens,
         max_logprobs=settings.limits.max_logprobs,
         receive_seconds=settings.limits.receive_seconds,
         signs_of_life=SignsOfLife(
@@ -142,6 +144,8 @@ def api_builder(
             tokenizer = Tokenizer(settings.model.files.tokenizer_folder)
         sink = Metrics(folder, "ingress", settings.model.name)
         ProcessFigures(sink).start()
+        for outcome in OUTCOMES:  # a rate misses what a series begins with
+            sink.add(REQUESTS, 0, outcome=outcome)
         decode = serve.get_deployment_handle(decode_name, app_name)
         return build_api(
             ingress_limits(settings),

@@ -86,6 +86,8 @@ class LimitSettings(_Section):
     max_body_bytes: Count = 64 << 20
     receive_seconds: Positive = 120.0
     max_choices: Count = 8
+    max_prompts: Count = 1024
+    max_scored_tokens: Count = 131072
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_queued_requests: Annotated[int, Field(ge=0, le=1000)] = 32
     retries: Annotated[int, Field(ge=0, le=10)] = 2
@@ -93,6 +95,8 @@ class LimitSettings(_Section):
 
 class PrefillSettings(_Section):
     """One kind of gang: `tensor_parallel` × `sequence_parallel` ranks, a KV pool on every rank.
+
+    `max_replicas`: up to how many there are under load; None: always `replicas`.
 
     `name` tells several apart. `max_prompt_tokens`: longer prompts go to the next gang; None: none
     is too long. There are `replicas` gangs of the kind.
@@ -102,6 +106,7 @@ class PrefillSettings(_Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] | None = None
     max_prompt_tokens: Count | None = None
     replicas: Count = 1
+    max_replicas: Count | None = None
     tensor_parallel: Count = 1
     sequence_parallel: Count = 1
     chunk_tokens: Count = 32768
@@ -134,7 +139,7 @@ class PrefillSettings(_Section):
 
 
 class DecodeSettings(_Section):
-    """The decode replicas: one worker process each, with a KV pool.
+    """The decode replicas: one worker process each, with a KV pool. `max_replicas` as a gang's.
 
     Prompts of up to `prefill_up_to` tokens are computed by the worker itself, beside others'
     answers, `prefill_at_once` tokens of them in one step; a gang is asked for longer ones.
@@ -143,6 +148,7 @@ class DecodeSettings(_Section):
     """
 
     replicas: Count = 1
+    max_replicas: Count | None = None
     kv_cache_tokens: Count
     max_batch: Count | None = None
     prefill_up_to: Annotated[int, Field(ge=0)] | None = None
@@ -211,6 +217,20 @@ class MetricsSettings(_Section):
     directory: Path | None = Field(default=None, strict=False)
 
 
+class AutoscalingSettings(_Section):
+    """Between `replicas` and `max_replicas`: see `autoscaling`.
+
+    `queue_seconds`: so long the prompts that wait may take to compute before there are more gangs.
+    `kv_usage`: of a decode replica's pages, before there are more replicas. More come when that has
+    been so for `up_seconds`, and fewer when fewer would have done for `down_seconds`.
+    """
+
+    queue_seconds: Positive = 60.0
+    kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.8
+    up_seconds: NotNegative = 15.0
+    down_seconds: NotNegative = 600.0
+
+
 class ShutdownSettings(_Section):
     """How long accepted requests may take to finish when the cluster stops or is redeployed."""
 
@@ -264,6 +284,7 @@ class Settings(_Section):
     ingress: IngressSettings = IngressSettings()
     transport: TransportSettings = TransportSettings()
     metrics: MetricsSettings = MetricsSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
 
     @property
@@ -317,6 +338,14 @@ class Settings(_Section):
                 f"decode.prefill_at_once is {self.decode.prefill_at_once}; make it a multiple of "
                 f"{PAGE_TOKENS}"
             )
+        for key, each in [("decode.max_replicas", self.decode)] + [
+            (gang.key("max_replicas"), gang) for gang in self.prefill
+        ]:
+            if each.max_replicas is not None and each.max_replicas < each.replicas:
+                yield (
+                    f"{key} ({each.max_replicas}) is below replicas ({each.replicas}), with which "
+                    "it begins; raise it, or leave it out for a fixed number"
+                )
         if self.limits.max_choices > self.decode.largest_batch:
             yield (
                 f"limits.max_choices ({self.limits.max_choices}) is more than decode.max_batch "

@@ -5,6 +5,7 @@ hand a million tokens over without touching them one by one.
 """
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,7 +22,8 @@ class SamplingParameters:
     `top_logprobs` None means no log-probabilities; 0 means only the chosen token's.
     No end token is chosen among the first `min_tokens`, and no stop string is looked for in them.
     Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
-    `grammar` is what the answer must match; see `decode.grammar`.
+    `grammar` is what the answer must match; see `decode.grammar`. `prompt_logprobs`: the prompt's
+    own tokens are scored, with so many alternatives for each; None: they are not.
     """
 
     max_tokens: int
@@ -41,6 +43,7 @@ class SamplingParameters:
     top_logprobs: int | None = None
     choices: int = 1
     grammar: str | None = None
+    prompt_logprobs: int | None = None
 
     def seeded(self) -> "SamplingParameters":
         """The same, with a seed where there is none: all that is drawn can be drawn again."""
@@ -123,7 +126,8 @@ class Timings:
 class Prefilled:
     """What a prefill gang's work ends with, when every page lies in the decode replica.
 
-    `logits` are those after the prompt's last token, [vocab].
+    `logits` are those after the prompt's last token, [vocab]. `scores`, where they were asked for,
+    are those of `prefill.scores`, a row for each token of the prompt but the first.
     """
 
     logits: npt.NDArray[np.float32]
@@ -131,6 +135,7 @@ class Prefilled:
     prefill: float
     hand_off: float
     stages: dict[str, float]
+    scores: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,4 +147,27 @@ class Finished:
     timings: Timings
 
 
-Event = Progress | Delta | Finished
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token of a prompt, with its rank among all that might have come there, from 1."""
+
+    chosen: ChosenToken
+    rank: int
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """How likely the tokens of a prompt are, all but its first; before the answer's first delta."""
+
+    values: npt.NDArray[np.float32]
+
+    def tokens(self, prompt: Tokens) -> Iterator[ScoredToken]:
+        """The tokens of this prompt, from its second on."""
+        top = (self.values.shape[1] - 2) // 2
+        for token, row in zip(prompt[1:].tolist(), self.values.tolist(), strict=True):
+            best = zip(row[2 : 2 + top], row[2 + top :], strict=True)
+            others = tuple(TokenLogprob(int(each), logprob) for each, logprob in best)
+            yield ScoredToken(ChosenToken(token, row[0], others), int(row[1]))
+
+
+Event = Progress | PromptScores | Delta | Finished

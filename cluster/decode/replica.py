@@ -50,6 +50,7 @@ class DecodeReplica:
         most_waiting: int,
     ) -> None:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
+        self._sink.add(metrics.LOST, 0)  # a rate misses what a series begins with
         self._router = PrefillRouter(gangs)
         self._most_waiting = most_waiting
         self._prefills_up_to = settings.decode.longest_own_prompt
@@ -71,6 +72,10 @@ class DecodeReplica:
         if self._lost:
             raise UnavailableError(_LOST)
         await self._worker.check.remote()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.DecodeLoad` is made of; Serve asks by this name."""
+        return await self._worker.load.remote()
 
     async def ready(self) -> None:
         """Return when this replica and a replica of each gang could serve; raise if not."""
@@ -101,7 +106,9 @@ class DecodeReplica:
         if self._lost:
             raise NotUpError(_LOST)
         tokens = len(request.prompt)
-        prefill = None if tokens <= self._prefills_up_to else self._router.gang_for(tokens)
+        # Only a gang scores a prompt's own tokens.
+        here = tokens <= self._prefills_up_to and request.sampling.prompt_logprobs is None
+        prefill = None if here else self._router.gang_for(tokens)
         lives = [life for life in self._lives if life.prefill is prefill]
         waiting = sum(life.state is State.WAITING for life in lives)
         # One that nobody waits in front of does not wait itself.

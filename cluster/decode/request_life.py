@@ -22,6 +22,7 @@ from ...engine.messages import (
     GenerationRequest,
     Prefilled,
     Progress,
+    PromptScores,
     Timings,
 )
 from ..call_errors import first_of
@@ -82,6 +83,8 @@ class RequestLife:
                     yield [event]
         if prefilled is None:
             raise LostError("prefill ended early; send the request again")
+        if prefilled.scores is not None:
+            yield [PromptScores(prefilled.scores)]
         self.state = State.DECODING
         async with aclosing(self._decoding(prefilled)) as answer:
             async for events in answer:

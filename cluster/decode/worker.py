@@ -135,6 +135,17 @@ class DecodeWorker:
         """
         self._check()
 
+    async def load(self) -> dict[str, float]:
+        """What `autoscaling.DecodeLoad` is made of."""
+        waiting = self._admission.num_waiting
+        generating = self._engine.num_generating + self._engine.num_waiting
+        return {
+            "kv_usage": self._engine.usage,
+            "holding": float(sum(each.is_reserved for each in self._requests.values()) - waiting),
+            "waiting": float(waiting),
+            "batch": generating / self._settings.decode.largest_batch,
+        }
+
     async def reserve(self, request: GenerationRequest) -> "Destination":
         """Allocate a request's pages, waiting until they are free; where prefill sends them.
 

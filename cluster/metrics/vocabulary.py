@@ -61,6 +61,7 @@ _SHORT_SECONDS = (
 )  # fmt: skip
 _TOKENS_PER_SECOND = tuple(float(100 * 2**step) for step in range(16))
 
+OUTCOMES = ("success", "invalid", "rejected", "cancelled", "failed")
 REQUESTS = Counter(
     "longreach_requests_total",
     "Requests by how they ended: success, invalid (4xx), rejected (429), cancelled by the client, "

@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 class RankResult:
     """What one rank says about a chunk that its device has computed.
 
-    `logits`, [vocab], come from rank 0 with a prompt's last chunk. `stages` are seconds. `failure`
-    says why pages could not be handed off, where that is known already.
+    `logits`, [vocab], come from rank 0 with a prompt's last chunk, and `scores` with each chunk
+    that has them. `stages` are seconds. `failure` says why pages could not be handed off, where
+    that is known already.
     """
 
     logits: npt.NDArray[np.float32] | None
     stages: dict[str, float]
     failure: str | None
+    scores: npt.NDArray[np.float32] | None = None
 
 
 _LEAD_SECONDS = 0.03
@@ -57,10 +59,11 @@ _LEAST_SECONDS = 1e-6
 
 @dataclass(frozen=True)
 class _Launched:
-    """A chunk on its way through the device; `logits` lie on the host when it is `done`."""
+    """A chunk on its way through the device; what it gives lies on the host when it is `done`."""
 
     result: "ChunkResult"
     logits: "torch.Tensor | None"
+    scores: "torch.Tensor | None"
     done: "Milestone"
     hand_off: "HandOff"
 
@@ -229,8 +232,10 @@ class PrefillRank:
             launched.done.wait()
             stages = launched.result.stages
         self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
-        logits = None if launched.logits is None else launched.logits.numpy()
-        return RankResult(logits, stages, launched.hand_off.failure)
+        logits, scores = (
+            None if each is None else each.numpy() for each in (launched.logits, launched.scores)
+        )
+        return RankResult(logits, stages, launched.hand_off.failure, scores)
 
     def _future_of(self, chunk: Chunk) -> "Future[_Launched]":
         """Whichever of a chunk's two calls comes first makes it."""
@@ -249,10 +254,12 @@ class PrefillRank:
             self._hand_offs[name] = self._open(destination)
         hand_off = self._hand_offs[name]
         result = self._compute(chunk, hand_off)
-        logits = None
-        if result.logits is not None and self._rank == 0:
-            logits = begin_copy_to_host(result.logits)
-        return _Launched(result, logits, Milestone.after_what_is_launched(self._device()), hand_off)
+        logits, scores = (
+            None if each is None or self._rank else begin_copy_to_host(each)
+            for each in (result.logits, result.scores)
+        )
+        done = Milestone.after_what_is_launched(self._device())
+        return _Launched(result, logits, scores, done, hand_off)
 
     def flush(self, request_id: str) -> str | None:
         """Return when all pages of a request have arrived, or why they did not.
@@ -279,7 +286,12 @@ class PrefillRank:
         lead = max(1, min(math.ceil(_LEAD_SECONDS / self._layer_seconds), self._num_layers // 2))
         try:
             return self._prefiller.run_chunk(
-                chunk.request_id, chunk.start, chunk.end, hand_off, layers_to_go=lead
+                chunk.request_id,
+                chunk.start,
+                chunk.end,
+                hand_off,
+                layers_to_go=lead,
+                score_top=chunk.score_top,
             )
         except OutOfMemoryError:
             self.release(chunk.request_id)

@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray.exceptions import RayError
 
@@ -33,6 +35,7 @@ from ..tasks import detached, forever
 from .gang import ChunkUnderWay, Gang
 from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
+from .speed import Speed
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class _Job:
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float | None = None  # when its first chunk did
     stages: dict[str, float] = field(default_factory=dict)
+    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     async def heard(self) -> AsyncGenerator[Progress | Prefilled, None]:
         """Its events, to the last."""
@@ -78,6 +82,9 @@ class PrefillReplica:
         folder = metrics_of_node(metrics_directory)
         self._sink = Metrics(folder, "prefill", settings.model.name, prefill.name)
         ProcessFigures(self._sink).start()
+        # A rate misses what a series begins with: so it begins with nothing.
+        for metric in (metrics.LOST, metrics.HANDOFF_FAILURES):
+            self._sink.add(metric, 0)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
@@ -87,6 +94,7 @@ class PrefillReplica:
         self._finishing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._lost = False
+        self._speed = Speed()
         self._gang = await Gang.start(settings, metrics_directory)
         self._loop = forever(self._run(), self._lose)
         self._watch = forever(self._watch_gang(), self._lose)
@@ -96,6 +104,10 @@ class PrefillReplica:
         """Raise if a rank is lost: Serve then replaces this replica, and the gang with it."""
         if self._lost:
             raise UnavailableError(_LOST)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.GangLoad` is made of; Serve asks by this name."""
+        return self._speed.load(self._scheduler.tokens_to_go)
 
     async def prefill(
         self, order: PrefillOrder
@@ -127,7 +139,8 @@ class PrefillReplica:
         """
         try:
             await job.order.destination
-            self._scheduler.add(job.name, job.total)
+            scored = job.order.request.sampling.prompt_logprobs
+            self._scheduler.add(job.name, job.total, scored)
             self._wake.set()
             self._report()
             await job.order.released
@@ -180,6 +193,7 @@ class PrefillReplica:
         Whoever comes, or leaves, until then does so before the next chunk.
         """
         job = self._jobs[chunk.request_id]
+        self._speed.begin()
         under_way = self._begin(chunk, job)
         self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
         self._finishing.add_done_callback(self._lose_if_failed)
@@ -202,6 +216,7 @@ class PrefillReplica:
     ) -> None:
         """Say what came out of a chunk, after those before it."""
         await asyncio.wait({computed} if before is None else {computed, before})
+        self._speed.end(0 if _has_failed(computed) else chunk.end - chunk.start)
         try:
             results = computed.result()
         except RayError as error:
@@ -213,6 +228,7 @@ class PrefillReplica:
             return  # Its request is over.
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
+        job.scores += [result.scores for result in results if result.scores is not None]
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
             self._fail_hand_off(job, failure)
@@ -296,11 +312,17 @@ def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: 
     assert job.began is not None
     return Prefilled(
         logits=next(result.logits for result in results if result.logits is not None),
+        # Behind a prompt's last token comes none of its own.
+        scores=np.concatenate(job.scores)[:-1] if job.scores else None,
         queued=max(job.began - job.order.request.arrived, 0.0),
         prefill=max(computed - job.began, 0.0),
         hand_off=hand_off,
         stages=job.stages,
     )
+
+
+def _has_failed(computed: "asyncio.Future[list[RankResult]]") -> bool:
+    return computed.cancelled() or computed.exception() is not None
 
 
 def _busy_seconds(result: RankResult) -> float:

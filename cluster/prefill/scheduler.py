@@ -12,17 +12,22 @@ from ...kernels.page_size import PAGE_TOKENS, pages_for
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, end) of one prompt; `is_last` when the prompt ends with them."""
+    """Tokens [start, end) of one prompt; `is_last` when the prompt ends with them.
+
+    `score_top`: the prompt's own tokens are scored, with so many alternatives.
+    """
 
     request_id: str
     start: int
     end: int
     is_last: bool
+    score_top: int | None = None
 
 
 @dataclass
 class _Entry:
     tokens: int
+    score_top: int | None = None
     dealt: int = 0
     admitted: bool = False
 
@@ -71,14 +76,17 @@ class ChunkScheduler:
         """Fraction of the pages that is held, 0 to 1."""
         return 1 - self._free_pages / self._num_pages
 
-    def add(self, request_id: str, tokens: int) -> None:
+    def add(self, request_id: str, tokens: int, score_top: int | None = None) -> None:
         """Let a prompt wait for its turn.
+
+        Args:
+            score_top: for its chunks.
 
         Raises:
             CacheTooSmallError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
-        entry = _Entry(tokens)
+        entry = _Entry(tokens, score_top)
         if entry.pages > self._num_pages:
             raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
         self._turns.join(request_id, tokens)
@@ -116,4 +124,5 @@ class ChunkScheduler:
         start = entry.dealt
         entry.dealt = min(start + self._chunk_tokens, entry.tokens)
         self._turns.serve(request_id, entry.dealt - start)
-        return Chunk(request_id, start, entry.dealt, entry.dealt == entry.tokens)
+        is_last = entry.dealt == entry.tokens
+        return Chunk(request_id, start, entry.dealt, is_last, entry.score_top)

@@ -2,11 +2,12 @@
 
 import codecs
 import dataclasses
+import math
 import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -33,7 +34,7 @@ from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
 from ...engine.decode.detokenizer import TokenBytes
-from ...engine.messages import ChosenToken, Delta, Finished
+from ...engine.messages import ChosenToken, Delta, Finished, PromptScores, ScoredToken, Tokens
 from ...engine.text.tokenizer import Tokenizer
 from .errors import RestError
 from .form import Form
@@ -103,9 +104,36 @@ class AnswerForm(Form):
         self._collected: defaultdict[int, _Collected] = defaultdict(_Collected)
         self._completion_tokens = 0
         self._ended: set[int] = set()
+        self._scores: dict[int, list[ScoredToken]] = {}
+
+    def keep_scores(self, index: int, scores: PromptScores) -> None:
+        self._scores[index] = list(scores.tokens(self._plan.requests[index].prompt))
+
+    def _shown(self, delta: Delta) -> Delta:
+        """What is shown of a delta."""
+        return replace(delta, text="", tokens=()) if self._plan.prompt_only else delta
+
+    def _prompt_logprobs(self, index: int) -> list[dict[str, Any] | None]:
+        """Of a prompt, in vLLM's form: nothing for its first token."""
+        return [None, *(self._all_scored(token) for token in self._scores[index])]
+
+    def _all_scored(self, token: ScoredToken) -> dict[str, Any]:
+        chosen = token.chosen
+        best = [(each.token_id, each.logprob, rank) for rank, each in enumerate(chosen.top, 1)]
+        own = (chosen.token_id, chosen.logprob, token.rank)
+        named = {token_id: (logprob, rank) for token_id, logprob, rank in [own, *best]}
+        return {
+            str(token_id): {
+                "logprob": logprob,
+                "rank": rank,
+                "decoded_token": self._texts.name(token_id),
+            }
+            for token_id, (logprob, rank) in named.items()
+        }
 
     def collect(self, choice: int, delta: Delta) -> None:
         """Keep a part of an answer that will be sent whole."""
+        delta = self._shown(delta)
         collected = self._collected[choice]
         collected.text.append(delta.text)
         if self._with_logprobs:
@@ -120,6 +148,7 @@ class AnswerForm(Form):
 
     def events(self, choice: int, delta: Delta) -> Sequence[BaseModel]:
         """One, or none when the delta says nothing to a client."""
+        delta = self._shown(delta)
         self._completion_tokens += len(delta.tokens)
         if delta.finish_reason:
             self._ended.add(choice)
@@ -161,6 +190,8 @@ class AnswerForm(Form):
 
     def usage(self, finished: Sequence[Finished]) -> CompletionUsage:
         """Of the whole request."""
+        if self._plan.prompt_only:
+            return self._usage(0)
         return self._usage(sum(one.completion_tokens for one in finished))
 
     def answer(self, finished: Sequence[Finished]) -> BaseModel:
@@ -253,10 +284,14 @@ class ChatForm(AnswerForm):
     def _answer(
         self, choices: Iterable[tuple[int, _Collected]], common: dict[str, Any]
     ) -> BaseModel:
+        scores: dict[str, Any] = {}
+        if self._plan.shows_scores:
+            scores = {"prompt_logprobs": self._prompt_logprobs(0)}
         return ChatCompletion(
             object="chat.completion",
             choices=[self._choice(index, collected) for index, collected in choices],
             **common,
+            **scores,
         )
 
     def _choice(self, index: int, collected: _Collected) -> ChatChoice:
@@ -302,9 +337,23 @@ class CompletionForm(AnswerForm):
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
         super().__init__(plan, model_name, texts)
         self._offsets: defaultdict[int, _TextOffset] = defaultdict(_TextOffset)
+        self._echoed: set[int] = set()
+        self._scored: set[int] = set()
 
     def _words(self, choice: int, delta: Delta) -> dict[str, Any]:
-        return {"text": delta.text} if delta.text else {}
+        text = self._echo(choice) + delta.text
+        return {"text": text} if text else {}
+
+    def _echo(self, choice: int) -> str:
+        """The prompt's text, before the first of an answer."""
+        if not self._plan.echo or choice in self._echoed:
+            return ""
+        self._echoed.add(choice)
+        data = (self._texts.bytes_of(token) for token in self._prompt_of(choice).tolist())
+        return b"".join(data).decode(errors="replace")
+
+    def _prompt_of(self, choice: int) -> Tokens:
+        return self._plan.requests[choice // self._plan.choices].prompt
 
     def _chunk(
         self, choice: int, delta: Delta, words: dict[str, Any], common: dict[str, Any]
@@ -313,7 +362,7 @@ class CompletionForm(AnswerForm):
         reason = cast(FinishReason, _finish_reason(delta) if delta.finish_reason else None)
         content = CompletionChoice.model_construct(
             index=choice,
-            text=delta.text,
+            text=words.get("text", ""),
             logprobs=self._logprobs(choice, delta.tokens),
             finish_reason=reason,
         )
@@ -327,36 +376,56 @@ class CompletionForm(AnswerForm):
     ) -> BaseModel:
         return Completion(
             object="text_completion",
-            choices=[
-                CompletionChoice(
-                    index=index,
-                    text="".join(collected.text),
-                    logprobs=self._logprobs(index, collected.tokens),
-                    finish_reason=collected.finish_reason,
-                )
-                for index, collected in choices
-            ],
+            choices=[self._choice(index, collected) for index, collected in choices],
             **common,
+        )
+
+    def _choice(self, index: int, collected: _Collected) -> CompletionChoice:
+        scores: dict[str, Any] = {}
+        if self._plan.shows_scores:
+            scores = {"prompt_logprobs": self._prompt_logprobs(index // self._plan.choices)}
+        return CompletionChoice(
+            index=index,
+            text=self._echo(index) + "".join(collected.text),
+            logprobs=self._logprobs(index, collected.tokens),
+            finish_reason=collected.finish_reason,
+            **scores,
         )
 
     def _logprobs(self, choice: int, tokens: Iterable[ChosenToken]) -> Logprobs | None:
         if not self._with_logprobs:
             return None
-        answer = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
-        assert answer.text_offset is not None
-        assert answer.token_logprobs is not None
-        assert answer.tokens is not None
-        assert answer.top_logprobs is not None
-        for chosen in tokens:
-            name = self._texts.exact_name(chosen.token_id)
-            answer.tokens.append(name)
-            answer.token_logprobs.append(chosen.logprob)
-            answer.text_offset.append(
+        every = [*self._scores_before(choice), *tokens]
+        names = [self._texts.exact_name(chosen.token_id) for chosen in every]
+        # The type does not know that a prompt's first token has none.
+        return Logprobs.model_construct(
+            text_offset=[
                 self._offsets[choice].pass_by(self._texts.bytes_of(chosen.token_id))
-            )
-            best = {self._texts.exact_name(top.token_id): top.logprob for top in chosen.top}
-            answer.top_logprobs.append({**best, name: chosen.logprob})
-        return answer
+                for chosen in every
+            ],
+            token_logprobs=[_or_none(chosen.logprob) for chosen in every],
+            tokens=names,
+            top_logprobs=[
+                None if math.isnan(chosen.logprob) else {**self._best(chosen), name: chosen.logprob}
+                for name, chosen in zip(names, every, strict=True)
+            ],
+        )
+
+    def _best(self, chosen: ChosenToken) -> dict[str, float]:
+        return {self._texts.exact_name(top.token_id): top.logprob for top in chosen.top}
+
+    def _scores_before(self, choice: int) -> list[ChosenToken]:
+        """Those of the prompt, once, where it is echoed."""
+        if choice not in self._echoed or choice in self._scored:
+            return []
+        self._scored.add(choice)
+        first = ChosenToken(int(self._prompt_of(choice)[0]), math.nan)
+        scores = self._scores[choice // self._plan.choices]
+        return [first, *(each.chosen for each in scores)]
+
+
+def _or_none(logprob: float) -> float | None:
+    return None if math.isnan(logprob) else logprob
 
 
 class _TextOffset:

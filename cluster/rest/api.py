@@ -128,6 +128,7 @@ def build_api(
 
     get("/v1/models", endpoints.models, **openapi.MODELS)
     get("/v1/models/{name:path}", endpoints.model, **openapi.MODEL)
+    get("/tokenizer_info", endpoints.tokenizer_info, **openapi.TOKENIZER_INFO)
     get("/health", endpoints.health, **openapi.STATUS)
     get("/ready", endpoints.ready, **openapi.STATUS)
     get("/version", endpoints.version, **openapi.VERSION)
@@ -188,6 +189,7 @@ class _Endpoints:
         self._readers = Readers(limits, tokenizer)
         self._bodies = Bodies(limits.max_body_bytes)
         self._texts = TokenTexts(tokenizer)
+        self._tokenizer_info = tokenizer.info
         self._started = int(time.time())
         self._running = Running(sink)
 
@@ -212,6 +214,9 @@ class _Endpoints:
     async def model(self, name: str) -> Response:
         check_model(name, self._limits.model_name)
         return JSONResponse(self._model())
+
+    async def tokenizer_info(self) -> Response:
+        return JSONResponse(self._tokenizer_info)
 
     async def health(self) -> Response:
         return JSONResponse({"status": "alive"})

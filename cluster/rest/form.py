@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from ...engine.messages import Delta, Finished
+from ...engine.messages import Delta, Finished, PromptScores
 from .errors import RestError
 
 
@@ -28,6 +28,10 @@ class Form(ABC):
     @abstractmethod
     def answer(self, finished: Sequence[Finished]) -> BaseModel:
         """The whole answer, from what was collected."""
+
+    def keep_scores(self, index: int, scores: PromptScores) -> None:
+        """Keep how likely the tokens of a prompt are, for forms that say so."""
+        return
 
     def beginning(self) -> Sequence[BaseModel]:
         """Before anything else."""

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from ...engine.errors import CancelledElsewhereError
+from ...engine.errors import CancelledElsewhereError, QueueFullError
 from ...engine.messages import Event, GenerationRequest
 from .plan import Plan
 
 _EVENTS_AHEAD = 256
+# Of one request; the others wait here, so that many prompts fill nobody's queue.
+_PROMPTS_AT_ONCE = 4
+_NEXT_TRY_SECONDS = 0.25
 
 
 class Backend(Protocol):
@@ -55,6 +58,8 @@ class Generation:
         self._events = asyncio.Queue(_EVENTS_AHEAD)
         self._tasks: list[asyncio.Task[None]] = []
         self._running = len(plan.requests)
+        self._places = asyncio.Semaphore(_PROMPTS_AT_ONCE)
+        self._is_taken = False
 
     @property
     def done(self) -> bool:
@@ -99,9 +104,8 @@ class Generation:
 
     async def _pump(self, index: int, request: GenerationRequest) -> None:
         try:
-            async with aclosing(self._backend.generate(request)) as events:
-                async for event in events:
-                    await self._put(index, event)
+            async with self._places:
+                await self._run(index, request)
         except asyncio.CancelledError:
             if _is_asked_to_stop():
                 raise
@@ -111,6 +115,24 @@ class Generation:
             await self._put(index, error)
         else:
             await self._put(index, None)
+
+    async def _run(self, index: int, request: GenerationRequest) -> None:
+        """Hand one prompt's events on; behind its first, a full queue is only waited for.
+
+        Raises:
+            QueueFullError: before anything came for any prompt of the request.
+        """
+        while True:
+            try:
+                async with aclosing(self._backend.generate(request)) as events:
+                    async for event in events:
+                        self._is_taken = True
+                        await self._put(index, event)
+                return
+            except QueueFullError:
+                if not self._is_taken:
+                    raise
+            await asyncio.sleep(_NEXT_TRY_SECONDS)
 
     async def _put(self, index: int, event: Event | BaseException | None) -> None:
         await self._events.put((index, time.monotonic(), event))

@@ -42,7 +42,8 @@ class SignsOfLife:
 class IngressLimits:
     """`clamp_max_tokens`: who asks for more tokens than there may be gets as many as may be.
 
-    `receive_seconds` is how long a client may take to send a request.
+    `receive_seconds` is how long a client may take to send a request. `max_choices` are answers of
+    one prompt, and `max_scored_tokens` those of all prompts together whose tokens are scored.
     """
 
     model_name: str
@@ -51,6 +52,8 @@ class IngressLimits:
     clamp_max_tokens: bool
     max_body_bytes: int
     max_choices: int
+    max_prompts: int
+    max_scored_tokens: int
     max_logprobs: int
     receive_seconds: float
     signs_of_life: SignsOfLife

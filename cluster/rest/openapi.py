@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from .limits import IngressLimits
@@ -65,6 +65,14 @@ class DetokenizeAnswer(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """What the model's `tokenizer_config.json` says, and its chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    chat_template: str | None
+
+
 class Status(BaseModel):
     """Of the server."""
 
@@ -102,6 +110,7 @@ TOKENIZE = {**takes(TokenizeBody), **answers(TokenizeAnswer)}
 DETOKENIZE = {**takes(DetokenizeBody), **answers(DetokenizeAnswer)}
 MODELS = answers(ModelList)
 MODEL = answers(Model)
+TOKENIZER_INFO = answers(TokenizerInfo)
 STATUS = answers(Status)
 VERSION = answers(Version)
 
@@ -154,6 +163,7 @@ def _limits_of(
         yield "max_completion_tokens", "integer", most_tokens
         yield "max_output_tokens", "integer", most_tokens
     yield "top_logprobs", "integer", most_logprobs
+    yield "prompt_logprobs", "integer", most_logprobs
     if body is CompletionBody:
         yield "logprobs", "integer", most_logprobs
         yield "prompt", "integer", token

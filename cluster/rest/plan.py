@@ -28,7 +28,9 @@ class Plan:
     events, not in comments. `clamped_to`: most tokens of an answer, where more were asked for.
     `held_by`: the field that answers are held to a form by. `calls_tools`: an answer may have calls
     of tools in it, one at most where `one_call`. `repeated`: what the answer repeats of the
-    request, where its form does that.
+    request, where its form does that. `echo`: answers begin with their prompts. `prompt_only`: no
+    answer is wanted behind them. `shows_scores`: answers have their prompts' log-probabilities in a
+    field of their own.
     """
 
     answer_id: str
@@ -45,6 +47,9 @@ class Plan:
     calls_tools: bool = False
     one_call: bool = False
     repeated: Mapping[str, Any] = field(default_factory=dict)
+    echo: bool = False
+    prompt_only: bool = False
+    shows_scores: bool = False
 
     @property
     def grammar(self) -> str | None:
@@ -95,6 +100,13 @@ def _held_to(body: GenerationBody) -> tuple[str, str] | tuple[None, None]:
     return next(iter(held_to.items()), (None, None))
 
 
+def _scored(body: GenerationBody) -> int | None:
+    """How many alternatives to the prompts' own tokens are wanted; None: these are not scored."""
+    echoed = body.logprobs if isinstance(body, CompletionBody) and body.echo else None
+    wanted = [each for each in (echoed, body.prompt_logprobs) if each is not None]
+    return max(wanted, default=None)
+
+
 def check_model(name: str, served: str) -> None:
     """Refuse a model that is not served here."""
     if name != served:
@@ -136,21 +148,31 @@ class Planner:
     def completion(self, body: CompletionBody, request_id: str, arrived: float) -> Plan:
         """A completion has one prompt or several."""
         self.check_model(body.model)
-        asked = _Asked("max_tokens", body.max_tokens)
+        # A token is generated in any case, and not shown where none is wanted.
+        prompt_only = body.max_tokens == 0
+        asked = _Asked("max_tokens", 1 if prompt_only else body.max_tokens)
         self._check_limits(body, len(body.prompts), body.logprobs, asked)
-        most = self._limits.max_model_len
-        prompts = [self.encode(prompt, "prompt", most) for prompt in body.prompts]
-        return self._plan("cmpl", body, prompts, body.logprobs, asked, request_id, arrived)
+        most, special = self._limits.max_model_len, bool(body.parse_special)
+        prompts = [self.encode(prompt, "prompt", most, special) for prompt in body.prompts]
+        plan = self._plan("cmpl", body, prompts, body.logprobs, asked, request_id, arrived)
+        return replace(plan, echo=bool(body.echo), prompt_only=prompt_only)
 
-    def encode(self, prompt: Prompt, param: str, most: int) -> Tokens:
+    def encode(self, prompt: Prompt, param: str, most: int, parse_special: bool = False) -> Tokens:
         """Ids of a prompt, int32 [tokens]; ids are checked, text is text throughout.
 
         Text of more than `most` tokens is refused before or while it is encoded.
+
+        Args:
+            parse_special: what is written as a control token becomes one.
         """
         if isinstance(prompt, str):
-            self._check_size(self._tokenizer.least_tokens(prompt), param, most)
+            if not parse_special:  # a control token may stand for any number of characters
+                self._check_size(self._tokenizer.least_tokens(prompt), param, most)
+            encode = (
+                self._tokenizer.encode_with_control if parse_special else self._tokenizer.encode
+            )
             with _blamed_on(param):
-                tokens = self._tokenizer.encode(prompt, enough=most)
+                tokens = encode(prompt, enough=most)
             return self._whole(tokens, param, most)
         lowest, highest = min(prompt, default=0), max(prompt, default=0)
         if lowest < 0 or highest >= self._vocab_size:
@@ -199,21 +221,31 @@ class Planner:
         self, body: GenerationBody, prompts: int, top_logprobs: int | None, asked: "_Asked"
     ) -> None:
         limits = self._limits
-        choices = prompts * (body.n or 1)
-        if choices > limits.max_choices:
-            several = prompts > limits.max_choices or (body.n or 1) == 1
+        if prompts > limits.max_prompts:
             raise invalid(
-                f"{prompts} prompts with n = {body.n or 1} are {choices} answers; "
-                f"at most {limits.max_choices} are served at once",
-                "prompt" if several else "n",
-                INCONSISTENT,
-            )
-        if top_logprobs is not None and top_logprobs > limits.max_logprobs:
-            name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
-            raise invalid(
-                f"{name}: at most {limits.max_logprobs} are served, not {top_logprobs}",
-                name,
+                f"prompt: at most {limits.max_prompts} are served in one request, not {prompts}",
+                "prompt",
                 "invalid_value",
+            )
+        if (body.n or 1) > limits.max_choices:
+            raise invalid(
+                f"n: at most {limits.max_choices} answers are served for a prompt, not {body.n}",
+                "n",
+                "invalid_value",
+            )
+        name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+        for param, asked_for in ((name, top_logprobs), ("prompt_logprobs", body.prompt_logprobs)):
+            if asked_for is not None and asked_for > limits.max_logprobs:
+                raise invalid(
+                    f"{param}: at most {limits.max_logprobs} are served, not {asked_for}",
+                    param,
+                    "invalid_value",
+                )
+        if body.prompt_logprobs is not None and body.stream:
+            raise invalid(
+                "prompt_logprobs: answers that are streamed have none",
+                "prompt_logprobs",
+                INCONSISTENT,
             )
         too_many = asked.tokens is not None and asked.tokens > limits.max_output_tokens
         if too_many and not limits.clamp_max_tokens:
@@ -239,7 +271,13 @@ class Planner:
         called = body.request_id if is_fit_request_id(body.request_id or "") else request_id
         answer_id = f"{kind}-{called}-{uuid.uuid4().hex[:8]}"
         held_by, grammar = _held_to(body)
-        shared = {**self._sampling(body, top_logprobs), "grammar": grammar}
+        scored = _scored(body)
+        self._check_scored(scored, prompts)
+        shared = {
+            **self._sampling(body, top_logprobs),
+            "grammar": grammar,
+            "prompt_logprobs": scored,
+        }
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         requests = tuple(
             GenerationRequest(
@@ -266,7 +304,19 @@ class Planner:
             return_progress=bool(body.return_progress),
             clamped_to=shortest if shortest < (asked.tokens or 0) else None,
             held_by=held_by,
+            shows_scores=body.prompt_logprobs is not None,
         )
+
+    def _check_scored(self, scored: int | None, prompts: Sequence[Tokens]) -> None:
+        """Refuse more log-probabilities of prompts than there may be."""
+        tokens, most = sum(map(len, prompts)), self._limits.max_scored_tokens
+        if scored is not None and tokens > most:
+            raise invalid(
+                f"prompt: log-probabilities are given for at most {most} tokens of prompts in one "
+                f"request (limits.max_scored_tokens), not for {tokens}",
+                "prompt",
+                "invalid_value",
+            )
 
     def _max_tokens(self, prompt_tokens: int, asked: "_Asked", param: str, least: int) -> int:
         """What was asked for, or as many as there may be.

@@ -67,7 +67,7 @@ class Reader:
         # A message has a role and a content, which may have parts with a type and a text each.
         self._most_values: dict[Kind, int] = {
             "chat": 4 * longest,
-            "completion": limits.max_choices * longest,
+            "completion": limits.max_choices * longest + limits.max_prompts,
             "responses": 8 * longest,
             "tokenize": 4 * longest,
             "detokenize": longest,

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
 
 from ...engine.errors import CancelledElsewhereError, UnavailableError
-from ...engine.messages import Delta, Finished, Progress
+from ...engine.messages import Delta, Finished, Progress, PromptScores
 from .errors import RestError, as_rest_error
 from .form import Form
 from .generation import Arrival, Backend, Generation
@@ -169,7 +169,7 @@ class AnswerResponse(Response):
                 return self._sign_of_life()
             case Delta():
                 return self._events(self._answer.events(self._choice(item.index, event), event))
-            case Finished():
+            case Finished() | PromptScores():
                 return b""
 
     def _sign_of_life(self) -> bytes:
@@ -201,6 +201,8 @@ class AnswerResponse(Response):
             case Delta():
                 self._prefilled[index] = len(self._plan.requests[index].prompt)
                 self._begun.add(index)
+            case PromptScores():
+                self._answer.keep_scores(index, event)
             case Finished():
                 self._finished[index] = event
 

@@ -241,6 +241,7 @@ class GenerationBody(HeldFields, Strict):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     request_id: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
 
     # As llama.cpp names it.
     return_progress: bool | None = None
@@ -370,6 +371,11 @@ class CompletionBody(GenerationBody):
     unsupported = UNSUPPORTED_COMPLETION
 
     prompt: Annotated[Any, BeforeValidator(_as_prompts), _PROMPT_SCHEMA]
+    # With 0 the prompt alone is looked at.
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
+    echo: bool | None = None
+    # As llama.cpp names it: what is written as a control token is one.
+    parse_special: bool | None = None
     logprobs: Annotated[
         Annotated[int, Field(ge=0)] | None, BeforeValidator(_as_count), _COUNT_SCHEMA
     ] = None

@@ -10,7 +10,7 @@ from . import images, policies, rules, schemas, serving
 from .kubectl import BuildError, Kubectl, overlays, unpacked, unused_components, with_component
 from .problems import Problem
 
-DEPLOY = Path(__file__).parents[1]
+DEPLOY = Path(__file__).resolve().parents[1]
 CRDS = DEPLOY.parents[1] / "shared" / "data" / "crds"
 """Beside a clone of this repository, where there is such a folder."""
 

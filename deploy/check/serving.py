@@ -1,6 +1,5 @@
 """Whether what a RayService serves can run: the configuration in its manifest, and its pods."""
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from ...cluster.app import prefill_names
+from ...cluster.ingress import front_of
 from ...cluster.remedies import remedied
 from ...cluster.settings import Settings, check_model, parse_settings, warnings_about
 from ...engine.errors import LongreachError
@@ -18,8 +18,6 @@ from .pods import Pod, pods_of
 from .problems import Problem
 
 BUILDER = "longreach.cluster.app:build_application"
-HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-FRONT_LIMITS = "LONGREACH_FRONT_LIMITS"
 _STOP_SECONDS = 30.0
 """What a cluster takes to stop when its requests are finished."""
 
@@ -72,6 +70,16 @@ def _of_service(service: Manifest) -> Iterator[str]:
     yield from room.problems(settings, workers, _replica_cpus(config))
 
 
+def front_environment(settings: Settings) -> dict[str, str]:
+    """What has Serve's proxies put our front before the ingress."""
+    return (front_of(settings).runtime_env or {})["env_vars"]
+
+
+def _meaning(value: str | None) -> Any:
+    """Of a variable whose value may be JSON, however it is written."""
+    return yaml.safe_load(value) if value else value
+
+
 def _runnable_here(config: dict[str, Any]) -> dict[str, Any]:
     """With the shape of a published model in place of a checkpoint that no one has here."""
     model = config.get("model", {})
@@ -93,12 +101,12 @@ def _of_application(config: dict[str, Any], settings: Settings) -> Iterator[str]
     if ingress.api_keys_file is None:
         yield "everybody who reaches the service is served; set ingress.api_keys_file"
     environment = config.get("controller_options", {}).get("runtime_env", {}).get("env_vars", {})
-    limits = settings.limits
-    expected = {"max_body_bytes": limits.max_body_bytes, "receive_seconds": limits.receive_seconds}
-    if environment.get(HOOK) != "longreach.cluster.front.install":
-        yield f"nothing limits bodies before Serve; set {HOOK} in controller_options"
-    elif json.loads(environment.get(FRONT_LIMITS, "{}")) != expected:
-        yield f"{FRONT_LIMITS} is not {json.dumps(expected)}, as in limits; make it so"
+    for name, value in front_environment(settings).items():
+        if _meaning(environment.get(name)) != _meaning(value):
+            yield (
+                f"Serve's proxies would run otherwise than by `longreach serve`; set {name} in "
+                f"controller_options to {value}"
+            )
     asked = _replica_cpus(config)
     for name in ("ingress", "decode", *prefill_names(settings)):
         if not asked.get(name):

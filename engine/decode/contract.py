@@ -111,8 +111,8 @@ class DecodeEngine(ABC):
         Raises:
             CacheTooSmallError: as `check`.
             OutOfPagesError: the pages of its prompt are not free now; nothing was allocated.
-            InvalidRequestError: a request of that name is here already, or its prompt is longer
-                than `longest_prompt`.
+            InvalidRequestError: a request of that name is here already, its prompt is longer than
+                `longest_prompt`, or it wants its prompt scored.
         """
 
     @abstractmethod

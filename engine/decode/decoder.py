@@ -153,6 +153,8 @@ class Decoder(DecodeEngine):
                 f"request {name} has a prompt of {tokens} tokens, and those of 1 to "
                 f"{self._longest_prompt} are computed here"
             )
+        if request.sampling.prompt_logprobs is not None:
+            raise InvalidRequestError(f"request {name} wants its prompt scored, which prefill does")
         reservation = self._allocate(request, grows=True)
         reservation.sequences = self._make_sequences(reservation, constraint)
         self._prompts.add(name, tokens, request.sampling.choices)

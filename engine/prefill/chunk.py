@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from ..model.rows import RowSteps
 from ..stages import Stages
 from .attention import AttendedAlready, ChunkAttention, PrefillParts
 from .chunk_rows import ChunkRows
+from .scores import score_rows, score_width
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,13 @@ class ChunkResult:
     """What came out of one chunk.
 
     `logits` are those after the prompt's last token, float32 [vocab] on every rank, once the chunk
-    reaches the prompt's end, else None. `nearly`: when a few layers are to go.
+    reaches the prompt's end, else None. `scores`, on every rank, are those of the tokens that
+    follow the chunk's own, [tokens, columns], where they were asked for; the last row of a prompt's
+    last chunk means nothing. `nearly`: when a few layers are to go.
     """
 
     logits: Tensor | None
+    scores: Tensor | None
     nearly: Milestone
     _stages: Stages
 
@@ -48,6 +53,7 @@ def run_chunk(
     end: int,
     hand_off: HandOff | None,
     layers_to_go: int,
+    score_top: int | None,
 ) -> ChunkResult:
     """Compute prompt tokens [start, end), whose earlier ones lie in the pages; collective.
 
@@ -55,12 +61,17 @@ def run_chunk(
         table: of the whole prompt.
         hand_off: takes each layer's finished pages.
         layers_to_go: when the chunk is nearly computed.
+        score_top: score the prompt's own tokens, with so many alternatives.
     """
     stages = Stages.on(parts.model.device)
     rows = ChunkRows.of(parts.model, start, end, len(prompt))
     attention = ChunkAttention(parts, rows, table, hand_off, stages)
     tokens = torch.from_numpy(prompt[rows.positions.numpy()])
-    chunk = _Chunk(parts, rows, attention, stages)
+    following = None
+    if score_top is not None:
+        padded = torch.from_numpy(np.append(prompt, np.int32(0))).long()
+        following = padded[rows.positions + 1].to(parts.model.device)
+    chunk = _Chunk(parts, rows, attention, stages, following, score_top or 0)
     return chunk.run(without_waiting(tokens, parts.model.device), layers_to_go)
 
 
@@ -72,6 +83,8 @@ class _Chunk:
     rows: ChunkRows
     attention: ChunkAttention
     stages: Stages
+    following: Tensor | None
+    score_top: int
 
     def run(self, tokens: Tensor, layers_to_go: int) -> ChunkResult:
         """Through all layers; see `run_chunk`."""
@@ -83,7 +96,31 @@ class _Chunk:
                 nearly = Milestone.after_what_is_launched(model.device)
             layer.forward(hidden, self.attention, turns, self.stages)
         nearly = nearly or Milestone.after_what_is_launched(model.device)
-        return ChunkResult(self._run_last_layer(*hidden), nearly, self.stages)
+        if self.following is None:
+            return ChunkResult(self._run_last_layer(*hidden), None, nearly, self.stages)
+        logits, scores = self._score(hidden, turns, self.following)
+        return ChunkResult(logits, scores, nearly, self.stages)
+
+    def _score(
+        self, hidden: list[Rows], turns: RowSteps, following: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Logits as `_run_last_layer`, and scores; of the last layer all rows are wanted here."""
+        model, rows = self.parts.model, self.rows
+        model.layers[-1].forward(hidden, self.attention, turns, self.stages)
+        columns = score_width(self.score_top)
+        scores = torch.zeros(rows.end - rows.start, columns, device=model.device)
+        with self.stages.time("linear"):
+            own = (rows.positions - rows.start).to(model.device)
+            scores[own] = score_rows(model, hidden[0], following, self.score_top)
+        logits = None
+        if rows.end == rows.length:
+            logits = torch.zeros(model.config.vocab_size, device=model.device)
+            if rows.hold_last:
+                logits = model.logits(hidden[0][-1:])[0].float()
+        with self.stages.time("communication"):
+            if logits is not None:
+                model.mesh.sum_over_sequence_ranks(logits)
+            return logits, model.mesh.sum_over_sequence_ranks(scores)
 
     def _turns(self) -> RowSteps:
         """How rows go through a layer's second half: where ranks wait for sums, in turns."""

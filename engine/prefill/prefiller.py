@@ -107,6 +107,7 @@ class Prefiller:
         end: int,
         hand_off: HandOff | None = None,
         layers_to_go: int = 1,
+        score_top: int | None = None,
     ) -> ChunkResult:
         """Compute prompt tokens [start, end); collective over the mesh.
 
@@ -118,6 +119,7 @@ class Prefiller:
             end: a multiple of 128, or the end of the prompt.
             hand_off: takes each layer's finished pages, as far as they fall to this rank.
             layers_to_go: when the chunk counts as nearly computed.
+            score_top: score the prompt's own tokens, with so many alternatives; see `scores`.
 
         Raises:
             InvalidRequestError: no such request, or not its next chunk.
@@ -126,8 +128,9 @@ class Prefiller:
         """
         admitted = self._next_chunk_of(request_id, start, end)
         with out_of_memory_raises(ChunkOutOfMemoryError(start, end)):
+            prompt, table = admitted.prompt, admitted.table
             result = run_chunk(
-                self._parts, admitted.prompt, admitted.table, start, end, hand_off, layers_to_go
+                self._parts, prompt, table, start, end, hand_off, layers_to_go, score_top
             )
         admitted.done = end
         return result

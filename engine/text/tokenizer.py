@@ -95,7 +95,10 @@ class Tokenizer:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         config = _read_tokenizer_config(folder)
-        self._template = _compile_template(folder, config)
+        source = _template_source(folder, config)
+        self._template = None if source is None else _compile_template(folder, source)
+        self.info = {**config, "chat_template": source}
+        """What the folder's tokenizer_config.json says, and the chat template."""
         self._named_tokens = {
             name: _token_text(config[name])
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -174,6 +177,10 @@ class Tokenizer:
         """
         return _join(self._encode_plain(text, enough))
 
+    def encode_with_control(self, text: str, enough: int | None = None) -> Tokens:
+        """As `encode`, but what is written as a control token becomes one."""
+        return self._encode_parts(text, {}, enough)
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -200,7 +207,12 @@ class Tokenizer:
         text = self._render(marked, replace(writing, variables=variables, tools=tools))
         if end:
             text = _up_to(text, end)
-        original = {mark: token for token, mark in marks.items()}
+        return self._encode_parts(text, {mark: token for token, mark in marks.items()}, enough)
+
+    def _encode_parts(
+        self, text: str, original: Mapping[str, str], enough: int | None = None
+    ) -> Tokens:
+        """Ids of text with control tokens, and with marks for others that are text."""
         parts: list[Tokens] = []
         room = enough
         # Splitting by a pattern with a group gives text, token, text, token, ..., text.
@@ -446,13 +458,17 @@ def _token_text(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def _compile_template(folder: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
     if source is None:
         return None
     if not isinstance(source, str):
         raise CheckpointError(f"{folder}: several chat templates; put one in chat_template.jinja")
+    return source
+
+
+def _compile_template(folder: Path, source: str) -> jinja2.Template:
     # Set up as transformers does, which is what templates are written for.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

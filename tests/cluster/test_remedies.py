@@ -22,17 +22,20 @@ from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import HeldPages, Pages
 
 WIDE = MemoryNeeds("prefill", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 1, quantized=False)
-NARROW = MemoryNeeds("decode", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 2, quantized=True)
+NARROW = MemoryNeeds("decode", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 2, quantized=True, narrow=True)
 
 REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (
         errors.DoesNotFitError(WIDE, 1024),
         {
-            "prefill.kv_cache_tokens", "model.kv_cache_dtype", "prefill.chunk_tokens",
-            "prefill.tensor_parallel",
+            "prefill.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
+            "prefill.chunk_tokens", "prefill.tensor_parallel",
         },
     ),
-    (errors.DoesNotFitError(WIDE, 0), {"prefill.chunk_tokens", "prefill.tensor_parallel"}),
+    (
+        errors.DoesNotFitError(WIDE, 0),
+        {"model.weights", "prefill.chunk_tokens", "prefill.tensor_parallel"},
+    ),
     (errors.LoadingOutOfMemoryError(NARROW), {"decode.kv_cache_tokens", "decode.max_batch"}),
     (errors.StepDoesNotFitError(8), {"decode.kv_cache_tokens", "decode.max_batch"}),
     (

@@ -28,7 +28,7 @@ PATH = re.compile(rf"(?<![\w./*-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
 MODULE = re.compile(r"python -m longreach\.([\w.]+)")
 COMMAND = re.compile(r"(?<![\w./-])(?:\.venv/bin/)?longreach ([a-z]+)")
 NAME_IN_FILE = re.compile(r"`([\w.]+)`(?: of `[\w.]+`)? in \[?`([\w./-]+\.py)`")
-TARGET = re.compile(r"(?<![\w./-])make ([a-z]+)")
+TARGET = re.compile(r"(?<![\w./-])make ([a-z-]+)")
 
 
 def called(path: Path) -> str:
@@ -94,7 +94,7 @@ def test_every_name_is_in_the_file_that_it_is_said_to_be_in(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=called)
 def test_every_command_that_is_named_exists(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = code_of(page)
     assert set(COMMAND.findall(code)) - commands() == set()
     assert {module for module in MODULE.findall(code) if not is_there(module)} == set()

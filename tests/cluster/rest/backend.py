@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
+import numpy as np
 from starlette.applications import Starlette
 
 from longreach.cluster.metrics import Metrics, render
@@ -17,6 +18,7 @@ from longreach.engine.messages import (
     Finished,
     GenerationRequest,
     Progress,
+    PromptScores,
     Timings,
     TokenLogprob,
 )
@@ -25,7 +27,8 @@ from longreach.lab.pocket.tokenizer import save_tokenizer
 
 MODEL = "pocket"
 LIMITS = IngressLimits(
-    MODEL, 100, 50, clamp_max_tokens=False, max_body_bytes=4096, max_choices=4, max_logprobs=5,
+    MODEL, 100, 50, clamp_max_tokens=False, max_body_bytes=4096, max_choices=4,
+    max_prompts=6, max_scored_tokens=64, max_logprobs=5,
     receive_seconds=120.0, signs_of_life=SignsOfLife(0.02),
 )  # fmt: skip
 TIMINGS = Timings(queued=0.1, prefill=0.2, hand_off=0.3, first_token=0.4, served=1.0)
@@ -57,6 +60,8 @@ class ScriptedBackend:
                 raise self.error
             yield Progress(len(request.prompt) // 2, len(request.prompt))
             await asyncio.sleep(self.prefill_seconds)
+            if request.sampling.prompt_logprobs is not None:
+                yield scores_of(request)
             for choice in range(request.sampling.choices):
                 for index, delta in enumerate(self._deltas(choice, request)):
                     if self.step_seconds and index % self.at_once == 0:
@@ -84,6 +89,13 @@ class ScriptedBackend:
             chosen = ChosenToken(byte, -0.5, top)
             deltas.append(Delta(choice, text, (chosen,), self.finish_reason if last else None))
         return deltas
+
+
+def scores_of(request: GenerationRequest) -> PromptScores:
+    """Each token -1 and of the second rank; others, as many as are asked for, from 65 on."""
+    top = request.sampling.prompt_logprobs or 0
+    row = [-1.0, 2.0, *(65 + i for i in range(top)), *(-0.5 - i for i in range(top))]
+    return PromptScores(np.array([row] * (len(request.prompt) - 1), dtype=np.float32))
 
 
 class Endpoint:

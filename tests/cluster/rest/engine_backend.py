@@ -17,7 +17,7 @@ from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.sampler import Logits
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.local import DirectHandOff, LocalPrefill
-from longreach.engine.messages import Delta, Event, Finished, GenerationRequest
+from longreach.engine.messages import Delta, Event, Finished, GenerationRequest, PromptScores
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
 
@@ -45,7 +45,10 @@ class EngineBackend:
         constraint = self._decoder.prepare(request)
         self._decoder.reserve(request)
         try:
-            outputs = self._decoder.start(request.request_id, self._logits(request), constraint)
+            logits, scores = self._prefilled(request)
+            if scores is not None:
+                yield scores
+            outputs = self._decoder.start(request.request_id, logits, constraint)
             tokens = 0
             while outputs:
                 for _, output in outputs:
@@ -61,17 +64,19 @@ class EngineBackend:
     async def ready(self) -> bool:
         return True
 
-    def _logits(self, request: GenerationRequest) -> Logits:
+    def _prefilled(self, request: GenerationRequest) -> tuple[Logits, PromptScores | None]:
         name, prompt = request.request_id, request.prompt
+        top = request.sampling.prompt_logprobs
         prefiller = self._prefill.prefiller
         prefiller.admit(name, prompt)
         try:
             hand_off = DirectHandOff(self._decoder, name)
-            result = prefiller.run_chunk(name, 0, len(prompt), hand_off)
+            result = prefiller.run_chunk(name, 0, len(prompt), hand_off, score_top=top)
         finally:
             prefiller.release(name)
         assert result.logits is not None
-        return result.logits.numpy()
+        scores = None if result.scores is None else PromptScores(result.scores[:-1].numpy())
+        return result.logits.numpy(), scores
 
 
 class EngineEndpoint:
@@ -80,7 +85,8 @@ class EngineEndpoint:
     def __init__(self) -> None:
         limits = IngressLimits(
             MODEL, CONTEXT, 1024, clamp_max_tokens=False, max_body_bytes=1 << 20, max_choices=4,
-            max_logprobs=5, receive_seconds=120.0, signs_of_life=SignsOfLife(60.0),
+            max_prompts=64, max_scored_tokens=2000, max_logprobs=5,
+            receive_seconds=120.0, signs_of_life=SignsOfLife(60.0),
         )  # fmt: skip
         self._loop = asyncio.new_event_loop()
         figures = Path(tempfile.mkdtemp())

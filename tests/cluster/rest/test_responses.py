@@ -141,8 +141,7 @@ def test_signs_of_life(tmp_path: Path) -> None:
     endpoint.backend.prefill_seconds = 0.3
     text = ask(endpoint, stream=True).text
     events = [event.type for event in events_of(text)]
-    assert events.count("response.in_progress") >= 3
-    assert ": prefill" in text
+    assert events.count("response.in_progress") >= 2
 
 
 @pytest.mark.parametrize(

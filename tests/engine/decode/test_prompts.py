@@ -149,6 +149,8 @@ def test_what_cannot_be_admitted_is_refused_and_takes_nothing(model: Qwen2) -> N
     decoder = make_decoder(model, pages=5)
     with pytest.raises(InvalidRequestError):
         decoder.admit(make_request("a", make_prompt(1025)))
+    with pytest.raises(InvalidRequestError):
+        decoder.admit(make_request("a", make_prompt(10), prompt_logprobs=0))
     with pytest.raises(CacheTooSmallError):
         decoder.admit(make_request("a", make_prompt(600), max_tokens=100))
     decoder.admit(make_request("a", make_prompt(300)))

@@ -280,3 +280,26 @@ def test_no_row_is_computed_both_sparsely_and_in_full(
     local.logits(prompt_of(length))
     full = (length - 128) // 128
     assert sorted(set(blocks)) == list(range(full))
+
+
+@pytest.mark.parametrize("chunk_tokens", [128, 384, 1024])
+def test_scores_are_those_of_the_definition(dual_chunk: Path, chunk_tokens: int) -> None:
+    prompt, top = prompt_of(500), 3
+    rows = torch.log_softmax(oracle_logits(dual_chunk, prompt.tolist()).float(), 1)[:-1]
+    following = torch.from_numpy(prompt[1:]).long()
+    local, results = engine(dual_chunk), []
+    local.prefiller.admit("a", prompt)
+    for start in range(0, len(prompt), chunk_tokens):
+        end = min(start + chunk_tokens, len(prompt))
+        results.append(local.prefiller.run_chunk("a", start, end, score_top=top))
+    found = torch.cat([result.scores for result in results])[:-1]
+    own = rows.gather(1, following[:, None])[:, 0]
+    best = rows.topk(top, dim=1)
+    torch.testing.assert_close(found[:, 0], own, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[:, 2 + top :], best.values, rtol=1e-3, atol=1e-3)
+    named = rows.gather(1, found[:, 2 : 2 + top].long())
+    torch.testing.assert_close(named, best.values, rtol=1e-3, atol=1e-3)
+    ranks = (rows > own[:, None]).sum(1) + 1
+    assert (found[:, 1] == ranks).float().mean() > 0.95
+    assert results[-1].logits is not None
+    torch.testing.assert_close(results[-1].logits, local.logits(prompt), rtol=2e-4, atol=2e-4)

@@ -27,7 +27,8 @@ PASS_KEY = NEEDLES[0]
 def endpoint(tmp_path: Path) -> Endpoint:
     limits = IngressLimits(
         MODEL, 8192, 512, clamp_max_tokens=False, max_body_bytes=1 << 20, max_choices=1,
-        max_logprobs=0, receive_seconds=120.0, signs_of_life=SignsOfLife(1),
+        max_prompts=1, max_scored_tokens=64, max_logprobs=0, receive_seconds=120.0,
+        signs_of_life=SignsOfLife(1),
     )  # fmt: skip
     return Endpoint(tmp_path, limits=limits)
 

@@ -162,9 +162,9 @@ def test_ctrl_c_ends_it_with_what_came_by_then(script: Script, port: int, out: P
 
 def test_ctrl_c_while_warming_up_measures_nothing(script: Script, port: int, out: Path) -> None:
     script.seconds = 0.3
-    done = call_and_interrupt(script, 1, port, out, "--concurrency", "1")
+    done = call_and_interrupt(script, 2, port, out, "--concurrency", "1", "--warm-up", "3")
     assert done.exit_code != 0
-    assert script.requests == 1
+    assert script.requests == 2
     assert not out.exists()
 
 

@@ -1,0 +1,1 @@
+"""Grafana's dashboards, as code; `python -m longreach.deploy.dashboards` writes their files."""

@@ -1,0 +1,206 @@
+"""Points every client of the suite at a cluster with the bundled model, and writes a page of it.
+
+make test-clients
+python -m tests.clients --only openai-python
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from longreach.cluster.app import LocalCluster, start
+from longreach.cluster.settings import Settings, parse_settings
+
+from .suite import SUITE, Client, Target
+
+MODEL = "longreach-pocket"
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+BEGIN, END = "<!-- table: make test-clients -->\n", "<!-- end of table -->\n"
+RUN_SECONDS = 150
+INSTALLED_AT_ONCE = 2
+SLOWEST_HEALTH_SECONDS = 0.25
+FREED_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one client."""
+
+    client: Client
+    version: str
+    verdict: str
+
+    @property
+    def line(self) -> str:
+        """Of the table."""
+        return f"| {self.client.name} | {self.version} | {self.client.ran} | {self.verdict} |"
+
+
+class Health:
+    """Asks `/health` all the time, and keeps the longest that an answer took."""
+
+    def __init__(self, url: str) -> None:
+        self.slowest = 0.0
+        self._url = url
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block."""
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            self._thread.join()
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=30) as http:
+            while not self._over.wait(0.2):
+                started = time.monotonic()
+                http.get("/health")
+                self.slowest = max(self.slowest, time.monotonic() - started)
+
+
+def settings_for(port: int, page_port: int) -> Settings:
+    """A small cluster, whose endpoint a page of another origin may use."""
+    return parse_settings(
+        {
+            "model": {"path": "pocket", "name": MODEL},
+            "limits": {"max_model_len": 32768, "max_output_tokens": 512},
+            "prefill": {"chunk_tokens": 2048, "kv_cache_tokens": 65536, "cpus_per_rank": 0.5},
+            "decode": {"kv_cache_tokens": 65536, "cpus": 0.5},
+            "ingress": {"port": port, "allowed_origins": [f"http://127.0.0.1:{page_port}"]},
+        }
+    )
+
+
+def install(client: Client, environments: Path) -> str | None:
+    """Make a client's environment where there is none; what keeps it from being made, or None."""
+    folder, stamp = folder_of(client, environments), stamp_of(client, environments)
+    problem = client.missing()
+    if problem is not None or stamp.exists():
+        return problem
+    try:
+        client.install(folder)
+    except (subprocess.SubprocessError, OSError) as error:
+        return f"not installed: {' '.join(str(error).split())[:120]}"
+    stamp.touch()
+    return None
+
+
+def folder_of(client: Client, environments: Path) -> Path:
+    return environments / client.name.lower().replace(" ", "-")
+
+
+def stamp_of(client: Client, environments: Path) -> Path:
+    return folder_of(client, environments) / ".installed"
+
+
+def run(client: Client, problem: str | None, environments: Path, target: Target) -> Row:
+    """Run a client; what it said goes into a log beside its environment."""
+    if problem is not None:
+        return Row(client, "", f"not run: {problem}")
+    folder = folder_of(client, environments)
+    log = folder / "log.txt"
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as out:
+        try:
+            done = subprocess.run(
+                client.command(folder, target), stdout=out, stderr=subprocess.STDOUT,
+                timeout=RUN_SECONDS, check=False,
+            )  # fmt: skip
+            verdict = "works" if done.returncode == 0 else _failures(log)
+        except subprocess.TimeoutExpired:
+            verdict = f"not done after {RUN_SECONDS} s"
+    print(f"{client.name}: {verdict} ({time.monotonic() - started:.0f} s; {log})", flush=True)
+    return Row(client, client.version(folder), verdict)
+
+
+def _failures(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    named = [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
+    return f"fails: {', '.join(named) or 'see its log'}"
+
+
+def pages_held(url: str) -> float:
+    """The largest share of pages in use, once it had time to become none."""
+    held = 1.0
+    deadline = time.monotonic() + FREED_SECONDS
+    while held and time.monotonic() < deadline:
+        text = httpx.get(f"{url}/metrics").text
+        held = max(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "longreach_kv_cache_usage_perc"
+        )
+        time.sleep(0.2)
+    return held
+
+
+def write_page(rows: list[Row], beside: str) -> None:
+    """Put the table, and what was seen beside it, where the last ones stand."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    table = ["| client | version | what was run | verdict |", "| --- | --- | --- | --- |"]
+    table += [row.line for row in rows]
+    page = f"{before}{BEGIN}\n{beside}\n\n" + "\n".join(table) + f"\n\n{END}{after}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def clients(cluster: LocalCluster, chosen: list[Client], environments: Path, page_port: int):
+    """Each one's row, the clients run one after the other while others are installed."""
+    target = Target(f"{cluster.url}/v1", MODEL, page_port)
+    with ThreadPoolExecutor(INSTALLED_AT_ONCE) as installing:
+        ready = [installing.submit(install, client, environments) for client in chosen]
+        for client, installed in zip(chosen, ready, strict=True):
+            yield run(client, installed.result(), environments, target)
+
+
+def main() -> int:
+    """The status: 0 where every client that could be run works."""
+    parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
+    parser.add_argument("--environments", type=Path, default=Path(".clients"))
+    parser.add_argument("--only", action="append", help="a client's name; repeatable")
+    parser.add_argument("--port", type=int, default=8900, help="and the next one, for a page")
+    options = parser.parse_args()
+    chosen = [client for client in SUITE if options.only is None or client.name in options.only]
+    environments = options.environments.resolve()
+    started = time.monotonic()
+    cluster = start(settings_for(options.port, options.port + 1))
+    try:
+        cluster.wait_until_ready()
+        health = Health(cluster.url)
+        with health.watched():
+            rows = list(clients(cluster, chosen, environments, options.port + 1))
+        held = pages_held(cluster.url)
+    finally:
+        cluster.kill()
+    beside = (
+        f"Last run: {time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, "
+        f"{time.monotonic() - started:.0f} s. Slowest `/health`: {1000 * health.slowest:.0f} ms. "
+        f"Pages held after all: {'none' if held == 0 else f'{held:.1%}'}."
+    )
+    print(beside)
+    if options.only is None:
+        write_page(rows, beside)
+    works = all(row.verdict == "works" or row.verdict.startswith("not run") for row in rows)
+    return 0 if works and held == 0 and health.slowest <= SLOWEST_HEALTH_SECONDS else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
