@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..engine.decode.step import NO_PROMPTS, PromptLimits
+from ..engine.decode.step_rows import logits_rows
 from ..engine.errors import LoadingOutOfMemoryError, LongreachError
 from ..engine.kv.pages import PageGeometry
 from ..engine.memory.fit import DecodeFit, Fit, PrefillFit, Weights, free_bytes
@@ -18,7 +20,7 @@ from ..engine.model.compute_type import compute_dtype
 from ..engine.model.config import ModelConfig
 from ..engine.prefill.sparsity import SparsityConfig
 from .remedies import remedied
-from .settings import GangSettings, ModelSettings, WorkerSettings
+from .settings import DecodeSettings, GangSettings, ModelSettings, WorkerSettings
 
 
 @contextmanager
@@ -74,8 +76,18 @@ def prefill_fit(settings: GangSettings, free: int, ranks_on_card: int) -> Prefil
 def decode_fit(settings: WorkerSettings, free: int) -> DecodeFit:
     """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
     weights, geometry = _model(settings.model, 1)
-    decode = settings.decode
-    return DecodeFit(weights, geometry, free, decode.max_batch, settings.longest_chunk)
+    batch, prompts = settings.decode.largest_batch, own_prompts(settings.decode)
+    return DecodeFit(
+        weights, geometry, free, batch, settings.longest_chunk, logits_rows(batch, prompts),
+        prompts.at_once,
+    )  # fmt: skip
+
+
+def own_prompts(decode: DecodeSettings) -> PromptLimits:
+    """Which prompts a worker computes itself."""
+    if not decode.longest_own_prompt:
+        return NO_PROMPTS
+    return PromptLimits(decode.longest_own_prompt, decode.prompt_tokens_at_once)
 
 
 def _model(settings: ModelSettings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:

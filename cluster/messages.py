@@ -26,6 +26,18 @@ class PrefillOrder:
 
 
 @dataclass(frozen=True)
+class ComputedHere:
+    """When a decode worker's own steps computed a prompt, in `time.time()`.
+
+    `seconds` were spent in those steps, in which others got their tokens as well.
+    """
+
+    began: float
+    ended: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Taken:
     """Which decode worker holds a request's pages: its name, and its actor's handle.
 

@@ -141,17 +141,38 @@ class PrefillSettings(_Section):
 class DecodeSettings(_Section):
     """The decode replicas: one worker process each, with a KV pool. `max_replicas` as a gang's.
 
-    `patience`: as a gang's, for prompts that wait for pages here.
+    Prompts of up to `prefill_up_to` tokens are computed by the worker itself, beside others'
+    answers, `prefill_at_once` tokens of them in one step; a gang is asked for longer ones.
+    `patience`: as a gang's, for prompts that wait for pages here, or to be computed.
+    Where `max_batch` or one of these two is None, it is what suits the worker's device.
     """
 
     replicas: Count = 1
     max_replicas: Count | None = None
     kv_cache_tokens: Count
-    max_batch: Count = 8
+    max_batch: Count | None = None
+    prefill_up_to: Annotated[int, Field(ge=0)] | None = None
+    prefill_at_once: Count | None = None
     threads: Count = 1
     cpus: NotNegative = 1.0
     gpus: NotNegative = 0.0
     patience: Positive = 2.0
+
+    @property
+    def largest_batch(self) -> int:
+        """Sequences in one step."""
+        return self.max_batch or (64 if self.gpus else 8)
+
+    @property
+    def longest_own_prompt(self) -> int:
+        """Tokens of the longest prompt that no gang is asked for."""
+        by_default = 8192 if self.gpus else 2048
+        return by_default if self.prefill_up_to is None else self.prefill_up_to
+
+    @property
+    def prompt_tokens_at_once(self) -> int:
+        """Tokens of prompts in one step."""
+        return self.prefill_at_once or (1024 if self.gpus else 512)
 
 
 class IngressSettings(_Section):
@@ -312,6 +333,11 @@ class Settings(_Section):
                 f"request: {longest} tokens and {self.limits.max_choices} answers of "
                 f"{self.limits.max_output_tokens}; make it {needed} or more"
             )
+        if self.decode.prompt_tokens_at_once % PAGE_TOKENS:
+            yield (
+                f"decode.prefill_at_once is {self.decode.prefill_at_once}; make it a multiple of "
+                f"{PAGE_TOKENS}"
+            )
         for key, each in [("decode.max_replicas", self.decode)] + [
             (gang.key("max_replicas"), gang) for gang in self.prefill
         ]:
@@ -320,10 +346,10 @@ class Settings(_Section):
                     f"{key} ({each.max_replicas}) is below replicas ({each.replicas}), with which "
                     "it begins; raise it, or leave it out for a fixed number"
                 )
-        if self.limits.max_choices > self.decode.max_batch:
+        if self.limits.max_choices > self.decode.largest_batch:
             yield (
                 f"limits.max_choices ({self.limits.max_choices}) is more than decode.max_batch "
-                f"({self.decode.max_batch}), so one request would not fit into a step; raise "
+                f"({self.decode.largest_batch}), so one request would not fit into a step; raise "
                 "decode.max_batch"
             )
         on_gpus = self.decode.gpus or any(gang.gpus_per_rank for gang in self.prefill)
@@ -355,6 +381,13 @@ class Settings(_Section):
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             yield f"prefill lists two gangs of the name {repeated!r}; give each its own"
+        own, first = self.decode.longest_own_prompt, self.gangs[0]
+        if first.prefill.max_prompt_tokens and first.max_prompt_tokens <= own:
+            yield (
+                f"{first.prefill.key('max_prompt_tokens')} ({first.max_prompt_tokens}) leaves it "
+                f"no prompt, because decode workers compute those of up to {own} tokens "
+                "themselves; lower decode.prefill_up_to, or leave the gang out"
+            )
         covered = 0
         for gang in self.gangs:
             if gang.max_prompt_tokens <= covered:

@@ -10,7 +10,7 @@ from ...engine.model.compute_type import compute_dtype
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.budgets import dense_up_to, has_budgets
 from ...kernels.page_size import pages_for
-from ..settings import GangSettings, Settings, warnings_about
+from ..settings import DecodeSettings, GangSettings, Settings, warnings_about
 
 
 def explain(settings: Settings) -> RenderableType:
@@ -75,12 +75,22 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
     table.add_row(
         f"{decode.replicas}",
-        f"decode worker: batches of up to {decode.max_batch}",
+        f"decode worker: batches of up to {decode.largest_batch}; {_own_prompts(decode)}",
         f"{decode.kv_cache_tokens:,} tokens, "
         f"{_gib(kv_bytes(settings, model, decode.kv_cache_tokens))}",
         _asks(decode.gpus, decode.threads),
     )
     return table
+
+
+def _own_prompts(decode: DecodeSettings) -> str:
+    """Which prompts a worker computes itself, in words."""
+    if not decode.longest_own_prompt:
+        return "no prompts"
+    return (
+        f"prompts up to {decode.longest_own_prompt:,} tokens, "
+        f"{decode.prompt_tokens_at_once:,} in a step"
+    )
 
 
 def _add_gang(table: Table, settings: Settings, model: ModelConfig, gang: GangSettings) -> None:

@@ -3,17 +3,20 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from ...engine.decode.contract import DecodeEngine
+from ...engine.decode.grammar import Constraint
 from ...engine.errors import LongreachError, OutOfPagesError
+from ...engine.fairness import Turns
 from ...engine.messages import GenerationRequest
-from ..fairness import Turns
 from ..tasks import forever
 
 
 @dataclass(eq=False)
 class _Waiting:
     request: GenerationRequest
+    take: Callable[[GenerationRequest], None]
     admitted: asyncio.Future[None] = field(default_factory=asyncio.Future)
 
 
@@ -51,14 +54,22 @@ class Admission:
         return len(self._waiting)
 
     async def reserve(self, request: GenerationRequest) -> None:
-        """Return when a request has its pages.
+        """Return when a request has its pages, for a prompt that comes from prefill.
 
         Whoever is cancelled may have got them at that moment: `DecodeEngine.cancel` frees them.
 
         Raises: as `DecodeEngine.reserve`, except that it waits for pages that are not free now.
         """
+        await self._wait(_Waiting(request, self._engine.reserve))
+
+    async def admit(self, request: GenerationRequest, constraint: Constraint | None) -> None:
+        """Return when a request is in the engine, which computes its prompt; as `reserve`."""
+        await self._wait(_Waiting(request, partial(self._engine.admit, constraint=constraint)))
+
+    async def _wait(self, entry: _Waiting) -> None:
+        request = entry.request
         self._engine.check(request)
-        name, entry = request.request_id, _Waiting(request)
+        name = request.request_id
         self._turns.join(name, len(request.prompt))
         self._waiting[name] = entry
         self.wake()
@@ -96,15 +107,15 @@ class Admission:
 
     def _admit(self, request_id: str) -> bool:
         """Whether a request waits no longer: it has pages, or will never get any."""
-        request = self._waiting[request_id].request
+        entry = self._waiting[request_id]
         try:
-            self._engine.reserve(request)
+            entry.take(entry.request)
         except OutOfPagesError:
             return False
         except LongreachError as error:
             self._settle(request_id, error)
             return True
-        self._turns.serve(request_id, len(request.prompt))
+        self._turns.serve(request_id, len(entry.request.prompt))
         self._settle(request_id, None)
         return True
 

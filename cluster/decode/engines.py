@@ -11,7 +11,7 @@ from ...engine.model.load import load_model
 from ...engine.parallel.mesh import Mesh
 from ...engine.text.tokenizer import Tokenizer
 from ...kernels.page_size import pages_for
-from ..memory import room_for_decode
+from ..memory import own_prompts, room_for_decode
 from ..settings import WorkerSettings
 
 
@@ -34,4 +34,6 @@ def _make_decoder(settings: WorkerSettings, device: torch.device) -> Decoder:
     geometry = model.pages_kept_as(settings.model.pages_kept_as)
     pool = PagePool(geometry, pages_for(settings.decode.kv_cache_tokens), device)
     token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
-    return Decoder(model, pool, token_bytes, settings.decode.max_batch)
+    decode = settings.decode
+    prompts = own_prompts(decode)
+    return Decoder(model, pool, token_bytes, decode.largest_batch, prompts, decode.patience)

@@ -39,7 +39,7 @@ class DecodeReplica:
 
     Args:
         gangs: as `PrefillRouter` takes them.
-        most_waiting: requests for one gang before more are refused.
+        most_waiting: requests for one gang, or for the worker itself, before more are refused.
     """
 
     async def __init__(
@@ -53,6 +53,7 @@ class DecodeReplica:
         self._sink.add(metrics.LOST, 0)  # a rate misses what a series begins with
         self._router = PrefillRouter(gangs)
         self._most_waiting = most_waiting
+        self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
         self._worker_id = f"longreach-decode-{uuid.uuid4().hex}"
@@ -104,7 +105,10 @@ class DecodeReplica:
     def _begin(self, request: GenerationRequest) -> RequestLife:
         if self._lost:
             raise NotUpError(_LOST)
-        prefill = self._router.gang_for(len(request.prompt))
+        tokens = len(request.prompt)
+        # Only a gang scores a prompt's own tokens.
+        here = tokens <= self._prefills_up_to and request.sampling.prompt_logprobs is None
+        prefill = None if here else self._router.gang_for(tokens)
         lives = [life for life in self._lives if life.prefill is prefill]
         waiting = sum(life.state is State.WAITING for life in lives)
         # One that nobody waits in front of does not wait itself.

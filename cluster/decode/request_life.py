@@ -6,8 +6,9 @@ life in one way, by releasing what the worker holds for it.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from enum import Enum
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ...engine.errors import LostError
 from ...engine.messages import (
+    Delta,
     Event,
     Finished,
     GenerationRequest,
@@ -24,7 +26,7 @@ from ...engine.messages import (
     Timings,
 )
 from ..call_errors import first_of
-from ..messages import PrefillOrder
+from ..messages import ComputedHere, PrefillOrder
 from ..streams import listening
 from ..tasks import as_nobody, tell
 
@@ -44,14 +46,15 @@ class RequestLife:
 
     Args:
         worker: the handle of the decode worker's actor.
-        prefill: the deployment that computes its prompt, with streamed answers.
+        prefill: the deployment that computes its prompt, with streamed answers; None where the
+            worker does it itself.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
         worker: Any,
-        prefill: DeploymentHandle,
+        prefill: DeploymentHandle | None,
     ) -> None:
         self._request = request
         self._worker, self.prefill = worker, prefill
@@ -61,24 +64,51 @@ class RequestLife:
     async def events(self) -> AsyncGenerator[list[Event], None]:
         """What the client hears, those that come at the same time in one list."""
         try:
-            prefilled = None
-            async with aclosing(self._prefilling(self._reserve())) as progress:
-                async for event in progress:
-                    if isinstance(event, Prefilled):
-                        prefilled = event
-                    else:
-                        yield [event]
-            if prefilled is None:
-                raise LostError("prefill ended early; send the request again")
-            if prefilled.scores is not None:
-                yield [PromptScores(prefilled.scores)]
-            self.state = State.DECODING
-            async with aclosing(self._decoding(prefilled)) as answer:
-                async for events in answer:
+            whole = self._at_the_worker() if self.prefill is None else self._by(self.prefill)
+            async with aclosing(whole) as messages:
+                async for events in messages:
                     yield events
         finally:
             self.state = State.ENDED
             tell(self._worker.release.remote, self._request.request_id)
+
+    async def _by(self, prefill: DeploymentHandle) -> AsyncGenerator[list[Event], None]:
+        """Have the prompt computed by a gang, and handed off to the worker."""
+        prefilled = None
+        async with aclosing(self._prefilling(prefill, self._reserve())) as progress:
+            async for event in progress:
+                if isinstance(event, Prefilled):
+                    prefilled = event
+                else:
+                    yield [event]
+        if prefilled is None:
+            raise LostError("prefill ended early; send the request again")
+        if prefilled.scores is not None:
+            yield [PromptScores(prefilled.scores)]
+        self.state = State.DECODING
+        async with aclosing(self._decoding(prefilled)) as answer:
+            async for events in answer:
+                yield events
+
+    async def _at_the_worker(self) -> AsyncGenerator[list[Event], None]:
+        """Have the worker compute the prompt as well: one call, and no pages that travel."""
+        answer = self._worker.generate.options(num_returns="streaming")
+        clock = _AnswerClock(self._request, self._began)
+        async for reference in as_nobody(answer.remote, self._request):
+            messages, ended = await reference
+            events: list[Event] = []
+            for message in messages:
+                if isinstance(message, ComputedHere):
+                    self.state = State.DECODING
+                    clock.prompt_is_computed(message)
+                else:
+                    events.append(message)
+            if self.state is State.WAITING:
+                self.state = State.PREFILLING
+            clock.count(events)
+            if ended:
+                events.append(clock.finished())
+            yield events
 
     def _reserve(self) -> PrefillOrder:
         """Have pages allocated, without waiting for them."""
@@ -89,11 +119,13 @@ class RequestLife:
             released=as_nobody(self._worker.until_released.remote, name),
         )
 
-    async def _prefilling(self, order: PrefillOrder) -> AsyncGenerator[Progress | Prefilled, None]:
+    async def _prefilling(
+        self, prefill: DeploymentHandle, order: PrefillOrder
+    ) -> AsyncGenerator[Progress | Prefilled, None]:
         """Have the prompt computed into those pages; ends with Prefilled."""
         stream = cast(
             DeploymentResponseGenerator[Progress | Prefilled | None],
-            self.prefill.prefill.remote(order),
+            prefill.prefill.remote(order),
         )
         try:
             await first_of(stream)
@@ -106,23 +138,59 @@ class RequestLife:
 
     async def _decoding(self, prefilled: Prefilled) -> AsyncGenerator[list[Event], None]:
         """Generate from them; ends with Finished."""
-        started = time.perf_counter()
-        first_token, completion_tokens = None, 0
+        clock = _AnswerClock(self._request, self._began)
+        clock.prompt_is_there(prefilled)
         answer = self._worker.answer.options(num_returns="streaming")
         async for reference in answer.remote(self._request.request_id, prefilled.logits):
             deltas, ended = await reference
-            now = time.perf_counter()
-            first_token = first_token or now - started
-            completion_tokens += sum(len(delta.tokens) for delta in deltas)
+            clock.count(deltas)
             events: list[Event] = list(deltas)
             if ended:
-                timings = Timings(
-                    queued=prefilled.queued,
-                    prefill=prefilled.prefill,
-                    hand_off=prefilled.hand_off,
-                    first_token=first_token,
-                    served=now - self._began,
-                    prefill_stages=prefilled.stages,
-                )
-                events.append(Finished(len(self._request.prompt), completion_tokens, timings))
+                events.append(clock.finished())
             yield events
+
+
+class _AnswerClock:
+    """Counts and times what comes out of a request."""
+
+    def __init__(self, request: GenerationRequest, began: float) -> None:
+        self._request, self._began = request, began
+        self._tokens = 0
+        self._first: float | None = None
+        self._prompt = Timings(0.0, 0.0, 0.0, 0.0, 0.0)
+        self._there = began
+
+    def prompt_is_there(self, prefilled: Prefilled) -> None:
+        """A gang has computed and handed off the prompt."""
+        self._there = time.perf_counter()
+        self._prompt = replace(
+            self._prompt,
+            queued=prefilled.queued,
+            prefill=prefilled.prefill,
+            hand_off=prefilled.hand_off,
+            prefill_stages=prefilled.stages,
+        )
+
+    def prompt_is_computed(self, computed: ComputedHere) -> None:
+        """The worker has computed it itself."""
+        self._there = time.perf_counter()
+        self._prompt = replace(
+            self._prompt,
+            queued=max(computed.began - self._request.arrived, 0.0),
+            prefill=max(computed.ended - computed.began, 0.0),
+            prefill_stages={"steps": computed.seconds},
+        )
+
+    def count(self, events: Sequence[Event]) -> None:
+        """Note what has come."""
+        tokens = sum(len(event.tokens) for event in events if isinstance(event, Delta))
+        self._tokens += tokens
+        if tokens and self._first is None:
+            self._first = time.perf_counter()
+
+    def finished(self) -> Finished:
+        """What is said at the end."""
+        now = time.perf_counter()
+        first = now if self._first is None else self._first
+        timings = replace(self._prompt, first_token=first - self._there, served=now - self._began)
+        return Finished(len(self._request.prompt), self._tokens, timings)

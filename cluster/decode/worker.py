@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from ...engine.errors import (
     TransferError,
     UnavailableError,
 )
-from ...engine.messages import Delta, GenerationRequest
+from ...engine.messages import Delta, GenerationRequest, Progress
 from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
+from ..messages import ComputedHere
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
@@ -36,8 +38,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ENDED_REMEMBERED = 4096
+_MESSAGE_SECONDS = 0.001
+"""About what a message with tokens costs each process on its way. With many answers under way, one
+a token would keep all of them busier than the device."""
+_LONGEST_PAUSE = 0.1
 _RELEASED = "the request was released; send it again"
 _FAILED = "the decode engine failed, and is being replaced; send the request again"
+
+
+AnswerEvent = Progress | ComputedHere | Delta
+"""What a worker says about a request: Delta alone where its prompt was handed off."""
+
+_Event = AnswerEvent | LongreachError | None
+"""None behind the last."""
 
 
 @dataclass(eq=False)
@@ -47,7 +60,9 @@ class _Request:
     is_reserved: bool = False
     constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
-    events: "asyncio.Queue[Delta | LongreachError | None]" = field(default_factory=asyncio.Queue)
+    events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
+    computed: ComputedHere | None = None
+    done: int = 0  # tokens of its prompt that are computed here
 
 
 class DecodeWorker:
@@ -78,6 +93,7 @@ class DecodeWorker:
         self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
         self._turn = asyncio.Lock()
         self._leases = LeaseBook()
+        self._preemptions = 0
 
     async def start(self, own_handle: Any) -> None:
         """Begin to admit, copy and step; before all else.
@@ -127,7 +143,7 @@ class DecodeWorker:
             "kv_usage": self._engine.usage,
             "holding": float(sum(each.is_reserved for each in self._requests.values()) - waiting),
             "waiting": float(waiting),
-            "batch": generating / self._settings.decode.max_batch,
+            "batch": generating / self._settings.decode.largest_batch,
         }
 
     async def reserve(self, request: GenerationRequest) -> "Destination":
@@ -143,6 +159,12 @@ class DecodeWorker:
             LostError: it failed while the request waited.
             UnavailableError: the request was released.
         """
+        await self._prepare(request, self._take(request))
+        await self._admission.reserve(request)
+        return self._receiver.destination(request.request_id)
+
+    def _take(self, request: GenerationRequest) -> _Request:
+        """Expect a request to begin, once."""
         if self._failed:
             raise NotUpError(_FAILED)
         name = request.request_id
@@ -152,12 +174,14 @@ class DecodeWorker:
         if here.is_reserved:
             raise InvalidRequestError(f"request {name} is here already")
         here.is_reserved = True
+        return here
+
+    async def _prepare(self, request: GenerationRequest, here: _Request) -> None:
+        """Compile a request's grammar, if it has one, beside everything else."""
         if request.sampling.grammar is not None:
             here.constraint = await asyncio.to_thread(self._engine.prepare, request)
-            if name in self._ended:
+            if request.request_id in self._ended:
                 raise UnavailableError(_RELEASED)
-        await self._admission.reserve(request)
-        return self._receiver.destination(name)
 
     def _expect(self, request_id: str) -> _Request:
         """A request's entry, made by whichever call comes first: they overtake each other."""
@@ -212,16 +236,28 @@ class DecodeWorker:
             self._check()
             self._deliver(self._engine.start(request_id, logits, request.constraint))
         self._stepper.wake()
-        ended = False
-        while not ended:
-            events = [await request.events.get()]
-            while not request.events.empty():
-                events.append(request.events.get_nowait())
-            error = next((event for event in events if isinstance(event, LongreachError)), None)
-            ended = None in events and error is None
+        async for events, ended in _heard(request, self._pause):
             yield [event for event in events if isinstance(event, Delta)], ended
-            if error is not None:
-                raise error
+
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
+        """Compute a prompt, once there are pages for it, and generate from it.
+
+        Yields as `answer`; besides, Progress within the prompt, and ComputedHere at its end.
+
+        Raises: as `reserve` and `answer`.
+        """
+        here = self._take(request)
+        await self._prepare(request, here)
+        await self._admission.admit(request, here.constraint)
+        self._stepper.wake()
+        async for message in _heard(here, self._pause):
+            yield message
+
+    def _pause(self) -> float:
+        """Seconds that an answer waits with its next tokens, which then come together."""
+        return min(self._engine.num_generating * _MESSAGE_SECONDS, _LONGEST_PAUSE)
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
@@ -242,6 +278,8 @@ class DecodeWorker:
         async with self._turn:
             self._engine.cancel(request_id)
         self._admission.wake()
+        # Pages are free, and a request that had to make room may come back.
+        self._stepper.wake()
         self._report()
         # An answer that is whole has ended already; any other must not be taken for a whole one.
         request.events.put_nowait(UnavailableError(_RELEASED))
@@ -271,13 +309,37 @@ class DecodeWorker:
 
     def _after_step(self, outputs: "list[Output]", seconds: float) -> None:
         self._sink.observe(metrics.DECODE_STEP_TIME, seconds)
+        now = time.time()
+        for request_id, output in outputs:
+            if isinstance(output, Progress):
+                self._count_prompt(request_id, output, now - seconds, now)
         self._deliver(outputs)
+        if self._admission.num_waiting:
+            # Whoever had to make room may have come back, and others wait for that.
+            self._admission.wake()
         self._report()
+
+    def _count_prompt(
+        self, request_id: str, progress: Progress, began: float, ended: float
+    ) -> None:
+        """Time a step that computed a part of a prompt; after the last, say how long all took."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        self._sink.add(metrics.PREFILL_TOKENS, progress.done - request.done)
+        request.done = progress.done
+        before = request.computed or ComputedHere(began, began, 0.0)
+        seconds = before.seconds + ended - began
+        request.computed = ComputedHere(before.began, ended, seconds)
+        is_whole = progress.done == progress.total
+        request.events.put_nowait(request.computed if is_whole else progress)
 
     def _deliver(self, outputs: "list[Output]") -> None:
         """Hand out what came out, and let others have the pages of those that ended."""
         pages_were_freed = False
         for request_id, output in outputs:
+            if isinstance(output, Progress):
+                continue
             pages_were_freed |= not isinstance(output, Delta) or output.finish_reason is not None
             if (request := self._requests.get(request_id)) is not None:
                 request.events.put_nowait(output)
@@ -308,3 +370,31 @@ class DecodeWorker:
         self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._engine.num_generating)
         self._sink.set(metrics.NUM_REQUESTS_WAITING, self._admission.num_waiting)
         self._sink.set(metrics.NUM_SEQUENCES_WAITING, self._engine.num_waiting)
+        self._sink.set(metrics.NUM_PROMPTS, self._engine.num_prompts)
+        preemptions = self._engine.num_preemptions
+        self._sink.add(metrics.PREEMPTIONS, preemptions - self._preemptions)
+        self._preemptions = preemptions
+
+
+async def _heard(
+    request: _Request, pause: Callable[[], float]
+) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
+    """What comes for a request, and whether all choices are finished with it.
+
+    Args:
+        pause: how long to say nothing after a message with tokens.
+
+    Raises: what comes instead of the rest.
+    """
+    ended = False
+    while not ended:
+        events = [await request.events.get()]
+        while not request.events.empty():
+            events.append(request.events.get_nowait())
+        error = next((event for event in events if isinstance(event, LongreachError)), None)
+        ended = None in events and error is None
+        yield [e for e in events if e is not None and not isinstance(e, LongreachError)], ended
+        if error is not None:
+            raise error
+        if not ended and any(isinstance(event, Delta) for event in events):
+            await asyncio.sleep(pause())

@@ -138,7 +138,8 @@ HANDOFF_BYTES = Counter(
 PREFILL_CHUNKS = Counter("longreach_prefill_chunks_total", "Chunks computed by prefill gangs.")
 PREFILL_TOKENS = Counter(
     "longreach_prefill_tokens_total",
-    "Prompt tokens computed by prefill gangs, those of requests that were cancelled later too.",
+    "Prompt tokens computed, by prefill gangs or by decode workers themselves, those of requests "
+    "that were cancelled later too.",
 )
 PREFILL_STAGE_SECONDS = Counter(
     "longreach_prefill_stage_seconds_total",
@@ -163,7 +164,15 @@ NUM_REQUESTS_WAITING = Gauge(
 )
 NUM_SEQUENCES_WAITING = Gauge(
     "longreach_num_sequences_waiting",
-    "Sequences whose prompt is prefilled and that wait for a place in the batch.",
+    "Sequences whose prompt is prefilled and that wait for a place in the batch, or for pages.",
+)
+NUM_PROMPTS = Gauge(
+    "longreach_num_prompts_computing",
+    "Requests whose prompts a decode worker computes itself, and has not computed yet.",
+)
+PREEMPTIONS = Counter(
+    "longreach_num_preemptions_total",
+    "How often a request had to make room for others and to go on later.",
 )
 KV_CACHE_USAGE = Gauge(
     "longreach_kv_cache_usage_perc",
@@ -214,6 +223,8 @@ VOCABULARY: tuple[Metric, ...] = (
     NUM_REQUESTS_RUNNING,
     NUM_REQUESTS_WAITING,
     NUM_SEQUENCES_WAITING,
+    NUM_PROMPTS,
+    PREEMPTIONS,
     PROMPT_TOKENS,
     GENERATION_TOKENS,
     TIME_TO_FIRST_TOKEN,

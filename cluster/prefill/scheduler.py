@@ -6,8 +6,8 @@ Pure bookkeeping over token and page counts.
 from dataclasses import dataclass
 
 from ...engine.errors import CacheTooSmallError
+from ...engine.fairness import Turns
 from ...kernels.page_size import PAGE_TOKENS, pages_for
-from ..fairness import Turns
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,24 @@ import torch
 from ..errors import GenerationError
 from ..kv.hand_off import Place
 from ..kv.pages import Pages
-from ..messages import Delta, GenerationRequest
+from ..messages import Delta, GenerationRequest, Progress
 from .grammar import Constraint
 from .sampler import Logits
 
-Output = tuple[str, Delta | GenerationError]
-"""A request's id, and what came out for it. After an error nothing more comes for the request."""
+Output = tuple[str, Progress | Delta | GenerationError]
+"""A request's id, and what came out for it. After an error nothing more comes for the request.
+
+Progress is of prompts that the engine computes itself: after each part of them, the last included.
+"""
 
 
 class DecodeEngine(ABC):
-    """Generates for many requests at once, out of pages that prefill hands over.
+    """Generates for many requests at once, out of pages that prefill hands over, or on its own.
 
     A request's life here: `reserve`, `receive` for every page of its prompt, `start`, then `step`
-    until its last choice has ended; `cancel` ends it at any moment. Not thread-safe, except for
-    `receive`, which may run beside everything but `start` and `cancel` of the same request.
+    until its last choice has ended. One whose prompt the engine computes itself: `admit`, then
+    `step`. `cancel` ends either at any moment. Not thread-safe, except for `receive`, which may run
+    beside everything but `start` and `cancel` of the same request.
     """
 
     @property
@@ -40,8 +44,23 @@ class DecodeEngine(ABC):
 
     @property
     @abstractmethod
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that `admit` takes; 0 where it takes none."""
+
+    @property
+    @abstractmethod
+    def num_prompts(self) -> int:
+        """Requests that were admitted, and whose prompts are not computed yet."""
+
+    @property
+    @abstractmethod
+    def num_preemptions(self) -> int:
+        """How often a request that was admitted had to make room for others, since the start."""
+
+    @property
+    @abstractmethod
     def num_waiting(self) -> int:
-        """Sequences whose prompt is there, and that wait for a place in the batch."""
+        """Sequences whose prompt is there, and that wait for a place in the batch or for pages."""
 
     @property
     @abstractmethod
@@ -79,6 +98,24 @@ class DecodeEngine(ABC):
         """
 
     @abstractmethod
+    def admit(self, request: GenerationRequest, constraint: Constraint | None = None) -> None:
+        """Take a request whose prompt the engine computes itself, in steps beside others' tokens.
+
+        Pages are taken as they are needed. Where none are left, one that was admitted may have to
+        wait until others have ended, at any moment, and then goes on with the same tokens; it never
+        fails for it, and never takes pages that were reserved.
+
+        Args:
+            constraint: what `prepare` made of the request; choices go on from copies.
+
+        Raises:
+            CacheTooSmallError: as `check`.
+            OutOfPagesError: the pages of its prompt are not free now; nothing was allocated.
+            InvalidRequestError: a request of that name is here already, its prompt is longer than
+                `longest_prompt`, or it wants its prompt scored.
+        """
+
+    @abstractmethod
     def receive(self, request_id: str, place: Place, pages: Pages) -> None:
         """Put pages that were handed off in their place.
 
@@ -110,7 +147,8 @@ class DecodeEngine(ABC):
     def step(self) -> list[Output]:
         """Generate one token for each sequence in the batch, after filling the batch up.
 
-        Where memory does not suffice for the batch, the request that joined last ends with an
+        Parts of prompts are computed in the same step, so many tokens at most that the others'
+        keep their pace. Where memory does not suffice, the request that joined last ends with an
         OutOfMemoryError, and the others go on with the next step.
         """
 

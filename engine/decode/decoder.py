@@ -1,25 +1,25 @@
-"""Decode: continuous batching over paged KV, from handed-off prompts to finished answers.
+"""Decode: continuous batching over paged KV, from prompts to finished answers.
 
-A request reserves its pages before its prompt is prefilled, receives them page by page, starts
-with the logits of its prompt's last token, and then takes part in every step until its last
-choice is finished, when its pages go back.
+A request comes in one of two ways. Where its prompt is prefilled elsewhere, it reserves its pages
+before, receives them page by page, and starts with the logits of its prompt's last token. A short
+one is admitted, and its prompt is computed here, beside the steps of others. It then takes part in
+every step until its last choice is finished, when its pages go back.
 """
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 
-from ...kernels.page_size import PAGE_TOKENS, pages_for
-from ...kernels.pages import BlockTable
+from ...kernels.page_size import PAGE_TOKENS
 from ..errors import (
     CacheTooSmallError,
     GenerationError,
     GrammarError,
     InvalidRequestError,
     OutOfMemoryError,
+    OutOfPagesError,
     ReceiveOutOfMemoryError,
     RefusedPagesError,
     StartOutOfMemoryError,
@@ -29,51 +29,19 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
+from ..messages import ChosenToken, Delta, GenerationRequest, Progress, SamplingParameters
 from ..model.qwen2 import Qwen2
 from .contract import DecodeEngine, Output
 from .detokenizer import Detokenizer, TokenBytes
 from .grammar import Constraint, GrammarCompiler
 from .make_step import make_step
+from .prompts import Part, PromptQueue
+from .put_off import PutOff
 from .sampler import Logits, Sampler
-from .step import DecodeStep, Outcome, StepRow
+from .sequences import Reservation, TokenSequence, pages_needed
+from .step import NO_PROMPTS, DecodeStep, Outcome, PromptLimits, PromptPiece
 
-_NO_LOGITS: Logits = np.empty(0, dtype=np.float32)
 _MASK_THREADS = 2
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet.
-
-    `prompt_logits` are kept until it has a place in the batch, and its first token with it.
-    """
-
-    request_id: str
-    choice: int
-    block_table: BlockTable
-    length: int
-    sampler: Sampler
-    detokenizer: Detokenizer
-    constraint: Constraint | None
-    prompt_logits: Logits
-    replayed: tuple[int, ...]
-    next_token: int = -1
-    num_generated: int = 0
-
-
-@dataclass(eq=False)
-class _Reservation:
-    """The pages of one request: its sequences' block tables, shared ones counted in each."""
-
-    request: GenerationRequest
-    block_tables: list[BlockTable]
-    sequences: list[_Sequence] = field(default_factory=list)
-
-    @property
-    def started(self) -> bool:
-        """Whether its pages are those of its sequences: from the first on, until the last ends."""
-        return bool(self.sequences)
 
 
 class Decoder(DecodeEngine):
@@ -87,7 +55,10 @@ class Decoder(DecodeEngine):
         pool: of the model's geometry.
         token_bytes: of the model's tokenizer.
         max_batch: sequences in one step; more than that wait their turn.
-        step: of this model, this pool and `max_batch`; by default the one for the model's device.
+        prompts: which are computed here.
+        patience: how far shorter prompts may pass one that came before them; see `Turns`.
+        step: of this model, this pool, `max_batch` and `prompts`; by default the one for the
+            model's device.
 
     Raises:
         StepDoesNotFitError: the device's memory does not suffice for a step of `max_batch`.
@@ -99,19 +70,26 @@ class Decoder(DecodeEngine):
         pool: PagePool,
         token_bytes: TokenBytes,
         max_batch: int,
+        prompts: PromptLimits = NO_PROMPTS,
+        patience: float = 2.0,
         step: DecodeStep | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
         self._token_bytes = token_bytes
         self._max_batch = max_batch
-        self._step = step or make_step(model, pool, max_batch)
+        self._step = step or make_step(model, pool, max_batch, prompts)
         config = model.config
         self._grammars = GrammarCompiler(token_bytes, config.vocab_size, config.eos_token_ids)
         self._mask_threads = ThreadPoolExecutor(_MASK_THREADS, "mask")
-        self._reservations: dict[str, _Reservation] = {}
-        self._running: list[_Sequence] = []
-        self._waiting: deque[_Sequence] = deque()
+        self._longest_prompt = prompts.longest
+        self._prompts = PromptQueue(prompts.at_once, prompts.pieces, patience)
+        self._taken = 0
+        self._reservations: dict[str, Reservation] = {}
+        self._running: list[TokenSequence] = []
+        self._waiting: deque[TokenSequence] = deque()
+        self._put_off: list[PutOff] = []  # the oldest first
+        self._num_preemptions = 0
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +97,7 @@ class Decoder(DecodeEngine):
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting or self._prompts or self._comes_back())
 
     @property
     def num_running(self) -> int:
@@ -128,7 +106,19 @@ class Decoder(DecodeEngine):
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(len(each.running) for each in self._put_off)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts) + sum(each.done is not None for each in self._put_off)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._num_preemptions
+
+    @property
+    def longest_prompt(self) -> int:
+        return self._longest_prompt
 
     @property
     def num_generating(self) -> int:
@@ -153,15 +143,34 @@ class Decoder(DecodeEngine):
 
     @torch.inference_mode()
     def reserve(self, request: GenerationRequest) -> None:
+        self._allocate(request, grows=False)
+
+    @torch.inference_mode()
+    def admit(self, request: GenerationRequest, constraint: Constraint | None = None) -> None:
+        name, tokens = request.request_id, len(request.prompt)
+        if not 0 < tokens <= self._longest_prompt:
+            raise InvalidRequestError(
+                f"request {name} has a prompt of {tokens} tokens, and those of 1 to "
+                f"{self._longest_prompt} are computed here"
+            )
+        if request.sampling.prompt_logprobs is not None:
+            raise InvalidRequestError(f"request {name} wants its prompt scored, which prefill does")
+        reservation = self._allocate(request, grows=True)
+        reservation.sequences = self._make_sequences(reservation, constraint)
+        self._prompts.add(name, tokens, request.sampling.choices)
+
+    def _allocate(self, request: GenerationRequest, grows: bool) -> Reservation:
         if request.request_id in self._reservations:
             raise InvalidRequestError(f"request {request.request_id} is being served already")
         self.check(request)
-        pages = self._pool.allocate(pages_needed(request))
-        tables = _block_tables(request, pages)
-        shared = len(request.prompt) // PAGE_TOKENS
-        for table in tables[1:]:
-            self._pool.share(table.pages[:shared].tolist())
-        self._reservations[request.request_id] = _Reservation(request, tables)
+        if self._put_off:
+            # Those that made room come back before anyone else comes.
+            needed = pages_needed(request, grows) + sum(each.num_pages for each in self._put_off)
+            raise OutOfPagesError(needed, self._pool.num_free, self._pool.num_pages)
+        reservation = Reservation.allocate(self._pool, request, self._taken, grows)
+        self._taken += 1
+        self._reservations[request.request_id] = reservation
+        return reservation
 
     def block_table(self, request_id: str) -> list[int]:
         """The pages of a request's first choice, its prompt's first.
@@ -198,44 +207,91 @@ class Decoder(DecodeEngine):
         try:
             choices = reservation.request.sampling.choices
             with out_of_memory_raises(StartOutOfMemoryError(choices)):
-                self._copy_last_prompt_page(reservation)
+                reservation.copy_last_prompt_page(self._pool)
         except OutOfMemoryError as error:
             return [self._give_up(request_id, error)]
-        reservation.sequences = self._make_sequences(reservation, logits, constraint)
-        self._waiting.extend(reservation.sequences)
+        reservation.sequences = self._make_sequences(reservation, constraint)
+        self._join(reservation, logits)
         return self._fill_batch()
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
+        self._bring_back()
         outputs = self._fill_batch()
-        if not self._running:
-            return outputs
+        self._give_pages()
         batch = list(self._running)
+        parts = self._prompts.deal(self._max_batch - len(batch), empty=not batch)
+        if not batch and not parts:
+            return outputs
+        pieces = [self._piece(part) for part in parts]
         for sequence in batch:
             if sequence.constraint is not None:
                 # On this host, while the device computes the logits that it masks.
                 sequence.constraint.compute_ahead(self._mask_threads)
         try:
-            with out_of_memory_raises(StepOutOfMemoryError(len(batch))):
-                outcomes = self._step.run([_row_of(sequence) for sequence in batch])
+            with out_of_memory_raises(StepOutOfMemoryError(len(batch) + len(pieces))):
+                outcomes = self._step.run([sequence.row for sequence in batch], pieces)
         except OutOfMemoryError as error:
             # No sequence has grown: the next step writes the same K and V to the same places.
-            return [*outputs, self._give_up(batch[-1].request_id, error)]
-        for sequence, outcome in zip(batch, outcomes, strict=True):
+            last = parts[-1] if parts else batch[-1]
+            return [*outputs, self._give_up(last.request_id, error)]
+        for sequence, outcome in zip(batch, outcomes[: len(batch)], strict=True):
             sequence.length += 1
             if sequence.request_id in self._reservations:
                 outputs.extend(self._sample(sequence, outcome))
+        outputs += self._count_parts(parts, outcomes[len(batch) :])
         return outputs
 
     def cancel(self, request_id: str) -> None:
         reservation = self._reservations.pop(request_id, None)
         if reservation is None:
             return
+        is_here = self._remove(request_id)
+        if is_here:
+            reservation.release(self._pool)
+
+    def _remove(self, request_id: str) -> bool:
+        """Take a request out of whatever it is in; whether its pages are in the pool."""
         self._running = [s for s in self._running if s.request_id != request_id]
         self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
-        held = [s.block_table for s in reservation.sequences]
-        for table in held if reservation.started else reservation.block_tables:
-            self._pool.release(table.pages.tolist())
+        self._prompts.remove(request_id)
+        put_off = [p for p in self._put_off if p.reservation.request.request_id != request_id]
+        is_here = len(put_off) == len(self._put_off)
+        self._put_off = put_off
+        return is_here
+
+    def _piece(self, part: Part) -> PromptPiece:
+        reservation = self._reservations[part.request_id]
+        first = reservation.sequences[0]
+        return PromptPiece(
+            reservation.request.prompt, part.start, part.end, first.block_table, first.takes_best
+        )  # fmt: skip
+
+    def _count_parts(self, parts: list[Part], outcomes: list[Outcome]) -> list[Output]:
+        """Note which parts of prompts are computed, and let those go on that are whole."""
+        outputs: list[Output] = []
+        after = iter(outcomes)
+        for part in parts:
+            name = part.request_id
+            reservation = self._reservations[name]
+            outputs.append((name, Progress(part.end, len(reservation.request.prompt))))
+            if not self._prompts.count(part):
+                continue
+            outcome = next(after)
+            try:
+                with out_of_memory_raises(StartOutOfMemoryError(len(reservation.sequences))):
+                    reservation.copy_last_prompt_page(self._pool)
+            except OutOfMemoryError as error:
+                outputs.append(self._give_up(name, error))
+                continue
+            self._join(reservation, outcome)
+        return [*outputs, *self._fill_batch()]
+
+    def _join(self, reservation: Reservation, outcome: Outcome) -> None:
+        """Let the choices of a prompt that is whole wait for a place."""
+        for sequence in reservation.sequences:
+            sequence.first = outcome
+        self._waiting.extend(reservation.sequences)
 
     def _fill_batch(self) -> list[Output]:
         """Let those who wait join while there is room, each with its first token.
@@ -246,8 +302,10 @@ class Decoder(DecodeEngine):
         while self._waiting and len(self._running) < self._max_batch:
             sequence = self._waiting.popleft()
             self._running.append(sequence)
-            outputs.extend(self._sample(sequence, sequence.prompt_logits))
-            sequence.prompt_logits = _NO_LOGITS
+            outcome, sequence.first = sequence.first, None
+            # Whoever was put off has its first token already.
+            if outcome is not None:
+                outputs.extend(self._sample(sequence, outcome))
         return outputs
 
     def _give_up(self, request_id: str, error: OutOfMemoryError) -> Output:
@@ -255,17 +313,66 @@ class Decoder(DecodeEngine):
         self.cancel(request_id)
         return request_id, error
 
-    def _copy_last_prompt_page(self, reservation: _Reservation) -> None:
-        """A page that the prompt fills in part is written by every choice: each gets its own."""
-        full, rest = divmod(len(reservation.request.prompt), PAGE_TOKENS)
-        if rest:
-            first, *others = reservation.block_tables
-            for table in others:
-                self._pool.copy_page(int(first.pages[full]), int(table.pages[full]))
+    def _give_pages(self) -> None:
+        """A page for whoever has none for its next token, the oldest first.
+
+        Where there is none, the youngest of those that grow is put off, perhaps the same.
+        """
+        batch = [s for s in self._running if s.lacks_a_page]
+        for sequence in sorted(batch, key=self._age):
+            while sequence in self._running and sequence.lacks_a_page:
+                try:
+                    [page] = self._pool.allocate(1)
+                except OutOfPagesError:
+                    self._make_room()
+                else:
+                    sequence.grow(page)
+
+    def _age(self, sequence: TokenSequence) -> int:
+        return self._reservations[sequence.request_id].number
+
+    def _growing(self) -> list[Reservation]:
+        """Those that grow and are here, the youngest last."""
+        away = {id(each.reservation) for each in self._put_off}
+        return [each for each in self._reservations.values() if each.grows and id(each) not in away]
+
+    def _make_room(self) -> None:
+        """Put the youngest request off that may be."""
+        reservation = max(self._growing(), key=lambda each: each.number)
+        name = reservation.request.request_id
+        done = self._prompts.done(name) if name in self._prompts else None
+        mine = [s for s in (*self._running, *self._waiting) if s.request_id == name]
+        self._remove(name)
+        self._put_off.append(PutOff.take(self._pool, reservation, mine, done))
+        self._put_off.sort(key=lambda each: each.reservation.number)
+        self._num_preemptions += 1
+
+    def _comes_back(self) -> bool:
+        """Whether there is room for the oldest that was put off, and for all to grow a little.
+
+        Without the latter it would make room again at the next border of a page.
+        """
+        if not self._put_off:
+            return False
+        oldest = self._put_off[0]
+        most = pages_needed(oldest.reservation.request)
+        own = min(oldest.num_pages + len(oldest.reservation.sequences), most)
+        others = sum(len(each.sequences) for each in self._growing())
+        return own + others <= self._pool.num_free
+
+    def _bring_back(self) -> None:
+        while self._comes_back():
+            oldest = self._put_off.pop(0)
+            oldest.come_back(self._pool)
+            request = oldest.reservation.request
+            if oldest.done is not None:
+                choices = request.sampling.choices
+                self._prompts.add(request.request_id, len(request.prompt), choices, oldest.done)
+            self._waiting.extendleft(reversed(oldest.running))
 
     def _make_sequences(
-        self, reservation: _Reservation, logits: Logits, constraint: Constraint | None
-    ) -> list[_Sequence]:
+        self, reservation: Reservation, constraint: Constraint | None
+    ) -> list[TokenSequence]:
         request = reservation.request
         sampling = request.sampling.seeded()
         assert sampling.seed is not None
@@ -273,7 +380,7 @@ class Decoder(DecodeEngine):
         ends = self._ends(sampling)
         vocab_size = self._model.config.vocab_size
         return [
-            _Sequence(
+            TokenSequence(
                 request.request_id,
                 choice,
                 table,
@@ -281,13 +388,12 @@ class Decoder(DecodeEngine):
                 Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
                 Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
                 None if constraint is None else constraint.copy(),
-                logits,
                 replayed[choice],
             )
             for choice, table in enumerate(reservation.block_tables)
         ]
 
-    def _sample(self, sequence: _Sequence, outcome: Outcome) -> list[Output]:
+    def _sample(self, sequence: TokenSequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
         is_replayed = sequence.num_generated < len(sequence.replayed)
         try:
@@ -305,7 +411,7 @@ class Decoder(DecodeEngine):
             return _only_the_end(sequence.request_id, delta)
         return [(sequence.request_id, delta)]
 
-    def _take(self, sequence: _Sequence, chosen: ChosenToken) -> Delta:
+    def _take(self, sequence: TokenSequence, chosen: ChosenToken) -> Delta:
         """Add a token to a sequence: what it says, and whether it is the last."""
         sampling = self._reservations[sequence.request_id].request.sampling
         sequence.next_token = chosen.token_id
@@ -331,7 +437,7 @@ class Decoder(DecodeEngine):
         ends = () if ignores_end else tuple(self._model.config.eos_token_ids)
         return (*ends, *sampling.stop_token_ids)
 
-    def _finish(self, sequence: _Sequence) -> None:
+    def _finish(self, sequence: TokenSequence) -> None:
         reservation = self._reservations[sequence.request_id]
         reservation.sequences.remove(sequence)
         if sequence in self._running:
@@ -341,7 +447,7 @@ class Decoder(DecodeEngine):
             del self._reservations[sequence.request_id]
 
 
-def _choose(sequence: _Sequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:
+def _choose(sequence: TokenSequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:
     """A sequence's next token.
 
     Raises:
@@ -365,32 +471,3 @@ def _only_the_end(request_id: str, delta: Delta) -> list[Output]:
     if delta.finish_reason is None:
         return []
     return [(request_id, replace(delta, text="", tokens=()))]
-
-
-def _row_of(sequence: _Sequence) -> StepRow:
-    # What a grammar allows is found out beside the step, and applied to logits on the host.
-    is_free, sampler = sequence.constraint is None, sequence.sampler
-    takes_best = is_free and sampler.takes_best
-    drawing = sampler.drawing if is_free and not takes_best else None
-    return StepRow(sequence.next_token, sequence.length, sequence.block_table, takes_best, drawing)
-
-
-def pages_needed(request: GenerationRequest) -> int:
-    """Pages of the prompt, and of all that its choices may generate.
-
-    Choices share the pages that the prompt fills; each has the rest to itself.
-    """
-    shared = len(request.prompt) // PAGE_TOKENS
-    whole = pages_for(len(request.prompt) + request.sampling.max_tokens)
-    return shared + request.sampling.choices * (whole - shared)
-
-
-def _block_tables(request: GenerationRequest, pages: list[int]) -> list[BlockTable]:
-    """A block table for each choice; all begin with the same pages."""
-    shared = len(request.prompt) // PAGE_TOKENS
-    choices = request.sampling.choices
-    own = (len(pages) - shared) // choices
-    return [
-        BlockTable.of(pages[:shared] + pages[shared + choice * own : shared + (choice + 1) * own])
-        for choice in range(choices)
-    ]

@@ -2,8 +2,9 @@
 
 A step is some four hundred short launches, which a host cannot issue as fast as a GPU runs them.
 So they are captured once for each of a few numbers of rows, and a step fills the inputs, replays
-the smallest graph that holds it, and reads a token and a log-probability for each row. Drawing
-tokens is a graph of its own behind it, replayed where a row wants that.
+the smallest graph that holds it, and reads a token and a log-probability for each row. Pieces of
+prompts go through the model in the same launches: what a batch reads of the weights, they need not
+read again. Drawing tokens is a graph of its own behind it, replayed where a row wants that.
 
 What a graph holds are addresses: of the weights, of the pool's memory, of the inputs, and of what
 the launches leave between each other in the graphs' own memory. None of them changes while the
@@ -22,29 +23,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels import elementwise, greedy, quantized
-from ...kernels.dual_chunk.decode_plan import DecodePlan
-from ...kernels.dual_chunk.segments import SegmentQueries
-from ...kernels.dual_chunk.triton_decode import decode_attention, programs_per_kv_head
-from ...kernels.narrow import Rows
-from ...kernels.page_size import pages_for
+from ...kernels import greedy
+from ...kernels.dual_chunk.triton_decode import programs_per_kv_head
+from ...kernels.narrow import rows_at
 from ...kernels.pages import BlockTable
 from ..errors import StepDoesNotFitError
 from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken
-from ..model.layer import Attention, Layer
-from ..model.positions import Rotations
 from ..model.qwen2 import Qwen2
 from .device_sampling import BatchDrawing, HeldAdjustments
+from .graph_inputs import StepBatch, StepInputs, StepShape, host_memory
 from .launches import Capture, Launch, StepResults
-from .step import DecodeStep, Outcome, StepRow
-
-
-def row_counts(max_batch: int) -> list[int]:
-    """Rows of the graphs: powers of two, and the largest batch."""
-    powers = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
-    return [*powers, max_batch]
+from .paged_attention import PagedAttention, StepRotations
+from .step import NO_PROMPTS, DecodeStep, Outcome, PromptLimits, PromptPiece, StepRow
+from .step_rows import step_rows
 
 
 def programs_for(model: Qwen2) -> int:
@@ -91,6 +84,7 @@ class GraphStep(DecodeStep):
         row_counts: rows that a step is filled up to, rising; the last is the largest batch.
         programs: of each KV head in attention.
         capture: `captured`, or `eager`.
+        prompts: which prompts it computes.
 
     Raises:
         StepDoesNotFitError: the device's memory does not suffice for the largest step.
@@ -104,41 +98,58 @@ class GraphStep(DecodeStep):
         row_counts: Sequence[int],
         programs: int,
         capture: Capture,
+        prompts: PromptLimits = NO_PROMPTS,
     ) -> None:
         device, max_batch = model.device, row_counts[-1]
         self._device = device
         self._softmax_scale = model.positions.softmax_scale
+        most = max_batch + prompts.pieces
         with out_of_memory_raises(StepDoesNotFitError(max_batch)):
             # A row of block tables is written only when another sequence takes it.
             self._tables = torch.zeros(max_batch, pool.num_pages, dtype=torch.int32, device=device)
             self._held: list[BlockTable | None] = [None] * max_batch
-            self._tokens = _host_memory(device, max_batch, dtype=torch.int32)
-            self._logprobs = _host_memory(device, max_batch, dtype=torch.float32)
-            self._logits = _host_memory(
-                device, max_batch, model.config.vocab_size, dtype=model.dtype
-            )
-            self._drawn_tokens = _host_memory(device, max_batch, dtype=torch.int32)
-            self._drawn_logprobs = _host_memory(device, max_batch, dtype=torch.float32)
+            self._tokens = host_memory(device, most, dtype=torch.int32)
+            self._logprobs = host_memory(device, most, dtype=torch.float32)
+            self._logits = host_memory(device, most, model.config.vocab_size, dtype=model.dtype)
+            self._drawn_tokens = host_memory(device, max_batch, dtype=torch.int32)
+            self._drawn_logprobs = host_memory(device, max_batch, dtype=torch.float32)
             held = HeldAdjustments(max_batch, model.config.vocab_size, device)
-            self._batches: list[_Batch] = []
+            self._batches: list[_Prepared] = []
+            shapes = [
+                StepShape(*rows, prompts, programs, model.positions.stride)
+                for rows in step_rows(row_counts, prompts)
+            ]
             # The largest first: what it leaves free, smaller ones use.
-            for rows in reversed(row_counts):
-                inputs = _BatchInputs(rows, programs, device)
-                launch = capture(_Launches(model, pool, self._tables[:rows], inputs.on_device))
-                # No row is used yet: what comes out is at the addresses of all steps.
-                drawing = BatchDrawing(rows, held, capture, launch())
-                self._batches.insert(0, _Batch(inputs, launch, drawing))
+            for shape in sorted(shapes, key=lambda each: each.total, reverse=True):
+                batch = StepBatch(shape, device)
+                tables = self._tables[: shape.rows]
+                launch = capture(_Launches(model, pool, tables, batch.inputs, shape))
+                drawing = None
+                if shape.rows:
+                    # No row is used yet: what comes out is at the addresses of all steps.
+                    results = _first(shape.rows, launch())
+                    drawing = BatchDrawing(shape.rows, held, capture, results)
+                self._batches.insert(0, _Prepared(batch, launch, drawing))
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[StepRow]) -> list[Outcome]:
+    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
         """As `DecodeStep.run`; logits stay what they are until the next step."""
-        batch = next(each for each in self._batches if each.inputs.rows >= len(rows))
+        asked = len(rows), sum(piece.count for piece in pieces)
+        prepared = next(each for each in self._batches if each.batch.shape.holds(*asked))
+        first_piece = prepared.batch.shape.rows
         self._hold_tables(rows)
-        batch.inputs.fill(rows, [self._softmax_scale(row.length + 1) for row in rows])
-        results = batch.launch()
+        scale = self._softmax_scale
+        prepared.batch.fill(
+            rows, [scale(row.length + 1) for row in rows],
+            pieces, [scale(len(piece.prompt)) for piece in pieces],
+        )  # fmt: skip
+        results, drawn = prepared.launch(), None
         drawings = [row.drawing for row in rows]
-        drawn = batch.drawing.run(results, drawings) if any(drawings) else None
-        return self._read(rows, results, drawn)
+        if prepared.drawing is not None and any(drawings):
+            drawn = prepared.drawing.run(_first(first_piece, results), drawings)
+        wanted: list[_Wanted] = list(enumerate(rows))
+        wanted += enumerate((piece for piece in pieces if piece.ends), first_piece)
+        return self._read(wanted, results, drawn)
 
     def _hold_tables(self, rows: Sequence[StepRow]) -> None:
         for index, row in enumerate(rows):
@@ -148,164 +159,76 @@ class GraphStep(DecodeStep):
                 self._held[index] = row.table
 
     def _read(
-        self, rows: Sequence[StepRow], results: StepResults, drawn: StepResults | None
+        self, wanted: "list[_Wanted]", results: StepResults, drawn: StepResults | None
     ) -> list[Outcome]:
-        """Bring what each row wants to the host; everything is waited for once.
+        """Bring what is wanted to the host; everything is waited for once.
 
         Nothing is allocated on the device: a step that failed here would leave its inputs under
         way, and the next would write over them. So logits become float32 on the host.
+
+        Args:
+            wanted: rising.
         """
-        count = len(rows)
+        count = wanted[-1][0] + 1 if wanted else 0
         self._tokens[:count].copy_(results.tokens[:count], non_blocking=True)
         self._logprobs[:count].copy_(results.logprobs[:count], non_blocking=True)
         if drawn is not None:
-            self._drawn_tokens[:count].copy_(drawn.tokens[:count], non_blocking=True)
-            self._drawn_logprobs[:count].copy_(drawn.logprobs[:count], non_blocking=True)
-        for index, row in enumerate(rows):
-            if not row.takes_best and row.drawing is None:
-                self._logits[index].copy_(results.logits[index], non_blocking=True)
+            rows = len(drawn.tokens)
+            self._drawn_tokens[:rows].copy_(drawn.tokens, non_blocking=True)
+            self._drawn_logprobs[:rows].copy_(drawn.logprobs, non_blocking=True)
+        for place, asked in wanted:
+            if not asked.takes_best and asked.drawing is None:
+                self._logits[place].copy_(results.logits[place], non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        return [self._outcome(index, row) for index, row in enumerate(rows)]
+        return [self._outcome(place, asked) for place, asked in wanted]
 
-    def _outcome(self, index: int, row: StepRow) -> Outcome:
-        """Of one row, from what was brought to the host."""
-        if row.takes_best:
-            return ChosenToken(int(self._tokens[index]), float(self._logprobs[index]))
-        if row.drawing is not None:
-            return ChosenToken(int(self._drawn_tokens[index]), float(self._drawn_logprobs[index]))
-        return self._logits[index].float().numpy()
+    def _outcome(self, place: int, asked: StepRow | PromptPiece) -> Outcome:
+        """Of one row or piece, from what was brought to the host."""
+        if asked.takes_best:
+            return ChosenToken(int(self._tokens[place]), float(self._logprobs[place]))
+        if asked.drawing is not None:
+            return ChosenToken(int(self._drawn_tokens[place]), float(self._drawn_logprobs[place]))
+        return self._logits[place].float().numpy()
+
+
+_Wanted = tuple[int, StepRow | PromptPiece]
+"""A row of the results, and who wants it."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """What steps of so many rows go through."""
+class _Prepared:
+    """What steps of one shape go through; nothing is drawn where there are no sequences."""
 
-    inputs: "_BatchInputs"
+    batch: StepBatch
     launch: Launch
-    drawing: BatchDrawing
+    drawing: BatchDrawing | None
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Views of one int32 tensor, so that one copy brings a whole step's inputs."""
-
-    storage: Tensor
-    tokens: Tensor  # int64 [rows]
-    positions: Tensor  # int64 [rows]
-    slots: Tensor  # int64 [rows]: page * 128 + offset; -1 for a row that is not used
-    scales: Tensor  # float32 [rows]
-    plan: DecodePlan
-
-    @classmethod
-    def over(cls, storage: Tensor, rows: int, programs: int) -> "_Inputs":
-        """In a tensor of `size`; no row is used."""
-        *wide, scales, plan = storage.split(
-            [2 * rows] * 3 + [rows, DecodePlan.size(rows, programs)]
-        )
-        tokens, positions, slots = (each.view(torch.int64) for each in wide)
-        slots.fill_(-1)
-        plan = DecodePlan.over(plan, rows, programs)
-        return cls(storage, tokens, positions, slots, scales.view(torch.float32), plan)
-
-    @staticmethod
-    def size(rows: int, programs: int) -> int:
-        """Numbers in the storage."""
-        return 7 * rows + DecodePlan.size(rows, programs)
-
-
-class _BatchInputs:
-    """The inputs of steps of up to `rows` rows, on the host and on the device."""
-
-    def __init__(self, rows: int, programs: int, device: torch.device) -> None:
-        self.rows = rows
-        size = _Inputs.size(rows, programs)
-        on_device = torch.zeros(size, dtype=torch.int32, device=device)
-        self.on_device = _Inputs.over(on_device, rows, programs)
-        self._host = _Inputs.over(_host_memory(device, size, dtype=torch.int32), rows, programs)
-        self._planned: list[int] = []
-
-    def fill(self, rows: Sequence[StepRow], scales: list[float]) -> None:
-        """Put rows in their places; the device must have read what was there before."""
-        host, count = self._host, len(rows)
-        tokens, positions, slots = (
-            each.numpy() for each in (host.tokens, host.positions, host.slots)
-        )
-        tokens[:count] = [row.token for row in rows]
-        positions[:count] = [row.length for row in rows]
-        slots[:count] = [row.slot for row in rows]
-        slots[count:] = -1
-        host.scales.numpy()[:count] = scales
-        self._plan([row.length + 1 for row in rows])
-        self.on_device.storage.copy_(host.storage, non_blocking=True)
-
-    def _plan(self, lengths: list[int]) -> None:
-        """Between page borders only lengths change, and planning takes longer than the rest."""
-        pages = [pages_for(length) for length in lengths]
-        if pages == self._planned:
-            self._host.plan.lengths.numpy()[: len(lengths)] = lengths
-        else:
-            self._host.plan.refresh(lengths)
-            self._planned = pages
+def _first(rows: int, results: StepResults) -> StepResults:
+    """Views of the first rows: those of sequences."""
+    return StepResults(results.logits[:rows], results.tokens[:rows], results.logprobs[:rows])
 
 
 class _Launches:
-    """Everything that a step of so many rows launches; shapes and addresses never change."""
+    """Everything that a step of one shape launches; shapes and addresses never change."""
 
-    def __init__(self, model: Qwen2, pool: PagePool, tables: Tensor, inputs: _Inputs) -> None:
-        self._model = model.for_one_row() if len(tables) == 1 else model
+    def __init__(
+        self, model: Qwen2, pool: PagePool, tables: Tensor, inputs: StepInputs, shape: StepShape
+    ) -> None:
+        self._model = model.for_one_row() if shape.total == 1 else model
         self._pool, self._tables, self._inputs = pool, tables, inputs
+        self._longest_prompt = shape.limits.longest
 
     def __call__(self) -> StepResults:
         model, inputs = self._model, self._inputs
-        rotations = model.positions.rotations(inputs.positions)
-        attention = _PagedAttention(
+        rotations = StepRotations.of(model.positions, inputs, self._longest_prompt)
+        attention = PagedAttention(
             self._pool, self._tables, inputs, model.positions.stride, rotations
         )
         hidden = model.begin(inputs.tokens)
         for layer in model.layers:
             layer.forward(hidden, attention)
-        logits = model.logits(hidden[0])
+        normed = hidden[0] if inputs.prompts is None else rows_at(hidden[0], inputs.wanted)
+        logits = model.logits(normed)
         return StepResults(logits, *greedy.best_tokens(logits))
-
-
-@dataclass(frozen=True, eq=False)
-class _PagedAttention(Attention[SegmentQueries]):
-    """Attention of all rows at once, through the kernels; zero for a row that is not used."""
-
-    pool: PagePool
-    tables: Tensor  # int32 [rows, pages]
-    inputs: _Inputs
-    stride: int | None
-    rotations: Rotations
-
-    def write(self, layer: Layer, normed: Rows) -> SegmentQueries:
-        q, k, v = layer.project(normed)
-        memory, scales = self._pages(layer)
-        slots, rotation = self.inputs.slots, self.rotations.intra
-        if scales is None:
-            elementwise.write_pages(memory, slots, k, v, rotation)
-        else:
-            quantized.append_tokens(memory, scales, slots, k, v, rotation)
-        return self.rotations.rotate(q)
-
-    def attend(self, layer: Layer, queries: SegmentQueries) -> Tensor:
-        memory, scales = self._pages(layer)
-        attended, _ = decode_attention(
-            queries,
-            memory,
-            self.tables,
-            self.inputs.plan,
-            self.stride,
-            self.inputs.scales,
-            page_scales=scales,
-        )
-        return attended
-
-    def _pages(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        return self.pool.memory[layer.number], self.pool.layer_scales(layer.number)
-
-
-def _host_memory(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros on the host; pinned for a GPU, so that copies do not wait."""
-    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""One step of decoding: a token more for every sequence of a batch.
+"""One step of decoding: a token more for every sequence of a batch, and pieces of prompts.
 
 What goes in and comes out, whichever implementation runs; `make_step` says which.
 """
@@ -7,9 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from ...kernels.dual_chunk import SequenceRows
 from ...kernels.page_size import PAGE_TOKENS
 from ...kernels.pages import BlockTable
-from ..messages import ChosenToken
+from ..messages import ChosenToken, Tokens
 from .sampler import Drawing, Logits
 
 Outcome = Logits | ChosenToken
@@ -38,26 +42,95 @@ class StepRow:
         return int(self.table.pages[page]) * PAGE_TOKENS + offset
 
 
+@dataclass(frozen=True, eq=False)
+class PromptPiece:
+    """Tokens [start, end) of a prompt, whose earlier ones have K and V in the pages of `table`.
+
+    `start` is a multiple of 128, and `end` as well but at the prompt's end. `takes_best` as a
+    row's, after the prompt's last token.
+    """
+
+    prompt: Tokens
+    start: int
+    end: int
+    table: BlockTable
+    takes_best: bool
+
+    @property
+    def drawing(self) -> None:
+        """A first token is chosen on the host: every choice of a request draws its own."""
+        return None
+
+    @property
+    def count(self) -> int:
+        """Tokens in it."""
+        return self.end - self.start
+
+    @property
+    def tokens(self) -> Tokens:
+        """They themselves."""
+        return self.prompt[self.start : self.end]
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Theirs in the prompt."""
+        return np.arange(self.start, self.end)
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """Where their K and V go: page * 128 + offset."""
+        pages, offsets = np.divmod(self.positions, PAGE_TOKENS)
+        return self.table.pages[pages] * PAGE_TOKENS + offsets
+
+    def rows(self, scale: float) -> SequenceRows:
+        """As attention takes them, where `scale` multiplies the logits."""
+        return SequenceRows(self.start, self.end, self.table, scale)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the prompt ends with it."""
+        return self.end == len(self.prompt)
+
+
+@dataclass(frozen=True)
+class PromptLimits:
+    """Which prompts a step computes: of up to `longest` tokens, `at_once` tokens in all.
+
+    `at_once` is a multiple of 128; a step has no more than `pieces` pieces.
+    """
+
+    longest: int
+    at_once: int
+    pieces: int = 16
+
+
+NO_PROMPTS = PromptLimits(0, 0, 0)
+"""Prompts are computed elsewhere."""
+
+
 class DecodeStep(ABC):
-    """Runs a model over the newest tokens of a batch.
+    """Runs a model over the newest tokens of a batch, and over pieces of prompts.
 
     The same object serves every step of one decoder, whatever sequences come and go.
     """
 
     @abstractmethod
-    def run(self, rows: Sequence[StepRow]) -> list[Outcome]:
-        """Write K and V of every row's token to its page, and say what may follow each.
+    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
+        """Write K and V of every token to its page, and say what may follow.
 
         A step that failed may be run again: it writes the same to the same places.
 
         Args:
-            rows: 1 to `max_batch` of them; their tables have a page for the token.
+            rows: up to `max_batch` of them; their tables have a page for the token.
+            pieces: of different prompts, within the step's `PromptLimits`. There is at least one
+                row or piece.
 
         Returns:
-            for each row its best token, the lowest id among equals, where `takes_best`; the token
-            that was drawn, where it has a `drawing` and the step draws; else its logits, float32
-            [vocab], which the next step may overwrite. With a token comes the model's own
-            log-probability, which is not finite where the logits are not.
+            for each row, and then for each piece that ends its prompt, its best token, the lowest
+            id among equals, where it `takes_best`; the token that was drawn, where it has a
+            `drawing` and the step draws; else its logits, float32 [vocab], which the next step may
+            overwrite. With a token comes the model's own log-probability, which is not finite where
+            the logits are not.
 
         Raises:
             RuntimeError: the device's memory does not suffice for these rows, in any of the ways

@@ -249,22 +249,28 @@ class PrefillFit(Fit):
 
 @dataclass(frozen=True)
 class DecodeFit(Fit):
-    """Of a decoder, which prepares steps of 1, 2, 4 and so on up to `max_batch` sequences.
+    """Of a decoder, which prepares steps of up to `max_batch` sequences.
 
     `chunk_tokens` are prefill's: pages of one layer come for so many tokens at once.
+    `prompt_tokens` of prompts that it computes itself are in the largest step. Logits of
+    `logits_rows` rows are kept, of all steps that are prepared.
     """
 
     phase = "decode"
 
     max_batch: int
     chunk_tokens: int
+    logits_rows: int
+    prompt_tokens: int = 0
 
     def computing_bytes(self, prompt: int) -> int:
         """The largest step, all logits and what is drawn by, pages as they come, the reserve."""
-        # All steps together have less than twice the rows of the largest.
-        logits = self.weights.config.vocab_size * (2 * self.weights.itemsize + _SAMPLING_BYTES)
+        vocab_size = self.weights.config.vocab_size
+        logits = vocab_size * self.logits_rows * self.weights.itemsize
+        logits += vocab_size * self.max_batch * _SAMPLING_BYTES
         come = self._bytes_of_a_layer(pages_for(min(prompt, self.chunk_tokens)))
-        return self.max_batch * (self.weights.row_bytes + logits) + come + _RESERVE_BYTES
+        rows = self.max_batch + self.prompt_tokens
+        return rows * self.weights.row_bytes + logits + come + _RESERVE_BYTES
 
     @property
     def bytes_per_page(self) -> int:

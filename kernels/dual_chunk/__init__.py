@@ -10,7 +10,8 @@ from ..pages import LayerPages
 from . import portable
 from .pieces import KeyPieces, PartialResults
 from .pieces import attention as attention_in_pieces
-from .portable import decode_attention
+from .portable import decode_attention, ragged_attention
+from .ragged_plan import SequenceRows
 from .segments import (
     BLOCK_ROWS,
     KeyBounds,
@@ -29,10 +30,12 @@ __all__ = [
     "PartialResults",
     "QueryBlocks",
     "SegmentQueries",
+    "SequenceRows",
     "Span",
     "attention",
     "attention_in_pieces",
     "decode_attention",
+    "ragged_attention",
     "split_at_chunks",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..merging import merge_attention
 from ..page_size import PAGE_TOKENS
 from ..pages import BlockTable, LayerPages
+from .ragged_plan import SequenceRows
 from .segments import KeyBounds, QueryBlocks, SegmentQueries, split_at_chunks
 
 _KEYS_AT_ONCE = 65536
@@ -60,6 +61,36 @@ def attention(
         k, v = pages.read(span.start, span.end)
         result.merge(chosen, *attend(intra[:, chosen], k, v, scale, causal=True))
     return result.output.transpose(0, 1).to(queries.intra.dtype), result.lse.T
+
+
+def ragged_attention(
+    queries: SegmentQueries,
+    memory: Tensor,
+    parts: Sequence[SequenceRows],
+    stride: int | None,
+    page_scales: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of several sequences' rows, each over its own sequence, one by one.
+
+    Args:
+        queries: rotated, each [n, heads, d]: the rows of `parts`, one part after the other, and
+            perhaps more.
+        memory: one layer's pages, [pages, kv_heads, 2, 128, d], the rows' own K and V included.
+        stride: tokens of one dual chunk, None for plain positions.
+        page_scales: float32 [pages, kv_heads, 2] where pages are of 8 bits; see `quantized`.
+
+    Returns:
+        [n, heads, d] in the queries' type; 0 in rows beyond those of `parts`.
+    """
+    output = torch.zeros_like(queries.intra)
+    first = 0
+    for part in parts:
+        rows = slice(first, first + part.count)
+        pages = LayerPages(memory, part.table, page_scales, read_as=output.dtype)
+        own = queries.rows(rows).to(pages.dtype)
+        output[rows] = attention(own, part.blocks, pages, stride, part.scale)[0].to(output.dtype)
+        first = rows.stop
+    return output
 
 
 def by_dual_chunk(spans, stride: int | None):

@@ -70,6 +70,10 @@ class SegmentQueries:
         """The same heads of each."""
         return SegmentQueries(self.intra[:, heads], self.successive[:, heads], self.inter[:, heads])
 
+    def to(self, dtype: torch.dtype) -> "SegmentQueries":
+        """The same in another type; the very same where it is theirs."""
+        return SegmentQueries(*(q.to(dtype) for q in (self.intra, self.successive, self.inter)))
+
 
 @dataclass(frozen=True)
 class KeyBounds:

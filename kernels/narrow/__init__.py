@@ -11,9 +11,9 @@ e4m3's range whole. On GPUs each function is one kernel; elsewhere it is its def
 from torch import Tensor
 
 from . import reference
-from .rows import BLOCK, BY_ROW, Narrowing, NarrowRows, Rows
+from .rows import BLOCK, BY_ROW, Narrowing, NarrowRows, Rows, rows_at
 
-__all__ = ["BLOCK", "BY_ROW", "NarrowRows", "Narrowing", "Rows", "linear", "narrow_rows"]
+__all__ = ["BLOCK", "BY_ROW", "NarrowRows", "Narrowing", "Rows", "linear", "narrow_rows", "rows_at"]
 
 
 def narrow_rows(x: Tensor, narrowing: Narrowing = BY_ROW) -> NarrowRows:

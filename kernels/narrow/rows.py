@@ -74,3 +74,11 @@ class NarrowRows:
 
 Rows = Tensor | NarrowRows
 """Rows of activations as a product takes them: in the type they are computed in, or of 8 bits."""
+
+
+def rows_at(rows: Rows, index: Tensor) -> Rows:
+    """Copies of some rows, in the order of `index`, int64 [m]."""
+    if isinstance(rows, Tensor):
+        return rows[index]
+    values = rows.values.view(torch.uint8)[index].view(rows.values.dtype)
+    return NarrowRows(values, rows.scales[index], rows.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dual_chunk.segments import Rotation
 from . import reference
 
-__all__ = ["append_tokens", "narrow_pages", "widen_pages"]
+__all__ = ["append_tokens", "narrow_blocks", "narrow_pages", "widen_pages"]
 
 
 def narrow_pages(
@@ -33,6 +33,18 @@ def narrow_pages(
         rotation: of the n tokens, at their positions for keys.
     """
     _version(k).narrow_pages(memory, scales, pages, k, v, rotation)
+
+
+def narrow_blocks(
+    memory: Tensor, scales: Tensor, blocks: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+) -> None:
+    """As `narrow_pages`, for rows of several sequences, of which each may end within a page.
+
+    Args:
+        blocks: int32 [m, 3]: a page, the first of its rows among the n, and how many; 0 rows for a
+            block that is not used.
+    """
+    _version(k).narrow_blocks(memory, scales, blocks, k, v, rotation)
 
 
 def append_tokens(

@@ -29,6 +29,18 @@ def narrow_pages(
     _put(memory, pages, wide / own[..., None, None])
 
 
+def narrow_blocks(
+    memory: Tensor, scales: Tensor, blocks: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+) -> None:
+    """Each block's rows as pages of their own."""
+    for page, first, count in blocks.tolist():
+        if count:
+            rows = slice(first, first + count)
+            own = Rotation(rotation.cosine[rows], rotation.sine[rows])
+            pages = torch.tensor([page], device=k.device)
+            narrow_pages(memory, scales, pages, k[rows], v[rows], own)
+
+
 def append_tokens(
     memory: Tensor, scales: Tensor, slots: Tensor, k: Tensor, v: Tensor, rotation: Rotation
 ) -> None:

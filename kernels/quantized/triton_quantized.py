@@ -33,6 +33,24 @@ def narrow_pages(
         )
 
 
+def narrow_blocks(
+    memory: Tensor, scales: Tensor, blocks: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+) -> None:
+    """As `narrow_pages`; blocks say which rows are theirs."""
+    count, kv_heads, head_dim = k.shape
+    if count:
+        _narrow_blocks[(len(blocks) * kv_heads,)](
+            memory,
+            scales,
+            blocks,
+            *_operands(memory, scales, k, v, rotation),
+            kv_heads,
+            HALF=head_dim // 2,
+            PAGE=PAGE_TOKENS,
+            num_warps=8,
+        )
+
+
 def append_tokens(
     memory: Tensor, scales: Tensor, slots: Tensor, k: Tensor, v: Tensor, rotation: Rotation
 ) -> None:
@@ -87,34 +105,17 @@ def _store_page(target, first, second, scale_place, HALF: tl.constexpr):
     tl.store(target + HALF, (second * reciprocal).to(dtype))
 
 
-@triton.jit(do_not_specialize=["count"])
-def _narrow_pages(
-    memory,
-    scales,
-    pages,
-    k,
-    v,
-    cosines,
-    sines,
-    page_stride,
-    scale_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    count,
-    kv_heads,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """One head of one page."""
-    block = tl.program_id(0) // kv_heads
-    head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    page = tl.load(pages + block)
+@triton.jit
+def _narrow_page(
+    memory, scales, k, v, cosines, sines, page_stride, scale_stride,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    page, head, first_token, end, HALF: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One head of one page, whose rows are tokens [first_token, end); beyond them are zeros."""
     row = tl.arange(0, PAGE)[:, None]
-    token = block.to(tl.int64) * PAGE + row
+    token = first_token + row
     column = tl.arange(0, HALF)[None, :]
-    exists = token < count
+    exists = token < end
     target = memory + page * page_stride + (head * (2 * PAGE) + row) * (2 * HALF) + column
     scale_place = scales + page * scale_stride + head * 2
 
@@ -132,6 +133,41 @@ def _narrow_pages(
     first = tl.load(values, mask=exists, other=0.0).to(tl.float32)
     second = tl.load(values + HALF, mask=exists, other=0.0).to(tl.float32)
     _store_page(target + PAGE * 2 * HALF, first, second, scale_place + 1, HALF)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _narrow_pages(
+    memory, scales, pages, k, v, cosines, sines, page_stride, scale_stride,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride, count, kv_heads,
+    HALF: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One head of one page."""
+    block = tl.program_id(0) // kv_heads
+    head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    _narrow_page(
+        memory, scales, k, v, cosines, sines, page_stride, scale_stride,
+        k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+        tl.load(pages + block), head, block.to(tl.int64) * PAGE, count, HALF, PAGE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _narrow_blocks(
+    memory, scales, blocks, k, v, cosines, sines, page_stride, scale_stride,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride, kv_heads,
+    HALF: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One head of one block."""
+    block = blocks + tl.program_id(0) // kv_heads * 3
+    head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    first = tl.load(block + 1).to(tl.int64)
+    count = tl.load(block + 2)
+    if count > 0:
+        _narrow_page(
+            memory, scales, k, v, cosines, sines, page_stride, scale_stride,
+            k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+            tl.load(block).to(tl.int64), head, first, first + count, HALF, PAGE,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -12,7 +12,12 @@ import torch
 
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
-from ...engine.errors import ConfigurationError, OutOfMemoryError, ReceiveOutOfMemoryError
+from ...engine.errors import (
+    ConfigurationError,
+    GenerationError,
+    OutOfMemoryError,
+    ReceiveOutOfMemoryError,
+)
 from ...engine.kv.formats import KVCacheDtype, dtype_name
 from ...engine.kv.pages import PagePool
 from ...engine.local import DirectHandOff
@@ -166,7 +171,7 @@ class InProcessAnswerer(Answerer):
         while decoder.has_work:
             outputs += decoder.step()
         for _, output in outputs:
-            if not isinstance(output, Delta):
+            if isinstance(output, GenerationError):
                 raise output
         return "".join(delta.text for _, delta in outputs if isinstance(delta, Delta))
 

@@ -27,7 +27,8 @@ LONG = 60_000
 
 def make_settings(port: int) -> Settings:
     """Small chunks, so that prompts of some thousand tokens take many; float32, so that the
-    same prompt has the same answer on any mesh; few pages, so that requests wait for them.
+    same prompt has the same answer on any mesh; few pages, so that requests wait for them; a gang
+    for every prompt.
     """
     return parse_settings(
         {
@@ -39,7 +40,7 @@ def make_settings(port: int) -> Settings:
                 "kv_cache_tokens": 262144,
                 "cpus_per_rank": 0.5,
             },
-            "decode": {"kv_cache_tokens": 164864, "cpus": 0.5},
+            "decode": {"kv_cache_tokens": 164864, "cpus": 0.5, "prefill_up_to": 0},
             "ingress": {"port": port, "progress_seconds": 0.2},
             "shutdown": {"drain_seconds": 120.0},
         }

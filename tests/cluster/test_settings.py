@@ -17,7 +17,7 @@ from rich.console import Console
 
 from longreach.cluster.cli.explain import explain, kv_bytes
 from longreach.cluster.settings import check_model, load_settings, parse_settings, warnings_about
-from longreach.engine.decode.decoder import pages_needed
+from longreach.engine.decode.sequences import pages_needed
 from longreach.engine.errors import CheckpointError, ConfigurationError, TensorParallelError
 from longreach.engine.kv.pages import PageGeometry, PagePool
 from longreach.engine.messages import GenerationRequest, SamplingParameters
@@ -108,6 +108,8 @@ def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> Non
         ("decode.patience", -1.0, "decode.patience"),
         ("decode.kv_cache_tokens", 1_056_768, "1090560"),
         ("decode.max_batch", 4, "decode.max_batch (4)"),
+        ("decode.prefill_at_once", 1000, "decode.prefill_at_once is 1000"),
+        ("decode.prefill_up_to", -1, "decode.prefill_up_to"),
         ("limits.max_output_tokens", 2_000_000, "limits.max_output_tokens (2000000)"),
         ("limits.max_queued_requests", 1001, "limits.max_queued_requests"),
         ("model.dtype", "int8", "model.dtype"),
@@ -303,6 +305,7 @@ def test_gangs_are_listed_in_the_order_of_the_lengths_that_they_take(
         (0, {"max_prompt_tokens": None}, "max_prompt_tokens of gang 'long' (1056768) leaves it no"),
         (0, {"max_prompt_tokens": 2_000_000}, "max_prompt_tokens of gang 'long' (1056768)"),
         (0, {"max_prompt_tokens": 0}, "prefill.0.max_prompt_tokens"),
+        (0, {"max_prompt_tokens": 2048}, "lower decode.prefill_up_to"),
         (1, {"max_prompt_tokens": 524_288}, "is 524288 and limits.max_model_len is 1056768"),
         (1, {"max_prompt_tokens": 2_000_000}, "is 2000000 and limits.max_model_len is 1056768"),
         (0, {"kv_cache_tokens": 8064}, "kv_cache_tokens of gang 'short' (8064) cannot hold"),

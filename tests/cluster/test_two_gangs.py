@@ -22,6 +22,8 @@ from longreach.engine.text.tokenizer import Tokenizer
 from ..prometheus import free_port
 from .conftest import MODEL, actor_pids, ask_body, make_prompt, scrape, wait_for
 
+OWN_LIMIT = 200
+"""Tokens of the longest prompt that the decode worker computes itself."""
 SHORT_LIMIT = 4096
 LONG = 40_000
 """Tokens that take long enough for something to happen meanwhile."""
@@ -43,7 +45,7 @@ CONFIGURATION = {
         },
         {"name": "long", "chunk_tokens": 2048, "kv_cache_tokens": 65536, "cpus_per_rank": 0.25},
     ],
-    "decode": {"kv_cache_tokens": 131_072, "cpus": 0.25},
+    "decode": {"kv_cache_tokens": 131_072, "cpus": 0.25, "prefill_up_to": OWN_LIMIT},
     "shutdown": {"drain_seconds": 30.0},
 }
 _SERVE = "from longreach.cluster.cli.main import main; main()"
@@ -62,7 +64,7 @@ class Cluster:
         return self.http.post("/v1/completions", json=body, timeout=timeout)
 
     def computed(self) -> dict[str, float]:
-        """Prompt tokens that each gang has computed."""
+        """Prompt tokens that each gang has computed, and the decode worker itself."""
         name = "longreach_prefill_tokens_total"
         return {key[1]: value for key, value in scrape(self.http).items() if key[0] == name}
 
@@ -104,15 +106,15 @@ def cluster_at_rest(two_gangs: Cluster) -> Cluster:
     return two_gangs
 
 
-def test_each_prompt_is_computed_by_the_gang_that_takes_its_length(
-    cluster_at_rest: Cluster,
-) -> None:
+def test_each_prompt_is_computed_by_who_takes_its_length(cluster_at_rest: Cluster) -> None:
     before = cluster_at_rest.computed()
-    for tokens in (10, SHORT_LIMIT, SHORT_LIMIT + 1):
+    for tokens in (10, OWN_LIMIT, OWN_LIMIT + 1, SHORT_LIMIT, SHORT_LIMIT + 1):
         assert cluster_at_rest.ask(tokens).status_code == 200
     after = cluster_at_rest.computed()
     grown = {gang: value - before.get(gang, 0) for gang, value in after.items()}
-    assert grown == {"short": 10 + SHORT_LIMIT, "long": SHORT_LIMIT + 1}
+    assert grown == {
+        "decode": 10 + OWN_LIMIT, "short": OWN_LIMIT + 1 + SHORT_LIMIT, "long": SHORT_LIMIT + 1,
+    }  # fmt: skip
 
 
 def begin_long(cluster: Cluster, pool: ThreadPoolExecutor) -> "Future[httpx.Response]":

@@ -24,7 +24,7 @@ LAB_MAY_IMPORT = {"cluster.client"}
 
 ENGINE = (
     {"errors", "messages", "milestones", "stages"},
-    {"json_files", "parallel"},
+    {"fairness", "json_files", "parallel"},
     {"text", "kv"},
     {"model"},
     {"memory"},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longreach.cluster.decode.request_life import RequestLife, State
-from longreach.cluster.messages import PrefillOrder
+from longreach.cluster.messages import ComputedHere, PrefillOrder
 from longreach.engine.errors import TransferError, UnavailableError
 from longreach.engine.messages import (
     ChosenToken,
@@ -64,7 +64,7 @@ async def ready(value: Any) -> Any:
 class Stage:
     """Everything around one life."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_the_worker: bool = False) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.states: list[State] = []
         self.prefill_events: list[Any] = [None, Progress(1, 2), PREFILLED]
@@ -77,10 +77,12 @@ class Stage:
             reserve=Remote(self.calls, "reserve", "a destination"),
             until_released=Remote(self.calls, "until_released", "a release"),
             answer=Remote(self.calls, "answer", self._answer),
+            generate=Remote(self.calls, "generate", self._answer),
             release=Remote(self.calls, "release"),
         )
         prefill = SimpleNamespace(prefill=Remote(self.calls, "prefill", self._prefill))
-        self.life = RequestLife(request, worker, cast(Any, prefill))
+        gang = None if at_the_worker else cast(Any, prefill)
+        self.life = RequestLife(request, worker, gang)
 
     def _prefill(self) -> Stream:
         async def events() -> AsyncGenerator[Any, None]:
@@ -134,6 +136,32 @@ def test_a_life_goes_from_reservation_to_release() -> None:
     [order] = [call[1] for call in stage.calls if call[0] == "prefill"]
     assert isinstance(order, PrefillOrder)
     assert (order.destination, order.released) == ("a destination", "a release")
+
+
+def test_a_life_without_a_gang_is_one_call() -> None:
+    stage = Stage(at_the_worker=True)
+    computed = ComputedHere(began=2.0, ended=5.0, seconds=1.5)
+    stage.answers = [([Progress(1, 2)], False), ([computed, DELTA], False), ([DELTA], True)]
+    progress, *deltas, finished = play(stage)
+    assert (progress, deltas) == (Progress(1, 2), [DELTA, DELTA])
+    assert isinstance(finished, Finished)
+    assert (finished.prompt_tokens, finished.completion_tokens) == (2, 2)
+    timings = finished.timings
+    assert (timings.queued, timings.prefill, timings.hand_off) == (2.0, 3.0, 0.0)
+    assert timings.prefill_stages == {"steps": 1.5}
+    assert 0 <= timings.first_token < timings.served
+    assert stage.states == [State.PREFILLING, State.DECODING, State.DECODING]
+    assert stage.life.state is State.ENDED
+    assert [call[0] for call in stage.calls] == ["generate", "release"]
+
+
+def test_whatever_goes_wrong_at_the_worker_ends_in_a_release() -> None:
+    stage = Stage(at_the_worker=True)
+    stage.answers = [UnavailableError("failed")]
+    with pytest.raises(UnavailableError):
+        play(stage)
+    assert stage.releases == 1
+    assert stage.life.state is State.ENDED
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +15,25 @@ import torch
 from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.leases import RENEWAL_SECONDS, TICKS_WITHOUT_RENEWAL
+from longreach.cluster.messages import ComputedHere
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
+from longreach.engine.decode.sequences import Reservation
 from longreach.engine.errors import (
     CacheTooSmallError,
     DecodeOutOfMemoryError,
     GenerationError,
     GrammarError,
+    LostError,
+    NotUpError,
     ReceiveOutOfMemoryError,
     TransferError,
     UnavailableError,
 )
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import Pages
-from longreach.engine.messages import GenerationRequest, SamplingParameters
+from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
+from longreach.engine.prefill.prefiller import Prefiller
 
 from ..conftest import make_settings
 
@@ -39,7 +45,8 @@ WAITS = 1.0
 @pytest.fixture
 def worker(tmp_path: Path) -> DecodeWorker:
     settings = make_settings(1).worker
-    decode = settings.decode.model_copy(update={"kv_cache_tokens": 1280})
+    sizes = {"kv_cache_tokens": 1280, "prefill_up_to": 1024, "prefill_at_once": 512}
+    decode = settings.decode.model_copy(update=sizes)
     made = DecodeWorker(replace(settings, decode=decode), tmp_path)
     engine_of(made)._pool.memory.zero_()  # nobody hands pages off here
     return made
@@ -158,7 +165,7 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
     decoder = engine_of(worker)
     target, name = {
         "receive": (decoder._pool, "put"),
-        "start": (decoder, "_copy_last_prompt_page"),
+        "start": (Reservation, "copy_last_prompt_page"),
         "step": (decoder._step, "run"),
     }[where]
     break_once(target, name, monkeypatch)
@@ -370,3 +377,126 @@ def test_a_grammar_is_compiled_beside_the_loop_and_may_come_too_late(
         assert worker._engine.usage == 0
 
     asyncio.run(run())
+
+
+async def generated(worker: DecodeWorker, request: GenerationRequest) -> list[Any]:
+    """Everything that a worker says about a prompt that it computes itself."""
+    said: list[Any] = []
+    is_whole = False
+    async for events, ended in worker.generate(request):
+        said += events
+        is_whole = ended
+    assert is_whole
+    return said
+
+
+def test_a_worker_computes_a_prompt_and_says_when(worker: DecodeWorker) -> None:
+    async def run() -> None:
+        await worker.start(None)
+        before = time.time()
+        *progress, computed, first, second = await generated(
+            worker, make_request("a", tokens=600, max_tokens=2)
+        )
+        assert [each.done for each in progress] == [512]
+        assert isinstance(computed, ComputedHere)
+        assert before <= computed.began < computed.ended <= time.time()
+        assert 0 < computed.seconds <= computed.ended - computed.began + 1e-6
+        assert isinstance(first, Delta)
+        assert second.finish_reason == "length"
+        assert worker._engine.usage == 0
+
+    asyncio.run(run())
+
+
+def test_it_says_what_it_would_after_a_hand_off(worker: DecodeWorker) -> None:
+    """Both ways have the same first pages, tokens and log-probabilities."""
+    engine = engine_of(worker)
+    prefiller = Prefiller(engine._model, engine._pool, None)
+
+    async def handed_off(request: GenerationRequest) -> list[Any]:
+        await worker.reserve(request)
+        prefiller.admit("a", request.prompt, engine.block_table(request.request_id))
+        logits = prefiller.run_chunk("a", 0, len(request.prompt)).logits
+        assert logits is not None
+        prefiller.release("a")
+        return [
+            delta
+            async for deltas, _ in worker.answer(request.request_id, logits.numpy())
+            for delta in deltas
+        ]
+
+    async def run() -> None:
+        await worker.start(None)
+        there = await handed_off(make_request("there"))
+        here = [d for d in await generated(worker, make_request("here")) if isinstance(d, Delta)]
+        assert [d.text for d in here] == [d.text for d in there]
+        for mine, theirs in zip(here, there, strict=True):
+            assert mine.tokens[0].logprob == pytest.approx(theirs.tokens[0].logprob, abs=1e-4)
+
+    asyncio.run(run())
+
+
+def test_requests_that_lack_pages_wait_and_all_end_well(worker: DecodeWorker) -> None:
+    """Ten pages, and five requests that need two each at first, and three at their ends."""
+
+    async def run() -> None:
+        await worker.start(None)
+        requests = [make_request(f"r{n}", tokens=250, max_tokens=12) for n in range(5)]
+        answers = [generated(worker, request) for request in requests]
+        for said in await asyncio.wait_for(asyncio.gather(*answers), 100 * WAITS):
+            assert sum(len(each.tokens) for each in said if isinstance(each, Delta)) == 12
+        assert engine_of(worker).num_preemptions > 0
+        assert worker._engine.usage == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_release_ends_an_answer_that_is_computed_here(worker: DecodeWorker, before: bool) -> None:
+    async def run() -> None:
+        await worker.start(None)
+        request = make_request("a", tokens=600, max_tokens=400)
+        if before:
+            await worker.release("a")
+        reading = asyncio.create_task(generated(worker, request))
+        await asyncio.sleep(0.05)
+        await worker.release("a")
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(reading, 10 * WAITS)
+        assert worker._engine.usage == 0
+
+    asyncio.run(run())
+
+
+def test_a_failed_step_ends_what_is_computed_here(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_steps(worker, monkeypatch, RuntimeError("a broken kernel"))
+
+    async def run() -> None:
+        await worker.start(None)
+        [outcome] = await ended([generated(worker, make_request("a"))])
+        assert isinstance(outcome, LostError)
+        [late] = await ended([generated(worker, make_request("b"))])
+        assert isinstance(late, NotUpError)
+
+    asyncio.run(run())
+
+
+def test_a_first_token_comes_at_once_and_later_ones_together_where_many_answer(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_MESSAGE_SECONDS", 1.0)
+    monkeypatch.setattr(worker_module, "_LONGEST_PAUSE", 2.0)
+
+    async def run() -> list[int]:
+        await worker.start(None)
+        counts = []
+        async for events, _ in worker.generate(make_request("a", max_tokens=8)):
+            counts.append(sum(len(each.tokens) for each in events if isinstance(each, Delta)))
+        return counts
+
+    first, *rest = asyncio.run(run())
+    assert first == 1
+    assert sum(rest) == 7
+    assert len(rest) < 7

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.cluster.fairness import Turns
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
 from longreach.engine.errors import CacheTooSmallError, InvalidRequestError
+from longreach.engine.fairness import Turns
 from longreach.kernels.page_size import PAGE_TOKENS
 
 CHUNK = 1024

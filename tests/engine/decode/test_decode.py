@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from longreach.engine.decode.decoder import Decoder, pages_needed
+from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.sampler import Sampler
+from longreach.engine.decode.sequences import pages_needed
 from longreach.engine.errors import (
     CacheTooSmallError,
     GenerationError,

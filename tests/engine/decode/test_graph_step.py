@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,39 @@ import torch
 
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
-from longreach.engine.decode.graph_step import Capture, GraphStep, captured, eager, row_counts
+from longreach.engine.decode.graph_step import (
+    Capture,
+    GraphStep,
+    captured,
+    eager,
+)
 from longreach.engine.decode.make_step import make_step
 from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.decode.sampler import Sampler
-from longreach.engine.decode.step import DecodeStep, Outcome, StepRow
+from longreach.engine.decode.step import (
+    NO_PROMPTS,
+    DecodeStep,
+    Outcome,
+    PromptLimits,
+    PromptPiece,
+    StepRow,
+)
+from longreach.engine.decode.step_rows import prompt_row_counts, row_counts
 from longreach.engine.errors import GenerationError, StepDoesNotFitError
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import PagePool
-from longreach.engine.messages import ChosenToken, Delta, GenerationRequest, SamplingParameters
+from longreach.engine.messages import (
+    ChosenToken,
+    Delta,
+    GenerationRequest,
+    Progress,
+    SamplingParameters,
+)
 from longreach.engine.model.config import WeightFormat
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
 from longreach.kernels import elementwise, greedy, matvec, narrow, quantized, sampling
+from longreach.kernels.elementwise import reference as elementwise_reference
 from longreach.kernels.elementwise import triton_elementwise
 from longreach.kernels.greedy import triton_greedy
 from longreach.kernels.matvec import triton_matvec
@@ -44,15 +65,21 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POOL_PAGES = 24
 MAX_BATCH = 5
 PROGRAMS = 3
+PROMPTS = PromptLimits(longest=512, at_once=192, pieces=3)
 STRIDE = DUAL_CHUNK["chunk_size"] - DUAL_CHUNK["local_size"]
 
 on_gpus = pytest.mark.skipif(DEVICE.type == "cpu", reason="graphs are captured on GPUs")
 
 
+def elementwise_on(tensor: torch.Tensor) -> ModuleType:
+    """The kernels; but on a machine with a GPU, what is on its CPU is computed as defined."""
+    return triton_elementwise if tensor.device.type == DEVICE.type else elementwise_reference
+
+
 @pytest.fixture(autouse=True)
 def kernels_for_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, all of the step's kernels instead of their definitions."""
-    monkeypatch.setattr(elementwise, "_version", lambda tensor: triton_elementwise)
+    monkeypatch.setattr(elementwise, "_version", elementwise_on)
     monkeypatch.setattr(greedy, "best_tokens", triton_greedy.best_tokens)
     monkeypatch.setattr(matvec, "linear", triton_matvec.linear)
 
@@ -67,8 +94,13 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, weights: WeightFormat = "auto") -> Qwen2:
-    return Qwen2.load(folder, Mesh.single(), dtype, DEVICE, weights)
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    weights: WeightFormat = "auto",
+    device: torch.device = DEVICE,
+) -> Qwen2:
+    return Qwen2.load(folder, Mesh.single(), dtype, device, weights)
 
 
 @dataclass
@@ -80,22 +112,33 @@ class Side:
 
 
 def make_sides(
-    model: Qwen2, counts: Sequence[int] = (1, 2, MAX_BATCH), kept: KVCacheDtype = "auto"
+    model: Qwen2,
+    counts: Sequence[int] = (1, 2, MAX_BATCH),
+    kept: KVCacheDtype = "auto",
+    prompts: PromptLimits = NO_PROMPTS,
+    portable_model: Qwen2 | None = None,
 ) -> tuple[Side, Side]:
-    """The portable step and the kernels', whose pools hold the same: random, behind it NaN."""
-    pools = [PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, DEVICE) for _ in range(2)]
+    """The portable step and the kernels', whose pools hold the same: random, behind it NaN.
+
+    Args:
+        portable_model: another than the kernels', perhaps on another device.
+    """
+    models = portable_model or model, model
+    pools = [
+        PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, each.device) for each in models
+    ]
     torch.manual_seed(0)
     fill_with_noise(pools[0])
     pools[1].memory.copy_(pools[0].memory)
     if pools[0].scales is not None and pools[1].scales is not None:
         pools[1].scales.copy_(pools[0].scales)
-    portable = PortableStep(model, pools[0], MAX_BATCH)
-    kernels = GraphStep(model, pools[1], counts, PROGRAMS, eager)
+    portable = PortableStep(models[0], pools[0], MAX_BATCH)
+    kernels = GraphStep(model, pools[1], counts, PROGRAMS, eager, prompts)
     return Side(pools[0], portable), Side(pools[1], kernels)
 
 
 def fill_with_noise(pool: PagePool) -> None:
-    noise = torch.randn(pool.memory.shape, device=DEVICE)
+    noise = torch.randn(pool.memory.shape, device=pool.memory.device)
     if pool.scales is None:
         pool.memory.copy_(noise)
     else:
@@ -130,12 +173,18 @@ def forget_what_lies_behind(pool: PagePool, rows: Sequence[StepRow]) -> None:
     pool.memory.masked_fill_(~held.to(DEVICE)[None, :, None, None, :, None], torch.nan)
 
 
-def check_same(portable: Side, kernels: Side, rows: Sequence[StepRow], tolerance: float) -> None:
-    expected, actual = portable.step.run(rows), kernels.step.run(rows)
+def check_same(
+    portable: Side,
+    kernels: Side,
+    rows: Sequence[StepRow],
+    tolerance: float,
+    pieces: Sequence[PromptPiece] = (),
+) -> None:
+    expected, actual = portable.step.run(rows, pieces), kernels.step.run(rows, pieces)
     assert len(actual) == len(expected)
     for mine, theirs in zip(actual, expected, strict=True):
         check_outcome(mine, theirs, tolerance)
-    written, reference = kernels.pool.memory, portable.pool.memory
+    written, reference = kernels.pool.memory.cpu(), portable.pool.memory.cpu()
     assert torch.equal(written.isnan(), reference.isnan())
     difference = (written - reference).nan_to_num().float().abs().max()
     assert difference <= tolerance * reference.nan_to_num().float().abs().max()
@@ -255,6 +304,95 @@ def widened(pool: PagePool) -> torch.Tensor:
     return pool.memory.float() * pool.scales[..., None, None]
 
 
+def make_sides_with_prompts(
+    folder: Path, dtype: torch.dtype = torch.float32, kept: KVCacheDtype = "auto"
+) -> tuple[Side, Side]:
+    """The portable side on a CPU, where PyTorch attends in every type."""
+    on_cpu = load(folder, dtype, device=torch.device("cpu"))
+    return make_sides(load(folder, dtype), kept=kept, prompts=PROMPTS, portable_model=on_cpu)
+
+
+def make_pieces(
+    bounds: Sequence[tuple[int, int, int]], first_page: int, takes_best: bool = False
+) -> list[PromptPiece]:
+    """Of prompts (start, end, length), whose pages are the last of the pool."""
+    pieces, page = [], first_page
+    for number, (start, end, length) in enumerate(bounds):
+        prompt = np.random.default_rng(number).integers(0, VOCAB, length).astype(np.int32)
+        table = BlockTable.of(range(page, page + pages_for(length)))
+        page += len(table.pages)
+        pieces.append(PromptPiece(prompt, start, end, table, takes_best))
+    return pieces
+
+
+PIECES = [
+    [(0, 1, 1)],
+    [(0, 17, 17), (128, 256, 300), (0, 40, 40)],
+    [(256, 300, 300), (0, 5, 5), (384, 399, 399)],  # as many rows as there are
+    [(128, 256, 500)],  # nothing ends
+]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bounds"),
+    [([], PIECES[0]), ([127, 250], PIECES[1]), ([], PIECES[2]), ([40], PIECES[3])],
+    ids=str,
+)
+def test_pieces_of_prompts_beside_rows(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, bounds, lengths: list[int]
+) -> None:
+    portable, kernels = make_sides_with_prompts(folder)
+    rows = [
+        StepRow((7 + length) % VOCAB, length, BlockTable.of([2 * n, 2 * n + 1]), False)
+        for n, length in enumerate(lengths)
+    ]
+    pieces = make_pieces(bounds, first_page=8)
+    poison_fresh_memory(monkeypatch)
+    check_same(portable, kernels, rows, 2e-4, pieces)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_of_prompts_in_pages_of_8_bits(
+    monkeypatch: pytest.MonkeyPatch, dual_folder: Path, dtype: torch.dtype
+) -> None:
+    portable, kernels = make_sides_with_prompts(dual_folder, dtype, "fp8_e4m3")
+    rows = [StepRow(3, 140, BlockTable.of([0, 1]), False)]
+    pieces = make_pieces(PIECES[1], first_page=8)
+    monkeypatch.setattr(quantized, "_version", lambda tensor: quantized_reference)
+    expected = portable.step.run(rows, pieces)
+    monkeypatch.setattr(quantized, "_version", lambda tensor: triton_quantized)
+    actual = kernels.step.run(rows, pieces)
+    assert len(actual) == 3
+    for mine, theirs in zip(actual, expected, strict=True):
+        check_outcome(mine, theirs, 2e-3 if dtype == torch.float32 else 0.06)
+    written, reference = (widened(side.pool)[:, 8:].cpu() for side in (kernels, portable))
+    torch.testing.assert_close(written, reference, rtol=0.14, atol=0.1)
+
+
+def test_steps_with_and_without_prompts_follow_each_other(dual_folder: Path) -> None:
+    """Unused rows, plans and wanted rows of an earlier step must not stay."""
+    portable, kernels = make_sides_with_prompts(dual_folder)
+    rows = [StepRow(3, 140, BlockTable.of([0, 1]), False)]
+    for bounds in (PIECES[2], [], PIECES[0], PIECES[3]):
+        check_same(portable, kernels, rows, 2e-4, make_pieces(bounds, 8, takes_best=True))
+    check_same(portable, kernels, [], 2e-4, make_pieces(PIECES[0], 8))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "counts"),
+    [
+        (128, [64, 128]),
+        (384, [64, 128, 192, 256, 384]),
+        (192, [64, 128, 192]),
+        (1024, [64, 128, 192, 256, 384, 512, 768, 1024]),
+    ],
+)
+def test_graphs_for_prompts_end_with_what_is_computed_at_once(
+    at_once: int, counts: list[int]
+) -> None:
+    assert prompt_row_counts(at_once) == counts
+
+
 def test_rows_get_what_they_ask_for(dual_folder: Path) -> None:
     portable, kernels = make_sides(load(dual_folder))
     best, full = make_rows([30, 31], takes_best=True), make_rows([30, 31])
@@ -309,6 +447,12 @@ def test_what_is_no_token_cannot_come(
             assert token.logprob == pytest.approx(float(logprobs.max()), abs=1e-5)
 
 
+def make_request(name: str, length: int, **sampling: Any) -> GenerationRequest:
+    values = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True, **sampling}
+    prompt = np.zeros(length, dtype=np.int32)
+    return GenerationRequest(name, prompt, SamplingParameters(**values), 0.0)
+
+
 class Engine:
     """A decoder whose prompts are not prefilled: pages hold what they happen to."""
 
@@ -318,15 +462,13 @@ class Engine:
         self.pool = PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, DEVICE)
         torch.manual_seed(1)
         fill_with_noise(self.pool)
-        step = GraphStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture)
-        self.decoder = Decoder(model, self.pool, TokenBytes(build_tokenizer()), max_batch, step)
+        step = GraphStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture, PROMPTS)
+        self.decoder = Decoder(
+            model, self.pool, TokenBytes(build_tokenizer()), max_batch, PROMPTS, step=step
+        )
 
     def start(self, name: str, length: int, **sampling: Any) -> list[Any]:
-        values = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True, **sampling}
-        request = GenerationRequest(
-            name, np.zeros(length, dtype=np.int32), SamplingParameters(**values), 0.0
-        )
-        self.decoder.reserve(request)
+        self.decoder.reserve(make_request(name, length, **sampling))
         return self.decoder.start(name, np.linspace(0, 1, VOCAB, dtype=np.float32))
 
 
@@ -341,11 +483,15 @@ def joining_and_leaving(engine: Engine) -> dict[tuple[str, int], list[int]]:
     for _ in range(4):
         outputs += decoder.step()
     decoder.cancel("leaves")
+    for name, length, choices in (("computed", 300, 1), ("short", 9, 2)):
+        decoder.admit(make_request(name, length, max_tokens=5, choices=choices))
     while decoder.has_work:
         outputs += decoder.step()
     assert decoder.usage == 0
     tokens: dict[tuple[str, int], list[int]] = {}
     for name, delta in outputs:
+        if isinstance(delta, Progress):
+            continue
         assert isinstance(delta, Delta)
         tokens.setdefault((name, delta.choice), []).extend(t.token_id for t in delta.tokens)
     return tokens
@@ -405,6 +551,7 @@ def test_a_decoder_on_kernels_finishes_what_it_started(dual_folder: Path) -> Non
     tokens = joining_and_leaving(Engine(load(dual_folder), eager))
     assert {name: len(each) for name, each in tokens.items() if name[0] != "leaves"} == {
         ("long", 0): 9, ("two", 0): 3, ("two", 1): 3, ("waits", 0): 4,
+        ("computed", 0): 5, ("short", 0): 5, ("short", 1): 5,
     }  # fmt: skip
 
 
@@ -453,11 +600,12 @@ def test_a_captured_step_takes_no_memory_and_so_cannot_lack_it(dual_folder: Path
     model = load(dual_folder, torch.bfloat16)
     pool = PagePool(model.page_geometry, POOL_PAGES, DEVICE)
     pool.memory.normal_()
-    step = GraphStep(model, pool, row_counts(2), PROGRAMS, captured(DEVICE))
+    step = GraphStep(model, pool, row_counts(2), PROGRAMS, captured(DEVICE), PROMPTS)
     rows = [*make_rows([30], takes_best=True), *make_rows([31])]
-    step.run(rows)
+    pieces = make_pieces(PIECES[1], first_page=8)
+    step.run(rows, pieces)
     before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
-    step.run(rows)
+    step.run(rows, pieces)
     assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == before
 
 

@@ -49,7 +49,7 @@ def prefill_of(
 
 def decode_of(free: float, max_batch: int = 8) -> DecodeFit:
     weights = Weights(QWEN_7B)
-    return DecodeFit(weights, geometry_of(weights), int(free), max_batch, 32768)
+    return DecodeFit(weights, geometry_of(weights), int(free), max_batch, 32768, 2 * max_batch)
 
 
 def bytes_of(model: Qwen2) -> int:
@@ -226,5 +226,8 @@ def test_larger_batches_leave_less_for_pages() -> None:
     assert (
         decode_of(80e9, max_batch=64).largest_cache() < decode_of(80e9, max_batch=8).largest_cache()
     )
+    fit = decode_of(80e9)
+    more = (replace(fit, prompt_tokens=1024), replace(fit, logits_rows=1024))
+    assert all(each.largest_cache() < fit.largest_cache() for each in more)
     few = replace(decode_of(80e9), geometry=geometry_of(Weights(QWEN_7B), "fp8_e4m3"))
     assert few.largest_cache() > 1.9 * decode_of(80e9).largest_cache()

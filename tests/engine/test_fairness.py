@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.cluster.fairness import Turns
 from longreach.engine.errors import InvalidRequestError
+from longreach.engine.fairness import Turns
 
 PIECE = 8
 PATIENCES = st.sampled_from([0.25, 1.0, 2.0, 5.0])

@@ -6,7 +6,7 @@ the same on a laptop and on eight GPUs.
 
 from dataclasses import dataclass
 
-from ..engine.errors import InvalidRequestError
+from .errors import InvalidRequestError
 
 
 @dataclass

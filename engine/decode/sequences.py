@@ -1,0 +1,136 @@
+"""What a decoder knows of a request: its pages, and the sequences that its choices are."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ...kernels.page_size import PAGE_TOKENS, pages_for
+from ...kernels.pages import BlockTable
+from ..kv.pages import PagePool
+from ..messages import GenerationRequest
+from .detokenizer import Detokenizer
+from .grammar import Constraint
+from .sampler import Sampler
+from .step import Outcome, StepRow
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet.
+
+    `first` is what came out after the prompt. It is kept until there is a place in the batch, and
+    is None before and afterwards. `replayed` are tokens of the answer that the client has.
+    """
+
+    request_id: str
+    choice: int
+    block_table: BlockTable
+    length: int
+    sampler: Sampler
+    detokenizer: Detokenizer
+    constraint: Constraint | None
+    replayed: tuple[int, ...]
+    first: Outcome | None = None
+    next_token: int = -1
+    num_generated: int = 0
+
+    @property
+    def row(self) -> StepRow:
+        """What it brings to a step."""
+        # What a grammar allows is found out beside the step, and applied to logits on the host.
+        draws = self.constraint is None and not self.takes_best
+        drawing = self.sampler.drawing if draws else None
+        return StepRow(self.next_token, self.length, self.block_table, self.takes_best, drawing)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the best token is all that would be looked at of the next logits."""
+        return self.sampler.takes_best and self.constraint is None
+
+    @property
+    def lacks_a_page(self) -> bool:
+        """Whether its pages are full, so that the next token has no place."""
+        return self.length == len(self.block_table.pages) * PAGE_TOKENS
+
+    def grow(self, page: int) -> None:
+        """Take one more page."""
+        self.block_table = BlockTable.of([*self.block_table.pages.tolist(), page])
+
+
+@dataclass(eq=False)
+class Reservation:
+    """The pages of one request: its sequences' block tables, shared ones counted in each.
+
+    `number` rises with every request that is taken. One that `grows` has pages for its prompt and a
+    little more, takes others as it generates, and may be put off; any other has all for certain.
+    """
+
+    request: GenerationRequest
+    number: int
+    grows: bool
+    block_tables: list[BlockTable]
+    sequences: list[TokenSequence] = field(default_factory=list)
+
+    @property
+    def started(self) -> bool:
+        """Whether its pages are those of its sequences: from the first on, until the last ends."""
+        return bool(self.sequences)
+
+    @property
+    def held(self) -> list[BlockTable]:
+        """The tables of all pages that it holds."""
+        return [each.block_table for each in self.sequences] if self.started else self.block_tables
+
+    @classmethod
+    def allocate(
+        cls, pool: PagePool, request: GenerationRequest, number: int, grows: bool
+    ) -> "Reservation":
+        """Take pages for the prompt, and for all that may be generated, or for one token of it.
+
+        Raises:
+            OutOfPagesError: they are not free now; nothing was taken.
+        """
+        tables = _block_tables(request, pool.allocate(pages_needed(request, grows)))
+        shared = len(request.prompt) // PAGE_TOKENS
+        for table in tables[1:]:
+            pool.share(table.pages[:shared].tolist())
+        return cls(request, number, grows, tables)
+
+    def release(self, pool: PagePool) -> None:
+        """Give all pages back."""
+        for table in self.held:
+            pool.release(table.pages.tolist())
+
+    def copy_last_prompt_page(self, pool: PagePool) -> None:
+        """A page that the prompt fills in part is written by every choice: each gets its own."""
+        full, rest = divmod(len(self.request.prompt), PAGE_TOKENS)
+        if rest:
+            first, *others = self.held
+            for table in others:
+                pool.copy_page(int(first.pages[full]), int(table.pages[full]))
+
+
+def pages_needed(request: GenerationRequest, at_first: bool = False) -> int:
+    """Pages of the prompt, and of all that its choices may generate, or of one token `at_first`.
+
+    Choices share the pages that the prompt fills; each has the rest to itself.
+    """
+    shared = len(request.prompt) // PAGE_TOKENS
+    answer = 1 if at_first else request.sampling.max_tokens
+    whole = pages_for(len(request.prompt) + answer)
+    return shared + request.sampling.choices * (whole - shared)
+
+
+def _block_tables(request: GenerationRequest, pages: list[int]) -> list[BlockTable]:
+    """A block table for each choice; all begin with the same pages."""
+    shared = len(request.prompt) // PAGE_TOKENS
+    choices = request.sampling.choices
+    own = (len(pages) - shared) // choices
+    return [
+        BlockTable.of(pages[:shared] + pages[shared + choice * own : shared + (choice + 1) * own])
+        for choice in range(choices)
+    ]
+
+
+def distinct_pages(tables: Iterable[BlockTable]) -> list[int]:
+    """Every page of some tables once, in the order in which they are met."""
+    return list(dict.fromkeys(page for table in tables for page in table.pages.tolist()))
