@@ -19,7 +19,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from longreach.cluster.rest import build_refusal
+from longreach.cluster.rest import SignsOfLife, build_refusal
 
 from ..cluster.rest.backend import LIMITS, MODEL, Endpoint
 from ..cluster.rest.server import serving, wait_for
@@ -67,7 +67,9 @@ def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
     binary = shutil.which(request.param) or shutil.which(request.param, path="/usr/sbin")
     if binary is None:
         pytest.skip(f"no {request.param} here; Debian has a package of that name")
-    limits = replace(LIMITS, max_model_len=8_000_000, max_body_bytes=64 << 20, progress_seconds=0.5)
+    limits = replace(
+        LIMITS, max_model_len=8_000_000, max_body_bytes=64 << 20, signs_of_life=SignsOfLife(0.5)
+    )
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
