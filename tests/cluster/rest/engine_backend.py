@@ -15,6 +15,7 @@ from longreach.cluster.rest.limits import SignsOfLife
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
 from longreach.engine.decode.sampler import Logits
+from longreach.engine.errors import GenerationError
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.local import DirectHandOff, LocalPrefill
 from longreach.engine.messages import Delta, Event, Finished, GenerationRequest, PromptScores
@@ -52,8 +53,9 @@ class EngineBackend:
             tokens = 0
             while outputs:
                 for _, output in outputs:
-                    if not isinstance(output, Delta):
+                    if isinstance(output, GenerationError):
                         raise output
+                    assert isinstance(output, Delta)
                     tokens += len(output.tokens)
                     yield output
                 outputs = self._decoder.step()

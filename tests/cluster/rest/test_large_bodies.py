@@ -142,7 +142,7 @@ def test_commas_of_a_text_are_no_values(tmp_path: Path, text: str) -> None:
     with pytest.raises(RestError) as refused:
         reader.completion(completion(text), "id", 0.0)
     assert "values" not in refused.value.message
-    with pytest.raises(RestError, match=r"more than 16394 values"):
+    with pytest.raises(RestError, match=r"more than 16400 values"):
         reader.completion(completion([text, *[1] * 200_000]), "id", 0.0)
 
 
