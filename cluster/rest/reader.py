@@ -8,6 +8,7 @@ one after the other. That process gives its memory back by ending.
 import asyncio
 import json
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,11 @@ _COUNTED_LENGTHS = 2
 
 Kind = Literal["chat", "completion", "responses", "tokenize", "detokenize"]
 _BLOCK_BYTES = 1 << 18
+# By how many bytes an escape may be longer than what it stands for: backslash, u and four digits.
+_MOST_FOR_A_BYTE = 5
+# What stands before a prompt, or the first of several.
+_KEY_OF_A_PROMPT = re.compile(rb'"(prompt|content|text|input)"\s*:\s*\[?\s*"$')
+_KEY_BYTES = 64
 _LISTS: dict[Kind, str] = {
     "chat": "messages",
     "completion": "prompt",
@@ -49,6 +55,7 @@ _LISTS: dict[Kind, str] = {
     "tokenize": "messages",
     "detokenize": "tokens",
 }
+_GENERATING: tuple[Kind, ...] = ("chat", "completion", "responses")
 
 
 class Reader:
@@ -126,6 +133,22 @@ class Reader:
         tokens = self._planner.encode(asked.tokens, "tokens", self._limits.max_model_len)
         return json.dumps({"prompt": self._tokenizer.decode(tokens)}, ensure_ascii=False).encode()
 
+    def check_texts(self, kind: Kind, body: bytes) -> None:
+        """Refuse a body with a text that cannot be served, before it is parsed.
+
+        What it lets pass may be too long all the same.
+        """
+        if kind not in _GENERATING:
+            return
+        least = self._tokenizer.least_tokens_of_bytes(longest_text(body))
+        if least > self._limits.max_model_len:
+            raise invalid(
+                f"this model's maximum context length is {self._limits.max_model_len} tokens "
+                f"(limits.max_model_len), but a text of the body has at least {least}; shorten it",
+                _LISTS[kind],
+                "context_length_exceeded",
+            )
+
     def _check_count(self, kind: Kind, body: bytes) -> None:
         """Refuse a body with more values than could be served, before any is parsed."""
         most = self._most_values[kind] + _OTHER_VALUES
@@ -161,6 +184,25 @@ def _has_more_values(body: bytes, most: int) -> bool:
     return False
 
 
+def longest_text(body: bytes) -> int:
+    """The longest string of JSON has as many bytes at least, decoded.
+
+    0 where there is none, or where its key is not one of a prompt's.
+    """
+    # Each of what is taken out stands for a byte, and every other escape for one or more.
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes = np.flatnonzero(np.frombuffer(unescaped, np.uint8) == ord('"'))
+    begins, ends = quotes[: len(quotes) // 2 * 2 : 2] + 1, quotes[1::2]
+    if not len(ends):
+        return 0
+    longest = int(np.argmax(ends - begins))
+    begin = int(begins[longest])
+    if not _KEY_OF_A_PROMPT.search(unescaped[max(begin - _KEY_BYTES, 0) : begin]):
+        return 0
+    text = unescaped[begin : ends[longest]]
+    return max(len(text) - _MOST_FOR_A_BYTE * text.count(b"\\"), 0)
+
+
 class Readers:
     """Reads bodies off the event loop: few at a time, and large ones in another process."""
 
@@ -187,10 +229,14 @@ class Readers:
     async def _read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
         loop = asyncio.get_running_loop()
         if sum(map(len, parts)) > LARGE_BYTES:
+            await loop.run_in_executor(self._small, self._check_large, kind, parts)
             job = (kind, parts, request_id, arrived)
             return await loop.run_in_executor(self._large, self._read_large, *job)
         read = getattr(self._reader, kind)
         return await loop.run_in_executor(self._small, read, b"".join(parts), request_id, arrived)
+
+    def _check_large(self, kind: Kind, parts: list[bytes]) -> None:
+        self._reader.check_texts(kind, b"".join(parts))
 
     def _read_large(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:
         try:

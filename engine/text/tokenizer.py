@@ -130,13 +130,16 @@ class Tokenizer:
 
     def least_tokens(self, text: str) -> int:
         """Fewer tokens than this cannot hold the text; known without encoding it."""
+        if text.isascii():
+            return self.least_tokens_of_bytes(len(text), is_ascii=True)
+        return self.least_tokens_of_bytes(len(text.encode("utf-8", "surrogatepass")))
+
+    def least_tokens_of_bytes(self, size: int, is_ascii: bool = False) -> int:
+        """As `least_tokens`, for any text of so many bytes of UTF-8."""
         if self.bytes_per_token is None:
             return 0
-        most = self.bytes_per_token
-        if self.raw.normalizer is not None and not text.isascii():
-            most *= _NFC_SHRINKS
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-        return -(-size // most)
+        shrinks = self.raw.normalizer is not None and not is_ascii
+        return -(-size // (self.bytes_per_token * (_NFC_SHRINKS if shrinks else 1)))
 
     @cached_property
     def least_tokens_per_message(self) -> int:

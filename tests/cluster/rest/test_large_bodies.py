@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longreach.cluster.rest import SignsOfLife
 from longreach.cluster.rest.errors import RestError
-from longreach.cluster.rest.reader import LARGE_BYTES, Reader
+from longreach.cluster.rest.reader import LARGE_BYTES, Reader, longest_text
 
 from . import backend
 from .backend import MODEL, Endpoint
@@ -144,6 +146,37 @@ def test_commas_of_a_text_are_no_values(tmp_path: Path, text: str) -> None:
     assert "values" not in refused.value.message
     with pytest.raises(RestError, match=r"more than 16400 values"):
         reader.completion(completion([text, *[1] * 200_000]), "id", 0.0)
+
+
+@given(
+    text=st.text(st.sampled_from('a\\"\n\u00e9\u4e00/, '), max_size=60),
+    key=st.sampled_from(["prompt", "content", "text", "input", "user"]),
+    several=st.booleans(),
+    ascii_only=st.booleans(),
+)
+def test_the_longest_text_of_a_body_has_as_many_bytes_at_least(
+    text: str, key: str, several: bool, ascii_only: bool
+) -> None:
+    fields = {"n": 1, key: [text, "b"] if several else text, "stop": ["c"]}
+    found = longest_text(json.dumps(fields, ensure_ascii=ascii_only).encode())
+    assert found <= len(text.encode())
+    if key == "user":
+        assert found == 0
+    elif len(text) > len("content") and not set(text) & set('\\"\n\u00e9\u4e00'):
+        assert found == len(text)
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion", "responses"])
+def test_a_text_that_cannot_fit_is_refused_before_anything_is_parsed(
+    tmp_path: Path, kind: Any
+) -> None:
+    limits = replace(backend.LIMITS, max_model_len=10, max_output_tokens=5)
+    reader = Reader(limits, Endpoint(tmp_path).tokenizer)
+    fits, too_long = (b'{"prompt" : ["%s"], ' % (b"a" * size) for size in (10, 11))
+    reader.check_texts(kind, fits)
+    with pytest.raises(RestError) as refused:
+        reader.check_texts(kind, too_long)
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_four_large_texts_are_each_refused(large: tuple[Endpoint, int]) -> None:
