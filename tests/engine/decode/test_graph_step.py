@@ -457,14 +457,19 @@ class Engine:
     """A decoder whose prompts are not prefilled: pages hold what they happen to."""
 
     def __init__(
-        self, model: Qwen2, capture: Capture, max_batch: int = 3, kept: KVCacheDtype = "auto"
+        self,
+        model: Qwen2,
+        capture: Capture,
+        max_batch: int = 3,
+        kept: KVCacheDtype = "auto",
+        prompts: PromptLimits = NO_PROMPTS,
     ) -> None:
         self.pool = PagePool(model.page_geometry.kept_as(kept), POOL_PAGES, DEVICE)
         torch.manual_seed(1)
         fill_with_noise(self.pool)
-        step = GraphStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture, PROMPTS)
+        step = GraphStep(model, self.pool, row_counts(max_batch), PROGRAMS, capture, prompts)
         self.decoder = Decoder(
-            model, self.pool, TokenBytes(build_tokenizer()), max_batch, PROMPTS, step=step
+            model, self.pool, TokenBytes(build_tokenizer()), max_batch, prompts, step=step
         )
 
     def start(self, name: str, length: int, **sampling: Any) -> list[Any]:
@@ -548,7 +553,7 @@ def test_captured_draws_are_those_of_launched_ones(dual_folder: Path) -> None:
 
 
 def test_a_decoder_on_kernels_finishes_what_it_started(dual_folder: Path) -> None:
-    tokens = joining_and_leaving(Engine(load(dual_folder), eager))
+    tokens = joining_and_leaving(Engine(load(dual_folder), eager, prompts=PROMPTS))
     assert {name: len(each) for name, each in tokens.items() if name[0] != "leaves"} == {
         ("long", 0): 9, ("two", 0): 3, ("two", 1): 3, ("waits", 0): 4,
         ("computed", 0): 5, ("short", 0): 5, ("short", 1): 5,
@@ -613,8 +618,8 @@ def test_a_captured_step_takes_no_memory_and_so_cannot_lack_it(dual_folder: Path
 @pytest.mark.parametrize("weights", ["auto", "fp8"])
 def test_captured_steps_with_weights_of_8_bits(dual_folder: Path, weights: WeightFormat) -> None:
     model = load(dual_folder, torch.bfloat16, weights)
-    launched = joining_and_leaving(Engine(model, eager))
-    assert joining_and_leaving(Engine(model, captured(DEVICE))) == launched
+    launched = joining_and_leaving(Engine(model, eager, prompts=PROMPTS))
+    assert joining_and_leaving(Engine(model, captured(DEVICE), prompts=PROMPTS)) == launched
 
 
 @on_gpus
@@ -624,5 +629,7 @@ def test_captured_steps_choose_what_launched_ones_do(
     dual_folder: Path, dtype: torch.dtype, kept: KVCacheDtype
 ) -> None:
     model = load(dual_folder, dtype)
-    launched = joining_and_leaving(Engine(model, eager, kept=kept))
-    assert joining_and_leaving(Engine(model, captured(DEVICE), kept=kept)) == launched
+    launched = joining_and_leaving(Engine(model, eager, kept=kept, prompts=PROMPTS))
+    assert (
+        joining_and_leaving(Engine(model, captured(DEVICE), kept=kept, prompts=PROMPTS)) == launched
+    )
