@@ -60,8 +60,7 @@ def logits_of(rows: int, spread: float, dtype: torch.dtype) -> torch.Tensor:
     return wider.to(dtype).to(DEVICE)[:, :VOCAB]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize(("dtype", "spread"), [(torch.bfloat16, 0.3), (torch.float32, 3.0)])
 def test_the_device_draws_what_the_host_draws(dtype: torch.dtype, spread: float) -> None:
     """Logits of 8 bits of mantissa have many equals."""
     draws = np.random.default_rng(1).random((4, len(KINDS)))
