@@ -1,5 +1,6 @@
 """Ranks and workers on a GPU that is too small, or that another process has filled."""
 
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -87,14 +88,12 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("start", "remedy"),
+    ("start", "names"),
     [
-        (join, "take fewer prefill.kv_cache_tokens, model.kv_cache_dtype fp8_e4m3, whose pages are "
-         "half as large, a smaller prefill.chunk_tokens, a larger prefill.tensor_parallel, a "
-         "larger GPU, or a GPU of its own (prefill.gpus_per_rank 1)"),
-        (make_decoder, "take fewer decode.kv_cache_tokens, model.kv_cache_dtype fp8_e4m3, whose "
-         "pages are half as large, a smaller decode.max_batch, a larger GPU, or a GPU of its own "
-         "(decode.gpus 1)"),
+        (join, {"prefill.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
+                "prefill.chunk_tokens", "prefill.tensor_parallel", "prefill.gpus_per_rank"}),
+        (make_decoder, {"decode.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
+                        "decode.max_batch", "decode.gpus"}),
     ],
     ids=["prefill", "decode"],
 )  # fmt: skip
@@ -102,7 +101,7 @@ def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(
     shared: Settings,
     monkeypatch: pytest.MonkeyPatch,
     start: Callable[[Settings], None],
-    remedy: str,
+    names: set[str],
 ) -> None:
     """Nothing may touch a GPU either: there is none where this test runs."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(60e9))
@@ -112,7 +111,8 @@ def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(
     assert needs.cache_bytes == pytest.approx(47e9, rel=1e-3)
     assert needs.weight_bytes == pytest.approx(15.2e9, rel=1e-2)
     assert needs.free_bytes == 60e9
-    assert refused.value.remedy == remedy
+    remedy = refused.value.remedy or ""
+    assert set(re.findall(r"\b[a-z]+\.[a-z_]+\b", remedy)) == names
     assert str(refused.value).count(remedy) == 1
     assert "\n" not in str(refused.value)
 
@@ -201,7 +201,7 @@ def test_memory_that_others_allocated_meanwhile_is_refused_with_the_same_remedie
         start(on_cpu.model_copy(update={"model": narrow}))
     assert raised.value.needs.cache_tokens == 2048
     assert raised.value.remedy is not None
-    assert raised.value.remedy.startswith(f"take fewer {setting}, a smaller ")
+    assert raised.value.remedy.startswith(f"take fewer {setting}, model.weights fp8")
     assert "\n" not in str(raised.value)
 
 
