@@ -69,7 +69,7 @@ def on_cpu() -> Settings:
     )
 
 
-def without_memory(*arguments: object) -> Any:
+def without_memory(*arguments: object, **named: object) -> Any:
     raise torch.OutOfMemoryError("as the allocator says it\nin several lines")
 
 
