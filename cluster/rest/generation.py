@@ -117,10 +117,10 @@ class Generation:
             await self._put(index, None)
 
     async def _run(self, index: int, request: GenerationRequest) -> None:
-        """Hand one prompt's events on; behind its first, a full queue is only waited for.
+        """Hand one prompt's events on; a full queue refuses the request by its first prompt alone.
 
         Raises:
-            QueueFullError: before anything came for any prompt of the request.
+            QueueFullError: for the first, before anything came for any prompt of the request.
         """
         while True:
             try:
@@ -130,7 +130,7 @@ class Generation:
                         await self._put(index, event)
                 return
             except QueueFullError:
-                if not self._is_taken:
+                if index == 0 and not self._is_taken:
                     raise
             await asyncio.sleep(_NEXT_TRY_SECONDS)
 
