@@ -166,12 +166,13 @@ def test_many_prompts_wait_within_their_request(monkeypatch: pytest.MonkeyPatch)
                 finished += await generation.next() is not None
         return finished
 
-    backend.under_way = 1  # of somebody else
-    with pytest.raises(QueueFullError):  # before anything came
+    backend.under_way = 2  # of others
+    with pytest.raises(QueueFullError):  # for the first
         asyncio.run(run())
     backend.under_way = 0
-    monkeypatch.setattr("longreach.cluster.rest.generation._PROMPTS_AT_ONCE", 2)
+    # Four come at once, and two are let in.
     assert asyncio.run(run()) == 200
+    assert backend.refused > 2
     assert backend.most == 2
 
 
