@@ -1,10 +1,11 @@
 """The events of all prompts of one HTTP request, in one stream."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -122,9 +123,11 @@ class Generation:
         Raises:
             QueueFullError: for the first, before anything came for any prompt of the request.
         """
-        while True:
+        for tries in itertools.count():
+            # Whoever refused it has released it, and takes no request of that name any more.
+            named = request if tries == 0 else _renamed(request, tries)
             try:
-                async with aclosing(self._backend.generate(request)) as events:
+                async with aclosing(self._backend.generate(named)) as events:
                     async for event in events:
                         self._is_taken = True
                         await self._put(index, event)
@@ -136,6 +139,10 @@ class Generation:
 
     async def _put(self, index: int, event: Event | BaseException | None) -> None:
         await self._events.put((index, time.monotonic(), event))
+
+
+def _renamed(request: GenerationRequest, tries: int) -> GenerationRequest:
+    return replace(request, request_id=f"{request.request_id}-try-{tries}")
 
 
 def _is_asked_to_stop() -> bool:

@@ -135,8 +135,10 @@ class Crowded:
 
     def __init__(self) -> None:
         self.under_way = self.most = self.refused = 0
+        self.names: list[str] = []
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.names.append(request.request_id)
         if self.under_way == 2:
             self.refused += 1
             raise QueueFullError(2)
@@ -173,6 +175,8 @@ def test_many_prompts_wait_within_their_request(monkeypatch: pytest.MonkeyPatch)
     # Four come at once, and two are let in.
     assert asyncio.run(run()) == 200
     assert backend.refused > 2
+    names = backend.names[1:]
+    assert len(set(names)) == len(names)
     assert backend.most == 2
 
 
