@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.exceptions import ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from ...engine.errors import NotUpError, QueueFullError, UnavailableError
+from ...engine.errors import (
+    LongreachError,
+    LostError,
+    NotUpError,
+    QueueFullError,
+    TransferError,
+    UnavailableError,
+)
 from ...engine.messages import Event, GenerationRequest
 from .. import metrics
 from ..call_errors import CallError, as_ours
@@ -22,13 +30,14 @@ from ..pulse import Allowance, watch
 from ..router import PrefillRouter
 from ..settings import WorkerSettings
 from ..streams import beating
-from ..tasks import forever
+from ..tasks import as_nobody, forever
 from .request_life import RequestLife, State
 from .worker import DecodeWorker
 
 # Of the worker: every waiting request is a call, and so is every message of pages under way.
 _CALLS_AT_ONCE = 1_000_000
 _READY_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 _LOST = "the decode worker is gone, and is being replaced; send the request again"
 
 logger = logging.getLogger(__name__)
@@ -97,8 +106,11 @@ class DecodeReplica:
             async with aclosing(beating(life.events(), beat=[])) as messages:
                 async for events in messages:
                     yield events
-        except CallError as error:
-            raise as_ours(error) from error
+        except (*CallError, LongreachError) as error:
+            ours = as_ours(error)
+            if isinstance(ours, (LostError, TransferError)):
+                await self._look_at_worker()
+            raise ours from error
         finally:
             self._lives.discard(life)
 
@@ -118,12 +130,24 @@ class DecodeReplica:
         self._lives.add(life)
         return life
 
+    async def _look_at_worker(self) -> None:
+        """Find out now if the worker is gone: requests that come again would die with it again."""
+        try:
+            async with asyncio.timeout(_LOOK_SECONDS):
+                await as_nobody(self._worker.check.remote)
+        except (TimeoutError, ActorUnavailableError):
+            return  # It may be busy, and whether it hangs its pulse will show.
+        except CallError as error:
+            self._lose(error)
+
     async def _watch_worker(self) -> None:
         why = await watch(self._worker.pulse.remote, lambda: bool(self._lives), Allowance())
         raise UnavailableError(f"the decode worker {why}")
 
     def _lose(self, error: BaseException) -> None:
         """The worker cannot go on: its end tells everybody who waits for it."""
+        if self._lost:
+            return
         logger.error("the decode worker is lost: %s", error)
         self._lost = True
         if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
