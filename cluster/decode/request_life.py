@@ -6,7 +6,7 @@ life in one way, by releasing what the worker holds for it.
 """
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from enum import Enum
@@ -94,21 +94,10 @@ class RequestLife:
         """Have the worker compute the prompt as well: one call, and no pages that travel."""
         answer = self._worker.generate.options(num_returns="streaming")
         clock = _AnswerClock(self._request, self._began)
-        async for reference in as_nobody(answer.remote, self._request):
-            messages, ended = await reference
-            events: list[Event] = []
-            for message in messages:
-                if isinstance(message, ComputedHere):
-                    self.state = State.DECODING
-                    clock.prompt_is_computed(message)
-                else:
-                    events.append(message)
-            if self.state is State.WAITING:
-                self.state = State.PREFILLING
-            clock.count(events)
-            if ended:
-                events.append(clock.finished())
-            yield events
+        said = as_nobody(answer.remote, self._request)
+        async with aclosing(self._said(said, clock)) as messages:
+            async for events in messages:
+                yield events
 
     def _reserve(self) -> PrefillOrder:
         """Have pages allocated, without waiting for them."""
@@ -141,10 +130,27 @@ class RequestLife:
         clock = _AnswerClock(self._request, self._began)
         clock.prompt_is_there(prefilled)
         answer = self._worker.answer.options(num_returns="streaming")
-        async for reference in answer.remote(self._request.request_id, prefilled.logits):
-            deltas, ended = await reference
-            clock.count(deltas)
-            events: list[Event] = list(deltas)
+        said = answer.remote(self._request.request_id, prefilled.logits)
+        async with aclosing(self._said(said, clock)) as messages:
+            async for events in messages:
+                yield events
+
+    async def _said(
+        self, answer: AsyncIterable[Any], clock: "_AnswerClock"
+    ) -> AsyncGenerator[list[Event], None]:
+        """What the worker says, to its last token and Finished."""
+        async for reference in answer:
+            messages, ended = await reference
+            events: list[Event] = []
+            for message in messages:
+                if isinstance(message, ComputedHere):
+                    self.state = State.DECODING
+                    clock.prompt_is_computed(message)
+                else:
+                    events.append(message)
+            if self.state is State.WAITING:
+                self.state = State.PREFILLING
+            clock.count(events)
             if ended:
                 events.append(clock.finished())
             yield events
