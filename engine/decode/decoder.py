@@ -204,12 +204,9 @@ class Decoder(DecodeEngine):
         reservation = self._reservations.get(request_id)
         if reservation is None or reservation.started:
             raise InvalidRequestError(f"request {request_id} is not waiting to start")
-        try:
-            choices = reservation.request.sampling.choices
-            with out_of_memory_raises(StartOutOfMemoryError(choices)):
-                reservation.copy_last_prompt_page(self._pool)
-        except OutOfMemoryError as error:
-            return [self._give_up(request_id, error)]
+        failed = self._part_choices(reservation)
+        if failed:
+            return failed
         reservation.sequences = self._make_sequences(reservation, constraint)
         self._join(reservation, logits)
         return self._fill_batch()
@@ -278,14 +275,21 @@ class Decoder(DecodeEngine):
             if not self._prompts.count(part):
                 continue
             outcome = next(after)
-            try:
-                with out_of_memory_raises(StartOutOfMemoryError(len(reservation.sequences))):
-                    reservation.copy_last_prompt_page(self._pool)
-            except OutOfMemoryError as error:
-                outputs.append(self._give_up(name, error))
-                continue
-            self._join(reservation, outcome)
+            failed = self._part_choices(reservation)
+            outputs += failed
+            if not failed:
+                self._join(reservation, outcome)
         return [*outputs, *self._fill_batch()]
+
+    def _part_choices(self, reservation: Reservation) -> list[Output]:
+        """Give each choice of a whole prompt a last page of its own; what ended it, if it did."""
+        request = reservation.request
+        try:
+            with out_of_memory_raises(StartOutOfMemoryError(request.sampling.choices)):
+                reservation.copy_last_prompt_page(self._pool)
+        except OutOfMemoryError as error:
+            return [self._give_up(request.request_id, error)]
+        return []
 
     def _join(self, reservation: Reservation, outcome: Outcome) -> None:
         """Let the choices of a prompt that is whole wait for a place."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.pages import BlockTable
-from ..kv.pages import PagePool
+from ..kv.pages import PagePool, movable
 from .sequences import Reservation, TokenSequence, distinct_pages
 
 
@@ -38,7 +38,7 @@ class PutOff:
         pages = distinct_pages(tables)
         order = {page: index for index, page in enumerate(pages)}
         index = torch.tensor(pages, device=pool.memory.device)
-        values = _bits(pool.memory).index_select(1, index).cpu()
+        values = movable(pool.memory).index_select(1, index).cpu()
         scales = None if pool.scales is None else pool.scales.index_select(1, index).cpu()
         reservation.release(pool)
         places = [[order[page] for page in table.pages.tolist()] for table in tables]
@@ -57,7 +57,7 @@ class PutOff:
         """
         pages = pool.allocate(self.num_pages)
         index = torch.tensor(pages, device=pool.memory.device)
-        _bits(pool.memory).index_copy_(1, index, self._values.to(pool.memory.device))
+        movable(pool.memory).index_copy_(1, index, self._values.to(pool.memory.device))
         if pool.scales is not None and self._scales is not None:
             pool.scales.index_copy_(1, index, self._scales.to(pool.memory.device))
         held: set[int] = set()
@@ -66,8 +66,3 @@ class PutOff:
             pool.share([page for page in own if page in held])
             held.update(own)
             sequence.block_table = BlockTable.of(own)
-
-
-def _bits(memory: Tensor) -> Tensor:
-    """In a type that can be moved: index functions do not take every 8-bit one."""
-    return memory.view(torch.uint8) if memory.itemsize == 1 else memory

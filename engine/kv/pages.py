@@ -63,6 +63,11 @@ class PageGeometry:
         return replace(self, dtype=_FORMATS[kv_cache_dtype])
 
 
+def movable(values: Tensor) -> Tensor:
+    """The same in a type that can be moved: index functions do not take every 8-bit one."""
+    return values.view(torch.uint8) if values.itemsize == 1 else values
+
+
 PageIndex = slice | Tensor
 """What picks pages out of a layer's memory: a slice where they are neighbours, else int64 [n]."""
 
@@ -88,8 +93,8 @@ class Pages:
 
     @property
     def bits(self) -> Tensor:
-        """The values in a type that can be moved: index functions do not take every 8-bit one."""
-        return self.values.view(torch.uint8) if self.values.itemsize == 1 else self.values
+        """The values in a type that can be moved."""
+        return movable(self.values)
 
     def at(self, index: PageIndex) -> "Pages":
         """Some of them: a view for a slice, else a copy."""
