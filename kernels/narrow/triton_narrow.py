@@ -128,6 +128,25 @@ def _library_takes_blocks(count: int, weight: Tensor) -> bool:
     return whole and weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
 
 
+def _operands(
+    x: NarrowRows, weight: Tensor, scales: Tensor, bias: Tensor | None, output: Tensor
+) -> tuple[Tensor | int, ...]:
+    """What both products are launched with, in their order; without a bias, anything for one."""
+    return (
+        x.values,
+        x.scales,
+        weight,
+        scales,
+        output if bias is None else bias,
+        output,
+        len(x),
+        x.values.stride(0),
+        *x.scales.stride(),
+        weight.stride(0),
+        scales.stride(0),
+    )
+
+
 def linear_of_few(
     x: NarrowRows,
     weight: Tensor,
@@ -141,17 +160,7 @@ def linear_of_few(
     tiling = tiling or (BY_BLOCK if by_blocks else BY_OUTPUT)
     output = torch.empty(count, outputs, dtype=x.dtype, device=weight.device)
     _few_rows[(triton.cdiv(outputs, tiling.outputs),)](
-        x.values,
-        x.scales,
-        weight,
-        scales,
-        output if bias is None else bias,
-        output,
-        count,
-        x.values.stride(0),
-        *x.scales.stride(),
-        weight.stride(0),
-        scales.stride(0),
+        *_operands(x, weight, scales, bias, output),
         INPUTS=inputs,
         OUTPUTS=outputs,
         BIASED=bias is not None,
@@ -179,17 +188,7 @@ def linear_by_blocks(
     output = torch.empty(count, outputs, dtype=x.dtype, device=weight.device)
     tiles = triton.cdiv(count, tiling.rows) * triton.cdiv(outputs, tiling.outputs)
     _block_product[(tiles,)](
-        x.values,
-        x.scales,
-        weight,
-        scales,
-        output if bias is None else bias,
-        output,
-        count,
-        x.values.stride(0),
-        *x.scales.stride(),
-        weight.stride(0),
-        scales.stride(0),
+        *_operands(x, weight, scales, bias, output),
         INPUTS=inputs,
         OUTPUTS=outputs,
         BIASED=bias is not None,
