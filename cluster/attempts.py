@@ -109,13 +109,14 @@ class Attempts:
         assert self._trouble_since is not None
         # A hand-off fails where the decode worker is gone, which the gang sees first.
         died = isinstance(error, (LostError, TransferError))
+        spared = isinstance(error, LostError) and not error.begun
         # Who had a place has not lost it because others came while something was replaced.
         waits = isinstance(error, NotUpError) or (
             isinstance(error, QueueFullError) and self._number > 0
         )
         if self._retries == 0 or not (died or waits):
             raise error
-        if died and getattr(error, "begun", True):
+        if died and not spared:
             self._count_death()
         if self._deaths > self._retries:
             raise PoisonousError(self._deaths) from error

@@ -49,6 +49,18 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
+def _text_of(parts: list[_Part]) -> str:
+    return "\n".join(part.text for part in parts)
+
+
+_Parts = Annotated[
+    list[_Part],
+    Field(min_length=1),
+    BeforeValidator(_as_parts),
+    WithJsonSchema(_text_or_list_of(_Part)),
+]
+
+
 class Item(Strict):
     """A message of the input, or of an answer that goes back into the next request."""
 
@@ -56,17 +68,12 @@ class Item(Strict):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[_Part],
-        Field(min_length=1),
-        BeforeValidator(_as_parts),
-        WithJsonSchema(_text_or_list_of(_Part)),
-    ]
+    content: _Parts
 
     @property
     def as_message(self) -> dict[str, str]:
         """Of a chat."""
-        return {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+        return {"role": self.role, "content": _text_of(self.content)}
 
 
 class CallItem(Strict):
@@ -93,18 +100,13 @@ class OutputItem(Strict):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: Annotated[
-        list[_Part],
-        Field(min_length=1),
-        BeforeValidator(_as_parts),
-        WithJsonSchema(_text_or_list_of(_Part)),
-    ]
+    output: _Parts
 
     @property
     def as_message(self) -> dict[str, str]:
         """Of a chat."""
-        text = "\n".join(part.text for part in self.output)
-        return {"role": "tool", "tool_call_id": self.call_id, "content": text}
+        content = _text_of(self.output)
+        return {"role": "tool", "tool_call_id": self.call_id, "content": content}
 
 
 def _kind_of(item: Any) -> str:
