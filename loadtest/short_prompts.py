@@ -26,6 +26,8 @@ from pathlib import Path
 
 import httpx
 
+from .endpoint import Endpoint
+
 _WARM_UP = 3
 _AT_ONCE = 32
 _TOKENS = 1024
@@ -50,8 +52,8 @@ class Answer:
     gaps: tuple[float, ...]
 
 
-class Endpoint:
-    """An OpenAI endpoint, and the prompts that it is sent.
+class Client:
+    """Sends one endpoint prompts, each another.
 
     Args:
         vocabulary: ids below it are sent.
@@ -59,14 +61,12 @@ class Endpoint:
 
     def __init__(self, base_url: str, at_once: int, vocabulary: int) -> None:
         limits = httpx.Limits(max_connections=at_once)
+        self._model = Endpoint(base_url).model
         self._client = httpx.AsyncClient(base_url=base_url, timeout=600, limits=limits)
         self._vocabulary = vocabulary
         self._random = random.Random(0)
-        self._model = ""
 
-    async def __aenter__(self) -> "Endpoint":
-        models = (await self._client.get("/v1/models")).raise_for_status().json()
-        self._model = models["data"][0]["id"]
+    async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *ignored: object) -> None:
@@ -100,9 +100,9 @@ class Endpoint:
         }  # fmt: skip
 
 
-async def waits(endpoint: Endpoint, tokens: int, requests: int) -> list[Line]:
+async def waits(client: Client, tokens: int, requests: int) -> list[Line]:
     """One prompt after the other, after a few that do not count."""
-    seconds = [await endpoint.ask(tokens) for _ in range(_WARM_UP + requests)][_WARM_UP:]
+    seconds = [await client.ask(tokens) for _ in range(_WARM_UP + requests)][_WARM_UP:]
     what = f"{tokens:,} tokens, 1 out"
     return [
         Line(f"{what}, median", statistics.median(seconds) * 1000, "ms"),
@@ -110,22 +110,22 @@ async def waits(endpoint: Endpoint, tokens: int, requests: int) -> list[Line]:
     ]
 
 
-async def rate(endpoint: Endpoint, prompts: int) -> list[Line]:
+async def rate(client: Client, prompts: int) -> list[Line]:
     """Prompts a second."""
-    await _at_once(_AT_ONCE, [lambda: endpoint.ask(_TOKENS)] * _AT_ONCE)
+    await _at_once(_AT_ONCE, [lambda: client.ask(_TOKENS)] * _AT_ONCE)
     started = time.perf_counter()
-    await _at_once(_AT_ONCE, [lambda: endpoint.ask(_TOKENS)] * prompts)
+    await _at_once(_AT_ONCE, [lambda: client.ask(_TOKENS)] * prompts)
     seconds = time.perf_counter() - started
     what = f"{prompts} prompts of {_TOKENS:,}, 1 out, {_AT_ONCE} at once"
     return [Line(what, prompts / seconds, "prompts/s")]
 
 
-async def answers(endpoint: Endpoint, clients: int) -> list[Line]:
+async def answers(client: Client, clients: int) -> list[Line]:
     """Generated tokens a second, and what each client sees."""
     came: list[Answer] = []
 
     async def ask() -> None:
-        came.append(await endpoint.stream(_TOKENS, _ANSWER))
+        came.append(await client.stream(_TOKENS, _ANSWER))
 
     started = time.perf_counter()
     await _at_once(clients, [ask] * (clients * _ROUNDS))
@@ -156,13 +156,13 @@ async def measure(options: argparse.Namespace) -> list[Line]:
     """Everything that the options ask for."""
     most = max(_AT_ONCE, options.answers)
     lines: list[Line] = []
-    async with Endpoint(options.base_url, most, options.vocabulary) as endpoint:
+    async with Client(options.base_url, most, options.vocabulary) as client:
         for tokens in options.lengths:
-            lines += await waits(endpoint, tokens, options.requests)
+            lines += await waits(client, tokens, options.requests)
         if options.rate:
-            lines += await rate(endpoint, options.rate)
+            lines += await rate(client, options.rate)
         if options.answers:
-            lines += await answers(endpoint, options.answers)
+            lines += await answers(client, options.answers)
     return lines
 
 
