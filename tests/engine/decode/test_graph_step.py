@@ -365,6 +365,7 @@ def test_pieces_of_prompts_in_pages_of_8_bits(
     assert len(actual) == 3
     for mine, theirs in zip(actual, expected, strict=True):
         check_outcome(mine, theirs, 2e-3 if dtype == torch.float32 else 0.06)
+    # As above: a value may be the next one of e4m3, which is an eighth away.
     written, reference = (widened(side.pool)[:, 8:].cpu() for side in (kernels, portable))
     torch.testing.assert_close(written, reference, rtol=0.14, atol=0.1)
 

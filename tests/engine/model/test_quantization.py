@@ -89,6 +89,7 @@ def test_every_rank_gets_the_numbers_that_were_published(
         )
         for linear, matrix in zip(products(layer), expected, strict=True):
             assert isinstance(linear, NarrowLinear)
+            # The same numbers; float32 scales are multiplied in another order.
             torch.testing.assert_close(numbers_of(linear), matrix, rtol=1e-6, atol=0)
             assert linear.weight.dtype == torch.float8_e4m3fn
 
@@ -135,6 +136,7 @@ def test_a_checkpoint_of_more_bits_is_rounded_as_it_loads(original: Path) -> Non
             assert isinstance(linear, NarrowLinear)
             assert isinstance(other, WideLinear)
             torch.testing.assert_close(linear.bias, other.bias, rtol=0, atol=0)
+            # Half a step of e4m3, or its smallest one, scaled by a row's largest number, below 3.
             torch.testing.assert_close(
                 numbers_of(linear), other.weight, rtol=2**-4, atol=2**-9 * 3 / 448
             )
