@@ -362,6 +362,7 @@ class Planner:
             "min_tokens": body.min_tokens,
             "top_logprobs": top_logprobs,
             "choices": body.n,
+            "skip_special_tokens": body.skip_special_tokens,
         }
         return {name: value for name, value in given.items() if value is not None}
 
