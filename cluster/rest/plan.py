@@ -56,6 +56,14 @@ class Plan:
         """What answers must match."""
         return self.requests[0].sampling.grammar
 
+    def held_to(self, grammar: str) -> "Plan":
+        """The same, held to this grammar."""
+        requests = (
+            replace(each, sampling=replace(each.sampling, grammar=grammar))
+            for each in self.requests
+        )
+        return replace(self, requests=tuple(requests))
+
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts together."""
