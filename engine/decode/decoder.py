@@ -390,7 +390,12 @@ class Decoder(DecodeEngine):
                 table,
                 len(request.prompt),
                 Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
-                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
+                Detokenizer(
+                    self._token_bytes,
+                    sampling.stop,
+                    sampling.min_tokens,
+                    shows_control=not sampling.skip_special_tokens,
+                ),
                 None if constraint is None else constraint.copy(),
                 replayed[choice],
             )
