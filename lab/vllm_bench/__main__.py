@@ -35,6 +35,7 @@ class Line:
     right: int | None
     asked: int | None
     chunk_tokens: int
+    gpus: int
     gpu: str
     versions: str
     commit: str
@@ -54,6 +55,7 @@ def main() -> None:
     for command, lengths in ((speed, "1K,8K,128K"), (needles, "2K,32K,128K")):
         command.add_argument("--tokens", "--lengths", type=_lengths, default=lengths)
         command.add_argument("--chunk-tokens", type=int, default=32768)
+        command.add_argument("--gpus", type=int, default=1, help="that divide the model's heads")
         command.add_argument("--memory", type=float, default=0.92, help="share of the GPU's memory")
         command.add_argument("--csv", type=Path, help="where lines are added")
         command.add_argument("--commit", default="")
@@ -69,6 +71,7 @@ def _measure_speed(given: argparse.Namespace) -> None:
     engine = Engine(
         given.engine, folder, longest, given.chunk_tokens, gpu_memory_utilization=given.memory,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]}, max_num_seqs=8,
+        tensor_parallel_size=given.gpus,
     )  # fmt: skip
     for tokens in given.tokens:
         runs = given.runs if tokens <= 2**14 else 1
@@ -90,7 +93,7 @@ def _find_needles(given: argparse.Namespace) -> None:
     options = {} if gpu_name() == "CPU" else {"gpu_memory_utilization": given.memory}
     engine = Engine(
         "vllm+plugin", CHECKPOINT, max(given.tokens) + _ROOM, given.chunk_tokens,
-        dtype=given.dtype, max_num_seqs=4, **options,
+        dtype=given.dtype, max_num_seqs=4, tensor_parallel_size=given.gpus, **options,
     )  # fmt: skip
     for tokens in given.tokens:
         begun, right = time.perf_counter(), 0
@@ -114,7 +117,7 @@ def _add(
     engine = getattr(given, "engine", "vllm+plugin")
     line = Line(
         engine, given.what, model, tokens, _rounded(ttft), _rounded(tpot_ms), right, asked,
-        given.chunk_tokens, gpu_name(), versions(), given.commit,
+        given.chunk_tokens, given.gpus, gpu_name(), versions(), given.commit,
     )  # fmt: skip
     print("LINE", *asdict(line).values(), sep=" | ", flush=True)
     if given.csv is None:

@@ -2,13 +2,16 @@
 # vLLM is installed in an environment of its own.
 """vLLM's schedulers, with a prefix cache that keeps long prompts apart.
 
-Above the first layer, K and V of a prefix depend on how long the whole prompt is: by temperature,
-and by what sparse attention left out. vLLM's cache knows tokens alone. So a prompt that is long
-enough for that has pages which nobody but itself finds again, as when it was preempted.
+Above the first layer, K and V of a prefix depend on the whole prompt: by temperature on its length,
+by sparse attention on what its later tokens chose. vLLM's cache knows the prefix alone. So pages of
+a prompt that is long enough for that are found again by the very same prompt only: for another of
+its answers, when it is asked again, or after a preemption.
 """
 
+import hashlib
 from typing import Any
 
+import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
@@ -35,8 +38,11 @@ class AsyncKeepsApart(KeepsApart, AsyncScheduler):
 
 
 def keep_apart(request: Request) -> None:
-    """Have a request's pages found by itself alone: its name becomes part of their hashes."""
-    request.cache_salt = f"{request.cache_salt or ''}/longreach/{request.request_id}"
+    """Have a request's pages found by the same prompt alone: all of it is in their hashes then."""
+    whole = hashlib.sha256(np.asarray(request.prompt_token_ids or [], dtype=np.int64)).hexdigest()
+    # Of embeddings there is nothing to compare.
+    named = whole if request.prompt_token_ids else request.request_id
+    request.cache_salt = f"{request.cache_salt or ''}/longreach/{named}"
     request.block_hashes.clear()
     request.update_block_hashes()
 

@@ -62,7 +62,8 @@ def test_decodes_by_the_kernel_over_inputs_that_stay(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, ALIGNED)
     request = Request(random_tokens(640, 8), prompt=620)
     other = Request(random_tokens(640, 9), prompt=200)
-    engine = Engine(folder, [request, other], 640, programs=3)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(folder, [request, other], 640, device, programs=3)
     together = [{0: 1, 1: 1}] * 8
     engine.run([{0: 620}, {1: 200}, *together[:4], {1: 1}, *together[4:]])
     assert_as_defined(
