@@ -29,6 +29,7 @@ from .model_attention import ModelAttention
 from .piece_attention import PieceAttention, table_of
 from .step_attention import StepAttention
 from .step_plan import StepPlan
+from .warm_up import warm_up
 
 
 class DualChunkBackend(AttentionBackend):
@@ -110,6 +111,8 @@ class DualChunkMetadataBuilder(AttentionMetadataBuilder[DualChunkMetadata]):
             programs = programs_per_kv_head(self._model.num_kv_heads, device)
             most = vllm_config.scheduler_config.max_num_seqs
             self._inputs = DecodeInputs(self._model, most, programs, device)
+            model_config = vllm_config.model_config
+            warm_up(self._model, model_config.max_model_len, model_config.dtype, device)
         if not vllm_config.use_v2_model_runner:
             hand_over_prompt_lengths()
 
