@@ -6,13 +6,10 @@ name in `settings.TransportSettings`, where `gathers_pages` must hold for it too
 of the two functions here.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from ...engine.kv.hand_off import Place, Receiver, Sender
-from ...engine.kv.pages import PagePool, Pages
+from ...engine.kv.hand_off import Receiver, RequestPages, Sender
+from ...engine.kv.pages import PagePool
 from ..settings import TransportSettings
 from .cuda_ipc import CudaIpcReceiver, CudaIpcSender
 from .object_store import ObjectStoreReceiver, ObjectStoreSender
@@ -33,20 +30,19 @@ def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sende
 
 
 def make_receiver(
-    settings: TransportSettings,
-    worker: Any,
-    host: str,
-    device: torch.device,
-    put: Callable[[str, Place, Pages], None],
+    settings: TransportSettings, worker: Any, host: str, pages: RequestPages
 ) -> Receiver:
     """A decode worker's end.
 
     Args:
         worker: the handle of its actor.
-        put: puts pages of a request in their place on `device`, as `DecodeEngine.receive`.
+        pages: of its engine.
+
+    Raises:
+        ConfigurationError: the transport cannot reach them.
     """
     match settings.kind:
         case "object_store":
-            return ObjectStoreReceiver(worker, put)
+            return ObjectStoreReceiver(worker, pages)
         case "cuda_ipc":
-            return CudaIpcReceiver(worker, host, device, put)
+            return CudaIpcReceiver(worker, host, pages)
