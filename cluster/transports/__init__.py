@@ -1,7 +1,8 @@
 """How KV pages travel from prefill ranks to decode workers: one module for each transport.
 
-Those are `object_store` and `cuda_ipc`; `actor_messages` has what both share, and `shared_pages`
-how one process reads another's memory. To add one: a module with a `Sender` and a `Receiver`; its
+Those are `object_store`, `cuda_ipc` and `nixl`; `actor_messages` has what all share, `announced`
+what the two share that read another process's memory, and `shared_pages` how it is mapped on one
+host. To add one: a module with a `Sender` and a `Receiver`; its
 name in `settings.TransportSettings`, where `gathers_pages` must hold for it too; and a line in each
 of the two functions here.
 """
@@ -12,6 +13,7 @@ from ...engine.kv.hand_off import Receiver, RequestPages, Sender
 from ...engine.kv.pages import PagePool
 from ..settings import TransportSettings
 from .cuda_ipc import CudaIpcReceiver, CudaIpcSender
+from .nixl import NixlAgent, NixlReceiver, NixlSender
 from .object_store import ObjectStoreReceiver, ObjectStoreSender
 from .shared_pages import SharedPool
 
@@ -27,6 +29,8 @@ def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sende
             return ObjectStoreSender(settings.max_in_flight_bytes)
         case "cuda_ipc":
             return CudaIpcSender(SharedPool.of(pool, host))
+        case "nixl":
+            return NixlSender(NixlAgent(pool))
 
 
 def make_receiver(
@@ -46,3 +50,5 @@ def make_receiver(
             return ObjectStoreReceiver(worker, pages)
         case "cuda_ipc":
             return CudaIpcReceiver(worker, host, pages)
+        case "nixl":
+            return NixlReceiver(worker, NixlAgent(pages.pool), pages)

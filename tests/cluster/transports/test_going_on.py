@@ -15,7 +15,7 @@ from longreach.engine.kv.hand_off import Place
 from .pair import CHUNK_TOKENS, Pair, chunks_of, make_prompt, replace_ray, settings_of
 
 PROMPT = make_prompt(2301)
-TRANSPORTS = ("object_store", "cuda_ipc")
+TRANSPORTS = ("object_store", "cuda_ipc", "nixl")
 
 
 @pytest.fixture(params=[(t, k) for t in TRANSPORTS for k in ("auto", "fp8_e4m3")], ids="-".join)
