@@ -161,7 +161,7 @@ class DecodeSettings(_Section):
     @property
     def largest_batch(self) -> int:
         """Sequences in one step."""
-        return self.max_batch or (64 if self.gpus else 8)
+        return self.max_batch or (64 if self.gpus else 32)
 
     @property
     def longest_own_prompt(self) -> int:

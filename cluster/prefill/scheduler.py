@@ -39,7 +39,7 @@ class _Entry:
 class ChunkScheduler:
     """Deals out chunks of several prompts, each with all its pages held from its first chunk on.
 
-    The order is that of `Turns`: shortest remaining first at every chunk border, with a bound on
+    The order is that of `Turns`: the shorter kind first at every chunk border, with a bound on
     how often a prompt is passed. Where the prompt whose turn it is must wait for pages, no other
     is admitted before it, and those that hold pages go on; so where pages are short, a prompt is
     also passed by what they have to go.
