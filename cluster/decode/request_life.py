@@ -1,8 +1,9 @@
 """A request's life at a decode replica: reserved, prefilled, decoded, ended.
 
 It reads from top to bottom in `RequestLife.events`. What is generated does not pass through here:
-the worker says it to the ingress itself. States come in the order in which they are listed, and any of them may be the last before ENDED: whatever goes wrong, or whoever leaves, ends a
-life in one way, by releasing what the worker holds for it.
+the worker says it to the ingress itself. States come in the order in which they are listed, and any
+of them may be the last before ENDED: whatever goes wrong, or whoever leaves, ends a life in one
+way, by releasing what the worker holds for it.
 """
 
 import time

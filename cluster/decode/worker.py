@@ -265,7 +265,7 @@ class DecodeWorker:
             yield event
 
     async def fetch(self, listener: str) -> Said:
-        """What was said to an ingress since its last call; waits for something, but not for long."""
+        """What was said to an ingress since its last call; waits a little for something."""
         return await self._outboxes.fetch(listener, BEAT_SECONDS)
 
     async def release(self, request_id: str) -> None:
