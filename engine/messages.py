@@ -56,8 +56,10 @@ class SamplingParameters:
 class GenerationRequest:
     """One request, tokenized and validated. `arrived` is time.time() at the ingress.
 
-    `replayed` are tokens of each choice that the client has from an earlier attempt: they are
-    generated again, whatever the logits say, and not delivered again.
+    A later attempt at a request has the `origin` of the first, which is its id. `replayed` are
+    tokens of each choice that the client has from an earlier attempt: they are generated again,
+    whatever the logits say, and not delivered again. `computed` tokens of the prompt have been
+    computed before, wherever their pages are now.
     """
 
     request_id: str
@@ -65,6 +67,13 @@ class GenerationRequest:
     sampling: SamplingParameters
     arrived: float
     replayed: tuple[tuple[int, ...], ...] = ()
+    first_id: str | None = None
+    computed: int = 0
+
+    @property
+    def origin(self) -> str:
+        """The id of the first attempt."""
+        return self.first_id or self.request_id
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from ...engine.errors import (
     TransferError,
     UnavailableError,
 )
-from ...engine.messages import Event, GenerationRequest
+from ...engine.messages import GenerationRequest, Progress
 from .. import metrics
 from ..call_errors import CallError, as_ours
 from ..messages import Taken
 from ..metrics import Metrics
 from ..nodes import metrics_of_node
 from ..pulse import Allowance, watch
+from ..recovery import Recovery
 from ..router import PrefillRouter
 from ..settings import WorkerSettings
 from ..streams import beating
@@ -49,6 +50,7 @@ class DecodeReplica:
     Args:
         gangs: as `PrefillRouter` takes them.
         most_waiting: requests for one gang, or for the worker itself, before more are refused.
+        retries: as `Recovery` takes them.
     """
 
     async def __init__(
@@ -57,11 +59,12 @@ class DecodeReplica:
         metrics_directory: Path,
         gangs: list[tuple[int, DeploymentHandle]],
         most_waiting: int,
+        retries: int,
     ) -> None:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         self._sink.add(metrics.LOST, 0)  # a rate misses what a series begins with
         self._router = PrefillRouter(gangs)
-        self._most_waiting = most_waiting
+        self._most_waiting, self._retries = most_waiting, retries
         self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
@@ -93,19 +96,19 @@ class DecodeReplica:
             await self._router.check_health()
 
     async def generate(
-        self, request: GenerationRequest
-    ) -> AsyncGenerator[Taken | list[Event], None]:
-        """Serve one request from its prefill to its last token; see `rest.Backend`.
+        self, request: GenerationRequest, listener: str
+    ) -> AsyncGenerator[Taken | Progress | None, None]:
+        """Serve one request from its prefill to its last token.
 
-        Yields first who has taken it, then events, those that come at the same time in one
-        message; an empty one says that the replica is there.
+        Yields first who has taken it, then how its prompt goes on; None says that the replica is
+        there. What is generated, and Finished, the worker says to the listener.
         """
         yield Taken(self._worker_id, self._worker)
-        life = self._begin(request)
+        life = self._begin(request, listener)
         try:
-            async with aclosing(beating(life.events(), beat=[])) as messages:
-                async for events in messages:
-                    yield events
+            async with aclosing(beating(life.events(), beat=None)) as events:
+                async for event in events:
+                    yield event
         except (*CallError, LongreachError) as error:
             ours = as_ours(error)
             if isinstance(ours, (LostError, TransferError)):
@@ -114,7 +117,7 @@ class DecodeReplica:
         finally:
             self._lives.discard(life)
 
-    def _begin(self, request: GenerationRequest) -> RequestLife:
+    def _begin(self, request: GenerationRequest, listener: str) -> RequestLife:
         if self._lost:
             raise NotUpError(_LOST)
         tokens = len(request.prompt)
@@ -126,7 +129,8 @@ class DecodeReplica:
         # One that nobody waits in front of does not wait itself.
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
-        life = RequestLife(request, self._worker, prefill)
+        recovery = Recovery(self._retries)
+        life = RequestLife(request, self._worker, prefill, recovery, self._sink, listener)
         self._lives.add(life)
         return life
 

@@ -5,11 +5,11 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...engine.errors import (
     InvalidRequestError,
@@ -22,12 +22,15 @@ from ...engine.errors import (
 from ...engine.messages import Delta, GenerationRequest, Progress
 from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
-from ..messages import ComputedHere
+from ..messages import AnswerOrder, ComputedHere
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
+from ..streams import BEAT_SECONDS
 from ..tasks import forever
+from .answer_clock import AnswerClock
+from .outbox import Outboxes, Said
 
 if TYPE_CHECKING:
     from ...engine.decode.contract import DecodeEngine, Output
@@ -37,32 +40,43 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _ENDED_REMEMBERED = 4096
-_MESSAGE_SECONDS = 0.001
-"""About what a message with tokens costs each process on its way. With many answers under way, one
-a token would keep all of them busier than the device."""
-_LONGEST_PAUSE = 0.1
+_DRAIN_SECONDS = 20.0
 _RELEASED = "the request was released; send it again"
 _FAILED = "the decode engine failed, and is being replaced; send the request again"
 
 
-AnswerEvent = Progress | ComputedHere | Delta
-"""What a worker says about a request: Delta alone where its prompt was handed off."""
-
-_Event = AnswerEvent | LongreachError | None
-"""None behind the last."""
+_Event = Progress | ComputedHere | LongreachError | None
+"""What the request's life hears; None behind the last."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request that is here, or about to be: until its release."""
+    """A request that is here, or about to be: until its release.
+
+    `epoch` counts the gangs that were given up under it. `computed`, `done` and `before` are of a
+    prompt that is computed here: when, how far, and how far an earlier attempt has come.
+    """
 
     is_reserved: bool = False
+    epoch: int = 0
+    prompt_tokens: int = 0
+    arrived: float = 0.0
     constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
+    listener: str = ""
+    clock: AnswerClock | None = None
     computed: ComputedHere | None = None
-    done: int = 0  # tokens of its prompt that are computed here
+    done: int = 0
+    before: int = 0
+
+    def answer_to(self, order: AnswerOrder) -> None:
+        """Whom to tell what is generated, from now on."""
+        self.listener = order.listener
+        self.clock = AnswerClock(order, self.prompt_tokens, self.arrived)
 
 
 class DecodeWorker:
@@ -93,6 +107,8 @@ class DecodeWorker:
         self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
         self._turn = asyncio.Lock()
         self._leases = LeaseBook()
+        self._releasing: set[asyncio.Task[None]] = set()
+        self._outboxes = Outboxes()
         self._preemptions = 0
 
     async def start(self, own_handle: Any) -> None:
@@ -110,10 +126,8 @@ class DecodeWorker:
 
         settings, engine = self._settings, self._engine
         host = ray.util.get_node_ip_address()
-        self._receiver = make_receiver(
-            settings.transport, own_handle, host, engine.device, engine.receive
-        )
-        self._copier = PageCopier(self._receiver, self._pulse, self._set_threads)
+        self._receiver = make_receiver(settings.transport, own_handle, host, engine)
+        self._copier = PageCopier(self._receiver, engine, self._pulse, self._set_threads)
         self._admission = Admission(
             engine, self._turn, settings.decode.patience, self._report, self._fail
         )
@@ -159,9 +173,37 @@ class DecodeWorker:
             LostError: it failed while the request waited.
             UnavailableError: the request was released.
         """
-        await self._prepare(request, self._take(request))
+        here = self._take(request)
+        await self._prepare(request, here)
         await self._admission.reserve(request)
-        return self._receiver.destination(request.request_id)
+        return self._receiver.destination(request.request_id, here.epoch, done=0)
+
+    async def go_on(self, request_id: str) -> "Destination":
+        """Give the gang up that computes a request's prompt; where another sends the rest of it.
+
+        When this returns, no page of the gang that was given up comes any more, and none is being
+        copied: from then on it may do with its own pages as it likes.
+
+        Raises:
+            LostError: as `check`; or copies under way do not end, because a rank hangs that they
+                need, and the request cannot go on with these pages.
+            UnavailableError: the request was released.
+        """
+        self._check()
+        request = self._requests.get(request_id)
+        if request is None:
+            raise UnavailableError(_RELEASED)
+        request.epoch += 1
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                done = await self._copier.complete_tokens(request_id)
+        except TransferError as error:  # released meanwhile
+            raise UnavailableError(_RELEASED) from error
+        except TimeoutError as error:
+            raise LostError(
+                "a rank that hangs holds pages of the request up; send it again"
+            ) from error
+        return self._receiver.destination(request_id, request.epoch, done)
 
     def _take(self, request: GenerationRequest) -> _Request:
         """Expect a request to begin, once."""
@@ -174,6 +216,7 @@ class DecodeWorker:
         if here.is_reserved:
             raise InvalidRequestError(f"request {name} is here already")
         here.is_reserved = True
+        here.prompt_tokens, here.arrived = len(request.prompt), request.arrived
         return here
 
     async def _prepare(self, request: GenerationRequest, here: _Request) -> None:
@@ -190,33 +233,49 @@ class DecodeWorker:
             self._leases.add(request_id)
         return self._requests[request_id]
 
-    async def deliver(self, request_id: str, message: Any) -> None:
+    async def deliver(self, request_id: str, epoch: int, message: Any) -> None:
         """Take pages of a request; returns when they are in their place.
 
         A rank is answered for all its pages before it says that a prompt is done, so no step of
         the request can come before the copies.
 
         Raises:
-            TransferError: the request takes no pages, or not these.
+            TransferError: the request takes no pages, or not these, or not from this gang.
         """
-        if request_id not in self._requests:
+        self._check_epoch(request_id, epoch)
+        size = await self._at_the_copier(self._copier.copy(request_id, message))
+        self._sink.add(metrics.HANDOFF_BYTES, size)
+
+    async def send_back(self, request_id: str, epoch: int, message: Any) -> Any:
+        """Let a gang that goes on with a request have pages of it; what the transport answers.
+
+        Raises:
+            TransferError: as `deliver`.
+        """
+        self._check_epoch(request_id, epoch)
+        return await self._at_the_copier(self._copier.send_back(request_id, message))
+
+    def _check_epoch(self, request_id: str, epoch: int) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled")
+        if request.epoch != epoch:
+            raise TransferError(f"request {request_id} goes on with another gang")
+
+    async def _at_the_copier(self, work: Coroutine[Any, Any, T]) -> T:
         try:
-            size = await self._copier.copy(request_id, message)
+            return await work
         except LongreachError:
             raise
         except Exception as error:
             # A device that no longer works fails every request here, and no step ever finds out.
             self._fail(error)
             raise
-        self._sink.add(metrics.HANDOFF_BYTES, size)
 
-    async def answer(
-        self, request_id: str, logits: "Logits"
-    ) -> AsyncGenerator[tuple[list[Delta], bool], None]:
-        """Generate from a prompt whose pages have all come.
+    async def answer(self, request_id: str, logits: "Logits", order: AnswerOrder) -> None:
+        """Generate from a prompt whose pages have all come; returns when all choices are finished.
 
-        Yields what came since the last time, and whether all choices are finished with it.
+        What is generated is said to the order's listener.
 
         Args:
             logits: after the prompt's last token.
@@ -230,34 +289,39 @@ class DecodeWorker:
         request = self._requests.get(request_id)
         if request is None:
             raise UnavailableError(_RELEASED)
+        request.answer_to(order)
+        if order.scores is not None:
+            self._outboxes.say(order.listener, request_id, order.scores)
         # Without waiting: other requests' copies may be in front, and the first token needs none.
         self._copier.close_soon(request_id)
         async with self._turn:
             self._check()
             self._deliver(self._engine.start(request_id, logits, request.constraint))
         self._stepper.wake()
-        async for events, ended in _heard(request, self._pause):
-            yield [event for event in events if isinstance(event, Delta)], ended
+        async for _ in _heard(request):
+            pass
 
     async def generate(
-        self, request: GenerationRequest
-    ) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
-        """Compute a prompt, once there are pages for it, and generate from it.
+        self, request: GenerationRequest, order: AnswerOrder
+    ) -> AsyncGenerator[Progress | ComputedHere, None]:
+        """Compute a prompt, once there are pages for it, and generate from it, as `answer`.
 
-        Yields as `answer`; besides, Progress within the prompt, and ComputedHere at its end.
+        Yields Progress within the prompt, and ComputedHere at its end.
 
         Raises: as `reserve` and `answer`.
         """
         here = self._take(request)
+        here.before = request.computed
+        here.answer_to(order)
         await self._prepare(request, here)
         await self._admission.admit(request, here.constraint)
         self._stepper.wake()
-        async for message in _heard(here, self._pause):
-            yield message
+        async for event in _heard(here):
+            yield event
 
-    def _pause(self) -> float:
-        """Seconds that an answer waits with its next tokens, which then come together."""
-        return min(self._engine.num_generating * _MESSAGE_SECONDS, _LONGEST_PAUSE)
+    async def fetch(self, listener: str) -> Said:
+        """What was said to an ingress since its last call; waits a little for something."""
+        return await self._outboxes.fetch(listener, BEAT_SECONDS)
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
@@ -301,11 +365,16 @@ class DecodeWorker:
     async def _watch_leases(self) -> None:
         while True:
             await asyncio.sleep(RENEWAL_SECONDS)
+            self._outboxes.tick()
             lapsed = self._leases.tick()
             self._sink.add(metrics.LEASES_LAPSED, len(lapsed))
             for request_id in lapsed:
                 logger.warning("request %s is released: no ingress wants it", request_id)
-            await asyncio.gather(*map(self.release, lapsed))
+            for request_id in lapsed:
+                # Its last copy may take its time, and others' leases go on.
+                releasing = asyncio.create_task(self.release(request_id))
+                self._releasing.add(releasing)
+                releasing.add_done_callback(self._releasing.discard)
 
     def _after_step(self, outputs: "list[Output]", seconds: float) -> None:
         self._sink.observe(metrics.DECODE_STEP_TIME, seconds)
@@ -327,28 +396,52 @@ class DecodeWorker:
         if request is None:
             return
         self._sink.add(metrics.PREFILL_TOKENS, progress.done - request.done)
+        again = max(min(progress.done, request.before) - request.done, 0)
+        self._sink.add(metrics.PREFILL_TOKENS_AGAIN, again)
         request.done = progress.done
         before = request.computed or ComputedHere(began, began, 0.0)
         seconds = before.seconds + ended - began
         request.computed = ComputedHere(before.began, ended, seconds)
-        is_whole = progress.done == progress.total
-        request.events.put_nowait(request.computed if is_whole else progress)
+        if progress.done < progress.total:
+            request.events.put_nowait(progress)
+            return
+        if request.clock is not None:
+            request.clock.prompt_is_computed(request.computed)
+        request.events.put_nowait(request.computed)
 
     def _deliver(self, outputs: "list[Output]") -> None:
         """Hand out what came out, and let others have the pages of those that ended."""
         pages_were_freed = False
+        failed: set[str] = set()
         for request_id, output in outputs:
             if isinstance(output, Progress):
                 continue
-            pages_were_freed |= not isinstance(output, Delta) or output.finish_reason is not None
+            if isinstance(output, Delta):
+                pages_were_freed |= output.finish_reason is not None
+                self._say(request_id, output)
+                continue
+            pages_were_freed = True
+            failed.add(request_id)
             if (request := self._requests.get(request_id)) is not None:
                 request.events.put_nowait(output)
-        for request_id in {request_id for request_id, _ in outputs}:
-            request = self._requests.get(request_id)
-            if request is not None and not self._engine.is_generating(request_id):
-                request.events.put_nowait(None)
+        for request_id in {request_id for request_id, _ in outputs} - failed:
+            if not self._engine.is_generating(request_id):
+                self._end(request_id)
         if pages_were_freed:
             self._admission.wake()
+
+    def _say(self, request_id: str, delta: Delta) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and request.clock is not None:
+            request.clock.count(delta)
+            self._outboxes.say(request.listener, request_id, delta)
+
+    def _end(self, request_id: str) -> None:
+        """All choices of a request are finished."""
+        request = self._requests.get(request_id)
+        if request is not None and request.clock is not None:
+            self._outboxes.say(request.listener, request_id, request.clock.finished())
+            request.events.put_nowait(None)
 
     def _check(self) -> None:
         if self._failed:
@@ -376,25 +469,12 @@ class DecodeWorker:
         self._preemptions = preemptions
 
 
-async def _heard(
-    request: _Request, pause: Callable[[], float]
-) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
-    """What comes for a request, and whether all choices are finished with it.
-
-    Args:
-        pause: how long to say nothing after a message with tokens.
+async def _heard(request: _Request) -> AsyncGenerator[Progress | ComputedHere, None]:
+    """What comes for a request's life, until all choices are finished.
 
     Raises: what comes instead of the rest.
     """
-    ended = False
-    while not ended:
-        events = [await request.events.get()]
-        while not request.events.empty():
-            events.append(request.events.get_nowait())
-        error = next((event for event in events if isinstance(event, LongreachError)), None)
-        ended = None in events and error is None
-        yield [e for e in events if e is not None and not isinstance(e, LongreachError)], ended
-        if error is not None:
-            raise error
-        if not ended and any(isinstance(event, Delta) for event in events):
-            await asyncio.sleep(pause())
+    while (event := await request.events.get()) is not None:
+        if isinstance(event, LongreachError):
+            raise event
+        yield event

@@ -10,7 +10,7 @@ import torch
 
 from ...kernels import sampling
 from ...kernels.sampling import PENALIZED, Adjustments, RowInputs
-from .launches import Capture, StepResults
+from .launches import Capture, Launch, StepResults
 from .sampler import Drawing, Penalties
 
 
@@ -40,14 +40,13 @@ class BatchDrawing:
     """Draws for batches of up to `rows`.
 
     Args:
-        results: of a step of so many rows, whose logits lie where those of all such steps do,
-            unless they are launched anew every time.
+        step: launches a step of so many rows. Its logits lie where those of all such steps do;
+            where everything is launched anew every time, it is not asked.
     """
 
-    def __init__(
-        self, rows: int, held: HeldAdjustments, capture: Capture, results: StepResults
-    ) -> None:
-        self._held, self._results = held, results
+    def __init__(self, rows: int, held: HeldAdjustments, capture: Capture, step: Launch) -> None:
+        self._held, self._step = held, step
+        self._results: StepResults | None = None
         self._adjustments = held.on_device.first(rows)
         self._on_device = RowInputs.allocate(rows, held.device)
         on_gpu = held.device.type == "cuda"
@@ -88,5 +87,7 @@ class BatchDrawing:
         )  # fmt: skip
 
     def _sample(self) -> StepResults:
+        if self._results is None:
+            self._results = self._step()
         logits = self._results.logits
         return StepResults(logits, *sampling.sample(logits, self._on_device, self._adjustments))

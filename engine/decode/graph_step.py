@@ -19,6 +19,7 @@ change places with what else is in the batch; the same batch always gives the sa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,8 +128,8 @@ class GraphStep(DecodeStep):
                 drawing = None
                 if shape.rows:
                     # No row is used yet: what comes out is at the addresses of all steps.
-                    results = _first(shape.rows, launch())
-                    drawing = BatchDrawing(shape.rows, held, capture, results)
+                    step = partial(_first_of, shape.rows, launch)
+                    drawing = BatchDrawing(shape.rows, held, capture, step)
                 self._batches.insert(0, _Prepared(batch, launch, drawing))
 
     @torch.inference_mode()
@@ -203,6 +204,10 @@ class _Prepared:
     batch: StepBatch
     launch: Launch
     drawing: BatchDrawing | None
+
+
+def _first_of(rows: int, launch: Launch) -> StepResults:
+    return _first(rows, launch())
 
 
 def _first(rows: int, results: StepResults) -> StepResults:
