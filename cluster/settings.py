@@ -161,7 +161,7 @@ class DecodeSettings(_Section):
     @property
     def largest_batch(self) -> int:
         """Sequences in one step."""
-        return self.max_batch or (64 if self.gpus else 8)
+        return self.max_batch or (64 if self.gpus else 32)
 
     @property
     def longest_own_prompt(self) -> int:
@@ -199,10 +199,11 @@ class TransportSettings(_Section):
     under way.
 
     By "object_store", Ray's, they go anywhere over the host's memory. By "cuda_ipc" a decode worker
-    copies them from GPU to GPU, of one host; nothing is under way then but messages.
+    copies them from GPU to GPU, of one host; nothing is under way then but messages. By "nixl" it
+    reads them out of a rank's memory, on any host.
     """
 
-    kind: Literal["object_store", "cuda_ipc"] = "object_store"
+    kind: Literal["object_store", "cuda_ipc", "nixl"] = "object_store"
     max_in_flight_bytes: Count = 256 << 20
 
     @property

@@ -1,4 +1,4 @@
-"""Whose turn it is: shortest remaining first, with a bound on how often one is passed.
+"""Whose turn it is: the shorter kind first, with a bound on how often one is passed.
 
 Pure bookkeeping over token counts. Time is what has been served, in tokens, so that the order is
 the same on a laptop and on eight GPUs.
@@ -20,11 +20,17 @@ class _Entry:
     def remaining(self) -> int:
         return self.tokens - self.served
 
+    @property
+    def kind(self) -> int:
+        return self.remaining.bit_length()
+
 
 class Turns:
     """An order over prompts that share something which serves tokens: a gang, or a pool of pages.
 
-    The prompt with the fewest tokens to go comes first, of equal ones the one that joined first.
+    Prompts are of a kind whose tokens to go lie between the same powers of two. The shortest kind
+    comes first, and within a kind the prompt that joined first: to let one pass for a few tokens
+    less would make those that are about as long take turns at waiting, and gain nobody anything.
     Tokens served to prompts that joined later count as passing a prompt. One of n tokens starves,
     from then on and until it leaves, when it has been passed by `patience` × n of them. Of those
     that starve, the one that joined first gets its part: it comes first whenever it has been
@@ -33,7 +39,8 @@ class Turns:
     So where prompts are served in pieces of c tokens at most, and always the first of the order, a
     prompt of n tokens with e earlier ones of m tokens before it is passed by at most
     `patience` × (2 × n + m) + (e + 2) × c tokens, however many others join. Without anyone
-    starving, the order is shortest remaining first, exactly; equal prompts never alternate.
+    starving, a prompt is passed by shorter kinds alone, and prompts of a kind never alternate;
+    equal ones never do.
     """
 
     def __init__(self, patience: float) -> None:
@@ -72,8 +79,8 @@ class Turns:
     def order(self) -> list[str]:
         """Prompts that have tokens to go, the one whose turn it is first."""
         waiting = [name for name, entry in self._entries.items() if entry.remaining]
-        # Sorting is stable: equal prompts stay in the order in which they joined.
-        waiting.sort(key=lambda name: self._entries[name].remaining)
+        # Sorting is stable: prompts of a kind stay in the order in which they joined.
+        waiting.sort(key=lambda name: self._entries[name].kind)
         starving = self._first_starving()
         if starving is not None and self._wants_its_part(self._entries[starving]):
             waiting.remove(starving)

@@ -43,6 +43,9 @@ _COUNTED_LENGTHS = 2
 
 Kind = Literal["chat", "completion", "responses", "tokenize", "detokenize"]
 _BLOCK_BYTES = 1 << 18
+# Of a large body, so much is looked at before all of it, and so many times as much each time after.
+_FIRST_BYTES = 1 << 20
+_GROWTH = 4
 # By how many bytes an escape may be longer than what it stands for: backslash, u and four digits.
 _MOST_FOR_A_BYTE = 5
 # What stands before a prompt, or the first of several.
@@ -140,14 +143,20 @@ class Reader:
         """
         if kind not in _GENERATING:
             return
-        least = self._tokenizer.least_tokens_of_bytes(longest_text(body))
-        if least > self._limits.max_model_len:
-            raise invalid(
-                f"this model's maximum context length is {self._limits.max_model_len} tokens "
-                f"(limits.max_model_len), but a text of the body has at least {least}; shorten it",
-                _LISTS[kind],
-                "context_length_exceeded",
-            )
+        size = _FIRST_BYTES
+        while True:
+            least = self._tokenizer.least_tokens_of_bytes(longest_text(body[:size]))
+            if least > self._limits.max_model_len:
+                raise invalid(
+                    f"this model's maximum context length is {self._limits.max_model_len} tokens "
+                    f"(limits.max_model_len), but a text of the body has at least {least}; "
+                    "shorten it",
+                    _LISTS[kind],
+                    "context_length_exceeded",
+                )
+            if size >= len(body):
+                return
+            size *= _GROWTH
 
     def _check_count(self, kind: Kind, body: bytes) -> None:
         """Refuse a body with more values than could be served, before any is parsed."""
@@ -166,7 +175,7 @@ def _has_more_values(body: bytes, most: int) -> bool:
     """Whether JSON has more than so many commas outside its strings, from its bytes alone."""
     if body.count(b",") <= most:
         return False  # nearly all bodies, text included
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    unescaped = _without_quotes_in_strings(body)
     values = quotes_before = 0
     for start in range(0, len(unescaped), _BLOCK_BYTES):
         block = unescaped[start : start + _BLOCK_BYTES]
@@ -184,17 +193,26 @@ def _has_more_values(body: bytes, most: int) -> bool:
     return False
 
 
+def _without_quotes_in_strings(body: bytes) -> bytes:
+    """JSON without escaped quotes, nor escaped backslashes, which could stand before quotes."""
+    if b"\\" not in body:
+        return body
+    return body.replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
 def longest_text(body: bytes) -> int:
-    """The longest string of JSON has as many bytes at least, decoded.
+    """The longest string of JSON, or of a beginning of it, has as many bytes at least, decoded.
 
     0 where there is none, or where its key is not one of a prompt's.
     """
     # Each of what is taken out stands for a byte, and every other escape for one or more.
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    unescaped = _without_quotes_in_strings(body)
     quotes = np.flatnonzero(np.frombuffer(unescaped, np.uint8) == ord('"'))
-    begins, ends = quotes[: len(quotes) // 2 * 2 : 2] + 1, quotes[1::2]
-    if not len(ends):
+    begins, ends = quotes[::2] + 1, quotes[1::2]
+    if not len(begins):
         return 0
+    if len(ends) < len(begins):  # the last one goes on
+        ends = np.append(ends, len(unescaped))
     longest = int(np.argmax(ends - begins))
     begin = int(begins[longest])
     if not _KEY_OF_A_PROMPT.search(unescaped[max(begin - _KEY_BYTES, 0) : begin]):
@@ -223,7 +241,8 @@ class Readers:
         """
         done = await self._read(kind, parts, request_id, arrived)
         if isinstance(done, Plan) and done.grammar is not None:
-            await self._grammars.check(done.grammar, done.held_by or "")
+            lark = await self._grammars.check(done.grammar, done.held_by or "")
+            return done if lark == done.grammar else done.held_to(lark)
         return done
 
     async def _read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:

@@ -23,7 +23,7 @@ class _Prompt:
 
 
 class PromptQueue:
-    """Prompts under way, in the order of `Turns`: shortest remaining first, and nobody starves.
+    """Prompts under way, in the order of `Turns`: the shorter kind first, and nobody starves.
 
     Args:
         at_once: tokens that one step computes at most; a multiple of 128.

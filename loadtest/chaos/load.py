@@ -174,11 +174,11 @@ class Beside:
             self.outcomes.append(self._workload.ask(tokens))
 
 
-def leave_at_random(client: Client, prompts: Sequence[Prompt], seed: int) -> None:
-    """Clients that close their connection 10 to 400 ms after they asked, eight at a time."""
+def leave_at_random(client: Client, prompts: Sequence[Prompt], seed: int, at_once: int) -> None:
+    """Clients that close their connection 10 to 400 ms after they asked, so many at a time."""
     chance = random.Random(seed)
     moments = [chance.uniform(0.010, 0.400) for _ in prompts]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(client.post_and_leave, prompts, moments))
 
 

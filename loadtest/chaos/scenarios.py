@@ -110,7 +110,9 @@ def all_scenarios() -> list[Scenario]:
         for moment in Moment
     ]
     lasting = [
-        *[_storm(count) for count in (200, 2_000)],
+        _storm("storm-200", 200, 8),
+        _storm("storm-2000", 2_000, 8),
+        _storm("storm-2000-calm", 2_000, 2),
         Scenario(
             "slow-readers",
             f"{_SLOW_READERS} slow readers",
@@ -261,20 +263,21 @@ def _ask_to_end(number: signal.Signals, cluster: Cluster, workload: Workload) ->
     return Measured(workload.tally([each.result() for each in asked]), ending=ending)
 
 
-def _storm(count: int) -> Scenario:
+def _storm(name: str, count: int, at_once: int) -> Scenario:
     return Scenario(
-        f"storm-{count}",
-        f"{count} leave",
-        f"{count:,} clients ask about {_STORM_TOKENS:,} tokens and leave, honest ones beside",
-        partial(_leave, count),
+        name,
+        f"{count} leave, {at_once} at a time",
+        f"{count:,} clients, {at_once} at a time, ask about {_STORM_TOKENS:,} tokens and leave, "
+        "honest ones beside",
+        partial(_leave, count, at_once),
         0.5 * count + 120,
     )
 
 
-def _leave(count: int, cluster: Cluster, workload: Workload) -> Measured:
+def _leave(count: int, at_once: int, cluster: Cluster, workload: Workload) -> Measured:
     prompts = [workload.maker.make(_STORM_TOKENS) for _ in range(count)]
     with Beside(workload, workload.sizes[:2]) as beside:
-        leave_at_random(workload.client, prompts, seed=count)
+        leave_at_random(workload.client, prompts, count, at_once)
     return _after_load(cluster, workload, beside.outcomes)
 
 

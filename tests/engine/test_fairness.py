@@ -72,12 +72,13 @@ class Service:
         names = list(self.here)
         return [self.here[each] for each in names[: names.index(name)]]
 
-    def remaining(self, name: str) -> int:
-        return self.here[name].tokens - self.here[name].served
+    def kind(self, name: str) -> int:
+        remaining = self.here[name].tokens - self.here[name].served
+        return next(power for power in range(64) if remaining < 2**power)
 
 
 @given(st.lists(st.integers(1, 12 * PIECE), max_size=10), TURNS)
-def test_without_starvation_the_shortest_remaining_is_first_and_of_equal_ones_the_earliest(
+def test_without_starvation_the_shortest_kind_is_first_and_within_it_the_earliest(
     at_first: list[int], turns: list[tuple[list[int], int | None]]
 ) -> None:
     service = Service(patience=1e9)
@@ -87,7 +88,7 @@ def test_without_starvation_the_shortest_remaining_is_first_and_of_equal_ones_th
         for tokens in joining:
             service.join(tokens)
         # dict keeps the order of joining, and sorting is stable.
-        assert service.turns.order() == sorted(service.here, key=service.remaining)
+        assert service.turns.order() == sorted(service.here, key=service.kind)
         service.serve()
 
 
@@ -140,12 +141,17 @@ def test_short_prompts_keep_their_part_while_a_long_one_starves() -> None:
     assert service.served[since:].count(long) == 100
 
 
-@given(PATIENCES, st.integers(2, 5), st.integers(1, 12 * PIECE), TURNS)
-def test_equal_prompts_never_alternate(
-    patience: float, count: int, tokens: int, turns: list[tuple[list[int], int | None]]
+EQUAL = st.integers(2, 5).flatmap(lambda n: st.integers(1, 96).map(lambda tokens: [tokens] * n))
+OF_A_KIND = st.lists(st.integers(64, 127), min_size=2, max_size=5)
+
+
+@given(st.tuples(PATIENCES, EQUAL) | st.tuples(st.just(1e9), OF_A_KIND), TURNS)
+def test_equal_prompts_never_alternate_nor_any_of_a_kind_where_none_starves(
+    service_of: tuple[float, list[int]], turns: list[tuple[list[int], int | None]]
 ) -> None:
+    patience, tokens = service_of
     service = Service(patience)
-    equal = [service.join(tokens) for _ in range(count)]
+    equal = [service.join(each) for each in tokens]
     for joining, _ in turns:
         for joining_tokens in joining:
             service.join(joining_tokens)

@@ -158,8 +158,10 @@ def test_the_longest_text_of_a_body_has_as_many_bytes_at_least(
     text: str, key: str, several: bool, ascii_only: bool
 ) -> None:
     fields = {"n": 1, key: [text, "b"] if several else text, "stop": ["c"]}
-    found = longest_text(json.dumps(fields, ensure_ascii=ascii_only).encode())
+    body = json.dumps(fields, ensure_ascii=ascii_only).encode()
+    found = longest_text(body)
     assert found <= len(text.encode())
+    assert all(longest_text(body[:size]) <= len(text.encode()) for size in range(len(body)))
     if key == "user":
         assert found == 0
     elif len(text) > len("content") and not set(text) & set('\\"\n\u00e9\u4e00'):
@@ -177,6 +179,8 @@ def test_a_text_that_cannot_fit_is_refused_before_anything_is_parsed(
     with pytest.raises(RestError) as refused:
         reader.check_texts(kind, too_long)
     assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(RestError):
+        reader.check_texts(kind, b'{"n": [%s], "prompt": "12345678901"}' % (b"1, " * MB))
 
 
 def test_four_large_texts_are_each_refused(large: tuple[Endpoint, int]) -> None:
