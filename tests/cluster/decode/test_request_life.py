@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -107,9 +108,13 @@ class Stage:
 
     async def live(self) -> list[Progress]:
         events = []
-        async for event in self.life.events():
-            self.states.append(self.life.state)
-            events.append(event)
+        try:
+            async with aclosing(self.life.events()) as said:
+                async for event in said:
+                    self.states.append(self.life.state)
+                    events.append(event)
+        finally:
+            self.life.end()
         return events
 
     def given_to(self, name: str) -> tuple[Any, ...]:
@@ -158,8 +163,9 @@ def test_scores_of_a_prompt_go_to_the_worker_which_says_them_before_its_answer()
     assert answer.scores.values is scores
 
 
-def test_a_life_without_a_gang_is_one_call() -> None:
+def test_a_life_without_a_gang_is_one_call_which_is_made_at_once() -> None:
     stage = Stage(at_the_worker=True)
+    assert [call[0] for call in stage.calls] == ["generate"]
     stage.computing = [Progress(1, 2), ComputedHere(began=2.0, ended=5.0, seconds=1.5)]
     assert play(stage) == [Progress(1, 2)]
     assert stage.states == [State.PREFILLING, State.DECODING]
