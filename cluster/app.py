@@ -107,8 +107,11 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         num_replicas=settings.ingress.replicas,
         **common,
     )
-    most_waiting = settings.limits.max_queued_requests
-    return ingress.bind(decode.bind(settings.worker, metrics_directory, gangs, most_waiting))
+    limits = settings.limits
+    bound = decode.bind(
+        settings.worker, metrics_directory, gangs, limits.max_queued_requests, limits.retries
+    )
+    return ingress.bind(bound)
 
 
 def prefill_names(settings: Settings) -> list[str]:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 
 from ..engine.errors import (
@@ -36,7 +36,8 @@ def as_ours(error: BaseException) -> LongreachError:
         # Nothing failed. Mostly its client left, which Serve saw before whoever runs it.
         return CancelledElsewhereError()
     logger.error("a part of the cluster failed", exc_info=error)
-    if isinstance(cause, RayActorError):
+    if isinstance(cause, (RayActorError, ObjectLostError)):
+        # An object is lost with the node that holds it, or with the process that asked for it.
         return LostError("a part of the cluster died; send the request again")
     if isinstance(cause, RayServeException):
         return NotUpError("a part of the cluster is not up; send the request again")

@@ -17,12 +17,20 @@ class PrefillOrder:
     `destination` becomes the `Destination` of the request's pages when they are allocated. Until
     then the request is under way at the prefill replica already: replicas that are asked to stop
     finish what they have, so it stays until the request is done. `released` is kept when the
-    request is over, for whatever reason.
+    request is over, for whatever reason. `number` counts the orders of a request: an earlier one
+    may be under way at the same replica.
     """
 
     request: GenerationRequest
     destination: "ray.ObjectRef[Any]"
     released: "ray.ObjectRef[None]"
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """What it is called at a gang."""
+        name = self.request.request_id
+        return f"{name}-order-{self.number}" if self.number else name
 
 
 def _nothing_yet() -> Timings:

@@ -73,6 +73,10 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
         case errors.RefusedPagesError():
             return remedy_of(error.reason, gpus)
         case errors.OtherHostError() | errors.CannotSharePagesError():
+            return f"{_ANOTHER_WAY} or nixl"
+        case errors.NoNixlError():
+            return f"pip install 'longreach[nixl]' on every node, or {_ANOTHER_WAY}"
+        case errors.CannotReachPagesError():
             return _ANOTHER_WAY
         case errors.CannotMapPagesError():
             return f"if the rank is alive, {_ANOTHER_WAY}"

@@ -199,10 +199,11 @@ class TransportSettings(_Section):
     under way.
 
     By "object_store", Ray's, they go anywhere over the host's memory. By "cuda_ipc" a decode worker
-    copies them from GPU to GPU, of one host; nothing is under way then but messages.
+    copies them from GPU to GPU, of one host; nothing is under way then but messages. By "nixl" it
+    reads them out of a rank's memory, on any host.
     """
 
-    kind: Literal["object_store", "cuda_ipc"] = "object_store"
+    kind: Literal["object_store", "cuda_ipc", "nixl"] = "object_store"
     max_in_flight_bytes: Count = 256 << 20
 
     @property

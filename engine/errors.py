@@ -233,6 +233,26 @@ class CannotSharePagesError(FactualError, ConfigurationError):
         return f"KV pages cannot be shared between processes ({self.reason})"
 
 
+@dataclass(eq=False)
+class CannotReachPagesError(FactualError, ConfigurationError):
+    """The memory that pages lie in cannot be made readable for other processes."""
+
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        return f"KV pages cannot be registered with NIXL ({self.reason})"
+
+
+@dataclass(eq=False)
+class NoNixlError(FactualError, ConfigurationError):
+    """NIXL is not installed."""
+
+    @property
+    def sentence(self) -> str:
+        return "NIXL, which pages shall travel by, is not installed"
+
+
 class InvalidRequestError(LongreachError):
     """A request that can never be served as it stands; nothing was reserved for it."""
 

@@ -27,6 +27,7 @@ from ..messages import Taken
 from ..metrics import Metrics
 from ..nodes import metrics_of_node
 from ..pulse import Allowance, watch
+from ..recovery import Recovery
 from ..router import PrefillRouter
 from ..settings import WorkerSettings
 from ..streams import beating
@@ -49,6 +50,7 @@ class DecodeReplica:
     Args:
         gangs: as `PrefillRouter` takes them.
         most_waiting: requests for one gang, or for the worker itself, before more are refused.
+        retries: as `Recovery` takes them.
     """
 
     async def __init__(
@@ -57,11 +59,12 @@ class DecodeReplica:
         metrics_directory: Path,
         gangs: list[tuple[int, DeploymentHandle]],
         most_waiting: int,
+        retries: int,
     ) -> None:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         self._sink.add(metrics.LOST, 0)  # a rate misses what a series begins with
         self._router = PrefillRouter(gangs)
-        self._most_waiting = most_waiting
+        self._most_waiting, self._retries = most_waiting, retries
         self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
@@ -127,7 +130,8 @@ class DecodeReplica:
         # One that nobody waits in front of does not wait itself.
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
-        life = RequestLife(request, self._worker, prefill, listener)
+        recovery = Recovery(self._retries)
+        life = RequestLife(request, self._worker, prefill, listener, recovery, self._sink)
         self._lives.add(life)
         return life
 

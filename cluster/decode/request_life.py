@@ -6,15 +6,18 @@ of them may be the last before ENDED: whatever goes wrong, or whoever leaves, en
 way, by releasing what the worker holds for it.
 """
 
+import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
+from dataclasses import replace
 from enum import Enum
 from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from ...engine.errors import LostError
+from ...engine.errors import LongreachError, LostError, TransferError
 from ...engine.messages import (
     GenerationRequest,
     Prefilled,
@@ -22,10 +25,17 @@ from ...engine.messages import (
     PromptScores,
     Timings,
 )
-from ..call_errors import first_of
+from .. import metrics
+from ..call_errors import CallError, as_ours, first_of
 from ..messages import AnswerOrder, ComputedHere, PrefillOrder
+from ..metrics import Metrics
+from ..recovery import Recovery
 from ..streams import listening
 from ..tasks import as_nobody, tell
+
+_Stream = DeploymentResponseGenerator[Progress | Prefilled | None]
+
+logger = logging.getLogger(__name__)
 
 
 class State(Enum):
@@ -46,6 +56,8 @@ class RequestLife:
         prefill: the deployment that computes its prompt, with streamed answers; None where the
             worker does it itself.
         listener: the ingress that the worker answers to.
+        recovery: from gangs that die under it.
+        sink: of the decode replica.
     """
 
     def __init__(
@@ -54,10 +66,13 @@ class RequestLife:
         worker: Any,
         prefill: DeploymentHandle | None,
         listener: str,
+        recovery: Recovery,
+        sink: Metrics,
     ) -> None:
         self._request = request
         self._worker, self.prefill = worker, prefill
         self._listener, self._taken = listener, time.time()
+        self._recovery, self._sink = recovery, sink
         self.state = State.WAITING
         # Before anything is said to anybody: each message takes its time.
         self._computing = self._compute() if prefill is None else None
@@ -81,14 +96,13 @@ class RequestLife:
     async def _by(self, prefill: DeploymentHandle) -> AsyncGenerator[Progress, None]:
         """Have the prompt computed by a gang, and handed off to the worker."""
         prefilled = None
-        async with aclosing(self._prefilling(prefill, self._reserve())) as progress:
+        async with aclosing(self._prefilled_by_some(prefill)) as progress:
             async for event in progress:
                 if isinstance(event, Prefilled):
                     prefilled = event
                 else:
                     yield event
-        if prefilled is None:
-            raise LostError("prefill ended early; send the request again")
+        assert prefilled is not None
         self.state = State.DECODING
         order = self._order_after(prefilled)
         answer = self._worker.answer.remote
@@ -110,31 +124,71 @@ class RequestLife:
             else:
                 self.state = State.DECODING
 
-    def _reserve(self) -> PrefillOrder:
-        """Have pages allocated, without waiting for them."""
+    async def _prefilled_by_some(
+        self, prefill: DeploymentHandle
+    ) -> AsyncGenerator[Progress | Prefilled, None]:
+        """Have the prompt computed, by as many gangs one after the other as it takes.
+
+        Where one is lost, the next goes on behind the pages that have come.
+        """
         name = self._request.request_id
-        return PrefillOrder(
+        order = PrefillOrder(
             self._request,
             destination=as_nobody(self._worker.reserve.remote, self._request),
             released=as_nobody(self._worker.until_released.remote, name),
         )
+        while True:
+            stream = cast(_Stream, prefill.prefill.remote(order))
+            try:
+                async with aclosing(self._prefilling(stream)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except (*CallError, LongreachError) as error:
+                seconds = self._failed(as_ours(error))
+                # Before the stream is cancelled: a gang that lives may then use its pages for
+                # others, and until then this worker copies out of them.
+                order = await self._order_the_rest(order)
+                logger.warning("request %s asks another gang in %.1f s: %s", name, seconds, error)
+            finally:
+                stream.cancel()
+            self._sink.add(metrics.REQUEST_RECOVERIES)
+            await asyncio.sleep(seconds)
 
-    async def _prefilling(
-        self, prefill: DeploymentHandle, order: PrefillOrder
-    ) -> AsyncGenerator[Progress | Prefilled, None]:
-        """Have the prompt computed into those pages; ends with Prefilled."""
-        stream = cast(
-            DeploymentResponseGenerator[Progress | Prefilled | None],
-            prefill.prefill.remote(order),
-        )
+    async def _prefilling(self, stream: _Stream) -> AsyncGenerator[Progress | Prefilled, None]:
+        """What one gang says, to Prefilled."""
+        await first_of(stream)
+        async for event in listening(stream):
+            if event is None:
+                continue
+            self.state = State.PREFILLING
+            if isinstance(event, Progress):
+                self._recovery.goes_on()
+                self._recovery.reach(event.done)
+            yield event
+            if isinstance(event, Prefilled):
+                return
+        raise LostError("prefill ended early; send the request again")
+
+    def _failed(self, error: LongreachError) -> float:
+        """Seconds after which another gang is asked; see `Recovery.failed`."""
+        if isinstance(error, TransferError):
+            # It is this worker that takes no pages.
+            raise error
+        return self._recovery.failed(error)
+
+    async def _order_the_rest(self, order: PrefillOrder) -> PrefillOrder:
+        """What the next gang is asked for."""
         try:
-            await first_of(stream)
-            async for event in listening(stream):
-                if event is not None:
-                    self.state = State.PREFILLING
-                    yield event
-        finally:
-            stream.cancel()
+            # Whoever computes has waited for pages first; there is nothing to go on behind else.
+            await order.destination
+            destination = as_nobody(self._worker.go_on.remote, self._request.request_id)
+            await destination
+        except CallError as error:
+            raise as_ours(error) from error
+        computed = max(self._request.computed, self._recovery.reached[0])
+        request = replace(self._request, computed=computed)
+        return replace(order, request=request, destination=destination, number=order.number + 1)
 
     def _order_after(self, prefilled: Prefilled) -> AnswerOrder:
         """What the worker needs to know of a prompt that others have computed."""

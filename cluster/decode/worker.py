@@ -5,11 +5,11 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...engine.errors import (
     InvalidRequestError,
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _ENDED_REMEMBERED = 4096
+_DRAIN_SECONDS = 20.0
 _RELEASED = "the request was released; send it again"
 _FAILED = "the decode engine failed, and is being replaced; send the request again"
 
@@ -52,18 +55,24 @@ _Event = Progress | ComputedHere | LongreachError | None
 
 @dataclass(eq=False)
 class _Request:
-    """A request that is here, or about to be: until its release."""
+    """A request that is here, or about to be: until its release.
+
+    `epoch` counts the gangs that were given up under it. `computed`, `done` and `before` are of a
+    prompt that is computed here: when, how far, and how far an earlier attempt has come.
+    """
 
     is_reserved: bool = False
     prompt_tokens: int = 0
     arrived: float = 0.0
+    epoch: int = 0
     constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
     listener: str = ""
     clock: AnswerClock | None = None
     computed: ComputedHere | None = None
-    done: int = 0  # tokens of its prompt that are computed here
+    done: int = 0
+    before: int = 0
 
     def answer_to(self, order: AnswerOrder) -> None:
         """Whom to tell what is generated, from now on."""
@@ -100,6 +109,7 @@ class DecodeWorker:
         self._turn = Turn()
         self._leases = LeaseBook()
         self._outboxes = Outboxes()
+        self._releasing: set[asyncio.Task[None]] = set()
         self._preemptions = 0
 
     async def start(self, own_handle: Any) -> None:
@@ -116,10 +126,8 @@ class DecodeWorker:
 
         settings, engine = self._settings, self._engine
         host = ray.util.get_node_ip_address()
-        self._receiver = make_receiver(
-            settings.transport, own_handle, host, engine.device, engine.receive
-        )
-        self._copier = PageCopier(self._receiver, self._pulse, self._set_threads)
+        self._receiver = make_receiver(settings.transport, own_handle, host, engine)
+        self._copier = PageCopier(self._receiver, engine, self._pulse, self._set_threads)
         self._admission = Admission(
             engine, self._turn, settings.decode.patience, self._report, self._fail
         )
@@ -165,9 +173,37 @@ class DecodeWorker:
             LostError: it failed while the request waited.
             UnavailableError: the request was released.
         """
-        await self._prepare(request, self._take(request))
+        here = self._take(request)
+        await self._prepare(request, here)
         await self._admission.reserve(request)
-        return self._receiver.destination(request.request_id)
+        return self._receiver.destination(request.request_id, here.epoch, done=0)
+
+    async def go_on(self, request_id: str) -> "Destination":
+        """Give the gang up that computes a request's prompt; where another sends the rest of it.
+
+        When this returns, no page of the gang that was given up comes any more, and none is being
+        copied: from then on it may do with its own pages as it likes.
+
+        Raises:
+            LostError: as `check`; or copies under way do not end, because a rank hangs that they
+                need, and the request cannot go on with these pages.
+            UnavailableError: the request was released.
+        """
+        self._check()
+        request = self._requests.get(request_id)
+        if request is None:
+            raise UnavailableError(_RELEASED)
+        request.epoch += 1
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                done = await self._copier.complete_tokens(request_id)
+        except TransferError as error:  # released meanwhile
+            raise UnavailableError(_RELEASED) from error
+        except TimeoutError as error:
+            raise LostError(
+                "a rank that hangs holds pages of the request up; send it again"
+            ) from error
+        return self._receiver.destination(request_id, request.epoch, done)
 
     def _take(self, request: GenerationRequest) -> _Request:
         """Expect a request to begin, once."""
@@ -197,26 +233,44 @@ class DecodeWorker:
             self._leases.add(request_id)
         return self._requests[request_id]
 
-    async def deliver(self, request_id: str, message: Any) -> None:
+    async def deliver(self, request_id: str, epoch: int, message: Any) -> None:
         """Take pages of a request; returns when they are in their place.
 
         A rank is answered for all its pages before it says that a prompt is done, so no step of
         the request can come before the copies.
 
         Raises:
-            TransferError: the request takes no pages, or not these.
+            TransferError: the request takes no pages, or not these, or not from this gang.
         """
-        if request_id not in self._requests:
+        self._check_epoch(request_id, epoch)
+        size = await self._at_the_copier(self._copier.copy(request_id, message))
+        self._sink.add(metrics.HANDOFF_BYTES, size)
+
+    async def send_back(self, request_id: str, epoch: int, message: Any) -> Any:
+        """Let a gang that goes on with a request have pages of it; what the transport answers.
+
+        Raises:
+            TransferError: as `deliver`.
+        """
+        self._check_epoch(request_id, epoch)
+        return await self._at_the_copier(self._copier.send_back(request_id, message))
+
+    def _check_epoch(self, request_id: str, epoch: int) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled")
+        if request.epoch != epoch:
+            raise TransferError(f"request {request_id} goes on with another gang")
+
+    async def _at_the_copier(self, work: Coroutine[Any, Any, T]) -> T:
         try:
-            size = await self._copier.copy(request_id, message)
+            return await work
         except LongreachError:
             raise
         except Exception as error:
             # A device that no longer works fails every request here, and no step ever finds out.
             self._fail(error)
             raise
-        self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def answer(self, request_id: str, logits: "Logits", order: AnswerOrder) -> None:
         """Generate from a prompt whose pages have all come; returns when all choices are finished.
@@ -259,6 +313,7 @@ class DecodeWorker:
         """
         here = self._take(request)
         here.answer_to(order)
+        here.before = request.computed
         await self._prepare(request, here)
         await self._admission.admit(request, here.constraint)
         self._stepper.wake()
@@ -316,7 +371,11 @@ class DecodeWorker:
             self._sink.add(metrics.LEASES_LAPSED, len(lapsed))
             for request_id in lapsed:
                 logger.warning("request %s is released: no ingress wants it", request_id)
-            await asyncio.gather(*map(self.release, lapsed))
+            for request_id in lapsed:
+                # Its last copy may take its time, and others' leases go on.
+                releasing = asyncio.create_task(self.release(request_id))
+                self._releasing.add(releasing)
+                releasing.add_done_callback(self._releasing.discard)
 
     def _after_step(self, stepped: Stepped) -> None:
         self._sink.observe(metrics.DECODE_STEP_TIME, stepped.seconds)
@@ -338,6 +397,8 @@ class DecodeWorker:
         if request is None:
             return
         self._sink.add(metrics.PREFILL_TOKENS, progress.done - request.done)
+        again = max(min(progress.done, request.before) - request.done, 0)
+        self._sink.add(metrics.PREFILL_TOKENS_AGAIN, again)
         request.done = progress.done
         before = request.computed or ComputedHere(began, began, 0.0)
         seconds = before.seconds + ended - began

@@ -141,6 +141,15 @@ PREFILL_TOKENS = Counter(
     "Prompt tokens computed, by prefill gangs or by decode workers themselves, those of requests "
     "that were cancelled later too.",
 )
+PREFILL_TOKENS_AGAIN = Counter(
+    "longreach_prefill_tokens_again_total",
+    "Prompt tokens computed once more, because what had computed them, or held their pages, died.",
+)
+PREFILL_TOKENS_BACK = Counter(
+    "longreach_prefill_tokens_back_total",
+    "Prompt tokens that requests which were begun again did not have computed once more: their "
+    "pages lay at a decode worker, or at the gang.",
+)
 PREFILL_STAGE_SECONDS = Counter(
     "longreach_prefill_stage_seconds_total",
     "Where the time of prefill chunks went, on the slowest rank of each chunk.",
@@ -237,6 +246,8 @@ VOCABULARY: tuple[Metric, ...] = (
     HANDOFF_BYTES,
     PREFILL_TOKENS_PER_SECOND,
     PREFILL_TOKENS,
+    PREFILL_TOKENS_AGAIN,
+    PREFILL_TOKENS_BACK,
     PREFILL_CHUNKS,
     PREFILL_STAGE_SECONDS,
     RANK_SKEW,

@@ -97,7 +97,7 @@ class Gang:
         prompt: "ray.ObjectRef | None" = None,
         destination: "ray.ObjectRef | None" = None,
     ) -> ChunkUnderWay:
-        """Compute one chunk on all ranks; the other two go with a prompt's first chunk.
+        """Compute one chunk on all ranks, or have them fetch it; the other two go with the first.
 
         The next may be begun when this one is nearly computed, so that no rank stands still.
         """
@@ -110,6 +110,11 @@ class Gang:
             asyncio.ensure_future(_all_went_well(begun)),
             asyncio.ensure_future(_all_of(results)),
         )
+
+    def come_back(self, request_id: str, to: str, destination: "ray.ObjectRef", done: int) -> None:
+        """Have every rank go on with a request under another name; see `PrefillRank.come_back`."""
+        for rank in self._ranks:
+            rank.come_back.remote(request_id, to, destination, done)
 
     async def flush(self, request_id: str) -> str | None:
         """Return when all pages of a prompt have arrived, or why they did not.

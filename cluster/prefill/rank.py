@@ -196,7 +196,7 @@ class PrefillRank:
     def begin_chunk(
         self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
     ) -> None:
-        """Launch a chunk, and begin to hand its pages off.
+        """Launch a chunk, and begin to hand its pages off; or fetch the pages of one that is back.
 
         Returns when the device has nearly computed it. Pages are handed off beside the next chunks.
 
@@ -231,7 +231,8 @@ class PrefillRank:
                     del self._launched[chunk]
             launched.done.wait()
             stages = launched.result.stages
-        self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
+        if not chunk.is_back:
+            self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
         logits, scores = (
             None if each is None else each.numpy() for each in (launched.logits, launched.scores)
         )
@@ -253,13 +254,30 @@ class PrefillRank:
             self._prefiller.admit(name, prompt)
             self._hand_offs[name] = self._open(destination)
         hand_off = self._hand_offs[name]
-        result = self._compute(chunk, hand_off)
+        result = (self._fetch if chunk.is_back else self._compute)(chunk, hand_off)
         logits, scores = (
             None if each is None or self._rank else begin_copy_to_host(each)
             for each in (result.logits, result.scores)
         )
         done = Milestone.after_what_is_launched(self._device())
         return _Launched(result, logits, scores, done, hand_off)
+
+    def come_back(self, request_id: str, to: str, destination: "Destination", done: int) -> None:
+        """Go on with a request, whose pages were left here, under another name.
+
+        Its first tokens are handed off again, as far as they do not lie at the destination, beside
+        the chunks that follow.
+
+        Args:
+            done: tokens behind which the next chunk begins.
+        """
+        before = self._hand_offs.pop(request_id)
+        before.abandon()
+        self._prefiller.rename(request_id, to, done)
+        hand_off = self._hand_offs[to] = self._open(destination)
+        size = self._settings.prefill.chunk_tokens
+        for start in range(destination.done, done, size):
+            self._prefiller.push(to, start, min(start + size, done), hand_off)
 
     def flush(self, request_id: str) -> str | None:
         """Return when all pages of a request have arrived, or why they did not.
@@ -296,6 +314,18 @@ class PrefillRank:
         except OutOfMemoryError:
             self.release(chunk.request_id)
             raise
+
+    def _fetch(self, chunk: Chunk, hand_off: "HandOff") -> "ChunkResult":
+        from ...engine.milestones import Milestone
+        from ...engine.prefill.chunk import ChunkResult
+        from ...engine.stages import Stages
+
+        device = self._device()
+        stages = Stages.on(device)
+        with stages.time("hand-off"):
+            self._prefiller.fetch(chunk.request_id, chunk.start, chunk.end, hand_off)
+        nearly = Milestone.after_what_is_launched(device)
+        return ChunkResult(None, None, nearly, stages)
 
     def _open(self, destination: "Destination") -> "HandOff":
         from ...engine.kv.background import BackgroundHandOff

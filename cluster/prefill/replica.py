@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from ..call_errors import as_ours
 from ..messages import PrefillOrder
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node
+from ..recovery import RECOVERY_SECONDS
 from ..settings import GangSettings
 from ..streams import beating
 from ..tasks import detached, forever
@@ -37,6 +39,9 @@ from .rank import RankResult
 from .scheduler import Chunk, ChunkScheduler
 from .speed import Speed
 
+if TYPE_CHECKING:
+    from ...engine.kv.hand_off import Destination
+
 logger = logging.getLogger(__name__)
 
 _LOST = "a rank of the prefill gang is lost, and the gang is being replaced; send the request again"
@@ -44,12 +49,16 @@ _LOST = "a rank of the prefill gang is lost, and the gang is being replaced; sen
 
 @dataclass(eq=False)
 class _Job:
-    """One prompt under way; `events` ends with Prefilled or an error."""
+    """One prompt under way; `events` ends with Prefilled or an error.
+
+    `began`: when its first chunk did. From then on the ranks hold pages of it, also after its end,
+    until its request is over or somebody else needs them.
+    """
 
     order: PrefillOrder
     prompt: ray.ObjectRef
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
-    began: float | None = None  # when its first chunk did
+    began: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -65,8 +74,13 @@ class _Job:
 
     @property
     def name(self) -> str:
-        """Of the request."""
-        return self.order.request.request_id
+        """What ranks and scheduler know it by."""
+        return self.order.name
+
+    @property
+    def origin(self) -> str:
+        """What all attempts at the request have in common."""
+        return self.order.request.origin
 
     @property
     def total(self) -> int:
@@ -83,13 +97,15 @@ class PrefillReplica:
         self._sink = Metrics(folder, "prefill", settings.model.name, prefill.name)
         ProcessFigures(self._sink).start()
         # A rate misses what a series begins with: so it begins with nothing.
-        for metric in (metrics.LOST, metrics.HANDOFF_FAILURES):
+        for metric in (metrics.LOST, metrics.HANDOFF_FAILURES, metrics.PREFILL_TOKENS_AGAIN):
             self._sink.add(metric, 0)
         self._scheduler = ChunkScheduler(
             prefill.chunk_tokens, pages_for(prefill.kv_cache_tokens), prefill.patience
         )
         self._jobs: dict[str, _Job] = {}
+        self._left: dict[str, _Job] = {}  # by their origin
         self._leaving: list[str] = []
+        self._following: set[asyncio.Task[None]] = set()
         self._handing_off: set[asyncio.Task[None]] = set()
         self._finishing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -123,14 +139,15 @@ class PrefillReplica:
         job = _Job(order, ray.put(order.request.prompt), asyncio.Queue())
         self._jobs[job.name] = job
         following = detached(self._follow(job))
+        self._following.add(following)
+        following.add_done_callback(self._following.discard)
         try:
             yield None
             async with aclosing(beating(job.heard(), beat=None)) as events:
                 async for event in events:
                     yield event
         finally:
-            following.cancel()
-            self._forget(job.name)
+            self._leave(job)
 
     async def _follow(self, job: _Job) -> None:
         """Let a request's turn come once it has pages, and end it with the decode worker's word.
@@ -138,33 +155,76 @@ class PrefillReplica:
         Serve's own cancellation is best effort, and leaves a generator that nobody reads as it is.
         """
         try:
-            await job.order.destination
-            scored = job.order.request.sampling.prompt_logprobs
-            self._scheduler.add(job.name, job.total, scored)
-            self._wake.set()
-            self._report()
+            destination = await job.order.destination
+            if job.name in self._jobs:
+                self._admit(job, destination)
             await job.order.released
-            error: LongreachError = UnavailableError("the request was released")
         except (Exception, asyncio.CancelledError) as raised:
             # Whatever it was: a request whose client has left is gone already, any other is told.
             error = as_ours(raised)
-        self._end(job.name, error)
+            self._end(job, error)
+            if isinstance(error, LostError):
+                # The request comes again, if it can, and has not lost its pages here.
+                await asyncio.sleep(RECOVERY_SECONDS)
+        self._end(job, UnavailableError("the request was released"))
+        self._forget(job)
 
-    def _end(self, request_id: str, error: LongreachError) -> None:
+    def _admit(self, job: _Job, destination: "Destination") -> None:
+        """Let a prompt's turn come, behind what need not be computed once more."""
+        scored = job.order.request.sampling.prompt_logprobs
+        for other in list(self._jobs.values()):
+            if other.origin == job.origin and other is not job:
+                # Whoever asked for it is gone, and this replica does not know yet.
+                self._end(other, UnavailableError("the request was begun again"))
+        before = self._left.get(job.origin)
+        if before is None or scored is not None or not self._goes_on(job, before, destination):
+            self._scheduler.add(job.name, job.total, scored, destination.done)
+        self._wake.set()
+        self._report()
+
+    def _goes_on(self, job: _Job, before: _Job, destination: "Destination") -> bool:
+        """Have a prompt go on with the pages that an earlier attempt left, if these help."""
+        done = self._scheduler.left_behind(before.name)
+        prompt, same = job.order.request.prompt, before.order.request.prompt
+        if not done > destination.done or not np.array_equal(prompt, same):
+            return False
+        del self._left[job.origin]
+        self._scheduler.come_back(before.name, job.name)
+        self._gang.come_back(before.name, job.name, job.order.destination, done)
+        self._sink.add(metrics.PREFILL_TOKENS_BACK, done)
+        job.began = time.time()
+        return True
+
+    def _end(self, job: _Job, error: LongreachError) -> None:
         """End a prompt here and now: its next chunk's turn may come before anyone reads this."""
-        job = self._jobs.get(request_id)
-        if job is not None:
+        if job.name in self._jobs:
             job.events.put_nowait(error)
-            self._forget(request_id)
+            self._leave(job)
 
-    def _forget(self, request_id: str) -> None:
+    def _leave(self, job: _Job) -> None:
+        """A prompt is over, and its request may not be: let its pages lie until that is known."""
+        if job.began is None:
+            self._forget(job)
+        elif self._jobs.pop(job.name, None) is not None:
+            self._scheduler.leave(job.name)
+            if (older := self._left.get(job.origin)) is not None:
+                self._forget(older)
+            self._left[job.origin] = job
+            self._report()
+
+    def _forget(self, job: _Job) -> None:
         """Have a prompt's pages freed, after its chunk if one is being computed.
 
         The loop does it: a request that is being cancelled would take its calls to ranks with it,
         and these would wait for them ever after.
         """
-        self._jobs.pop(request_id, None)
-        self._leaving.append(request_id)
+        if self._jobs.get(job.name) is job:
+            del self._jobs[job.name]
+        elif self._left.get(job.origin) is job:
+            del self._left[job.origin]
+        else:
+            return  # It is forgotten, or a later attempt has its pages.
+        self._leaving.append(job.name)
         self._wake.set()
 
     def _release_leaving(self) -> None:
@@ -176,11 +236,18 @@ class PrefillReplica:
         if leaving:
             self._report()
 
+    def _release_taken(self) -> None:
+        """Free what was left behind, and is somebody else's from the next chunk on."""
+        for request_id in self._scheduler.taken():
+            self._left = {o: job for o, job in self._left.items() if job.name != request_id}
+            self._gang.release(request_id)
+
     async def _run(self) -> None:
         """Compute the chunk whose turn it is, or sleep until there is one, for good."""
         while not self._lost:
             self._release_leaving()
             chunk = self._scheduler.next()
+            self._release_taken()
             if chunk is not None:
                 await self._compute(chunk)
             else:
@@ -216,13 +283,13 @@ class PrefillReplica:
     ) -> None:
         """Say what came out of a chunk, after those before it."""
         await asyncio.wait({computed} if before is None else {computed, before})
-        self._speed.end(0 if _has_failed(computed) else chunk.end - chunk.start)
+        self._speed.end(0 if _has_failed(computed) else chunk.computed_tokens)
         try:
             results = computed.result()
         except RayError as error:
             self._failed(chunk, job, error)
             return
-        self._count(chunk, results)
+        self._count(chunk, job, results)
         self._report()
         if self._jobs.get(chunk.request_id) is not job:
             return  # Its request is over.
@@ -232,12 +299,14 @@ class PrefillReplica:
         failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
             self._fail_hand_off(job, failure)
+            if chunk.is_back:
+                self._forget(job)  # Nobody knows what its pages hold.
         elif chunk.is_last:
             # Beside the next chunks: nobody else waits for the rest of this hand-off.
             task = detached(self._hand_off(job, results))
             self._handing_off.add(task)
             task.add_done_callback(self._handing_off.discard)
-        else:
+        elif not chunk.is_back:
             job.events.put_nowait(Progress(chunk.end, job.total))
 
     def _begin(self, chunk: Chunk, job: _Job) -> ChunkUnderWay:
@@ -263,22 +332,27 @@ class PrefillReplica:
         """End a prompt whose pages did not arrive; one that was released was not waited for."""
         if job.name in self._jobs:
             self._sink.add(metrics.HANDOFF_FAILURES)
-        self._end(job.name, TransferError(why))
+        self._end(job, TransferError(why))
 
     def _failed(self, chunk: Chunk, job: _Job, error: RayError) -> None:
         """End the one request that needed too much; raise if the gang cannot go on."""
         ours = as_ours(error)
         if not isinstance(ours, OutOfMemoryError):
             raise error
-        if self._jobs.get(chunk.request_id) is job:
-            self._end(chunk.request_id, ours)
+        self._end(job, ours)
+        self._forget(job)
         if self._gang.num_ranks > 1:
             # The others wait for this rank in a collective, and nothing calls them back.
             raise error
 
-    def _count(self, chunk: Chunk, results: list[RankResult]) -> None:
+    def _count(self, chunk: Chunk, job: _Job, results: list[RankResult]) -> None:
+        if chunk.is_back:
+            self._sink.add(metrics.PREFILL_TOKENS_BACK, chunk.end - chunk.start)
+            return
         self._sink.add(metrics.PREFILL_CHUNKS)
-        self._sink.add(metrics.PREFILL_TOKENS, chunk.end - chunk.start)
+        self._sink.add(metrics.PREFILL_TOKENS, chunk.computed_tokens)
+        again = min(chunk.end, job.order.request.computed) - chunk.start
+        self._sink.add(metrics.PREFILL_TOKENS_AGAIN, max(again, 0))
         busy = sorted(_busy_seconds(result) for result in results)
         self._sink.observe(metrics.RANK_SKEW, busy[-1] - busy[0])
         for stage, seconds in max(results, key=_busy_seconds).stages.items():

@@ -14,7 +14,8 @@ from ...kernels.page_size import PAGE_TOKENS, pages_for
 class Chunk:
     """Tokens [start, end) of one prompt; `is_last` when the prompt ends with them.
 
-    `score_top`: the prompt's own tokens are scored, with so many alternatives.
+    `score_top`: the prompt's own tokens are scored, with so many alternatives. `is_back`: they were
+    computed before, and their pages come back from where they were handed off to.
     """
 
     request_id: str
@@ -22,12 +23,21 @@ class Chunk:
     end: int
     is_last: bool
     score_top: int | None = None
+    is_back: bool = False
+
+    @property
+    def computed_tokens(self) -> int:
+        """How many tokens are computed in it."""
+        return 0 if self.is_back else self.end - self.start
 
 
 @dataclass
 class _Entry:
+    """A prompt; `back` tokens of it need not be computed, and `dealt` are dealt out."""
+
     tokens: int
     score_top: int | None = None
+    back: int = 0
     dealt: int = 0
     admitted: bool = False
 
@@ -44,6 +54,9 @@ class ChunkScheduler:
     is admitted before it, and those that hold pages go on; so where pages are short, a prompt is
     also passed by what they have to go.
 
+    A prompt that is over may leave its pages behind, in case that it is begun again. They count as
+    free, and go as soon as somebody else needs the room.
+
     Args:
         chunk_tokens: of every chunk but a prompt's last; a multiple of PAGE_TOKENS.
         patience: see `Turns`.
@@ -55,6 +68,8 @@ class ChunkScheduler:
         self._free_pages = num_pages
         self._turns = Turns(patience)
         self._entries: dict[str, _Entry] = {}
+        self._left: dict[str, _Entry] = {}  # the oldest first
+        self._taken: list[str] = []
 
     @property
     def num_running(self) -> int:
@@ -68,34 +83,69 @@ class ChunkScheduler:
 
     @property
     def tokens_to_go(self) -> int:
-        """Prompt tokens of all that no chunk has been dealt out for yet."""
-        return sum(entry.tokens - entry.dealt for entry in self._entries.values())
+        """Prompt tokens to compute of all that no chunk has been dealt out for yet."""
+        every = self._entries.values()
+        return sum(entry.tokens - max(entry.dealt, entry.back) for entry in every)
 
     @property
     def usage(self) -> float:
-        """Fraction of the pages that is held, 0 to 1."""
-        return 1 - self._free_pages / self._num_pages
+        """Fraction of the pages that is held, 0 to 1, without those that were left behind."""
+        left = sum(entry.pages for entry in self._left.values())
+        return 1 - (self._free_pages + left) / self._num_pages
 
-    def add(self, request_id: str, tokens: int, score_top: int | None = None) -> None:
+    def add(
+        self, request_id: str, tokens: int, score_top: int | None = None, done: int = 0
+    ) -> None:
         """Let a prompt wait for its turn.
 
         Args:
             score_top: for its chunks.
+            done: tokens whose pages can be brought back. Whole chunks are, so that the others
+                begin where they would have; none where a prompt is scored, as scores are not.
 
         Raises:
             CacheTooSmallError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
-        entry = _Entry(tokens, score_top)
+        back = self._whole_chunks(tokens, done) if score_top is None else 0
+        entry = _Entry(tokens, score_top, back)
         if entry.pages > self._num_pages:
             raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
         self._turns.join(request_id, tokens)
         self._entries[request_id] = entry
 
+    def leave(self, request_id: str) -> None:
+        """End a prompt, finished or not, and let its pages lie, where it has any."""
+        self._turns.leave(request_id)
+        entry = self._entries.pop(request_id, None)
+        if entry is not None and entry.admitted:
+            self._left[request_id] = entry
+
+    def left_behind(self, request_id: str) -> int:
+        """Tokens behind which a prompt that was left could go on; 0 where none lie there.
+
+        Whole chunks; the last one is computed again where all were: the logits are wanted.
+        """
+        entry = self._left.get(request_id)
+        return 0 if entry is None else self._whole_chunks(entry.tokens, entry.dealt)
+
+    def come_back(self, request_id: str, to: str) -> int:
+        """Let a prompt that was left go on under another name; behind how many tokens."""
+        done = self.left_behind(request_id)
+        entry = self._left.pop(request_id)
+        self._turns.join(to, entry.tokens - done)
+        self._entries[to] = _Entry(entry.tokens, dealt=done, admitted=True)
+        return done
+
+    def taken(self) -> list[str]:
+        """Prompts whose pages, which they had left, somebody else has got since the last time."""
+        taken, self._taken = self._taken, []
+        return taken
+
     def remove(self, request_id: str) -> None:
         """Forget a prompt, finished or not, and free its pages; unknown ones are no error."""
         self._turns.leave(request_id)
-        entry = self._entries.pop(request_id, None)
+        entry = self._entries.pop(request_id, None) or self._left.pop(request_id, None)
         if entry is not None and entry.admitted:
             self._free_pages += entry.pages
 
@@ -114,15 +164,30 @@ class ChunkScheduler:
     def _holds_pages(self, request_id: str) -> bool:
         """Whether a prompt has its pages; allocates them where enough are free."""
         entry = self._entries[request_id]
-        if not entry.admitted and entry.pages <= self._free_pages:
+        if not entry.admitted and self._make_room(entry.pages):
             entry.admitted = True
             self._free_pages -= entry.pages
         return entry.admitted
+
+    def _make_room(self, pages: int) -> bool:
+        """Whether so many pages are free; takes those that were left, the oldest, if that helps."""
+        left = sum(entry.pages for entry in self._left.values())
+        if pages > self._free_pages + left:
+            return False
+        while pages > self._free_pages:
+            oldest = next(iter(self._left))
+            self.remove(oldest)
+            self._taken.append(oldest)
+        return True
+
+    def _whole_chunks(self, tokens: int, done: int) -> int:
+        """Those of `done` tokens that are whole chunks, and not all of the prompt's."""
+        return min(done, tokens - 1) // self._chunk_tokens * self._chunk_tokens
 
     def _deal(self, request_id: str) -> Chunk:
         entry = self._entries[request_id]
         start = entry.dealt
         entry.dealt = min(start + self._chunk_tokens, entry.tokens)
         self._turns.serve(request_id, entry.dealt - start)
-        is_last = entry.dealt == entry.tokens
-        return Chunk(request_id, start, entry.dealt, is_last, entry.score_top)
+        is_last, is_back = entry.dealt == entry.tokens, entry.dealt <= entry.back
+        return Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)

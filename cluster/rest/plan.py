@@ -56,6 +56,14 @@ class Plan:
         """What answers must match."""
         return self.requests[0].sampling.grammar
 
+    def held_to(self, grammar: str) -> "Plan":
+        """The same, held to this grammar."""
+        requests = (
+            replace(each, sampling=replace(each.sampling, grammar=grammar))
+            for each in self.requests
+        )
+        return replace(self, requests=tuple(requests))
+
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts together."""
@@ -362,6 +370,7 @@ class Planner:
             "min_tokens": body.min_tokens,
             "top_logprobs": top_logprobs,
             "choices": body.n,
+            "skip_special_tokens": body.skip_special_tokens,
         }
         return {name: value for name, value in given.items() if value is not None}
 

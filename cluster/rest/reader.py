@@ -241,7 +241,8 @@ class Readers:
         """
         done = await self._read(kind, parts, request_id, arrived)
         if isinstance(done, Plan) and done.grammar is not None:
-            await self._grammars.check(done.grammar, done.held_by or "")
+            lark = await self._grammars.check(done.grammar, done.held_by or "")
+            return done if lark == done.grammar else done.held_to(lark)
         return done
 
     async def _read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:

@@ -9,7 +9,8 @@ import ray
 from ray.exceptions import RayError
 
 from ...engine.errors import TransferError
-from ...engine.kv.hand_off import Destination, HandOff, Receiver
+from ...engine.kv.hand_off import Destination, HandOff, Place, Receiver
+from ...engine.kv.pages import HeldPages
 from ..remedies import in_one_line
 
 ANSWER_SECONDS = 60.0
@@ -18,13 +19,32 @@ ANSWER_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class WorkerDestination(Destination):
-    """A request's pages in the worker behind an actor's handle."""
+    """A request's pages in the worker behind an actor's handle; `epoch` goes with every message."""
 
     worker: Any
+    epoch: int
 
     def deliver(self, message: Any) -> ray.ObjectRef:
         """Send one message; the reference is ready when its pages have arrived."""
-        return self.worker.deliver.remote(self.request_id, message)
+        return self.worker.deliver.remote(self.request_id, self.epoch, message)
+
+    def ask_back(self, message: Any) -> ray.ObjectRef:
+        """Ask for pages; the reference becomes what the worker's `Receiver` answers."""
+        return self.worker.send_back.remote(self.request_id, self.epoch, message)
+
+
+@dataclass(frozen=True)
+class WantedPages:
+    """Pages of one layer that a rank fetches."""
+
+    place: Place
+    num_pages: int
+    num_kv_heads: int
+
+    @classmethod
+    def of(cls, place: Place, pages: HeldPages) -> "WantedPages":
+        """Those that go into these."""
+        return cls(place, len(pages), pages.layer.values.shape[1])
 
 
 class WorkerReceiver(Receiver):
@@ -33,8 +53,8 @@ class WorkerReceiver(Receiver):
     def __init__(self, worker: Any) -> None:
         self._worker = worker
 
-    def destination(self, request_id: str) -> WorkerDestination:
-        return WorkerDestination(request_id, self._worker)
+    def destination(self, request_id: str, epoch: int, done: int) -> WorkerDestination:
+        return WorkerDestination(request_id, done, self._worker, epoch)
 
 
 class WorkerHandOff(HandOff):
@@ -63,6 +83,20 @@ class WorkerHandOff(HandOff):
     def _deliver(self, message: Any, size: int) -> None:
         if self._failure is None:
             self._under_way[self._destination.deliver(message)] = size
+
+    def _ask_back(self, message: Any) -> Any:
+        """What the worker answers to a message that asks for pages; None where it failed."""
+        if self._failure is not None:
+            return None
+        asked = self._destination.ask_back(message)
+        if not ray.wait([asked], timeout=ANSWER_SECONDS)[0]:
+            self._fail(f"a decode worker sent no pages for {ANSWER_SECONDS:g} s")
+            return None
+        try:
+            return ray.get(asked)
+        except RayError as error:
+            self._fail(f"pages did not come back from the decode worker: {in_one_line(error)}")
+        return None
 
     def _wait_for_one(self) -> None:
         """Wait until one more message has been answered; without an answer in time, all failed."""

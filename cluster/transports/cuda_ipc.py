@@ -1,18 +1,16 @@
-"""Pages by CUDA IPC: the decode worker copies them out of the rank's pool, on GPUs of one host."""
+"""Pages by CUDA IPC: who wants them copies them out of the other's pool, on GPUs of one host."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import ray
 import torch
 
-from ...engine.kv.hand_off import Destination, Place, Sender
+from ...engine.kv.background import hand_off_stream
+from ...engine.kv.hand_off import Destination, Place, RequestPages, Sender
 from ...engine.kv.pages import HeldPages, Pages
-from .actor_messages import WorkerDestination, WorkerHandOff, WorkerReceiver
-from .shared_pages import SharedPageReader, SharedPool, SharedRun
-
-CudaIpcMessage = tuple[SharedPool, list[SharedRun]]
-"""Which pages of which pool hold what."""
+from .actor_messages import WorkerDestination
+from .announced import AnnouncedReceiver, AnnouncedRun, Announcement, AnnouncingHandOff
+from .shared_pages import SharedPageReader, SharedPool
 
 
 class CudaIpcSender(Sender):
@@ -30,62 +28,41 @@ class CudaIpcSender(Sender):
         return CudaIpcHandOff(destination, self._pool)
 
 
-class CudaIpcHandOff(WorkerHandOff):
-    """Tells a decode worker which pages to copy. What is pushed must have been written.
+class CudaIpcHandOff(AnnouncingHandOff):
+    """From a rank's pool, and back from the worker's."""
 
-    One message is under way at a time, and what is pushed meanwhile goes with the next: a message
-    costs more than copying a layer's pages. The worker answers when it has copied: until then the
-    pages may not be overwritten.
-    """
+    def _read_back(self, pool: SharedPool, runs: Sequence[tuple[AnnouncedRun, HeldPages]]) -> None:
+        into = {run.place: held for run, held in runs}
+        device = runs[0][1].layer.values.device
+        # Whoever calls is on the stream that hands pages off.
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def __init__(self, destination: WorkerDestination, pool: SharedPool) -> None:
-        super().__init__(destination)
-        self._pool = pool
-        self._collected: list[SharedRun] = []
+        def put(request_id: str, place: Place, pages: Pages) -> None:
+            into[place].write(pages)
 
-    def push(self, place: Place, pages: HeldPages) -> None:
-        self._collected.append(SharedRun(place, pages.numbers))
-        if self._under_way:
-            self._note(ray.wait(list(self._under_way), timeout=0)[0])
-        if not self._under_way:
-            self._send()
-
-    def abandon(self) -> None:
-        """Copies under way are not waited for; `shared_pages` says why they do no harm."""
-        self._collected.clear()
-        self._under_way.clear()
-
-    def _send_rest(self) -> None:
-        while self._under_way:
-            self._wait_for_one()
-        self._send()
-
-    def _send(self) -> None:
-        runs, self._collected = self._collected, []
-        if runs:
-            self._deliver((self._pool, runs), 0)
+        name = self._destination.request_id
+        reader = SharedPageReader(self._pool.host, device, stream, put)
+        reader.read(name, pool, [run for run, _ in runs])
+        reader.close(name)
 
 
-class CudaIpcReceiver(WorkerReceiver):
+class CudaIpcReceiver(AnnouncedReceiver):
     """A worker's end.
 
     Args:
         host: as in `SharedPool.of`, of this process.
-        device: that pages go to.
-        put: puts pages of a request in their place, as `DecodeEngine.receive`.
+        pages: of the worker's engine.
+
+    Raises:
+        CannotSharePagesError: they cannot be shared.
     """
 
-    def __init__(
-        self,
-        worker: Any,
-        host: str,
-        device: torch.device,
-        put: Callable[[str, Place, Pages], None],
-    ) -> None:
-        super().__init__(worker)
-        self._reader = SharedPageReader(host, device, put)
+    def __init__(self, worker: Any, host: str, pages: RequestPages) -> None:
+        super().__init__(worker, SharedPool.of(pages.pool, host), pages)
+        device = pages.pool.memory.device
+        self._reader = SharedPageReader(host, device, hand_off_stream(device), pages.receive)
 
-    def receive(self, request_id: str, message: CudaIpcMessage) -> int:
+    def receive(self, request_id: str, message: Announcement) -> int:
         pool, runs = message
         return self._reader.read(request_id, pool, runs)
 

@@ -1,6 +1,7 @@
 """Pages by way of Ray's object store: for one machine, and for wherever nothing faster is."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ...engine.kv.hand_off import Destination, Place, Sender
+from ...engine.kv.hand_off import Destination, Place, RequestPages, Sender
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
 from ..remedies import in_one_line
-from .actor_messages import WorkerDestination, WorkerHandOff, WorkerReceiver
+from .actor_messages import WantedPages, WorkerDestination, WorkerHandOff, WorkerReceiver
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -59,6 +60,8 @@ class ObjectStoreSender(Sender):
 
     def __init__(self, max_in_flight_bytes: int) -> None:
         self._max_in_flight_bytes = max_in_flight_bytes
+        # What comes out of the object store is read-only, and is only read.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
     def open(self, destination: Destination) -> "ObjectStoreHandOff":
         assert isinstance(destination, WorkerDestination)
@@ -91,6 +94,29 @@ class ObjectStoreHandOff(WorkerHandOff):
         if whole:
             self._send_rest()
 
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None:
+        for some in self._in_messages(wanted):
+            runs = self._ask_back([WantedPages.of(place, pages) for place, pages in some])
+            if runs is None:
+                return
+            for (_, pages), run in zip(some, runs, strict=True):
+                pages.write(run.pages)
+
+    def _in_messages(
+        self, wanted: Sequence[tuple[Place, HeldPages]]
+    ) -> Iterator[list[tuple[Place, HeldPages]]]:
+        """In their order, as many at a time as may be under way, or one."""
+        some: list[tuple[Place, HeldPages]] = []
+        size = 0
+        for place, pages in wanted:
+            if some and size + pages.nbytes > self._max_in_flight_bytes:
+                yield some
+                some, size = [], 0
+            some.append((place, pages))
+            size += pages.nbytes
+        if some:
+            yield some
+
     def abandon(self) -> None:
         self._collected.clear()
         self._under_way.clear()
@@ -112,20 +138,30 @@ class ObjectStoreReceiver(WorkerReceiver):
     """A worker's end.
 
     Args:
-        put: puts pages of a request in their place, as `DecodeEngine.receive`.
+        pages: of the worker's engine.
     """
 
-    def __init__(self, worker: Any, put: Callable[[str, Place, Pages], None]) -> None:
+    def __init__(self, worker: Any, pages: RequestPages) -> None:
         super().__init__(worker)
-        self._put = put
+        self._pages = pages
+        self._host_copies = HostCopies()
 
     def receive(self, request_id: str, message: Sequence[PageRun]) -> int:
         size = 0
         for run in message:
             pages = run.pages
-            self._put(request_id, run.place, pages)
+            self._pages.receive(request_id, run.place, pages)
             size += pages.nbytes
         return size
+
+    def send_back(self, request_id: str, message: Sequence[WantedPages]) -> list[PageRun]:
+        return [self._read(request_id, wanted) for wanted in message]
+
+    def _read(self, request_id: str, wanted: WantedPages) -> PageRun:
+        held = self._pages.held(request_id, wanted.place, wanted.num_pages, wanted.num_kv_heads)
+        run = PageRun.of(wanted.place, self._host_copies.bring(held.read()))
+        # What lies in the pool, or in the buffer of the next, is not what is sent later.
+        return run.copy()
 
     def close(self, request_id: str) -> None:
         """Nothing is kept from one message to the next."""

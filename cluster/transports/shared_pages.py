@@ -1,20 +1,11 @@
 """Pages that another process reads where they lie: GPUs of one host, by CUDA IPC.
 
-The owner of a pool passes on how to map it (`SharedPool`), and then only says which pages hold
-what (`SharedRun`). The other side maps the pool and copies pages from GPU to GPU by itself
-(`SharedPageReader`); no byte goes over the host.
+The owner of a pool passes on how to map it (`SharedPool`), and then only announces which pages hold
+what (`AnnouncedRun`). The other side maps the pool and copies pages from GPU to GPU by itself
+(`SharedPageReader`); no byte goes over the host. `announced` says who may touch what, and when.
 
-Who may touch what, and when:
-
-- The owner announces pages when the kernels that write them have run (`BackgroundSender`), so a
-  reader needs no event of another process.
-- The owner leaves them as they are until the reader has answered, and the reader answers when its
-  copies have run.
-- An owner that gives a request up may overwrite its pages under a copy. What the copy brings is
-  then wrong, and nobody will ever read it: it goes to pages of that same request, which never
-  starts. The reader's side must only keep those pages from others until the copy has run.
-- A mapping keeps memory alive on the device after its owner has died. So it lasts no longer than
-  the requests that come through it, and a dead owner's memory is there for the next.
+A mapping keeps memory alive on the device after its owner has died. So it lasts no longer than
+the requests that come through it, and a dead owner's memory is there for the next.
 """
 
 import uuid
@@ -22,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
@@ -38,17 +27,10 @@ from ...engine.errors import (
 from ...engine.kv.hand_off import Place
 from ...engine.kv.pages import PagePool, Pages, page_index
 from ...engine.memory.out_of_memory import out_of_memory_raises
+from .announced import AnnouncedRun
 
 Handle = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function and arguments that make a tensor over the same memory, in any process of the host."""
-
-
-@dataclass(frozen=True)
-class SharedRun:
-    """Which pages of a shared pool hold what; `numbers` are theirs in that pool, int64 [n]."""
-
-    place: Place
-    numbers: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -107,23 +89,25 @@ class SharedPageReader:
 
     Args:
         host: as in `SharedPool.of`, of this process.
-        device: that pages go to; copies run on a stream of their own there.
-        receive: puts pages of a request in their place, as `DecodeEngine.receive`.
+        device: that pages go to.
+        stream: there, on which copies run; None on a CPU.
+        put: puts pages of a request in their place, as `RequestPages.receive`.
     """
 
     def __init__(
         self,
         host: str,
         device: torch.device,
-        receive: Callable[[str, Place, Pages], None],
+        stream: torch.cuda.Stream | None,
+        put: Callable[[str, Place, Pages], None],
     ) -> None:
         self._host = host
         self._device = device
-        self._receive = receive
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream
+        self._put = put
         self._mapped: dict[str, dict[str, list[Pages]]] = {}
 
-    def read(self, request_id: str, pool: SharedPool, runs: Sequence[SharedRun]) -> int:
+    def read(self, request_id: str, pool: SharedPool, runs: Sequence[AnnouncedRun]) -> int:
         """Copy pages of one request; returns their bytes when all copies have run.
 
         So whoever hears of the return may let pages be overwritten there, and be read here on any
@@ -138,16 +122,20 @@ class SharedPageReader:
             copied = 0
             try:
                 for run in runs:
-                    index = page_index(run.numbers, self._device)
                     with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
-                        pages = layers[run.place.layer].at(index)
-                    self._receive(request_id, run.place, pages)
+                        pages = self._copy(run, layers[run.place.layer])
+                    self._put(request_id, run.place, pages)
                     copied += pages.nbytes
             finally:
                 # Also of a run that failed: whoever hears of it gives the pages to others.
                 if self._stream is not None:
                     self._stream.synchronize()
         return copied
+
+    def _copy(self, run: AnnouncedRun, layer: Pages) -> Pages:
+        heads = run.kv_heads
+        chosen = layer if heads is None else layer.heads(heads.start, len(heads))
+        return chosen.at(page_index(run.numbers, self._device))
 
     def close(self, request_id: str) -> None:
         """No more pages of a request come; unknown ones are no error.

@@ -25,8 +25,10 @@ RUN apt-get update \
 COPY --from=build /opt/longreach /opt/longreach
 ENV PATH=/opt/longreach/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Of a login shell, in which an operator may start Ray, /etc/profile sets the path anew.
 RUN groupadd --gid 1000 longreach \
-    && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp longreach
+    && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp longreach \
+    && echo "PATH=$PATH" > /etc/profile.d/longreach.sh
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["longreach"]

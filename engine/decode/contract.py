@@ -1,12 +1,11 @@
 """What a decode worker needs of an engine: Longreach's own, or another behind the same contract."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 
 from ..errors import GenerationError
-from ..kv.hand_off import Place
-from ..kv.pages import Pages
+from ..kv.hand_off import RequestPages
 from ..messages import Delta, GenerationRequest, Progress
 from .grammar import Constraint
 from .sampler import Logits
@@ -18,13 +17,13 @@ Progress is of prompts that the engine computes itself: after each part of them,
 """
 
 
-class DecodeEngine(ABC):
+class DecodeEngine(RequestPages):
     """Generates for many requests at once, out of pages that prefill hands over, or on its own.
 
     A request's life here: `reserve`, `receive` for every page of its prompt, `start`, then `step`
     until its last choice has ended. One whose prompt the engine computes itself: `admit`, then
-    `step`. `cancel` ends either at any moment. Not thread-safe, except for `receive`, which may run
-    beside everything but `start` and `cancel` of the same request.
+    `step`. `cancel` ends either at any moment. Not thread-safe, except for `receive`, `held` and
+    `complete_tokens`, which may run beside everything but `start` and `cancel` of the same request.
     """
 
     @property
@@ -113,15 +112,6 @@ class DecodeEngine(ABC):
             OutOfPagesError: the pages of its prompt are not free now; nothing was allocated.
             InvalidRequestError: a request of that name is here already, its prompt is longer than
                 `longest_prompt`, or it wants its prompt scored.
-        """
-
-    @abstractmethod
-    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
-        """Put pages that were handed off in their place.
-
-        Raises:
-            TransferError: nothing is reserved under that name, or the pages do not fit in.
-            ReceiveOutOfMemoryError: the device has no memory left for them on their way.
         """
 
     @abstractmethod

@@ -27,7 +27,7 @@ from ..errors import (
     TransferError,
 )
 from ..kv.hand_off import Place
-from ..kv.pages import PagePool, Pages
+from ..kv.pages import HeldPages, PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, Delta, GenerationRequest, Progress, SamplingParameters
 from ..model.qwen2 import Qwen2
@@ -94,6 +94,10 @@ class Decoder(DecodeEngine):
     @property
     def device(self) -> torch.device:
         return self._pool.memory.device
+
+    @property
+    def pool(self) -> PagePool:
+        return self._pool
 
     @property
     def has_work(self) -> bool:
@@ -186,9 +190,7 @@ class Decoder(DecodeEngine):
         return reservation.block_tables[0].pages.tolist()
 
     def receive(self, request_id: str, place: Place, pages: Pages) -> None:
-        reservation = self._reservations.get(request_id)
-        if reservation is None or reservation.started:
-            raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
+        reservation = self._receiving(request_id)
         with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
             table = reservation.block_tables[0].on(self._pool.memory.device)
             table = table[place.first_page : place.first_page + len(pages)]
@@ -196,6 +198,30 @@ class Decoder(DecodeEngine):
                 self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
             except TransferError as error:
                 raise RefusedPagesError(request_id, str(place), error) from error
+        reservation.arrivals.note(place, len(pages), pages.values.shape[1])
+
+    def note_arrival(
+        self, request_id: str, place: Place, num_pages: int, num_kv_heads: int
+    ) -> None:
+        self._receiving(request_id).arrivals.note(place, num_pages, num_kv_heads)
+
+    def complete_tokens(self, request_id: str) -> int:
+        return self._receiving(request_id).arrivals.complete_tokens
+
+    def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
+        table = self._receiving(request_id).block_tables[0].pages
+        numbers = table[place.first_page : place.first_page + num_pages]
+        held = self._pool.held(place.layer, numbers)
+        heads = held.layer.heads(place.first_kv_head, num_kv_heads)
+        if (len(held), heads.values.shape[1]) != (num_pages, num_kv_heads):
+            raise TransferError(f"request {request_id} has no such pages at {place}")
+        return replace(held, layer=heads)
+
+    def _receiving(self, request_id: str) -> Reservation:
+        reservation = self._reservations.get(request_id)
+        if reservation is None or reservation.started:
+            raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
+        return reservation
 
     @torch.inference_mode()
     def start(
@@ -390,7 +416,12 @@ class Decoder(DecodeEngine):
                 table,
                 len(request.prompt),
                 Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
-                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
+                Detokenizer(
+                    self._token_bytes,
+                    sampling.stop,
+                    sampling.min_tokens,
+                    shows_control=not sampling.skip_special_tokens,
+                ),
                 None if constraint is None else constraint.copy(),
                 replayed[choice],
             )

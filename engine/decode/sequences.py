@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable
+from ..kv.arrivals import Arrivals
 from ..kv.pages import PagePool
 from ..messages import GenerationRequest
 from .detokenizer import Detokenizer
@@ -60,7 +61,8 @@ class TokenSequence:
 class Reservation:
     """The pages of one request: its sequences' block tables, shared ones counted in each.
 
-    `number` rises with every request that is taken. One that `grows` has pages for its prompt and a
+    `number` rises with every request that is taken. `arrivals` are of its prompt's pages that
+    come from elsewhere. One that `grows` has pages for its prompt and a
     little more, takes others as it generates, and may be put off; any other has all for certain.
     """
 
@@ -68,6 +70,7 @@ class Reservation:
     number: int
     grows: bool
     block_tables: list[BlockTable]
+    arrivals: Arrivals
     sequences: list[TokenSequence] = field(default_factory=list)
 
     @property
@@ -93,7 +96,8 @@ class Reservation:
         shared = len(request.prompt) // PAGE_TOKENS
         for table in tables[1:]:
             pool.share(table.pages[:shared].tolist())
-        return cls(request, number, grows, tables)
+        arrivals = Arrivals(pool.geometry, pages_for(len(request.prompt)))
+        return cls(request, number, grows, tables, arrivals)
 
     def release(self, pool: PagePool) -> None:
         """Give all pages back."""

@@ -1,5 +1,6 @@
 """Handing pages off beside the computing: a thread and a stream of their own."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,6 +37,9 @@ class BackgroundHandOff(HandOff):
     def push(self, place: Place, pages: HeldPages) -> None:
         self._thread.submit(self._push, _written(self._stream), place, pages)
 
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None:
+        self._thread.submit(self._fetch, _written(self._stream), wanted).result()
+
     def flush(self) -> None:
         try:
             flushed = self._thread.submit(self._flush)
@@ -61,6 +65,20 @@ class BackgroundHandOff(HandOff):
         except Exception as error:
             # Nobody reads what a thread raises; a request must not be called whole after it.
             self._failure = f"pages could not be sent: {in_one_line(error)}"
+
+    def _fetch(
+        self, free: torch.cuda.Event | None, wanted: Sequence[tuple[Place, HeldPages]]
+    ) -> None:
+        if self._abandoned or self.failure is not None:
+            return
+        try:
+            if free is not None:
+                free.synchronize()
+            self._inner.fetch(wanted)
+            if self._stream is not None:
+                self._stream.synchronize()
+        except Exception as error:
+            self._failure = f"pages could not be fetched: {in_one_line(error)}"
 
     def _flush(self) -> None:
         try:

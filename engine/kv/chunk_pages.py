@@ -62,7 +62,7 @@ class ChunkPages:
                 places = np.flatnonzero(exist.ravel())
                 self._wanted = without_waiting(torch.from_numpy(places), device)
         self._first_block = first_block
-        self._part = _part_of(mesh, len(table))
+        self._part = part_of(mesh, len(table))
         self._shared_pages = table[self._part]
         self._shared_index = page_index(self._shared_pages, device)
 
@@ -106,7 +106,8 @@ class ChunkPages:
         return self._first_block + self._part.start, pages
 
 
-def _part_of(mesh: Mesh, count: int) -> slice:
+def part_of(mesh: Mesh, count: int) -> slice:
+    """Which of so many pages, that all sequence ranks have, this one hands off."""
     ranks, rank = mesh.sequence_parallel, mesh.sequence_rank
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
 

@@ -106,6 +106,16 @@ class Pages:
         own = slice(first, first + count)
         return Pages(self.values[:, own], None if self.scales is None else self.scales[:, own])
 
+    def check_format(self, others: "Pages") -> None:
+        """Return if others can be copied over some of these.
+
+        Raises:
+            PageFormatError: they are of another format.
+        """
+        kept, came = self.values.dtype, others.values.dtype
+        if kept != came or (self.scales is None) != (others.scales is None):
+            raise PageFormatError(dtype_name(came), dtype_name(kept))
+
     def on(self, device: torch.device) -> "Pages":
         """The same on a device."""
         scales = None if self.scales is None else self.scales.to(device)
@@ -123,9 +133,33 @@ class HeldPages:
     numbers: npt.NDArray[np.int64]
     index: PageIndex
 
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that lie in them, scales included."""
+        return len(self) * self.layer.nbytes // len(self.layer)
+
     def read(self) -> Pages:
         """What is in them: a view where they are neighbours, else a copy."""
         return self.layer.at(self.index)
+
+    def write(self, pages: Pages) -> None:
+        """Put others into their place, on whichever device these are.
+
+        Raises:
+            PageFormatError: they are of another format.
+            TransferError: they do not fit in.
+        """
+        target = self.layer
+        target.check_format(pages)
+        if (len(pages), *target.values.shape[1:]) != (len(self), *pages.values.shape[1:]):
+            raise TransferError(f"pages of shape {tuple(pages.values.shape)} do not fit in")
+        pages = pages.on(target.values.device)
+        target.bits[self.index] = pages.bits
+        if target.scales is not None and pages.scales is not None:
+            target.scales[self.index] = pages.scales
 
 
 class PagePool:
@@ -207,6 +241,10 @@ class PagePool:
         """A view of all pages of one layer."""
         return Pages(self.memory[layer], self.layer_scales(layer))
 
+    def held(self, layer: int, numbers: npt.NDArray[np.int64]) -> HeldPages:
+        """Some pages of one layer, which someone holds."""
+        return HeldPages(self.layer(layer), numbers, page_index(numbers, self.memory.device))
+
     def layer_scales(self, layer: int) -> Tensor | None:
         """float32 [pages, kv_heads, 2] of one layer, where pages are of 8 bits."""
         return None if self.scales is None else self.scales[layer]
@@ -223,10 +261,9 @@ class PagePool:
             PageFormatError: they are of another format.
             TransferError: they do not fit in.
         """
-        values = pages.values
-        if values.dtype != self.memory.dtype or (pages.scales is None) != (self.scales is None):
-            raise PageFormatError(dtype_name(values.dtype), dtype_name(self.memory.dtype))
-        target = self.layer(layer).heads(first_kv_head, values.shape[1])
+        values, whole = pages.values, self.layer(layer)
+        whole.check_format(pages)
+        target = whole.heads(first_kv_head, values.shape[1])
         if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
             raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")
         pages = pages.on(self.memory.device)

@@ -12,7 +12,8 @@ import torch
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable, LayerPages
 from ..errors import CacheTooSmallError, ChunkOutOfMemoryError, InvalidRequestError
-from ..kv.hand_off import HandOff
+from ..kv.chunk_pages import part_of
+from ..kv.hand_off import HandOff, Place
 from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
@@ -92,6 +93,54 @@ class Prefiller:
             held = list(pages[:needed])
             self._pool.share(held)
         self._admitted[request_id] = _Admitted(prompt, BlockTable.of(held), done)
+
+    def fetch(self, request_id: str, start: int, end: int, hand_off: HandOff) -> None:
+        """Bring tokens [start, end) back from where they were handed off to, in place of a chunk.
+
+        On a rank by itself: nothing is exchanged. What goes wrong, the hand-off remembers.
+
+        Raises:
+            InvalidRequestError: as `run_chunk`.
+        """
+        admitted = self._next_chunk_of(request_id, start, end)
+        numbers = admitted.table.pages[start // PAGE_TOKENS : pages_for(end)]
+        head = self._parts.model.heads.first_kv_head
+        hand_off.fetch(
+            [
+                (Place(layer, start // PAGE_TOKENS, head), self._pool.held(layer, numbers))
+                for layer in range(self._pool.geometry.num_layers)
+            ]
+        )
+        admitted.done = end
+
+    def push(self, request_id: str, start: int, end: int, hand_off: HandOff) -> None:
+        """Hand off tokens [start, end), which lie in the pages, once more and to somebody else.
+
+        Every sequence rank pushes its part.
+        """
+        heads, mesh = self._parts.model.heads, self._parts.model.mesh
+        first = start // PAGE_TOKENS
+        part = part_of(mesh, pages_for(end) - first)
+        if not heads.owns_kv or part.start == part.stop:
+            return
+        table = self._admitted[request_id].table.pages[first : pages_for(end)]
+        for layer in range(self._pool.geometry.num_layers):
+            place = Place(layer, first + part.start, heads.first_kv_head)
+            hand_off.push(place, self._pool.held(layer, table[part]))
+
+    def rename(self, request_id: str, to: str, done: int) -> None:
+        """Let a request go on under another name, at a place where it has been already.
+
+        Raises:
+            InvalidRequestError: no such request, one of the new name is here, or it was never
+                there.
+        """
+        admitted = self._admitted.get(request_id)
+        if admitted is None or to in self._admitted or not 0 <= done <= admitted.done:
+            raise InvalidRequestError(f"request {request_id} cannot go on as {to} at {done} tokens")
+        del self._admitted[request_id]
+        admitted.done = done
+        self._admitted[to] = admitted
 
     def release(self, request_id: str) -> None:
         """Give the pages of a request back, finished or not; unknown requests are no error."""

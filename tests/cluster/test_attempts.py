@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longreach.cluster.attempts import RECOVERY_SECONDS, Attempts
+from longreach.cluster.attempts import Attempts
+from longreach.cluster.recovery import RECOVERY_SECONDS
 from longreach.engine.errors import (
     InvalidRequestError,
     LongreachError,
@@ -51,6 +52,7 @@ def test_a_later_attempt_has_another_name_the_same_seed_and_what_the_client_has(
     first = attempts.request
     assert first.request_id == "a"
     assert first.sampling.seed is not None
+    assert (first.origin, first.computed) == ("a", 0)
     for event in (Progress(1, 5), delta(1), delta(2, 3, choice=1), delta(4)):
         assert attempts.hear(event) == event
     attempts.failed(LOST)
@@ -58,6 +60,7 @@ def test_a_later_attempt_has_another_name_the_same_seed_and_what_the_client_has(
     assert second.sampling == first.sampling
     assert second.prompt is first.prompt
     assert second.replayed == ((1, 4), (2, 3))
+    assert (second.origin, second.computed) == ("a", 5)
     attempts.hear(delta(5))
     attempts.failed(LOST)
     assert attempts.request.replayed == ((1, 4, 5), (2, 3))

@@ -4,7 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    OwnerDiedError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from longreach.cluster import call_errors as failures
@@ -44,6 +50,7 @@ def test_a_cancellation_is_no_failure_of_a_part(
     ("cause", "said"),
     [
         (ActorDiedError(), "died; send the request again"),
+        (OwnerDiedError("id", b"", ""), "died; send the request again"),
         (RayServeException("gone"), "not up; send the request again"),
         (WorkerCrashedError(), "its log says why"),
         (ZeroDivisionError("secret"), "its log says why"),

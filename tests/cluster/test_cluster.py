@@ -338,7 +338,7 @@ def test_figures_equal_what_was_sent(http: httpx.Client, tokenizer: Tokenizer) -
 def test_a_real_prometheus_sees_what_was_sent(
     cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with prometheus_server(tmp_path, cluster.url.removeprefix("http://")) as url:
+    with prometheus_server(tmp_path, {"longreach": [cluster.url.removeprefix("http://")]}) as url:
         chunks = 'longreach_prefill_chunks_total{role="prefill"}'
         before = scrape(http)["longreach_prefill_chunks_total", "prefill"]
         wait_for_value(url, chunks, before)
@@ -348,12 +348,19 @@ def test_a_real_prometheus_sees_what_was_sent(
         wait_for_value(url, "count(longreach_num_requests_running)", 3)
 
 
+def tokens_computed(http: httpx.Client) -> float:
+    return scrape(http).get(("longreach_prefill_tokens_total", "prefill"), 0.0)
+
+
 @pytest.mark.parametrize("actor", ["PrefillRank", "DecodeWorker", "ServeReplica:longreach:decode"])
 def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
     http: httpx.Client, tokenizer: Tokenizer, actor: str
 ) -> None:
-    """A rank takes its whole gang with it, a decode worker its replica, and that its worker."""
-    before = actor_pids(actor)
+    """A rank takes its whole gang with it, a decode worker its replica, and that its worker.
+
+    What was computed is not lost with either: pages come back from the worker, or from the gang.
+    """
+    before, tokens_before = actor_pids(actor), tokens_computed(http)
     assert len(before) == (2 if actor == "PrefillRank" else 1)
     body = ask_body(make_prompt(tokenizer, 40_000), temperature=0.8, seed=5)
 
@@ -363,7 +370,9 @@ def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(http.post, "/v1/completions", json=body)
-        wait_for(lambda: computed(http) > 0, 30, "the first chunk")
+        wait_for(
+            lambda: tokens_computed(http) - tokens_before >= 4 * CHUNK_TOKENS, 60, "four chunks"
+        )
         os.kill(before[0], signal.SIGKILL)
         # `/ready` waits for a replica for a while itself, and may find the next one.
         wait_for(
@@ -373,6 +382,9 @@ def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
         )
         answer = asked.result()
     assert answer.status_code == 200, answer.text
+    # The chunk under way at the death has counted for nothing, and one before it may have to come
+    # again.
+    assert tokens_computed(http) - tokens_before <= 40_000 + CHUNK_TOKENS
     wait_for(lambda: http.get("/ready").status_code == 200, 30, "that it is ready")
     undisturbed = http.post("/v1/completions", json=body)
     assert answer.json()["choices"] == undisturbed.json()["choices"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from longreach.cluster import attempts, listener, metrics
+from longreach.cluster import listener, metrics, recovery
 from longreach.cluster.decode.outbox import Outboxes, Said
 from longreach.cluster.ingress import DecodeBackend, access_of, ingress_limits
 from longreach.cluster.messages import Taken
@@ -209,7 +209,7 @@ def counted(folder: Path, metric: metrics.Counter) -> float:
 def test_a_request_goes_on_elsewhere_when_what_serves_it_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(recovery, "_FIRST_WAIT", 0.0)
     first, second = (Delta(0, text, (ChosenToken(ord(text), -1.0),)) for text in "ab")
 
     async def run() -> None:
@@ -312,7 +312,7 @@ def test_a_request_under_which_everything_dies_is_refused(
     retries: int,
     refused: type[LongreachError],
 ) -> None:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(recovery, "_FIRST_WAIT", 0.0)
 
     async def run() -> None:
         replica = Dying(*[([], LostError("the worker died"))] * 3)

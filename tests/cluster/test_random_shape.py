@@ -58,7 +58,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
         sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         decoder.reserve(GenerationRequest(name, prompt, sampling, 0.0))
         chunk = Chunk(name, 0, len(prompt), True)
-        rank.begin_chunk(chunk, prompt, Destination(name))
+        rank.begin_chunk(chunk, prompt, Destination(name, done=0))
         logits = rank.finish_chunk(chunk).logits
         assert logits is not None
         outputs = decoder.start(name, logits)

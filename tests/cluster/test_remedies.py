@@ -67,6 +67,8 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (errors.OtherHostError("here", "there"), {"transport.kind"}),
     (errors.CannotSharePagesError("no"), {"transport.kind"}),
     (errors.CannotMapPagesError("no"), {"transport.kind"}),
+    (errors.CannotReachPagesError("no"), {"transport.kind"}),
+    (errors.NoNixlError(), {"transport.kind"}),
 ]  # fmt: skip
 NO_REMEDY = (
     errors.OutOfPagesError(2, 1, 8),
@@ -165,7 +167,7 @@ def test_what_a_worker_says_of_pages_names_the_setting_in_the_ranks_words(
     monkeypatch.setattr(ray, "put", Mock())
     monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", answer)
-    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", 0, Mock(), 0))
     layer = Pages(torch.zeros(1, 1, 2, 128, 4))
     sender.push(Place(0, 0, 0), HeldPages(layer, np.zeros(1, dtype=np.int64), slice(0, 1)))
     with pytest.raises(errors.TransferError) as raised:

@@ -2,18 +2,29 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
 
 from longreach.cluster.decode.request_life import RequestLife, State
 from longreach.cluster.messages import AnswerOrder, ComputedHere, PrefillOrder
-from longreach.engine.errors import TransferError, UnavailableError
+from longreach.cluster.metrics import Metrics, render
+from longreach.cluster.recovery import Recovery
+from longreach.engine.errors import (
+    LongreachError,
+    LostError,
+    NotUpError,
+    PoisonousError,
+    TransferError,
+    UnavailableError,
+)
 from longreach.engine.messages import (
     GenerationRequest,
     Prefilled,
@@ -42,8 +53,8 @@ class Remote:
 class Stream:
     """A streamed answer of a deployment."""
 
-    def __init__(self, events: AsyncGenerator[Any, None]) -> None:
-        self._events = events
+    def __init__(self, events: AsyncGenerator[Any, None], calls: list[tuple[Any, ...]]) -> None:
+        self._events, self._calls = events, calls
         self.cancelled = False
 
     def __aiter__(self) -> "Stream":
@@ -54,6 +65,20 @@ class Stream:
 
     def cancel(self) -> None:
         self.cancelled = True
+        self._calls.append(("cancel",))
+
+
+class Promise:
+    """An object reference that is ready."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(0).__await__()
+        if isinstance(self.value, LongreachError):
+            raise RayTaskError("call", "", self.value)
+        return self.value
 
 
 async def ready(value: Any) -> Any:
@@ -63,10 +88,14 @@ async def ready(value: Any) -> Any:
 class Stage:
     """Everything around one life."""
 
-    def __init__(self, at_the_worker: bool = False) -> None:
+    def __init__(self, folder: Path, at_the_worker: bool = False, retries: int = 2) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.states: list[State] = []
         self.prefill_events: list[Any] = [None, Progress(1, 2), PREFILLED]
+        self.later_events: list[list[Any]] = []  # what the gangs say that come after the first
+        self.reservation: Any = None  # what goes wrong with it
+        self.worker_is_gone = False
+        self.folder = folder
         self.computing: list[Any] = []
         self.error: Exception | None = None
         self.waits = False
@@ -74,7 +103,8 @@ class Stage:
         prompt = np.zeros(2, dtype=np.int32)
         request = GenerationRequest("a", prompt, SamplingParameters(max_tokens=1), arrived=0.0)
         worker = SimpleNamespace(
-            reserve=Remote(self.calls, "reserve", "a destination"),
+            reserve=Remote(self.calls, "reserve", lambda: Promise("a destination")),
+            go_on=Remote(self.calls, "go_on", self._go_on),
             until_released=Remote(self.calls, "until_released", "a release"),
             answer=Remote(self.calls, "answer", self._answer),
             generate=Remote(self.calls, "generate", self._generate),
@@ -82,18 +112,24 @@ class Stage:
         )
         prefill = SimpleNamespace(prefill=Remote(self.calls, "prefill", self._prefill))
         gang = None if at_the_worker else cast(Any, prefill)
-        self.life = RequestLife(request, worker, gang, "an ingress")
+        sink = Metrics(folder, "decode", "a model")
+        self.life = RequestLife(request, worker, gang, "an ingress", Recovery(retries), sink)
+
+    def _go_on(self) -> "Promise":
+        return Promise(LostError("the worker died") if self.worker_is_gone else "the rest")
 
     def _prefill(self) -> Stream:
+        said = self.later_events.pop(0) if self.streams else self.prefill_events
+
         async def events() -> AsyncGenerator[Any, None]:
-            for event in self.prefill_events:
+            for event in said:
                 if isinstance(event, Exception):
                     raise event
                 yield event
             if self.waits:
                 await asyncio.Event().wait()
 
-        self.streams.append(Stream(events()))
+        self.streams.append(Stream(events(), self.calls))
         return self.streams[-1]
 
     async def _answer(self) -> None:
@@ -132,30 +168,33 @@ def play(stage: Stage, scenario: Callable[[Stage], Awaitable[Any]] | None = None
     return asyncio.run(asyncio.wait_for(whole, 5))
 
 
-def test_a_life_goes_from_reservation_to_release() -> None:
-    stage = Stage()
+def test_a_life_goes_from_reservation_to_release(tmp_path: Path) -> None:
     began = time.time()
+    stage = Stage(tmp_path)
     assert stage.life.state is State.WAITING
     assert play(stage) == [Progress(1, 2)]
     assert stage.states == [State.PREFILLING, State.DECODING]
     assert stage.life.state is State.ENDED
     assert [call[0] for call in stage.calls] == [
-        "reserve", "until_released", "prefill", "answer", "release",
+        "reserve", "until_released", "prefill", "cancel", "answer", "release",
     ]  # fmt: skip
     [order] = stage.given_to("prefill")
     assert isinstance(order, PrefillOrder)
-    assert (order.destination, order.released) == ("a destination", "a release")
+    assert cast(Any, order.destination).value == "a destination"
+    assert order.released == "a release"
     name, logits, answer = stage.given_to("answer")
     assert (name, logits) == ("a", PREFILLED.logits)
     assert isinstance(answer, AnswerOrder)
     assert answer.listener == "an ingress"
     assert answer.prompt == Timings(0.5, 1.0, 0.25, 0.0, 0.0, {"linear": 0.1})
-    assert answer.taken <= began <= answer.prompt_there <= time.time()
+    assert began <= answer.taken <= answer.prompt_there <= time.time()
     assert answer.scores is None
 
 
-def test_scores_of_a_prompt_go_to_the_worker_which_says_them_before_its_answer() -> None:
-    stage = Stage()
+def test_scores_of_a_prompt_go_to_the_worker_which_says_them_before_its_answer(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(tmp_path)
     scores = np.ones((1, 2), dtype=np.float32)
     stage.prefill_events[-1] = replace(PREFILLED, scores=scores)
     play(stage)
@@ -163,8 +202,8 @@ def test_scores_of_a_prompt_go_to_the_worker_which_says_them_before_its_answer()
     assert answer.scores.values is scores
 
 
-def test_a_life_without_a_gang_is_one_call_which_is_made_at_once() -> None:
-    stage = Stage(at_the_worker=True)
+def test_a_life_without_a_gang_is_one_call_which_is_made_at_once(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, at_the_worker=True)
     assert [call[0] for call in stage.calls] == ["generate"]
     stage.computing = [Progress(1, 2), ComputedHere(began=2.0, ended=5.0, seconds=1.5)]
     assert play(stage) == [Progress(1, 2)]
@@ -175,8 +214,8 @@ def test_a_life_without_a_gang_is_one_call_which_is_made_at_once() -> None:
     assert (request.request_id, order.listener) == ("a", "an ingress")
 
 
-def test_whatever_goes_wrong_at_the_worker_ends_in_a_release() -> None:
-    stage = Stage(at_the_worker=True)
+def test_whatever_goes_wrong_at_the_worker_ends_in_a_release(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, at_the_worker=True)
     stage.error = UnavailableError("failed")
     with pytest.raises(UnavailableError):
         play(stage)
@@ -188,8 +227,10 @@ def test_whatever_goes_wrong_at_the_worker_ends_in_a_release() -> None:
     ("where", "error"),
     [("prefill", TransferError("lost")), ("answer", UnavailableError("failed"))],
 )
-def test_whatever_goes_wrong_ends_in_a_release(where: str, error: Exception) -> None:
-    stage = Stage()
+def test_whatever_goes_wrong_ends_in_a_release(
+    tmp_path: Path, where: str, error: Exception
+) -> None:
+    stage = Stage(tmp_path)
     if where == "prefill":
         stage.prefill_events[1] = error
     else:
@@ -201,16 +242,16 @@ def test_whatever_goes_wrong_ends_in_a_release(where: str, error: Exception) -> 
     assert stage.streams[0].cancelled
 
 
-def test_a_prefill_that_ends_without_a_result_is_an_error() -> None:
-    stage = Stage()
+def test_a_prefill_that_ends_without_a_result_is_an_error(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, retries=0)
     stage.prefill_events.pop()
     with pytest.raises(UnavailableError):
         play(stage)
     assert stage.releases == 1
 
 
-def test_whoever_leaves_releases() -> None:
-    stage = Stage()
+def test_whoever_leaves_releases(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
     stage.prefill_events.pop()
     stage.waits = True
 
@@ -225,3 +266,57 @@ def test_whoever_leaves_releases() -> None:
     play(stage, leave)
     assert stage.releases == 1
     assert stage.life.state is State.ENDED
+
+
+def recoveries(stage: Stage) -> float:
+    lines = render(stage.folder).decode().splitlines()
+    name = "longreach_request_recoveries_total{"
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)
+
+
+def orders(stage: Stage) -> list[PrefillOrder]:
+    return [call[1] for call in stage.calls if call[0] == "prefill"]
+
+
+@pytest.mark.parametrize("error", [LostError("it died"), NotUpError("it is not up")])
+def test_another_gang_goes_on_where_the_pages_of_the_first_are(
+    tmp_path: Path, error: LongreachError
+) -> None:
+    stage = Stage(tmp_path)
+    stage.prefill_events = [None, Progress(1, 2), error]
+    stage.later_events = [[None, PREFILLED]]
+    assert play(stage) == [Progress(1, 2)]
+    first, second = orders(stage)
+    assert cast(Any, second.destination).value == "the rest"
+    assert second.released is first.released
+    assert (first.request.computed, second.request.computed) == (0, 1)
+    assert second.request.request_id == "a"
+    assert first.name == "a" != second.name
+    assert recoveries(stage) == 1
+    # The gang may live, and use its pages for others when it hears of its end.
+    assert [call[0] for call in stage.calls] == [
+        "reserve", "until_released", "prefill", "go_on", "cancel", "prefill", "cancel", "answer",
+        "release",
+    ]  # fmt: skip
+
+
+def test_a_prompt_that_kills_gangs_is_refused(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, retries=1)
+    stage.prefill_events = [None, Progress(1, 2), LostError("it died")]
+    stage.later_events = [[None, LostError("it died")]] * 2
+    with pytest.raises(PoisonousError):
+        play(stage)
+    assert len(orders(stage)) == 2
+    assert stage.releases == 1
+
+
+def test_where_the_worker_is_gone_nothing_is_asked_for(tmp_path: Path) -> None:
+    """Its pages are; the ingress begins again somewhere else."""
+    stage = Stage(tmp_path)
+    stage.prefill_events = [None, Progress(1, 2), LostError("the worker died")]
+    stage.worker_is_gone = True
+    with pytest.raises(LostError):
+        play(stage)
+    assert len(orders(stage)) == 1
+    assert recoveries(stage) == 0
+    assert stage.releases == 1

@@ -183,7 +183,7 @@ def test_an_answer_that_fails_is_never_called_whole(worker: DecodeWorker) -> Non
 async def served(worker: DecodeWorker, name: str) -> Answer:
     """From a page that is handed off to the last token."""
     answer = Answer()
-    await worker.deliver(name, [make_run(worker, 0)])
+    await worker.deliver(name, 0, [make_run(worker, 0)])
     await answer.read(worker, name)
     return answer
 
@@ -260,7 +260,7 @@ def test_others_are_served_while_pages_are_copied_and_these_come_in_order(
         await worker.start(None)
         await worker.reserve(make_request("slow"))
         taking = [
-            asyncio.create_task(worker.deliver("slow", [make_run(worker, page)]))
+            asyncio.create_task(worker.deliver("slow", 0, [make_run(worker, page)]))
             for page in range(3)
         ]
         while not held.begun.is_set():
@@ -286,14 +286,14 @@ def test_pages_that_are_being_received_go_back_only_after_the_copy(
     async def run() -> None:
         await worker.start(None)
         await worker.reserve(make_request("a"))
-        taking = asyncio.create_task(worker.deliver("a", [make_run(worker, 0)]))
+        taking = asyncio.create_task(worker.deliver("a", 0, [make_run(worker, 0)]))
         while not held.begun.is_set():
             await asyncio.sleep(0.001)
         releasing = asyncio.create_task(worker.release("a"))
         await worker.until_released("a")
         assert worker._engine.usage > 0
         with pytest.raises(TransferError):
-            await worker.deliver("a", [make_run(worker, 1)])
+            await worker.deliver("a", 0, [make_run(worker, 1)])
         held.let.set()
         await releasing
         await taking
@@ -317,7 +317,7 @@ def test_a_device_that_breaks_as_pages_are_copied_fails_the_worker(
         await worker.start(None)
         await worker.reserve(make_request("a"))
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            await worker.deliver("a", [make_run(worker, 0)])
+            await worker.deliver("a", 0, [make_run(worker, 0)])
         with pytest.raises(UnavailableError):
             await worker.check()
 

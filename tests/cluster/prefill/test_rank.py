@@ -1,5 +1,6 @@
 """A rank of a gang of one, in this process."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
@@ -26,11 +27,12 @@ class NoHandOff(HandOff):
     """Takes pages and does nothing with them."""
 
     def push(self, place: Place, pages: HeldPages) -> None: ...
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
 
 
-TO = Destination("anywhere")
+TO = Destination("anywhere", done=0)
 
 
 def make_rank() -> PrefillRank:
@@ -114,7 +116,7 @@ def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
     monkeypatch.setattr(ray, "get", Mock())
     prompt = np.full(300, 65, dtype=np.int32)
     for name in ("a", "b", "c"):
-        destination = WorkerDestination(name, Mock())
+        destination = WorkerDestination(name, 0, Mock(), 0)
         assert run_chunk(rank, Chunk(name, 0, 300, True), prompt, destination).failure is None
         assert rank.flush(name) is None
     assert made.call_count == 1

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from longreach.cluster.messages import PrefillOrder
 from longreach.cluster.metrics import render
@@ -18,7 +19,13 @@ from longreach.cluster.prefill.gang import ChunkUnderWay, Gang
 from longreach.cluster.prefill.rank import RankResult
 from longreach.cluster.prefill.replica import PrefillReplica
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.engine.errors import ChunkOutOfMemoryError, TransferError, UnavailableError
+from longreach.engine.errors import (
+    ChunkOutOfMemoryError,
+    LostError,
+    TransferError,
+    UnavailableError,
+)
+from longreach.engine.kv.hand_off import Destination
 from longreach.engine.messages import GenerationRequest, Prefilled, Progress, SamplingParameters
 
 from ..conftest import CHUNK_TOKENS, make_settings
@@ -36,6 +43,8 @@ class FakeGang:
 
     def __init__(self) -> None:
         self.computed: list[Chunk] = []
+        self.have: set[str] = set()
+        self.came_back: list[tuple[str, str, int]] = []
         self.finished = 0
         self.begun_while: list[int] = []  # how many others were under way
         self.seconds_to_finish: Iterator[float] = repeat(0.001)
@@ -56,7 +65,8 @@ class FakeGang:
     def begin_chunk(
         self, chunk: Chunk, prompt: Any = None, destination: Any = None
     ) -> ChunkUnderWay:
-        assert (prompt is None) == (destination is None) == (chunk.start > 0)
+        assert (prompt is None) == (destination is None) == (chunk.request_id in self.have)
+        self.have.add(chunk.request_id)
         self.computed.append(chunk)
         self.begun_while.append(len(self.computed) - 1 - self.finished)
         nearly = asyncio.get_running_loop().create_future()
@@ -86,7 +96,14 @@ class FakeGang:
         await self.rank_is_lost.wait()
         return "rank 0 died"
 
+    def come_back(self, request_id: str, to: str, destination: Any, done: int) -> None:
+        assert request_id in self.have
+        self.have.remove(request_id)
+        self.have.add(to)
+        self.came_back.append((request_id, to, done))
+
     def release(self, request_id: str) -> None:
+        self.have.discard(request_id)
         self.released.append(request_id)
         self.released_by.append(CALLER.get())
 
@@ -95,27 +112,46 @@ class FakeGang:
 
 
 class FakeWorker:
-    """What a decode worker promises: pages, and to say when the request is over."""
+    """What a decode worker promises: pages, and to say when the request is over.
 
-    def __init__(self) -> None:
+    Args:
+        done: tokens whose pages it has.
+    """
+
+    def __init__(self, done: int = 0) -> None:
+        self.done = done
         self.has_pages = asyncio.Event()
         self.has_pages.set()
         self.is_released = asyncio.Event()
+        self.is_dead = False
+
+    def die(self) -> None:
+        self.is_dead = True
+        self.is_released.set()
 
     def order(self, request: GenerationRequest) -> PrefillOrder:
-        return PrefillOrder(
-            request, cast(Any, Promise(self.has_pages)), cast(Any, Promise(self.is_released))
-        )
+        return PrefillOrder(request, cast(Any, self._pages()), cast(Any, self._release()))
+
+    def _pages(self) -> "Promise":
+        return Promise(self.has_pages, lambda: Destination("a", self.done))
+
+    def _release(self) -> "Promise":
+        def outcome() -> None:
+            if self.is_dead:
+                raise ActorDiedError
+
+        return Promise(self.is_released, outcome)
 
 
 class Promise:
     """An object reference that is ready when an event happens."""
 
-    def __init__(self, kept: asyncio.Event) -> None:
-        self._kept = kept
+    def __init__(self, kept: asyncio.Event, outcome: Callable[[], Any]) -> None:
+        self._kept, self._outcome = kept, outcome
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return self._kept.wait().__await__()
+        yield from self._kept.wait().__await__()
+        return self._outcome()
 
 
 @pytest.fixture
@@ -149,16 +185,33 @@ def play(gang: FakeGang, tmp_path: Path) -> Callable[[Scenario], Any]:
 
 
 async def prefill(
-    replica: PrefillReplica, name: str, tokens: int, worker: FakeWorker | None = None
+    replica: PrefillReplica,
+    name: str,
+    tokens: int,
+    worker: FakeWorker | None = None,
+    number: int = 0,
+    **fields: Any,
 ) -> list[Progress | Prefilled | None]:
     prompt = np.zeros(tokens, dtype=np.int32)
-    request = GenerationRequest(name, prompt, SamplingParameters(max_tokens=1), arrived=0.0)
-    order = (worker or FakeWorker()).order(request)
+    sampling = SamplingParameters(max_tokens=1, prompt_logprobs=fields.pop("scored", None))
+    request = GenerationRequest(name, prompt, sampling, arrived=0.0, **fields)
+    order = replace((worker or FakeWorker()).order(request), number=number)
     return [event async for event in replica.prefill(order)]
 
 
 def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
-    events = play(lambda replica: prefill(replica, "a", CHUNK_TOKENS + 1))
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> list[Progress | Prefilled | None]:
+        said = await prefill(replica, "a", CHUNK_TOKENS + 1, worker)
+        assert gang.released == [], "its worker may die yet, and its pages be wanted again"
+        assert replica._scheduler.usage == 0, "others may have them"
+        worker.is_released.set()
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        return said
+
+    events = play(scenario)
     assert gang.begun_while == [0, 1], "the next chunk waited for the results of the one before"
     assert events[:2] == [None, Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)]
     assert isinstance(events[2], Prefilled)
@@ -230,6 +283,7 @@ def test_no_call_that_must_arrive_belongs_to_a_request(play: Any, gang: FakeGang
         leaving = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS, worker))
         with pytest.raises(asyncio.CancelledError):
             await leaving
+        worker.is_released.set()
         while not gang.released:
             await asyncio.sleep(0.001)
 
@@ -366,8 +420,6 @@ def test_pages_that_did_not_arrive_end_the_request(
     async def scenario(replica: PrefillReplica) -> None:
         with pytest.raises(TransferError):
             await prefill(replica, "a", 10)
-        while not gang.released:
-            await asyncio.sleep(0.001)
         assert replica._scheduler.usage == 0
 
     play(scenario)
@@ -393,3 +445,148 @@ def test_a_rank_that_hangs_ends_the_requests_and_the_gang(
     assert counted(tmp_path, "longreach_lost_total") == 1
     assert counted(tmp_path, "longreach_handoff_failures_total") == 0
     assert gang.killed
+
+
+AGAIN = "longreach_prefill_tokens_again_total"
+BACK = "longreach_prefill_tokens_back_total"
+TOKENS = 3 * CHUNK_TOKENS + 5
+
+
+def dealt(gang: FakeGang, name: str) -> list[tuple[int, bool]]:
+    """Where the chunks of a request begin, and whether they were fetched."""
+    return [(chunk.start, chunk.is_back) for chunk in gang.computed if chunk.request_id == name]
+
+
+def test_chunks_whose_pages_the_worker_has_are_fetched(
+    play: Any, gang: FakeGang, tmp_path: Path
+) -> None:
+    """And only the others are computed, progress or computed again."""
+    worker = FakeWorker(done=2 * CHUNK_TOKENS + 128)
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        return await prefill(replica, "a", TOKENS, worker, computed=3 * CHUNK_TOKENS)
+
+    none, progress, prefilled = play(scenario)
+    assert none is None
+    assert progress == Progress(3 * CHUNK_TOKENS, TOKENS)
+    assert isinstance(prefilled, Prefilled)
+    assert dealt(gang, "a") == [
+        (0, True), (CHUNK_TOKENS, True), (2 * CHUNK_TOKENS, False), (3 * CHUNK_TOKENS, False)
+    ]  # fmt: skip
+    assert counted(tmp_path, "longreach_prefill_chunks_total") == 2
+    assert counted(tmp_path, "longreach_prefill_tokens_total") == CHUNK_TOKENS + 5
+    assert counted(tmp_path, BACK) == 2 * CHUNK_TOKENS
+    assert counted(tmp_path, AGAIN) == CHUNK_TOKENS
+
+
+def test_pages_that_could_not_be_fetched_are_never_used(play: Any, gang: FakeGang) -> None:
+    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
+
+    async def scenario(replica: PrefillReplica) -> None:
+        with pytest.raises(TransferError):
+            await prefill(replica, "a", TOKENS, FakeWorker(done=CHUNK_TOKENS))
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        await prefill(replica, "b", TOKENS, first_id="a")
+
+    play(scenario)
+    assert gang.came_back == []
+
+
+@pytest.mark.parametrize("ends", ["in prefill", "after prefill"])
+def test_a_prompt_whose_worker_died_goes_on_with_the_pages_that_it_left(
+    play: Any, gang: FakeGang, tmp_path: Path, ends: str
+) -> None:
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        if ends == "in prefill":
+            gang.outcome = lambda chunk: worker.die() if chunk.start else None
+            with pytest.raises(LostError):
+                await prefill(replica, "a", TOKENS, worker)
+            gang.outcome = lambda chunk: None
+        else:
+            await prefill(replica, "a", TOKENS, worker)
+            worker.die()
+        # It fits in beside what lies there.
+        await prefill(replica, "other", CHUNK_TOKENS)
+        whole = {"first_id": "a", "computed": TOKENS}
+        return await prefill(replica, "a-again-1", TOKENS, FakeWorker(), **whole)
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    [(before, after, done)] = gang.came_back
+    assert (before, after) == ("a", "a-again-1")
+    # Its last chunk brings the logits, and is computed again; and one may have been under way.
+    assert 2 * CHUNK_TOKENS <= done <= 3 * CHUNK_TOKENS
+    assert dealt(gang, "a-again-1") == [
+        (start, False) for start in range(done, TOKENS, CHUNK_TOKENS)
+    ]
+    assert counted(tmp_path, BACK) == done
+    assert counted(tmp_path, AGAIN) == TOKENS - done
+
+
+@pytest.mark.parametrize("why", ["another prompt", "scored", "taken"])
+def test_pages_that_do_not_help_are_computed_anew(play: Any, gang: FakeGang, why: str) -> None:
+    worker = FakeWorker()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        await prefill(replica, "a", TOKENS, worker)
+        worker.die()
+        if why == "taken":  # 262144 tokens of pages are there
+            await prefill(replica, "large", 262144 - 128)
+            assert gang.released == ["a"]
+        tokens = TOKENS + 1 if why == "another prompt" else TOKENS
+        scored = 0 if why == "scored" else None
+        await prefill(replica, "b", tokens, first_id="a", scored=scored)
+
+    play(scenario)
+    assert gang.came_back == []
+    assert dealt(gang, "b")[0] == (0, False)
+
+
+def test_pages_that_were_left_go_with_a_later_attempts(play: Any, gang: FakeGang) -> None:
+    """Also where that one had to begin anew: there is one set of pages for each origin."""
+
+    async def scenario(replica: PrefillReplica) -> None:
+        first, second = FakeWorker(), FakeWorker()
+        await prefill(replica, "a", TOKENS, first)
+        await prefill(replica, "b", 2 * TOKENS, second, first_id="a")
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        assert gang.released == ["a"]
+        first.is_released.set()
+        second.is_released.set()
+        while len(gang.released) < 2:
+            await asyncio.sleep(0.001)
+        assert gang.released == ["a", "b"]
+        assert not replica._left
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("later", [{"name": "b", "first_id": "a"}, {"name": "a", "number": 1}])
+def test_a_later_order_takes_the_pages_of_one_that_seems_to_go_on(
+    play: Any, gang: FakeGang, later: dict[str, Any]
+) -> None:
+    """Whoever gave it is dead, or gave this replica up, and nobody has told it yet."""
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.may_compute.clear()
+        first = asyncio.create_task(prefill(replica, "a", TOKENS))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(prefill(replica, tokens=TOKENS, **later))
+        with pytest.raises(UnavailableError):
+            await first
+        gang.may_compute.set()
+        return await second
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    [(before, after, done)] = gang.came_back
+    assert before == "a" != after
+    assert done == CHUNK_TOKENS
+    assert dealt(gang, after) == [
+        (start, False) for start in range(CHUNK_TOKENS, TOKENS, CHUNK_TOKENS)
+    ]

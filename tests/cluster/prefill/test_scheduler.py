@@ -1,7 +1,7 @@
 """Which prompt is next: chunks, orders and pages, without a cluster."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
@@ -108,6 +108,80 @@ def test_what_can_never_fit_is_refused() -> None:
     assert scheduler.num_waiting == 1
 
 
+def test_whole_chunks_that_were_computed_before_come_back() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", 3 * CHUNK, done=2 * CHUNK + 5 * PAGE_TOKENS)
+    assert scheduler.tokens_to_go == CHUNK
+    assert compute(scheduler) == Chunk("a", 0, CHUNK, False, is_back=True)
+    assert compute(scheduler) == Chunk("a", CHUNK, 2 * CHUNK, False, is_back=True)
+    assert scheduler.tokens_to_go == CHUNK
+    assert compute(scheduler) == Chunk("a", 2 * CHUNK, 3 * CHUNK, True)
+
+
+@pytest.mark.parametrize(("tokens", "computed"), [(2 * CHUNK, CHUNK), (2 * CHUNK + 1, 1)])
+def test_the_last_chunk_never_comes_back_as_the_logits_do_not(tokens: int, computed: int) -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", tokens, done=tokens + PAGE_TOKENS - 1)
+    chunks = [compute(scheduler), compute(scheduler)]
+    if not chunks[-1].is_last:
+        chunks.append(compute(scheduler))
+    assert sum(chunk.computed_tokens for chunk in chunks) == computed
+
+
+def test_nothing_of_a_prompt_that_is_scored_comes_back() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", 2 * CHUNK, score_top=1, done=CHUNK)
+    assert not compute(scheduler).is_back
+
+
+def test_pages_that_were_left_are_free_and_lie_until_somebody_needs_them() -> None:
+    scheduler = make_scheduler(pages=3 * pages_of(CHUNK))
+    for name in "ab":
+        scheduler.add(name, CHUNK + 1)
+        compute(scheduler)
+        scheduler.leave(name)
+    # One page more each than a chunk: two prompts, and a part of a third one's.
+    assert scheduler.usage == 0
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.next() is None
+    assert (scheduler.left_behind("a"), scheduler.left_behind("b")) == (CHUNK, CHUNK)
+    scheduler.add("small", 128)
+    compute(scheduler)
+    assert scheduler.taken() == []
+    scheduler.add("large", CHUNK)
+    assert compute(scheduler).request_id == "large"
+    assert scheduler.taken() == ["a"]
+    assert scheduler.taken() == []
+    assert (scheduler.left_behind("a"), scheduler.left_behind("b")) == (0, CHUNK)
+    assert scheduler.come_back("b", "b again") == CHUNK
+    assert scheduler.usage == pytest.approx(pages_of(CHUNK + 1) / (3 * pages_of(CHUNK)))
+    assert compute(scheduler) == Chunk("b again", CHUNK, CHUNK + 1, True)
+    assert scheduler.usage == 0
+
+
+def test_a_prompt_that_was_left_in_mid_prompt_is_passed_by_what_it_has_to_go() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", 5 * CHUNK)
+    compute(scheduler)
+    compute(scheduler)
+    scheduler.leave("a")
+    assert scheduler.come_back("a", "b") == 2 * CHUNK
+    assert scheduler.tokens_to_go == 3 * CHUNK
+    scheduler.add("c", 4 * CHUNK)
+    assert [compute(scheduler).request_id for _ in range(4)] == ["b", "b", "b", "c"]
+
+
+def test_what_waited_for_pages_leaves_none() -> None:
+    scheduler = make_scheduler(pages=8)
+    for name in "ab":
+        scheduler.add(name, CHUNK)
+    scheduler.next()
+    scheduler.leave("b")
+    assert scheduler.left_behind("b") == 0
+    scheduler.remove("a")
+    assert scheduler.usage == 0
+
+
 class Ledger:
     """What a test knows of a scheduler by its own counting."""
 
@@ -161,6 +235,7 @@ class Ledger:
         assert self.scheduler.num_running == len(self.holders)
 
 
+@settings(deadline=None)
 @given(
     turns=st.lists(
         st.tuples(

@@ -33,7 +33,7 @@ def test_a_full_object_store_is_remembered_and_not_raised_by_push(
         raise ObjectStoreFullError("no space left")
 
     monkeypatch.setattr(ray, "put", put)
-    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", 0, Mock(), 0))
     layer = Pages(torch.zeros(64, 2, 2, 128, 64))
     pages = held(layer, list(range(64)))  # more than is collected before it is sent
     sender.push(Place(0, 0, 0), pages)
@@ -56,7 +56,7 @@ def test_what_a_worker_answers_is_told_in_one_line(
     monkeypatch.setattr(ray, "put", Mock())
     monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", Mock(side_effect=error))
-    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", 0, Mock(), 0))
     sender.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
     with pytest.raises(TransferError) as told:
         sender.flush()
@@ -73,7 +73,7 @@ def test_pages_of_8_bits_arrive_with_their_scales(
     monkeypatch.setattr(ray, "put", sent.extend)
     monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
     monkeypatch.setattr(ray, "get", lambda reference: None)
-    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    sender = ObjectStoreSender(1 << 20).open(WorkerDestination("a", 0, Mock(), 0))
     values = torch.randn(290, 2, 2, 128, 64).to(torch.float8_e4m3fn)
     scales = torch.rand(290, 2, 2)
     sender.push(Place(3, 5, 1), held(Pages(values, scales), list(numbers)))
@@ -95,7 +95,7 @@ def test_a_worker_that_answers_nothing_is_given_up(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ray, "put", Mock())
     monkeypatch.setattr(ray, "wait", wait)
-    hand_off = ObjectStoreSender(1 << 20).open(WorkerDestination("a", Mock()))
+    hand_off = ObjectStoreSender(1 << 20).open(WorkerDestination("a", 0, Mock(), 0))
     hand_off.push(Place(0, 0, 0), held(Pages(torch.zeros(1, 1, 2, 128, 4)), [0]))
     with pytest.raises(TransferError):
         hand_off.flush()
@@ -108,7 +108,7 @@ def test_a_worker_that_answers_nothing_is_given_up(monkeypatch: pytest.MonkeyPat
 def test_no_more_bytes_are_under_way_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     most, under_way = 0, 0
 
-    def deliver(request_id: str, message: Any) -> object:
+    def deliver(request_id: str, epoch: int, message: Any) -> object:
         nonlocal most, under_way
         under_way += 1
         most = max(most, under_way)
@@ -124,7 +124,7 @@ def test_no_more_bytes_are_under_way_than_allowed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ray, "get", Mock())
     worker = Mock()
     worker.deliver.remote = deliver
-    hand_off = ObjectStoreSender(3 << 20).open(WorkerDestination("a", worker))
+    hand_off = ObjectStoreSender(3 << 20).open(WorkerDestination("a", 0, worker, 0))
     layer = Pages(torch.zeros(8, 2, 2, 128, 64))  # a MiB
     for number in range(10):
         hand_off.push(Place(number, 0, 0), held(layer, list(range(8))))

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,7 +20,8 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import spawn
 
 from longreach.cluster.transports import shared_pages
-from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool, SharedRun
+from longreach.cluster.transports.announced import AnnouncedRun
+from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool
 from longreach.engine.errors import CannotMapPagesError, CannotSharePagesError, OtherHostError
 from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
 from longreach.engine.kv.hand_off import HandOff, Place
@@ -85,9 +87,10 @@ class ConnectionSender(HandOff):
         self._connection = connection
 
     def push(self, place: Place, pages: HeldPages) -> None:
-        self._connection.send(SharedRun(place, pages.numbers))
+        self._connection.send(AnnouncedRun(place, pages.numbers))
         assert self._connection.recv() == "copied"
 
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
 
@@ -145,7 +148,7 @@ class Receiver:
         order = np.random.default_rng(1).permutation(case.pages + 8)
         self.table = torch.from_numpy(order).to(self.pool.memory.device)
         device = self.pool.memory.device
-        self.reader = SharedPageReader(HOST, device, self.receive)
+        self.reader = SharedPageReader(HOST, device, hand_off_stream(device), self.receive)
 
     def receive(self, request_id: str, place: Place, pages: Pages) -> None:
         table = self.table[place.first_page : place.first_page + len(pages)]
@@ -228,7 +231,7 @@ def test_pages_come_to_the_host_whole_whatever_came_before(device: str, dtype: t
 def test_a_pool_of_another_host_is_refused_with_both_hosts() -> None:
     case = Case("cpu", torch.bfloat16, False)
     pool = SharedPool.of(case.make_pool(RANK_HEADS, case.pages), "elsewhere")
-    run = SharedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
+    run = AnnouncedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
     with pytest.raises(OtherHostError) as refused:
         Receiver(case).reader.read("a", pool, [run])
     assert vars(refused.value) == {"host": "elsewhere", "wanted_on": HOST}
@@ -241,7 +244,7 @@ def test_memory_that_cannot_be_mapped_is_refused_with_the_reason() -> None:
     case = Case("cpu", torch.bfloat16, False)
     shared = SharedPool.of(case.make_pool(RANK_HEADS, case.pages), HOST)
     broken = dataclasses.replace(shared, memory=(fail, ()))
-    run = SharedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
+    run = AnnouncedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
     with pytest.raises(CannotMapPagesError) as refused:
         Receiver(case).reader.read("a", broken, [run])
     assert refused.value.reason == "CUDA error: invalid argument"
@@ -273,7 +276,7 @@ def test_a_mapping_ends_with_the_last_request_that_comes_through_it() -> None:
         return function(*own)
 
     counting = dataclasses.replace(shared, memory=(counted, ()))
-    run = SharedRun(Place(1, FIRST_PAGE, FIRST_HEAD), case.numbers)
+    run = AnnouncedRun(Place(1, FIRST_PAGE, FIRST_HEAD), case.numbers)
     for _ in range(3):
         receiver.reader.read("a", counting, [run])
     assert mapped == 1

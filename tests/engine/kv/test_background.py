@@ -1,6 +1,7 @@
 """What is handed off beside the computing arrives in order, or its failure is known."""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ class SlowHandOff(HandOff):
         self.begun.set()
         assert self.let.wait(10)
         self.asked.append(place.layer)
+        if self._error is not None:
+            raise self._error
+
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None:
+        self.begun.set()
+        assert self.let.wait(10)
+        self.asked += [f"fetch {place.layer}" for place, _ in wanted]
         if self._error is not None:
             raise self._error
 
@@ -83,6 +91,31 @@ def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
     assert slow.asked == [0, "abandon"]
 
 
+def test_what_is_fetched_comes_after_what_was_pushed_and_is_waited_for() -> None:
+    slow = SlowHandOff()
+    sender = BackgroundHandOff(slow, None)
+    push(sender, range(2))
+    threading.Timer(0.05, slow.let.set).start()
+    sender.fetch([(Place(7, 0, 0), PAGES)])
+    assert slow.asked == [0, 1, "fetch 7"]
+    assert sender.failure is None
+    sender.abandon()
+
+
+def test_a_fetch_that_fails_is_remembered_and_not_raised() -> None:
+    """A rank that left a chunk half-way would leave the others waiting for it."""
+    slow = SlowHandOff(RuntimeError("the device is gone"))
+    slow.let.set()
+    sender = BackgroundHandOff(slow, None)
+    sender.fetch([(Place(0, 0, 0), PAGES)])
+    assert sender.failure is not None
+    sender.fetch([(Place(1, 0, 0), PAGES)])
+    assert slow.asked == ["fetch 0"]
+    with pytest.raises(TransferError):
+        sender.flush()
+    sender.abandon()
+
+
 def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
     slow = SlowHandOff(RuntimeError("the device is gone\nCompile with ..."))
     slow.let.set()
@@ -102,6 +135,7 @@ class Reader(HandOff):
     def push(self, place: Place, pages: HeldPages) -> None:
         pages.read()
 
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
 

@@ -1,5 +1,6 @@
 """Every mesh gives what one process gives, and hands every page off exactly once."""
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class RecordingSender(HandOff):
         if read.scales is not None:
             wide *= read.scales[..., None, None]
         self.pushed.append((*astuple(place), wide.clone()))
+
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
 
     def flush(self) -> None:
         pass
