@@ -131,7 +131,7 @@ class DecodeReplica:
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
         recovery = Recovery(self._retries)
-        life = RequestLife(request, self._worker, prefill, listener, recovery, self._sink)
+        life = RequestLife(request, self._worker, prefill, recovery, self._sink, listener)
         self._lives.add(life)
         return life
 

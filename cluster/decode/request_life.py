@@ -55,9 +55,9 @@ class RequestLife:
         worker: the handle of the decode worker's actor.
         prefill: the deployment that computes its prompt, with streamed answers; None where the
             worker does it itself.
-        listener: the ingress that the worker answers to.
         recovery: from gangs that die under it.
         sink: of the decode replica.
+        listener: the ingress that the worker answers to.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class RequestLife:
         request: GenerationRequest,
         worker: Any,
         prefill: DeploymentHandle | None,
-        listener: str,
         recovery: Recovery,
         sink: Metrics,
+        listener: str,
     ) -> None:
         self._request = request
         self._worker, self.prefill = worker, prefill
-        self._listener, self._taken = listener, time.time()
         self._recovery, self._sink = recovery, sink
+        self._listener, self._taken = listener, time.time()
         self.state = State.WAITING
         # Before anything is said to anybody: each message takes its time.
         self._computing = self._compute() if prefill is None else None

@@ -62,9 +62,9 @@ class _Request:
     """
 
     is_reserved: bool = False
+    epoch: int = 0
     prompt_tokens: int = 0
     arrived: float = 0.0
-    epoch: int = 0
     constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
@@ -108,8 +108,8 @@ class DecodeWorker:
         self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
         self._turn = Turn()
         self._leases = LeaseBook()
-        self._outboxes = Outboxes()
         self._releasing: set[asyncio.Task[None]] = set()
+        self._outboxes = Outboxes()
         self._preemptions = 0
 
     async def start(self, own_handle: Any) -> None:
@@ -312,8 +312,8 @@ class DecodeWorker:
         Raises: as `reserve` and `answer`.
         """
         here = self._take(request)
-        here.answer_to(order)
         here.before = request.computed
+        here.answer_to(order)
         await self._prepare(request, here)
         await self._admission.admit(request, here.constraint)
         self._stepper.wake()

@@ -113,7 +113,7 @@ class Stage:
         prefill = SimpleNamespace(prefill=Remote(self.calls, "prefill", self._prefill))
         gang = None if at_the_worker else cast(Any, prefill)
         sink = Metrics(folder, "decode", "a model")
-        self.life = RequestLife(request, worker, gang, "an ingress", Recovery(retries), sink)
+        self.life = RequestLife(request, worker, gang, Recovery(retries), sink, "an ingress")
 
     def _go_on(self) -> "Promise":
         return Promise(LostError("the worker died") if self.worker_is_gone else "the rest")
