@@ -41,10 +41,14 @@ class Turn(asyncio.Lock):
 
 @dataclass(frozen=True)
 class Stepped:
-    """What came out of a step, which requests were over with it, and the seconds that it took."""
+    """What came out of a step, which requests were over with it, its end, and its seconds.
+
+    `ended` is `time.time()`.
+    """
 
     outputs: "list[Output]"
     over: frozenset[str]
+    ended: float
     seconds: float
 
 
@@ -102,8 +106,8 @@ class Stepper:
             began = time.perf_counter()
             with self._pulse.piece():
                 outputs = self._engine.step()
-            seconds = time.perf_counter() - began
-            stepped = Stepped(outputs, are_over(self._engine, outputs), seconds)
+            ended, seconds = time.time(), time.perf_counter() - began
+            stepped = Stepped(outputs, are_over(self._engine, outputs), ended, seconds)
             # Before the turn ends, since what is called from here is called in order.
             loop.call_soon_threadsafe(self._hand_out, stepped)
             if self._turn.is_wanted or not self._engine.has_work:

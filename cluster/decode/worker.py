@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable
@@ -379,10 +378,10 @@ class DecodeWorker:
 
     def _after_step(self, stepped: Stepped) -> None:
         self._sink.observe(metrics.DECODE_STEP_TIME, stepped.seconds)
-        now = time.time()
+        began = stepped.ended - stepped.seconds
         for request_id, output in stepped.outputs:
             if isinstance(output, Progress):
-                self._count_prompt(request_id, output, now - stepped.seconds, now)
+                self._count_prompt(request_id, output, began, stepped.ended)
         self._deliver(stepped.outputs, stepped.over)
         if self._admission.num_waiting:
             # Whoever had to make room may have come back, and others wait for that.
