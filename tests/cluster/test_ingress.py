@@ -1,6 +1,7 @@
 """The ingress's backend: it holds leases, and releases what its clients leave."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,38 @@ def test_what_a_replica_says_of_its_workers_death_comes_first(tmp_path: Path) ->
             async for _ in make_backend(replica, tmp_path, retries=0).generate(REQUEST):
                 pass
         assert not raised.value.begun
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_an_ingress_asks_again_when_it_has_had_time_for_what_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_EVENT_SECONDS", 0.02)
+    asked: list[float] = []
+
+    async def run() -> None:
+        replica = Replica(stays=True)
+        backend = make_backend(replica, tmp_path)
+        fetch = replica.worker.outboxes.fetch
+
+        async def timed(name: str, seconds: float) -> Said:
+            asked.append(time.perf_counter())
+            return await fetch(name, seconds)
+
+        monkeypatch.setattr(replica.worker.outboxes, "fetch", timed)
+        answers = [
+            asyncio.create_task(anext(backend.generate(replace(REQUEST, request_id=name))))
+            for name in "ab"
+        ]
+        await settle()
+        for name in "ab":
+            replica.worker.outboxes.say(backend._listener.name, name, DELTA)
+        assert await asyncio.gather(*answers) == [DELTA, DELTA]
+        told = len(asked)
+        while len(asked) == told:
+            await asyncio.sleep(0.001)
+        assert asked[told] - asked[told - 1] >= 0.04
 
     asyncio.run(asyncio.wait_for(run(), 5))
 
