@@ -128,5 +128,5 @@ $(INSTALLED_VLLM): tests/plugins/vllm/environment.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .clients $(LOAD_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .clients .schemathesis $(LOAD_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ def make_checkpoint(
     sparse: tuple[int, int] | None = None,
     heads: int = 4,
     kv_heads: int = 2,
+    layers: int = 3,
     tie: bool = True,
     max_shard_size: str = "1GB",
     **changes: Any,
@@ -32,7 +33,7 @@ def make_checkpoint(
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
@@ -53,7 +54,7 @@ def make_checkpoint(
     path.write_text(json.dumps(written))
     if sparse is not None:
         layer = {str(head): ["vertical_and_slash", *sparse, 1.0] for head in range(heads)}
-        (folder / "sparse_attention_config.json").write_text(json.dumps([layer] * 3))
+        (folder / "sparse_attention_config.json").write_text(json.dumps([layer] * layers))
     return folder
 
 
