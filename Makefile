@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test test-clients lint format house check-deploy check-deployed check-proxies load install clean
+.PHONY: help run test test-clients lint format house check-deploy check-deployed check-nodes check-proxies load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -57,6 +57,9 @@ check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 
 check-deployed: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
+
+check-nodes: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py
 
 check-proxies: $(INSTALLED_DEV)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py
