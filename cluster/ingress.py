@@ -12,14 +12,15 @@ from ray import serve
 from ray.serve.config import ControllerOptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from ..engine.errors import LongreachError
-from ..engine.messages import Event, Finished, GenerationRequest
+from ..engine.errors import CancelledElsewhereError, LongreachError
+from ..engine.messages import Event, Finished, GenerationRequest, Progress
 from ..engine.text.tokenizer import Tokenizer
 from . import metrics
 from .attempts import Attempts
 from .call_errors import CallError, as_ours, first_of
 from .front import FrontLimits, controller_options
 from .leases import LeaseKeeper
+from .listener import Ear, Listener
 from .messages import Taken
 from .metrics import OUTCOMES, REQUESTS, Metrics, ProcessFigures, render
 from .nodes import metrics_of_node, reading_here
@@ -31,7 +32,7 @@ from .tasks import detached, tell
 _READY_SECONDS = 5
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
-_Stream = DeploymentResponseGenerator[Taken | list[Event]]
+_Stream = DeploymentResponseGenerator[Taken | Progress | None]
 
 
 class DecodeBackend:
@@ -48,7 +49,8 @@ class DecodeBackend:
         self._retries, self._sink = retries, sink
         self._streams = decode.options(stream=True)
         self._leases = LeaseKeeper()
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._listener = Listener()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `rest.Backend`."""
@@ -66,27 +68,41 @@ class DecodeBackend:
             await asyncio.sleep(seconds)
 
     async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """What a decode replica says of the prompt, and its worker of the answer."""
         name = request.request_id
-        stream = cast(_Stream, self._streams.generate.remote(request))
-        taken, finished = None, False
+        ear = self._listener.expect(name)
+        taken: Taken | None = None
+        finished = False
         try:
-            taken = cast(Taken, await first_of(stream))
+            stream = cast(_Stream, self._streams.generate.remote(request, self._listener.name))
+            taken = await self._taken_by(stream, name)
             self._leases.hold(taken.worker_id, taken.worker, name)
-            async for message in listening(stream):
-                for event in cast(list[Event], message):
-                    finished = isinstance(event, Finished)
-                    yield event
+            self._listener.listen(taken.worker_id, taken.worker, name)
+            self._keep(asyncio.create_task(_overhear(stream, ear)))
+            while not finished:
+                event = await ear.next()
+                finished = isinstance(event, Finished)
+                yield event
         except CallError as error:
             raise as_ours(error) from error
         finally:
-            if taken is None:
-                leaving = detached(_release_when_taken(stream, name))
-                self._leaving.add(leaving)
-                leaving.add_done_callback(self._leaving.discard)
-            else:
+            self._listener.forget(name)
+            if taken is not None:
                 self._leases.drop(taken.worker_id, name)
                 if not finished:
                     tell(taken.worker.release.remote, name)
+
+    async def _taken_by(self, stream: _Stream, request_id: str) -> Taken:
+        """Who has taken a request; whoever does so after its client has left is told to stop."""
+        try:
+            return cast(Taken, await first_of(stream))
+        except BaseException:
+            self._keep(detached(_release_when_taken(stream, request_id)))
+            raise
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def ready(self) -> bool:
         """Whether a decode replica and the gang behind it say that they are well."""
@@ -95,6 +111,21 @@ class DecodeBackend:
         except (*CallError, TimeoutError):
             return False
         return True
+
+
+async def _overhear(stream: _Stream, ear: Ear) -> None:
+    """Hear what a decode replica says of a request, to its end, or to that of whoever asked."""
+    try:
+        async for event in listening(stream):
+            if event is not None:
+                ear.hear(cast(Progress, event))
+    except asyncio.CancelledError:
+        ear.fail(CancelledElsewhereError())
+        raise
+    except Exception as error:
+        ear.fail(as_ours(error))
+    else:
+        await ear.expect_the_end()
 
 
 async def _release_when_taken(stream: _Stream, request_id: str) -> None:

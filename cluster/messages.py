@@ -1,11 +1,11 @@
 """What replicas say to each other about a request, beside the engine's own messages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from ..engine.messages import GenerationRequest
+from ..engine.messages import GenerationRequest, PromptScores, Timings
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,27 @@ class PrefillOrder:
         """What it is called at a gang."""
         name = self.request.request_id
         return f"{name}-order-{self.number}" if self.number else name
+
+
+def _nothing_yet() -> Timings:
+    return Timings(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class AnswerOrder:
+    """Whom a decode worker tells what it generates, and what it is to say besides.
+
+    `listener` is the ingress's name, by which it fetches what is said to it. `taken` is when the
+    decode replica took the request. Of a prompt that a gang has computed, `prompt` are the times,
+    `prompt_there` is when its pages were, and `scores` is what the client hears first, if it asked.
+    All moments are `time.time()`.
+    """
+
+    listener: str
+    taken: float
+    prompt: Timings = field(default_factory=_nothing_yet)
+    prompt_there: float = 0.0
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True)

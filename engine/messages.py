@@ -23,7 +23,8 @@ class SamplingParameters:
     No end token is chosen among the first `min_tokens`, and no stop string is looked for in them.
     Penalties count tokens of the answer only (repetition penalty: prompt as well, as vLLM does).
     `grammar` is what the answer must match; see `decode.grammar`. `prompt_logprobs`: the prompt's
-    own tokens are scored, with so many alternatives for each; None: they are not.
+    own tokens are scored, with so many alternatives for each; None: they are not. Without
+    `skip_special_tokens` the text has control tokens in it, but for the one that ends it.
     """
 
     max_tokens: int
@@ -44,6 +45,7 @@ class SamplingParameters:
     choices: int = 1
     grammar: str | None = None
     prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def seeded(self) -> "SamplingParameters":
         """The same, with a seed where there is none: all that is drawn can be drawn again."""

@@ -5,7 +5,7 @@ A page is 128 tokens, head-major: [kv_heads, 2 (K, V), 128, head_dim]. The layer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +16,36 @@ from .page_size import PAGE_TOKENS
 from .transfer import without_waiting
 
 
-@dataclass(frozen=True, eq=False)
 class BlockTable:
     """`pages[p]` is the page of tokens [128 p, 128 (p + 1)), in every layer."""
 
-    pages: npt.NDArray[np.int64]
-    _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(self, pages: npt.NDArray[np.int64]) -> None:
+        self._pages: npt.NDArray[np.int64] | None = pages
+        self._on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, pages: Sequence[int]) -> "BlockTable":
         """From any sequence of page numbers."""
         return cls(np.asarray(pages, dtype=np.int64))
+
+    @classmethod
+    def where_it_lies(cls, table: Tensor) -> "BlockTable":
+        """One that someone else keeps on a device, int32 [n]; more pages may follow those in use.
+
+        Kernels read it there; nothing waits for the device unless `pages` are asked for.
+        """
+        made = cls(np.empty(0, dtype=np.int64))
+        made._pages = None
+        made._on[table.device] = table
+        return made
+
+    @property
+    def pages(self) -> npt.NDArray[np.int64]:
+        """The numbers, on the host."""
+        if self._pages is None:
+            [table] = self._on.values()
+            self._pages = table.cpu().numpy().astype(np.int64)
+        return self._pages
 
     def on(self, device: torch.device) -> Tensor:
         """int32 [pages] on a device; copied there once."""

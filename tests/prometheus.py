@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import pytest
 
 
 @contextmanager
-def prometheus_server(folder: Path, target: str) -> Iterator[str]:
-    """Scrape `target` (host:port) five times a second; gives the server's URL.
+def prometheus_server(
+    folder: Path, jobs: Mapping[str, Sequence[str]], milliseconds: int = 200
+) -> Iterator[str]:
+    """Scrape each job's targets (host:port) every so often; gives the server's URL.
 
     Skips the test where there is no such server.
     """
@@ -25,11 +27,14 @@ def prometheus_server(folder: Path, target: str) -> Iterator[str]:
     if binary is None:
         pytest.skip("no prometheus server here; Debian's package `prometheus` has one")
     config = folder / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
-        "scrape_configs:\n"
-        f"  - {{job_name: longreach, static_configs: [{{targets: ['{target}']}}]}}\n"
-    )
+    every = f"{milliseconds}ms"
+    scraped = [
+        {"job_name": name, "static_configs": [{"targets": list(targets)}]}
+        for name, targets in jobs.items()
+    ]
+    settings = {"global": {"scrape_interval": every, "scrape_timeout": every}}
+    # JSON is YAML.
+    config.write_text(json.dumps({**settings, "scrape_configs": scraped}))
     address = f"127.0.0.1:{free_port()}"
     server = subprocess.Popen(
         [

@@ -20,7 +20,7 @@ from ...engine.errors import (
     TransferError,
     UnavailableError,
 )
-from ...engine.messages import Event, GenerationRequest
+from ...engine.messages import GenerationRequest, Progress
 from .. import metrics
 from ..call_errors import CallError, as_ours
 from ..messages import Taken
@@ -97,19 +97,19 @@ class DecodeReplica:
             await self._router.check_health()
 
     async def generate(
-        self, request: GenerationRequest
-    ) -> AsyncGenerator[Taken | list[Event], None]:
-        """Serve one request from its prefill to its last token; see `rest.Backend`.
+        self, request: GenerationRequest, listener: str
+    ) -> AsyncGenerator[Taken | Progress | None, None]:
+        """Serve one request from its prefill to its last token.
 
-        Yields first who has taken it, then events, those that come at the same time in one
-        message; an empty one says that the replica is there.
+        Yields first who has taken it, then how its prompt goes on; None says that the replica is
+        there. What is generated, and Finished, the worker says to the listener.
         """
-        yield Taken(self._worker_id, self._worker)
-        life = self._begin(request)
+        life = self._begin(request, listener)
         try:
-            async with aclosing(beating(life.events(), beat=[])) as messages:
-                async for events in messages:
-                    yield events
+            yield Taken(self._worker_id, self._worker)
+            async with aclosing(beating(life.events(), beat=None)) as events:
+                async for event in events:
+                    yield event
         except (*CallError, LongreachError) as error:
             ours = as_ours(error)
             if isinstance(ours, (LostError, TransferError)):
@@ -117,8 +117,9 @@ class DecodeReplica:
             raise ours from error
         finally:
             self._lives.discard(life)
+            life.end()
 
-    def _begin(self, request: GenerationRequest) -> RequestLife:
+    def _begin(self, request: GenerationRequest, listener: str) -> RequestLife:
         if self._lost:
             raise NotUpError(_LOST)
         tokens = len(request.prompt)
@@ -131,7 +132,7 @@ class DecodeReplica:
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
         recovery = Recovery(self._retries)
-        life = RequestLife(request, self._worker, prefill, recovery, self._sink)
+        life = RequestLife(request, self._worker, prefill, recovery, self._sink, listener)
         self._lives.add(life)
         return life
 

@@ -1,14 +1,15 @@
 """A request's life at a decode replica: reserved, prefilled, decoded, ended.
 
-It reads from top to bottom in `RequestLife.events`. States come in the order in which they are
-listed, and any of them may be the last before ENDED: whatever goes wrong, or whoever leaves, ends a
-life in one way, by releasing what the worker holds for it.
+It reads from top to bottom in `RequestLife.events`. What is generated does not pass through here:
+the worker says it to the ingress itself. States come in the order in which they are listed, and any
+of them may be the last before ENDED: whatever goes wrong, or whoever leaves, ends a life in one
+way, by releasing what the worker holds for it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
 from dataclasses import replace
 from enum import Enum
@@ -18,9 +19,6 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ...engine.errors import LongreachError, LostError, TransferError
 from ...engine.messages import (
-    Delta,
-    Event,
-    Finished,
     GenerationRequest,
     Prefilled,
     Progress,
@@ -29,7 +27,7 @@ from ...engine.messages import (
 )
 from .. import metrics
 from ..call_errors import CallError, as_ours, first_of
-from ..messages import ComputedHere, PrefillOrder
+from ..messages import AnswerOrder, ComputedHere, PrefillOrder
 from ..metrics import Metrics
 from ..recovery import Recovery
 from ..streams import listening
@@ -59,6 +57,7 @@ class RequestLife:
             worker does it itself.
         recovery: from gangs that die under it.
         sink: of the decode replica.
+        listener: the ingress that the worker answers to.
     """
 
     def __init__(
@@ -68,25 +67,33 @@ class RequestLife:
         prefill: DeploymentHandle | None,
         recovery: Recovery,
         sink: Metrics,
+        listener: str,
     ) -> None:
         self._request = request
         self._worker, self.prefill = worker, prefill
         self._recovery, self._sink = recovery, sink
-        self._began = time.perf_counter()
+        self._listener, self._taken = listener, time.time()
         self.state = State.WAITING
+        # Before anything is said to anybody: each message takes its time.
+        self._computing = self._compute() if prefill is None else None
 
-    async def events(self) -> AsyncGenerator[list[Event], None]:
-        """What the client hears, those that come at the same time in one list."""
-        try:
-            whole = self._at_the_worker() if self.prefill is None else self._by(self.prefill)
-            async with aclosing(whole) as messages:
-                async for events in messages:
-                    yield events
-        finally:
-            self.state = State.ENDED
-            tell(self._worker.release.remote, self._request.request_id)
+    async def events(self) -> AsyncGenerator[Progress, None]:
+        """How the prompt goes on; ends when everything is generated."""
+        if self.prefill is not None:
+            whole = self._by(self.prefill)
+        else:
+            assert self._computing is not None
+            whole = self._at_the_worker(self._computing)
+        async with aclosing(whole) as events:
+            async for event in events:
+                yield event
 
-    async def _by(self, prefill: DeploymentHandle) -> AsyncGenerator[list[Event], None]:
+    def end(self) -> None:
+        """Whatever happened, or whoever left: nothing is held for the request any more."""
+        self.state = State.ENDED
+        tell(self._worker.release.remote, self._request.request_id)
+
+    async def _by(self, prefill: DeploymentHandle) -> AsyncGenerator[Progress, None]:
         """Have the prompt computed by a gang, and handed off to the worker."""
         prefilled = None
         async with aclosing(self._prefilled_by_some(prefill)) as progress:
@@ -94,23 +101,28 @@ class RequestLife:
                 if isinstance(event, Prefilled):
                     prefilled = event
                 else:
-                    yield [event]
+                    yield event
         assert prefilled is not None
-        if prefilled.scores is not None:
-            yield [PromptScores(prefilled.scores)]
         self.state = State.DECODING
-        async with aclosing(self._decoding(prefilled)) as answer:
-            async for events in answer:
-                yield events
+        order = self._order_after(prefilled)
+        answer = self._worker.answer.remote
+        await as_nobody(answer, self._request.request_id, prefilled.logits, order)
 
-    async def _at_the_worker(self) -> AsyncGenerator[list[Event], None]:
+    def _compute(self) -> AsyncIterable[Any]:
         """Have the worker compute the prompt as well: one call, and no pages that travel."""
         answer = self._worker.generate.options(num_returns="streaming")
-        clock = _AnswerClock(self._request, self._began)
-        said = as_nobody(answer.remote, self._request)
-        async with aclosing(self._said(said, clock)) as messages:
-            async for events in messages:
-                yield events
+        order = AnswerOrder(self._listener, self._taken)
+        return as_nobody(answer.remote, self._request, order)
+
+    async def _at_the_worker(self, computing: AsyncIterable[Any]) -> AsyncGenerator[Progress, None]:
+        """What the worker says of a prompt that it computes."""
+        async for reference in computing:
+            event = cast(Progress | ComputedHere, await reference)
+            if isinstance(event, Progress):
+                self.state = State.PREFILLING
+                yield event
+            else:
+                self.state = State.DECODING
 
     async def _prefilled_by_some(
         self, prefill: DeploymentHandle
@@ -178,78 +190,15 @@ class RequestLife:
         request = replace(self._request, computed=computed)
         return replace(order, request=request, destination=destination, number=order.number + 1)
 
-    async def _decoding(self, prefilled: Prefilled) -> AsyncGenerator[list[Event], None]:
-        """Generate from them; ends with Finished."""
-        clock = _AnswerClock(self._request, self._began)
-        clock.prompt_is_there(prefilled)
-        answer = self._worker.answer.options(num_returns="streaming")
-        said = answer.remote(self._request.request_id, prefilled.logits)
-        async with aclosing(self._said(said, clock)) as messages:
-            async for events in messages:
-                yield events
-
-    async def _said(
-        self, answer: AsyncIterable[Any], clock: "_AnswerClock"
-    ) -> AsyncGenerator[list[Event], None]:
-        """What the worker says, to its last token and Finished."""
-        async for reference in answer:
-            messages, ended = await reference
-            events: list[Event] = []
-            for message in messages:
-                if isinstance(message, ComputedHere):
-                    self.state = State.DECODING
-                    clock.prompt_is_computed(message)
-                else:
-                    events.append(message)
-            if self.state is State.WAITING:
-                self.state = State.PREFILLING
-            clock.count(events)
-            if ended:
-                events.append(clock.finished())
-            yield events
-
-
-class _AnswerClock:
-    """Counts and times what comes out of a request."""
-
-    def __init__(self, request: GenerationRequest, began: float) -> None:
-        self._request, self._began = request, began
-        self._tokens = 0
-        self._first: float | None = None
-        self._prompt = Timings(0.0, 0.0, 0.0, 0.0, 0.0)
-        self._there = began
-
-    def prompt_is_there(self, prefilled: Prefilled) -> None:
-        """A gang has computed and handed off the prompt."""
-        self._there = time.perf_counter()
-        self._prompt = replace(
-            self._prompt,
+    def _order_after(self, prefilled: Prefilled) -> AnswerOrder:
+        """What the worker needs to know of a prompt that others have computed."""
+        scores = None if prefilled.scores is None else PromptScores(prefilled.scores)
+        timings = Timings(
             queued=prefilled.queued,
             prefill=prefilled.prefill,
             hand_off=prefilled.hand_off,
+            first_token=0.0,
+            served=0.0,
             prefill_stages=prefilled.stages,
         )
-
-    def prompt_is_computed(self, computed: ComputedHere) -> None:
-        """The worker has computed it itself."""
-        self._there = time.perf_counter()
-        self._prompt = replace(
-            self._prompt,
-            queued=max(computed.began - self._request.arrived, 0.0),
-            prefill=max(computed.ended - computed.began, 0.0),
-            prefill_stages={"steps": computed.seconds},
-        )
-
-    def count(self, events: Sequence[Event]) -> None:
-        """Note what has come."""
-        tokens = sum(len(event.tokens) for event in events if isinstance(event, Delta))
-        self._tokens += tokens
-        if tokens and self._first is None:
-            self._first = time.perf_counter()
-
-    def finished(self) -> Finished:
-        """What is said at the end."""
-        now = time.perf_counter()
-        first = now if self._first is None else self._first
-        timings = replace(self._prompt, first_token=first - self._there, served=now - self._began)
-        return Finished(len(self._request.prompt), self._tokens, timings)
+        return AnswerOrder(self._listener, self._taken, timings, time.time(), scores)

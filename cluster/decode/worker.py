@@ -2,10 +2,9 @@
 
 import asyncio
 import logging
-import time
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,16 @@ from ...engine.errors import (
 from ...engine.messages import Delta, GenerationRequest, Progress
 from .. import metrics
 from ..leases import RENEWAL_SECONDS, LeaseBook
-from ..messages import ComputedHere
+from ..messages import AnswerOrder, ComputedHere
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
+from ..streams import BEAT_SECONDS
 from ..tasks import forever
+from .answer_clock import AnswerClock
+from .outbox import Outboxes, Said
+from .stepper import Stepped, Stepper, Turn, are_over
 
 if TYPE_CHECKING:
     from ...engine.decode.contract import DecodeEngine, Output
@@ -40,20 +43,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ENDED_REMEMBERED = 4096
-_MESSAGE_SECONDS = 0.001
-"""About what a message with tokens costs each process on its way. With many answers under way, one
-a token would keep all of them busier than the device."""
-_LONGEST_PAUSE = 0.1
 _DRAIN_SECONDS = 20.0
 _RELEASED = "the request was released; send it again"
 _FAILED = "the decode engine failed, and is being replaced; send the request again"
 
 
-AnswerEvent = Progress | ComputedHere | Delta
-"""What a worker says about a request: Delta alone where its prompt was handed off."""
-
-_Event = AnswerEvent | LongreachError | None
-"""None behind the last."""
+_Event = Progress | ComputedHere | LongreachError | None
+"""What the request's life hears; None behind the last."""
 
 
 @dataclass(eq=False)
@@ -66,12 +62,21 @@ class _Request:
 
     is_reserved: bool = False
     epoch: int = 0
+    prompt_tokens: int = 0
+    arrived: float = 0.0
     constraint: "Constraint | None" = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
     events: "asyncio.Queue[_Event]" = field(default_factory=asyncio.Queue)
+    listener: str = ""
+    clock: AnswerClock | None = None
     computed: ComputedHere | None = None
     done: int = 0
     before: int = 0
+
+    def answer_to(self, order: AnswerOrder) -> None:
+        """Whom to tell what is generated, from now on."""
+        self.listener = order.listener
+        self.clock = AnswerClock(order, self.prompt_tokens, self.arrived)
 
 
 class DecodeWorker:
@@ -100,9 +105,10 @@ class DecodeWorker:
         self._failed = False
         self._requests: dict[str, _Request] = {}
         self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
-        self._turn = asyncio.Lock()
+        self._turn = Turn()
         self._leases = LeaseBook()
         self._releasing: set[asyncio.Task[None]] = set()
+        self._outboxes = Outboxes()
         self._preemptions = 0
 
     async def start(self, own_handle: Any) -> None:
@@ -116,7 +122,6 @@ class DecodeWorker:
         from ..transports import make_receiver
         from .admission import Admission
         from .copier import PageCopier
-        from .stepper import Stepper
 
         settings, engine = self._settings, self._engine
         host = ray.util.get_node_ip_address()
@@ -210,6 +215,7 @@ class DecodeWorker:
         if here.is_reserved:
             raise InvalidRequestError(f"request {name} is here already")
         here.is_reserved = True
+        here.prompt_tokens, here.arrived = len(request.prompt), request.arrived
         return here
 
     async def _prepare(self, request: GenerationRequest, here: _Request) -> None:
@@ -265,12 +271,10 @@ class DecodeWorker:
             self._fail(error)
             raise
 
-    async def answer(
-        self, request_id: str, logits: "Logits"
-    ) -> AsyncGenerator[tuple[list[Delta], bool], None]:
-        """Generate from a prompt whose pages have all come.
+    async def answer(self, request_id: str, logits: "Logits", order: AnswerOrder) -> None:
+        """Generate from a prompt whose pages have all come; returns when all choices are finished.
 
-        Yields what came since the last time, and whether all choices are finished with it.
+        What is generated is said to the order's listener.
 
         Args:
             logits: after the prompt's last token.
@@ -284,35 +288,40 @@ class DecodeWorker:
         request = self._requests.get(request_id)
         if request is None:
             raise UnavailableError(_RELEASED)
+        request.answer_to(order)
+        if order.scores is not None:
+            self._outboxes.say(order.listener, request_id, order.scores)
         # Without waiting: other requests' copies may be in front, and the first token needs none.
         self._copier.close_soon(request_id)
         async with self._turn:
             self._check()
-            self._deliver(self._engine.start(request_id, logits, request.constraint))
+            outputs = self._engine.start(request_id, logits, request.constraint)
+            self._deliver(outputs, are_over(self._engine, outputs))
         self._stepper.wake()
-        async for events, ended in _heard(request, self._pause):
-            yield [event for event in events if isinstance(event, Delta)], ended
+        async for _ in _heard(request):
+            pass
 
     async def generate(
-        self, request: GenerationRequest
-    ) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
-        """Compute a prompt, once there are pages for it, and generate from it.
+        self, request: GenerationRequest, order: AnswerOrder
+    ) -> AsyncGenerator[Progress | ComputedHere, None]:
+        """Compute a prompt, once there are pages for it, and generate from it, as `answer`.
 
-        Yields as `answer`; besides, Progress within the prompt, and ComputedHere at its end.
+        Yields Progress within the prompt, and ComputedHere at its end.
 
         Raises: as `reserve` and `answer`.
         """
         here = self._take(request)
         here.before = request.computed
+        here.answer_to(order)
         await self._prepare(request, here)
         await self._admission.admit(request, here.constraint)
         self._stepper.wake()
-        async for message in _heard(here, self._pause):
-            yield message
+        async for event in _heard(here):
+            yield event
 
-    def _pause(self) -> float:
-        """Seconds that an answer waits with its next tokens, which then come together."""
-        return min(self._engine.num_generating * _MESSAGE_SECONDS, _LONGEST_PAUSE)
+    async def fetch(self, listener: str) -> Said:
+        """What was said to an ingress since its last call; waits a little for something."""
+        return await self._outboxes.fetch(listener, BEAT_SECONDS)
 
     async def release(self, request_id: str) -> None:
         """Forget a request, finished or not, and end its answer; unknown ones are no error."""
@@ -356,6 +365,7 @@ class DecodeWorker:
     async def _watch_leases(self) -> None:
         while True:
             await asyncio.sleep(RENEWAL_SECONDS)
+            self._outboxes.tick()
             lapsed = self._leases.tick()
             self._sink.add(metrics.LEASES_LAPSED, len(lapsed))
             for request_id in lapsed:
@@ -366,13 +376,13 @@ class DecodeWorker:
                 self._releasing.add(releasing)
                 releasing.add_done_callback(self._releasing.discard)
 
-    def _after_step(self, outputs: "list[Output]", seconds: float) -> None:
-        self._sink.observe(metrics.DECODE_STEP_TIME, seconds)
-        now = time.time()
-        for request_id, output in outputs:
+    def _after_step(self, stepped: Stepped) -> None:
+        self._sink.observe(metrics.DECODE_STEP_TIME, stepped.seconds)
+        began = stepped.ended - stepped.seconds
+        for request_id, output in stepped.outputs:
             if isinstance(output, Progress):
-                self._count_prompt(request_id, output, now - seconds, now)
-        self._deliver(outputs)
+                self._count_prompt(request_id, output, began, stepped.ended)
+        self._deliver(stepped.outputs, stepped.over)
         if self._admission.num_waiting:
             # Whoever had to make room may have come back, and others wait for that.
             self._admission.wake()
@@ -392,24 +402,49 @@ class DecodeWorker:
         before = request.computed or ComputedHere(began, began, 0.0)
         seconds = before.seconds + ended - began
         request.computed = ComputedHere(before.began, ended, seconds)
-        is_whole = progress.done == progress.total
-        request.events.put_nowait(request.computed if is_whole else progress)
+        if progress.done < progress.total:
+            request.events.put_nowait(progress)
+            return
+        if request.clock is not None:
+            request.clock.prompt_is_computed(request.computed)
+        request.events.put_nowait(request.computed)
 
-    def _deliver(self, outputs: "list[Output]") -> None:
-        """Hand out what came out, and let others have the pages of those that ended."""
+    def _deliver(self, outputs: "list[Output]", over: frozenset[str]) -> None:
+        """Hand out what came out, and let others have the pages of those that ended.
+
+        Args:
+            over: the requests that generate nothing more.
+        """
         pages_were_freed = False
+        failed: set[str] = set()
         for request_id, output in outputs:
             if isinstance(output, Progress):
                 continue
-            pages_were_freed |= not isinstance(output, Delta) or output.finish_reason is not None
+            if isinstance(output, Delta):
+                pages_were_freed |= output.finish_reason is not None
+                self._say(request_id, output)
+                continue
+            pages_were_freed = True
+            failed.add(request_id)
             if (request := self._requests.get(request_id)) is not None:
                 request.events.put_nowait(output)
-        for request_id in {request_id for request_id, _ in outputs}:
-            request = self._requests.get(request_id)
-            if request is not None and not self._engine.is_generating(request_id):
-                request.events.put_nowait(None)
+        for request_id in over - failed:
+            self._end(request_id)
         if pages_were_freed:
             self._admission.wake()
+
+    def _say(self, request_id: str, delta: Delta) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and request.clock is not None:
+            request.clock.count(delta)
+            self._outboxes.say(request.listener, request_id, delta)
+
+    def _end(self, request_id: str) -> None:
+        """All choices of a request are finished."""
+        request = self._requests.get(request_id)
+        if request is not None and request.clock is not None:
+            self._outboxes.say(request.listener, request_id, request.clock.finished())
+            request.events.put_nowait(None)
 
     def _check(self) -> None:
         if self._failed:
@@ -437,25 +472,12 @@ class DecodeWorker:
         self._preemptions = preemptions
 
 
-async def _heard(
-    request: _Request, pause: Callable[[], float]
-) -> AsyncGenerator[tuple[list[AnswerEvent], bool], None]:
-    """What comes for a request, and whether all choices are finished with it.
-
-    Args:
-        pause: how long to say nothing after a message with tokens.
+async def _heard(request: _Request) -> AsyncGenerator[Progress | ComputedHere, None]:
+    """What comes for a request's life, until all choices are finished.
 
     Raises: what comes instead of the rest.
     """
-    ended = False
-    while not ended:
-        events = [await request.events.get()]
-        while not request.events.empty():
-            events.append(request.events.get_nowait())
-        error = next((event for event in events if isinstance(event, LongreachError)), None)
-        ended = None in events and error is None
-        yield [e for e in events if e is not None and not isinstance(e, LongreachError)], ended
-        if error is not None:
-            raise error
-        if not ended and any(isinstance(event, Delta) for event in events):
-            await asyncio.sleep(pause())
+    while (event := await request.events.get()) is not None:
+        if isinstance(event, LongreachError):
+            raise event
+        yield event

@@ -52,9 +52,9 @@ class TokenTexts:
         self._raw = tokenizer.raw
         self._bytes = TokenBytes(tokenizer.raw)
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes a token adds to the text; a control token adds none."""
-        return self._bytes[token_id]
+    def bytes_of(self, token_id: int, shows_control: bool = False) -> bytes:
+        """The bytes a token adds to the text; a control token adds none where it is not shown."""
+        return self._bytes.spelled(token_id) if shows_control else self._bytes[token_id]
 
     def name(self, token_id: int) -> str:
         """The token as text; unlike `exact_name`, broken characters show as U+FFFD."""
@@ -95,7 +95,9 @@ class AnswerForm(Form):
     def __init__(self, plan: Plan, model_name: str, texts: TokenTexts) -> None:
         self._plan = plan
         self._texts = texts
-        self._with_logprobs = plan.requests[0].sampling.top_logprobs is not None
+        sampling = plan.requests[0].sampling
+        self._with_logprobs = sampling.top_logprobs is not None
+        self._shows_control = not sampling.skip_special_tokens
         self._common: dict[str, Any] = {
             "id": plan.answer_id,
             "created": int(time.time()),
@@ -327,7 +329,7 @@ class ChatForm(AnswerForm):
         ]
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = list(self._texts.bytes_of(token_id))
+        data = list(self._texts.bytes_of(token_id, self._shows_control))
         return {"token": self._texts.name(token_id), "bytes": data, "logprob": logprob}
 
 
@@ -345,11 +347,11 @@ class CompletionForm(AnswerForm):
         return {"text": text} if text else {}
 
     def _echo(self, choice: int) -> str:
-        """The prompt's text, before the first of an answer."""
+        """The prompt's text, control tokens included, before the first of an answer."""
         if not self._plan.echo or choice in self._echoed:
             return ""
         self._echoed.add(choice)
-        data = (self._texts.bytes_of(token) for token in self._prompt_of(choice).tolist())
+        data = (self._texts.bytes_of(token, True) for token in self._prompt_of(choice).tolist())
         return b"".join(data).decode(errors="replace")
 
     def _prompt_of(self, choice: int) -> Tokens:
@@ -395,13 +397,15 @@ class CompletionForm(AnswerForm):
     def _logprobs(self, choice: int, tokens: Iterable[ChosenToken]) -> Logprobs | None:
         if not self._with_logprobs:
             return None
-        every = [*self._scores_before(choice), *tokens]
+        before = self._scores_before(choice)
+        every = [*before, *tokens]
         names = [self._texts.exact_name(chosen.token_id) for chosen in every]
+        shown = [True] * len(before) + [self._shows_control] * (len(every) - len(before))
         # The type does not know that a prompt's first token has none.
         return Logprobs.model_construct(
             text_offset=[
-                self._offsets[choice].pass_by(self._texts.bytes_of(chosen.token_id))
-                for chosen in every
+                self._offsets[choice].pass_by(self._texts.bytes_of(chosen.token_id, is_shown))
+                for chosen, is_shown in zip(every, shown, strict=True)
             ],
             token_logprobs=[_or_none(chosen.logprob) for chosen in every],
             tokens=names,

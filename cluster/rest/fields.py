@@ -81,7 +81,6 @@ UNSUPPORTED: Neutral = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
-    "skip_special_tokens": (True,),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),

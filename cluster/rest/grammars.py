@@ -79,6 +79,8 @@ class HeldFields(BaseModel):
     def held_to(self) -> dict[str, str]:
         """From each field that is used to its grammar; more than one do not go together.
 
+        Those that clients write themselves are as they came: Lark, or GBNF.
+
         Raises:
             RestError: a field holds no schema, or no grammar.
         """
@@ -113,7 +115,7 @@ class HeldFields(BaseModel):
         if outputs.choice is not None:
             yield f"{name}.choice", choice_grammar(outputs.choice)
         if outputs.grammar is not None:
-            yield f"{name}.grammar", _as_lark(outputs.grammar, f"{name}.grammar")
+            yield f"{name}.grammar", outputs.grammar
         if outputs.json_object:
             yield f"{name}.json_object", json_grammar(_ANY_OBJECT, space)
 
@@ -126,7 +128,7 @@ class HeldFields(BaseModel):
         if self.guided_choice is not None:
             yield "guided_choice", choice_grammar(self.guided_choice)
         if self.guided_grammar is not None:
-            yield "guided_grammar", _as_lark(self.guided_grammar, "guided_grammar")
+            yield "guided_grammar", self.guided_grammar
 
 
 def json_grammar(schema: Schema, white_space: str | None = None, strict: bool = True) -> str:
@@ -180,17 +182,6 @@ def _of_json(schema: Schema | str, param: str, white_space: str | None) -> str:
         if not isinstance(schema, dict | bool):
             raise invalid(f"{param}: a schema is an object", param, "invalid_value")
     return json_grammar(schema, white_space)
-
-
-def _as_lark(grammar: str, param: str) -> str:
-    """Lark as it is, GBNF (with `::=`) put into Lark."""
-    bounded(grammar, param)
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    try:
-        return any_to_lark(grammar)
-    except Exception as error:  # of its own, and whatever its parser meets
-        raise invalid(f"{param}: no Lark, and no GBNF: {error}", param, "invalid_value") from error
 
 
 def bounded(grammar: str, param: str) -> str:

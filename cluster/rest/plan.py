@@ -56,6 +56,14 @@ class Plan:
         """What answers must match."""
         return self.requests[0].sampling.grammar
 
+    def held_to(self, grammar: str) -> "Plan":
+        """The same, held to this grammar."""
+        requests = (
+            replace(each, sampling=replace(each.sampling, grammar=grammar))
+            for each in self.requests
+        )
+        return replace(self, requests=tuple(requests))
+
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts together."""
@@ -134,6 +142,13 @@ class Planner:
         """Refuse a model that is not served here."""
         if name is not None:
             check_model(name, self._limits.model_name)
+
+    def check_logprobs(self, param: str, count: int | None) -> None:
+        """Refuse more alternatives than are served."""
+        most = self._limits.max_logprobs
+        if count is not None and count > most:
+            said = f"{param}: at most {most} are served, not {count}"
+            raise invalid(said, param, "invalid_value")
 
     def chat(self, body: ChatBody, request_id: str, arrived: float) -> Plan:
         """A chat has one prompt."""
@@ -234,13 +249,8 @@ class Planner:
                 "invalid_value",
             )
         name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
-        for param, asked_for in ((name, top_logprobs), ("prompt_logprobs", body.prompt_logprobs)):
-            if asked_for is not None and asked_for > limits.max_logprobs:
-                raise invalid(
-                    f"{param}: at most {limits.max_logprobs} are served, not {asked_for}",
-                    param,
-                    "invalid_value",
-                )
+        self.check_logprobs(name, top_logprobs)
+        self.check_logprobs("prompt_logprobs", body.prompt_logprobs)
         if body.prompt_logprobs is not None and body.stream:
             raise invalid(
                 "prompt_logprobs: answers that are streamed have none",
@@ -362,6 +372,7 @@ class Planner:
             "min_tokens": body.min_tokens,
             "top_logprobs": top_logprobs,
             "choices": body.n,
+            "skip_special_tokens": body.skip_special_tokens,
         }
         return {name: value for name, value in given.items() if value is not None}
 

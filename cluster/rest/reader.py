@@ -97,6 +97,8 @@ class Reader:
         """The plan of a response: that of the chat that it stands for."""
         self._check_count("responses", body)
         asked = parse(ResponsesBody, body)
+        # The chat is told of them only where they are part of the answer.
+        self._planner.check_logprobs("top_logprobs", asked.top_logprobs)
         try:
             plan = self._planner.chat(checked(ChatBody, asked.as_chat), request_id, arrived)
         except RestError as error:
@@ -241,7 +243,8 @@ class Readers:
         """
         done = await self._read(kind, parts, request_id, arrived)
         if isinstance(done, Plan) and done.grammar is not None:
-            await self._grammars.check(done.grammar, done.held_by or "")
+            lark = await self._grammars.check(done.grammar, done.held_by or "")
+            return done if lark == done.grammar else done.held_to(lark)
         return done
 
     async def _read(self, kind: Kind, parts: list[bytes], request_id: str, arrived: float) -> Any:

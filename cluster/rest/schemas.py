@@ -242,6 +242,7 @@ class GenerationBody(HeldFields, Strict):
     min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     request_id: str | None = None
     prompt_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
+    skip_special_tokens: bool | None = None
 
     # As llama.cpp names it.
     return_progress: bool | None = None

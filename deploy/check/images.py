@@ -1,12 +1,12 @@
 """Dockerfiles: what hadolint says, and what must be true of ours."""
 
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .dockerfile import stages
 from .problems import Problem
 
 
@@ -30,18 +30,16 @@ def _linted(path: Path) -> Iterator[Problem]:
 
 
 def _of_image(text: str) -> Iterator[str]:
-    """The last stage is what runs."""
-    stages = re.split(r"(?m)^FROM ", text)[1:]
-    names = {match[1] for stage in stages if (match := re.match(r"\S+ AS (\S+)", stage))}
-    for stage in stages:
-        image = stage.split()[0]
+    found = stages(text)
+    names = {stage.name for stage in found}
+    for stage in found:
+        image = stage.image
         if image not in names and (":" not in image or image.endswith(":latest")):
             yield f"starts from {image}; name a version"
-    last = stages[-1] if stages else ""
-    users = re.findall(r"(?m)^USER (\S+)", last)
+    users = found[-1].of("USER") if found else []
     if not users or users[-1].partition(":")[0] in ("0", "root"):
         yield "runs as root; end with USER and a number above 0"
-    if len(stages) < 2:
+    if len(found) < 2:
         yield "has one stage; build in one and run in another, so that compilers stay out"
-    if 'ENTRYPOINT ["longreach"]' not in last:
+    if not found or found[-1].of("ENTRYPOINT") != ['["longreach"]']:
         yield 'does not start longreach; set ENTRYPOINT ["longreach"]'

@@ -1,7 +1,7 @@
 """What pods here must be: not root, with limits and probes, of pinned images, without secrets."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .kubectl import Manifest, name_of
 from .pods import Pod, pods_of
@@ -12,15 +12,34 @@ _SECRET_NAME = re.compile(r"password|secret|token|api_?key", re.IGNORECASE)
 _SHARED_MEMORY = "/dev/shm"
 
 
-def problems(manifests: Iterable[Manifest]) -> Iterator[Problem]:
+def problems(manifests: Sequence[Manifest]) -> Iterator[Problem]:
     """Of all pods of these objects, and of the objects themselves."""
     for manifest in manifests:
         where = name_of(manifest)
         if manifest.get("kind") == "Secret":
             yield Problem(where, "a secret in a manifest; have it made by `kubectl create secret`")
+        if manifest.get("kind") == "PodDisruptionBudget":
+            for what in _of_disruption(manifest["spec"], manifests):
+                yield Problem(where, what)
         for pod in pods_of(manifest):
             for what in _of_pod(pod):
                 yield Problem(f"{where}, {pod.name}", what)
+
+
+def _of_disruption(budget: Manifest, manifests: Iterable[Manifest]) -> Iterator[str]:
+    """Kubernetes knows of the pods that an operator makes no more than those that there are."""
+    wanted = budget["selector"]["matchLabels"].items()
+    count = sum(
+        pod.replicas
+        for manifest in manifests
+        for pod in pods_of(manifest)
+        if wanted <= pod.template.get("metadata", {}).get("labels", {}).items()
+    )
+    if budget.get("minAvailable") != count - 1:
+        yield (
+            f"lets other than one of its {count} pods go at a time, or says it in a way that does "
+            f"not hold for an operator's pods; set minAvailable {count - 1} alone"
+        )
 
 
 def _of_pod(pod: Pod) -> Iterator[str]:

@@ -16,13 +16,16 @@ COPY engine engine
 COPY kernels kernels
 COPY lab lab
 COPY loadtest loadtest
+COPY plugins plugins
 RUN /opt/longreach/bin/pip install --constraint constraints.txt .
 
 FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/longreach /opt/longreach
 ENV PATH=/opt/longreach/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+# Of a login shell, in which an operator may start Ray, /etc/profile sets the path anew.
 RUN groupadd --gid 1000 longreach \
-    && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp longreach
+    && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp longreach \
+    && echo "PATH=$PATH" > /etc/profile.d/longreach.sh
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["longreach"]

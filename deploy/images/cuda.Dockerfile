@@ -14,7 +14,9 @@ COPY engine engine
 COPY kernels kernels
 COPY lab lab
 COPY loadtest loadtest
-RUN /opt/longreach/bin/pip install --constraint constraints.txt .
+COPY plugins plugins
+# With the transport that crosses hosts, for the CUDA of torch's wheels.
+RUN /opt/longreach/bin/pip install --constraint constraints.txt . nixl-cu13==1.5.1
 
 FROM python:3.11.14-slim-bookworm
 # Triton compiles what launches its kernels when they are first used, and wants a C compiler for it.
@@ -25,8 +27,10 @@ RUN apt-get update \
 COPY --from=build /opt/longreach /opt/longreach
 ENV PATH=/opt/longreach/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Of a login shell, in which an operator may start Ray, /etc/profile sets the path anew.
 RUN groupadd --gid 1000 longreach \
-    && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp longreach
+    && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp longreach \
+    && echo "PATH=$PATH" > /etc/profile.d/longreach.sh
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["longreach"]

@@ -416,7 +416,12 @@ class Decoder(DecodeEngine):
                 table,
                 len(request.prompt),
                 Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
-                Detokenizer(self._token_bytes, sampling.stop, sampling.min_tokens),
+                Detokenizer(
+                    self._token_bytes,
+                    sampling.stop,
+                    sampling.min_tokens,
+                    shows_control=not sampling.skip_special_tokens,
+                ),
                 None if constraint is None else constraint.copy(),
                 replayed[choice],
             )
@@ -488,6 +493,8 @@ def _choose(sequence: TokenSequence, outcome: Outcome, is_replayed: bool) -> Cho
     if is_replayed:
         chosen = sampler.repeat(sequence.replayed[sequence.num_generated])
     elif isinstance(outcome, ChosenToken):
+        if constraint is not None:
+            constraint.allowed()  # where there is nothing, what was chosen means nothing
         chosen = sampler.accept(outcome)
     else:
         chosen = sampler.choose(outcome, None if constraint is None else constraint.allowed())

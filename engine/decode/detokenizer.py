@@ -15,7 +15,7 @@ from ..errors import CheckpointError, InvalidRequestError
 
 
 class TokenBytes:
-    """The bytes of every token of a byte-level BPE vocabulary; special tokens have none.
+    """The bytes of every token of a byte-level BPE vocabulary; control tokens have none.
 
     Raises:
         CheckpointError: the tokenizer's decoder is not byte-level.
@@ -33,13 +33,20 @@ class TokenBytes:
             token_id: _bytes_of(token, byte_of_letter)
             for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()
         }
-        for token_id, added in tokenizer.get_added_tokens_decoder().items():
-            if added.special:
-                self._bytes[token_id] = b""
+        self._control = {
+            token_id: added.content.encode()
+            for token_id, added in tokenizer.get_added_tokens_decoder().items()
+            if added.special
+        }
+        self._bytes |= dict.fromkeys(self._control, b"")
 
     def __getitem__(self, token_id: int) -> bytes:
         """Bytes of one token; none for the unused ids that pad a model's vocabulary."""
         return self._bytes.get(token_id, b"")
+
+    def spelled(self, token_id: int) -> bytes:
+        """The same, but a control token has the bytes of its name, as `<|im_end|>`."""
+        return self._control.get(token_id) or self[token_id]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, as the tokenizer makes them; it means no control token."""
@@ -60,13 +67,18 @@ class Detokenizer:
     Args:
         stop: the stop strings.
         min_tokens: of so many tokens, from the first on, the text is not looked at for them.
+        shows_control: control tokens are part of the text, by their names.
     """
 
     def __init__(
-        self, token_bytes: TokenBytes, stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        token_bytes: TokenBytes,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        shows_control: bool = False,
     ) -> None:
         self._unlooked = min_tokens
-        self._token_bytes = token_bytes
+        self._bytes_of = token_bytes.spelled if shows_control else token_bytes.__getitem__
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = _StopStrings(stop)
 
@@ -77,7 +89,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is certain now."""
-        text = self._characters.decode(self._token_bytes[token_id])
+        text = self._characters.decode(self._bytes_of(token_id))
         if self._unlooked > 0:
             self._unlooked -= 1
             return text

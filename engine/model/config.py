@@ -1,5 +1,6 @@
 """The model's own configuration, read from a Hugging Face checkpoint folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,17 +99,23 @@ class ModelConfig:
         check_architecture(raw, folder)
         try:
             quantization = Quantization.from_config(folder, raw)
-            return cls._from_json(raw, _end_tokens(folder, raw), quantization)
+            return cls.from_json(raw, _end_tokens(folder, raw), quantization)
         except KeyError as missing:
             raise CheckpointError(f"{folder}/config.json has no key {missing}") from missing
 
     @classmethod
-    def _from_json(
+    def from_json(
         cls,
-        raw: dict[str, Any],
-        eos_token_ids: tuple[int, ...],
-        quantization: Quantization | None,
+        raw: Mapping[str, Any],
+        eos_token_ids: tuple[int, ...] = (),
+        quantization: Quantization | None = None,
     ) -> "ModelConfig":
+        """From what `config.json` says.
+
+        Raises:
+            KeyError: it does not say enough.
+            CheckpointError: what it says does not go together.
+        """
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -134,7 +141,7 @@ class ModelConfig:
         )
 
 
-def _rope_theta(raw: dict[str, Any]) -> float:
+def _rope_theta(raw: Mapping[str, Any]) -> float:
     """transformers 5 moved `rope_theta` into `rope_parameters`; published checkpoints have both."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -146,7 +153,7 @@ def _rope_theta(raw: dict[str, Any]) -> float:
     return float(theta)
 
 
-def _dual_chunk(raw: dict[str, Any]) -> DualChunk:
+def _dual_chunk(raw: Mapping[str, Any]) -> DualChunk:
     return DualChunk(
         chunk_size=raw["chunk_size"],
         local_size=raw["local_size"],

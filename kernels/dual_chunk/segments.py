@@ -148,13 +148,21 @@ class QueryBlocks:
 
 @dataclass(frozen=True)
 class LastRow:
-    """The last row alone of a sequence that ends at `end`, where else there are `QueryBlocks`."""
+    """The last row alone of a sequence that ends at `end`, where else there are `QueryBlocks`.
+
+    Or the last `count`, which lie in one block.
+    """
 
     end: int
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.count <= (self.end - 1) % BLOCK_ROWS + 1:
+            raise ValueError(f"{self.count} rows up to {self.end} are not in one block")
 
     def spans(self) -> Iterator[Span]:
         """The one that there is."""
-        yield Span(0, 1, self.end - 1)
+        yield Span(0, self.count, self.end - self.count)
 
 
 def split_at_chunks(span: Span, stride: int | None) -> Iterator[Span]:

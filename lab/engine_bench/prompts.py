@@ -79,13 +79,10 @@ def _cases(options: Options, subject: Subject, reporter: Reporter) -> Iterator[L
         )
     for batch in options.batches:
         lengths = _shortened(batch, options.decode, subject.pool.num_pages)
-        yield from _tried(
-            lambda each=lengths: reporter.of_batch(run_batch(subject, each, options.decode))
-        )
-        if options.sampled:
+        for chosen in options.chosen:
             yield from _tried(
-                lambda each=lengths: reporter.of_batch(
-                    run_batch(subject, each, options.decode, sampled=True)
+                lambda each=lengths, how=chosen: reporter.of_batch(
+                    run_batch(subject, each, options.decode, how)
                 )
             )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-FLOORS = ("cluster", "engine", "kernels", "deploy", "lab", "loadtest")
+FLOORS = ("cluster", "engine", "kernels", "deploy", "plugins", "lab", "loadtest")
 _PACKAGE = "longreach"
 
 Arrows = Mapping[str, Set[str]]

@@ -338,7 +338,7 @@ def test_figures_equal_what_was_sent(http: httpx.Client, tokenizer: Tokenizer) -
 def test_a_real_prometheus_sees_what_was_sent(
     cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with prometheus_server(tmp_path, cluster.url.removeprefix("http://")) as url:
+    with prometheus_server(tmp_path, {"longreach": [cluster.url.removeprefix("http://")]}) as url:
         chunks = 'longreach_prefill_chunks_total{role="prefill"}'
         before = scrape(http)["longreach_prefill_chunks_total", "prefill"]
         wait_for_value(url, chunks, before)

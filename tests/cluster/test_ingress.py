@@ -1,26 +1,37 @@
 """The ingress's backend: it holds leases, and releases what its clients leave."""
 
 import asyncio
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
-from longreach.cluster import metrics, recovery
+from longreach.cluster import listener, metrics, recovery
+from longreach.cluster.decode.outbox import Outboxes, Said
 from longreach.cluster.ingress import DecodeBackend, access_of, ingress_limits
 from longreach.cluster.messages import Taken
 from longreach.cluster.metrics import Metrics
 from longreach.cluster.settings import IngressSettings
-from longreach.engine.errors import LongreachError, LostError, NotUpError, PoisonousError
+from longreach.engine.errors import (
+    LongreachError,
+    LostError,
+    NotUpError,
+    PoisonousError,
+    UnavailableError,
+)
 from longreach.engine.messages import (
     ChosenToken,
     Delta,
     Event,
     Finished,
     GenerationRequest,
+    Progress,
     SamplingParameters,
     Timings,
 )
@@ -39,37 +50,57 @@ class Worker:
 
     def __init__(self) -> None:
         self.released: list[str] = []
-        self.release = self
+        self.outboxes = Outboxes()
+        self.release = SimpleNamespace(remote=self.released.append)
+        self.fetch = SimpleNamespace(remote=self._fetch)
+        self.error: Exception | None = None
+        self.heard = asyncio.Event()
 
-    def remote(self, request_id: str) -> None:
-        self.released.append(request_id)
+    async def _fetch(self, listener: str) -> Said:
+        if self.error is not None:
+            raise self.error
+        said = await self.outboxes.fetch(listener, 0.01)
+        if said:
+            self.heard.set()
+        return said
 
 
 class Replica:
-    """The decode deployment's handle: takes a request when it is let, and says what it is told."""
+    """The decode deployment's handle: takes a request when it is let, and says what it is told.
 
-    def __init__(self, *messages: list[Event], stays: bool = False) -> None:
+    What is generated its worker says.
+    """
+
+    def __init__(self, *events: Event | None, stays: bool = False) -> None:
         self.worker = Worker()
         self.takes = asyncio.Event()
         self.takes.set()
-        self._messages, self._stays = messages, stays
+        self._events, self._stays = events, stays
         self.generate = self
 
     def options(self, **ignored: Any) -> "Replica":
         return self
 
-    def remote(self, request: GenerationRequest) -> "Replica":
-        self._left = iter([Taken("worker", self.worker), *self._messages])
+    def remote(self, request: GenerationRequest, listener: str) -> "Replica":
+        self.begin(request, listener, self._events)
         return self
+
+    def begin(
+        self, request: GenerationRequest, listener: str, events: Iterable[Event | None]
+    ) -> None:
+        said = [each for each in events if isinstance(each, (Delta, Finished))]
+        for event in said:
+            self.worker.outboxes.say(listener, request.request_id, event)
+        own = (each for each in events if each not in said)
+        self._left = iter([Taken("worker", self.worker), *own])
 
     def __aiter__(self) -> "Replica":
         return self
 
-    async def __anext__(self) -> Taken | list[Event]:
+    async def __anext__(self) -> Any:
         """As Ray's streams: who is cancelled while waiting may ask again."""
         await self.takes.wait()
-        message = next(self._left, None)
-        if message is not None:
+        for message in self._left:
             return message
         if self._stays:
             await asyncio.Event().wait()
@@ -99,7 +130,7 @@ def make_backend(replica: "Replica", folder: Path, retries: int = 2) -> DecodeBa
 
 
 async def settle() -> None:
-    for _ in range(10):
+    for _ in range(20):
         await asyncio.sleep(0)
 
 
@@ -107,7 +138,7 @@ def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then(
     tmp_path: Path,
 ) -> None:
     async def run() -> None:
-        replica = Replica([DELTA], [FINISHED])
+        replica = Replica(None, DELTA, FINISHED)
         backend = make_backend(replica, tmp_path)
         leases = Leases(backend)
         events = [event async for event in backend.generate(REQUEST)]
@@ -121,7 +152,7 @@ def test_an_answer_to_its_end_releases_nothing_and_holds_its_lease_until_then(
 @pytest.mark.parametrize("taken", [True, False], ids=["taken", "not taken yet"])
 def test_a_client_that_leaves_has_its_request_released(tmp_path: Path, taken: bool) -> None:
     async def run() -> None:
-        replica = Replica([DELTA], stays=True)
+        replica = Replica(DELTA, stays=True)
         backend = make_backend(replica, tmp_path)
         leases = Leases(backend)
         if not taken:
@@ -153,19 +184,22 @@ class Dying(Replica):
         self._fates = iter(fates)
         self.asked: list[GenerationRequest] = []
 
-    def remote(self, request: GenerationRequest) -> "Dying":
+    def remote(self, request: GenerationRequest, listener: str) -> "Dying":
         self.asked.append(request)
         events, self._error = next(self._fates)
-        self._left = iter([Taken("worker", self.worker), *([event] for event in events)])
+        self.worker.heard.clear()
+        if not events:
+            self.worker.heard.set()
+        self.begin(request, listener, events)
         return self
 
-    async def __anext__(self) -> Taken | list[Event]:
-        message = next(self._left, None)
-        if message is None and self._error is not None:
+    async def __anext__(self) -> Any:
+        for message in self._left:
+            return message
+        await self.worker.heard.wait()
+        if self._error is not None:
             raise RayTaskError("generate", "a trace", self._error).as_instanceof_cause()
-        if message is None:
-            raise StopAsyncIteration
-        return message
+        raise StopAsyncIteration
 
 
 def counted(folder: Path, metric: metrics.Counter) -> float:
@@ -195,6 +229,113 @@ def test_a_request_goes_on_elsewhere_when_what_serves_it_dies(
         assert counted(tmp_path, metrics.REQUEST_RECOVERIES) == 2
 
     asyncio.run(run())
+
+
+def test_progress_that_comes_behind_what_is_generated_is_left_out(tmp_path: Path) -> None:
+    async def run() -> None:
+        replica = Replica(Progress(1, 2), stays=True)
+        generating = make_backend(replica, tmp_path).generate(REQUEST)
+        assert await anext(generating) == Progress(1, 2)
+        [name] = replica.worker.outboxes._boxes
+        for event in (DELTA, FINISHED):
+            replica.worker.outboxes.say(name, "a", event)
+        replica._left = iter([Progress(2, 2)])
+        assert [event async for event in generating] == [DELTA, FINISHED]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ActorDiedError(), LostError),
+        (TimeoutError(), LostError),
+        (RuntimeError("as nobody expects"), UnavailableError),
+    ],
+)
+def test_a_worker_that_is_heard_no_more_ends_its_requests(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    raised: type[LongreachError],
+) -> None:
+    monkeypatch.setattr(listener, "REPLICA_SECONDS", 0.01)
+
+    async def run() -> None:
+        replica = Replica(stays=True)
+        replica.worker.error = error
+        backend = make_backend(replica, tmp_path, retries=0)
+        with pytest.raises(raised):
+            async for _ in backend.generate(REQUEST):
+                pass
+        assert replica.worker.released == ["a"]
+        replica.worker.error = None
+        after = Replica(DELTA, FINISHED)
+        backend._streams = cast(Any, after)
+        again = replace(REQUEST, request_id="b")
+        assert [event async for event in backend.generate(again)] == [DELTA, FINISHED]
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_what_a_replica_says_of_its_workers_death_comes_first(tmp_path: Path) -> None:
+    """It gives that worker no request again, and one that comes again counts no second death."""
+
+    async def run() -> None:
+        replica = Dying(([], LostError("the worker died", begun=False)))
+        replica.worker.error = ActorDiedError()
+        with pytest.raises(LostError) as raised:
+            async for _ in make_backend(replica, tmp_path, retries=0).generate(REQUEST):
+                pass
+        assert not raised.value.begun
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_an_ingress_asks_again_when_it_has_had_time_for_what_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_EVENT_SECONDS", 0.02)
+    asked: list[float] = []
+
+    async def run() -> None:
+        replica = Replica(stays=True)
+        backend = make_backend(replica, tmp_path)
+        fetch = replica.worker.outboxes.fetch
+
+        async def timed(name: str, seconds: float) -> Said:
+            asked.append(time.perf_counter())
+            return await fetch(name, seconds)
+
+        monkeypatch.setattr(replica.worker.outboxes, "fetch", timed)
+        answers = [
+            asyncio.create_task(anext(backend.generate(replace(REQUEST, request_id=name))))
+            for name in "ab"
+        ]
+        await settle()
+        for name in "ab":
+            replica.worker.outboxes.say(backend._listener.name, name, DELTA)
+        assert await asyncio.gather(*answers) == [DELTA, DELTA]
+        told = len(asked)
+        while len(asked) == told:
+            await asyncio.sleep(0.001)
+        assert asked[told] - asked[told - 1] >= 0.04
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_an_answer_whose_end_is_lost_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "SILENT_SECONDS", 0.1)
+
+    async def run() -> None:
+        backend = make_backend(Replica(DELTA), tmp_path, retries=0)
+        with pytest.raises(LostError):
+            async for _ in backend.generate(REQUEST):
+                pass
+
+    asyncio.run(asyncio.wait_for(run(), 5))
 
 
 @pytest.mark.parametrize(("retries", "refused"), [(0, LostError), (1, PoisonousError)])

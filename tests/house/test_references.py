@@ -10,7 +10,10 @@ import pytest
 from longreach.cluster.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("cluster", "configs", "deploy", "docs", "engine", "kernels", "lab", "loadtest", "tests")
+FOLDERS = (
+    "cluster", "configs", "deploy", "docs", "engine", "kernels", "lab", "loadtest", "plugins",
+    "tests",
+)  # fmt: skip
 PAGES = [
     page
     for pattern in ("*.md", *(f"{folder}/**/*.md" for folder in FOLDERS))

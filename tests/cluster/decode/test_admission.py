@@ -147,7 +147,7 @@ def test_one_that_leaves_lets_the_next_have_its_turn() -> None:
         await scene.ask("holder", 6)
         large = asyncio.create_task(scene.ask("five", 5))
         await settle()
-        small = asyncio.create_task(scene.ask("also five", 4))
+        small = asyncio.create_task(scene.ask("also five", 3))
         await small
         scene.free("also five")
         larger = asyncio.create_task(scene.ask("six", 6))

@@ -1,7 +1,10 @@
 """A request's life at a decode replica, over a worker and a prefill deployment that play along."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +14,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from longreach.cluster.decode.request_life import RequestLife, State
-from longreach.cluster.messages import ComputedHere, PrefillOrder
+from longreach.cluster.messages import AnswerOrder, ComputedHere, PrefillOrder
 from longreach.cluster.metrics import Metrics, render
 from longreach.cluster.recovery import Recovery
 from longreach.engine.errors import (
@@ -23,18 +26,14 @@ from longreach.engine.errors import (
     UnavailableError,
 )
 from longreach.engine.messages import (
-    ChosenToken,
-    Delta,
-    Event,
-    Finished,
     GenerationRequest,
     Prefilled,
     Progress,
     SamplingParameters,
+    Timings,
 )
 
 PREFILLED = Prefilled(np.zeros(3, dtype=np.float32), 0.5, 1.0, 0.25, {"linear": 0.1})
-DELTA = Delta(0, "a", (ChosenToken(1, -0.5),), "length")
 
 
 class Remote:
@@ -97,7 +96,8 @@ class Stage:
         self.reservation: Any = None  # what goes wrong with it
         self.worker_is_gone = False
         self.folder = folder
-        self.answers: list[Any] = [([DELTA], True)]
+        self.computing: list[Any] = []
+        self.error: Exception | None = None
         self.waits = False
         self.streams: list[Stream] = []
         prompt = np.zeros(2, dtype=np.int32)
@@ -107,13 +107,13 @@ class Stage:
             go_on=Remote(self.calls, "go_on", self._go_on),
             until_released=Remote(self.calls, "until_released", "a release"),
             answer=Remote(self.calls, "answer", self._answer),
-            generate=Remote(self.calls, "generate", self._answer),
+            generate=Remote(self.calls, "generate", self._generate),
             release=Remote(self.calls, "release"),
         )
         prefill = SimpleNamespace(prefill=Remote(self.calls, "prefill", self._prefill))
         gang = None if at_the_worker else cast(Any, prefill)
         sink = Metrics(folder, "decode", "a model")
-        self.life = RequestLife(request, worker, gang, Recovery(retries), sink)
+        self.life = RequestLife(request, worker, gang, Recovery(retries), sink, "an ingress")
 
     def _go_on(self) -> "Promise":
         return Promise(LostError("the worker died") if self.worker_is_gone else "the rest")
@@ -132,18 +132,31 @@ class Stage:
         self.streams.append(Stream(events(), self.calls))
         return self.streams[-1]
 
-    async def _answer(self) -> AsyncGenerator[Awaitable[Any], None]:
-        for answer in self.answers:
-            if isinstance(answer, Exception):
-                raise answer
-            yield ready(answer)
+    async def _answer(self) -> None:
+        self.states.append(self.life.state)
+        if self.error is not None:
+            raise self.error
 
-    async def live(self) -> list[Event]:
+    async def _generate(self) -> AsyncGenerator[Awaitable[Any], None]:
+        for event in self.computing:
+            yield ready(event)
+        await self._answer()
+
+    async def live(self) -> list[Progress]:
         events = []
-        async for message in self.life.events():
-            self.states.append(self.life.state)
-            events += message
+        try:
+            async with aclosing(self.life.events()) as said:
+                async for event in said:
+                    self.states.append(self.life.state)
+                    events.append(event)
+        finally:
+            self.life.end()
         return events
+
+    def given_to(self, name: str) -> tuple[Any, ...]:
+        """What the only call of this name was given."""
+        [given] = [call[1:] for call in self.calls if call[0] == name]
+        return given
 
     @property
     def releases(self) -> int:
@@ -156,45 +169,54 @@ def play(stage: Stage, scenario: Callable[[Stage], Awaitable[Any]] | None = None
 
 
 def test_a_life_goes_from_reservation_to_release(tmp_path: Path) -> None:
+    began = time.time()
     stage = Stage(tmp_path)
     assert stage.life.state is State.WAITING
-    progress, delta, finished = play(stage)
-    assert (progress, delta) == (Progress(1, 2), DELTA)
-    assert isinstance(finished, Finished)
-    assert (finished.prompt_tokens, finished.completion_tokens) == (2, 1)
-    timings = finished.timings
-    assert (timings.queued, timings.prefill, timings.hand_off) == (0.5, 1.0, 0.25)
+    assert play(stage) == [Progress(1, 2)]
     assert stage.states == [State.PREFILLING, State.DECODING]
     assert stage.life.state is State.ENDED
     assert [call[0] for call in stage.calls] == [
         "reserve", "until_released", "prefill", "cancel", "answer", "release",
     ]  # fmt: skip
-    [order] = [call[1] for call in stage.calls if call[0] == "prefill"]
+    [order] = stage.given_to("prefill")
     assert isinstance(order, PrefillOrder)
     assert cast(Any, order.destination).value == "a destination"
     assert order.released == "a release"
+    name, logits, answer = stage.given_to("answer")
+    assert (name, logits) == ("a", PREFILLED.logits)
+    assert isinstance(answer, AnswerOrder)
+    assert answer.listener == "an ingress"
+    assert answer.prompt == Timings(0.5, 1.0, 0.25, 0.0, 0.0, {"linear": 0.1})
+    assert began <= answer.taken <= answer.prompt_there <= time.time()
+    assert answer.scores is None
 
 
-def test_a_life_without_a_gang_is_one_call(tmp_path: Path) -> None:
+def test_scores_of_a_prompt_go_to_the_worker_which_says_them_before_its_answer(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(tmp_path)
+    scores = np.ones((1, 2), dtype=np.float32)
+    stage.prefill_events[-1] = replace(PREFILLED, scores=scores)
+    play(stage)
+    _, _, answer = stage.given_to("answer")
+    assert answer.scores.values is scores
+
+
+def test_a_life_without_a_gang_is_one_call_which_is_made_at_once(tmp_path: Path) -> None:
     stage = Stage(tmp_path, at_the_worker=True)
-    computed = ComputedHere(began=2.0, ended=5.0, seconds=1.5)
-    stage.answers = [([Progress(1, 2)], False), ([computed, DELTA], False), ([DELTA], True)]
-    progress, *deltas, finished = play(stage)
-    assert (progress, deltas) == (Progress(1, 2), [DELTA, DELTA])
-    assert isinstance(finished, Finished)
-    assert (finished.prompt_tokens, finished.completion_tokens) == (2, 2)
-    timings = finished.timings
-    assert (timings.queued, timings.prefill, timings.hand_off) == (2.0, 3.0, 0.0)
-    assert timings.prefill_stages == {"steps": 1.5}
-    assert 0 <= timings.first_token < timings.served
-    assert stage.states == [State.PREFILLING, State.DECODING, State.DECODING]
+    assert [call[0] for call in stage.calls] == ["generate"]
+    stage.computing = [Progress(1, 2), ComputedHere(began=2.0, ended=5.0, seconds=1.5)]
+    assert play(stage) == [Progress(1, 2)]
+    assert stage.states == [State.PREFILLING, State.DECODING]
     assert stage.life.state is State.ENDED
     assert [call[0] for call in stage.calls] == ["generate", "release"]
+    request, order = stage.given_to("generate")
+    assert (request.request_id, order.listener) == ("a", "an ingress")
 
 
 def test_whatever_goes_wrong_at_the_worker_ends_in_a_release(tmp_path: Path) -> None:
     stage = Stage(tmp_path, at_the_worker=True)
-    stage.answers = [UnavailableError("failed")]
+    stage.error = UnavailableError("failed")
     with pytest.raises(UnavailableError):
         play(stage)
     assert stage.releases == 1
@@ -212,7 +234,7 @@ def test_whatever_goes_wrong_ends_in_a_release(
     if where == "prefill":
         stage.prefill_events[1] = error
     else:
-        stage.answers = [error]
+        stage.error = error
     with pytest.raises(type(error)):
         play(stage)
     assert stage.releases == 1
@@ -263,9 +285,7 @@ def test_another_gang_goes_on_where_the_pages_of_the_first_are(
     stage = Stage(tmp_path)
     stage.prefill_events = [None, Progress(1, 2), error]
     stage.later_events = [[None, PREFILLED]]
-    progress, delta, finished = play(stage)
-    assert (progress, delta) == (Progress(1, 2), DELTA)
-    assert isinstance(finished, Finished)
+    assert play(stage) == [Progress(1, 2)]
     first, second = orders(stage)
     assert cast(Any, second.destination).value == "the rest"
     assert second.released is first.released

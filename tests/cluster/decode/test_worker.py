@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from longreach.cluster.decode import worker as worker_module
+from longreach.cluster.decode.outbox import Said
 from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.leases import RENEWAL_SECONDS, TICKS_WITHOUT_RENEWAL
-from longreach.cluster.messages import ComputedHere
+from longreach.cluster.messages import AnswerOrder, ComputedHere
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.sequences import Reservation
@@ -32,7 +33,15 @@ from longreach.engine.errors import (
 )
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import Pages
-from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
+from longreach.engine.messages import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    PromptScores,
+    SamplingParameters,
+    Timings,
+)
 from longreach.engine.prefill.prefiller import Prefiller
 
 from ..conftest import make_settings
@@ -66,18 +75,53 @@ def logits_of(worker: DecodeWorker) -> np.ndarray:
     return np.zeros(engine_of(worker)._model.config.vocab_size, dtype=np.float32)
 
 
+def order_for(listener: str) -> AnswerOrder:
+    return AnswerOrder(listener, taken=time.time())
+
+
 class Answer:
-    """What a worker answers to one request, as far as it comes."""
+    """What a worker answers to one request, as far as it comes; its listener is its own."""
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self.is_whole = False
+        self.said: list[Event] = []
+
+    @property
+    def deltas(self) -> list[Delta]:
+        return [event for event in self.said if isinstance(event, Delta)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(delta.tokens) for delta in self.deltas)
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def is_whole(self) -> bool:
+        return any(isinstance(event, Finished) for event in self.said)
 
     async def read(self, worker: DecodeWorker, name: str, logits: np.ndarray | None = None) -> None:
         logits = logits_of(worker) if logits is None else logits
-        async for deltas, ended in worker.answer(name, logits):
-            self.tokens += sum(len(delta.tokens) for delta in deltas)
-            self.is_whole |= ended
+        await self.hear(worker, name, worker.answer(name, logits, order_for(name)))
+
+    async def hear(self, worker: DecodeWorker, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """What is said to a listener of this name while the worker works, and at the end."""
+        listening = asyncio.create_task(self._listen(worker, name))
+        try:
+            await work
+        finally:
+            listening.cancel()
+            self._note(name, await worker._outboxes.fetch(name, 0.0))
+
+    async def _listen(self, worker: DecodeWorker, name: str) -> None:
+        while True:
+            self._note(name, await worker.fetch(name))
+
+    def _note(self, name: str, said: Said) -> None:
+        for request_id, events in said:
+            assert request_id == name
+            self.said += events
 
 
 def break_steps(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -340,12 +384,12 @@ def test_answers_are_held_to_a_grammar(worker: DecodeWorker) -> None:
     async def run() -> str:
         await worker.start(None)
         await worker.reserve(held("held", 'start: "a" /[0-9]/ "b"'))
-        deltas = [delta async for some, _ in worker.answer("held", logits_of(worker))
-                  for delta in some]  # fmt: skip
+        answer = Answer()
+        await answer.read(worker, "held")
         with pytest.raises(GrammarError):
             await worker.reserve(held("wrong", "start: ("))
         assert worker._engine.usage == 0
-        return "".join(delta.text for delta in deltas)
+        return answer.text
 
     text = asyncio.run(run())
     assert (text[0], text[2:]) == ("a", "b")
@@ -379,31 +423,66 @@ def test_a_grammar_is_compiled_beside_the_loop_and_may_come_too_late(
     asyncio.run(run())
 
 
-async def generated(worker: DecodeWorker, request: GenerationRequest) -> list[Any]:
-    """Everything that a worker says about a prompt that it computes itself."""
-    said: list[Any] = []
-    is_whole = False
-    async for events, ended in worker.generate(request):
-        said += events
-        is_whole = ended
-    assert is_whole
-    return said
+async def generated(worker: DecodeWorker, request: GenerationRequest) -> tuple[list[Any], Answer]:
+    """What a worker says of a prompt that it computes itself, and what it answers."""
+    prompt: list[Any] = []
+    answer = Answer()
+
+    async def hear() -> None:
+        async for event in worker.generate(request, order_for(request.request_id)):
+            prompt.append(event)
+
+    await answer.hear(worker, request.request_id, hear())
+    assert answer.is_whole
+    return prompt, answer
 
 
 def test_a_worker_computes_a_prompt_and_says_when(worker: DecodeWorker) -> None:
     async def run() -> None:
         await worker.start(None)
         before = time.time()
-        *progress, computed, first, second = await generated(
-            worker, make_request("a", tokens=600, max_tokens=2)
-        )
+        request = replace(make_request("a", tokens=600, max_tokens=2), arrived=before)
+        (*progress, computed), answer = await generated(worker, request)
         assert [each.done for each in progress] == [512]
         assert isinstance(computed, ComputedHere)
         assert before <= computed.began < computed.ended <= time.time()
         assert 0 < computed.seconds <= computed.ended - computed.began + 1e-6
-        assert isinstance(first, Delta)
-        assert second.finish_reason == "length"
+        assert answer.tokens == 2
+        assert answer.deltas[-1].finish_reason == "length"
+        finished = answer.said[-1]
+        assert isinstance(finished, Finished)
+        assert (finished.prompt_tokens, finished.completion_tokens) == (600, 2)
+        timings = finished.timings
+        assert timings.queued == computed.began - before
+        assert timings.prefill == computed.ended - computed.began
+        assert timings.prefill_stages == {"steps": computed.seconds}
+        assert 0 <= timings.first_token < timings.served
         assert worker._engine.usage == 0
+
+    asyncio.run(run())
+
+
+def test_an_answer_after_a_hand_off_has_the_gangs_times_and_its_scores_first(
+    worker: DecodeWorker,
+) -> None:
+    scores = PromptScores(np.zeros((299, 2), dtype=np.float32))
+    prompt = Timings(0.5, 1.0, 0.25, 0.0, 0.0, {"linear": 0.1})
+
+    async def run() -> None:
+        await worker.start(None)
+        await worker.reserve(make_request("a", max_tokens=3))
+        now = time.time()
+        order = AnswerOrder("a", now - 2.0, prompt, now, scores)
+        answer = Answer()
+        await answer.hear(worker, "a", worker.answer("a", logits_of(worker), order))
+        assert answer.said[0] is scores
+        finished = answer.said[-1]
+        assert isinstance(finished, Finished)
+        assert finished.completion_tokens == 3
+        timings = finished.timings
+        assert (timings.queued, timings.prefill, timings.hand_off) == (0.5, 1.0, 0.25)
+        assert timings.prefill_stages == {"linear": 0.1}
+        assert 0 <= timings.first_token < 2.0 <= timings.served
 
     asyncio.run(run())
 
@@ -413,25 +492,26 @@ def test_it_says_what_it_would_after_a_hand_off(worker: DecodeWorker) -> None:
     engine = engine_of(worker)
     prefiller = Prefiller(engine._model, engine._pool, None)
 
-    async def handed_off(request: GenerationRequest) -> list[Any]:
+    async def handed_off(request: GenerationRequest) -> Answer:
         await worker.reserve(request)
         prefiller.admit("a", request.prompt, engine.block_table(request.request_id))
         logits = prefiller.run_chunk("a", 0, len(request.prompt)).logits
         assert logits is not None
         prefiller.release("a")
-        return [
-            delta
-            async for deltas, _ in worker.answer(request.request_id, logits.numpy())
-            for delta in deltas
-        ]
+        answer = Answer()
+        await answer.read(worker, request.request_id, logits.numpy())
+        return answer
 
     async def run() -> None:
         await worker.start(None)
         there = await handed_off(make_request("there"))
-        here = [d for d in await generated(worker, make_request("here")) if isinstance(d, Delta)]
-        assert [d.text for d in here] == [d.text for d in there]
-        for mine, theirs in zip(here, there, strict=True):
-            assert mine.tokens[0].logprob == pytest.approx(theirs.tokens[0].logprob, abs=1e-4)
+        _, here = await generated(worker, make_request("here"))
+        assert here.text == there.text
+        tokens = [[token for d in each.deltas for token in d.tokens] for each in (here, there)]
+        assert len(tokens[0]) == 8
+        for mine, theirs in zip(*tokens, strict=True):
+            assert mine.token_id == theirs.token_id
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 
     asyncio.run(run())
 
@@ -443,8 +523,8 @@ def test_requests_that_lack_pages_wait_and_all_end_well(worker: DecodeWorker) ->
         await worker.start(None)
         requests = [make_request(f"r{n}", tokens=250, max_tokens=12) for n in range(5)]
         answers = [generated(worker, request) for request in requests]
-        for said in await asyncio.wait_for(asyncio.gather(*answers), 100 * WAITS):
-            assert sum(len(each.tokens) for each in said if isinstance(each, Delta)) == 12
+        for _, answer in await asyncio.wait_for(asyncio.gather(*answers), 100 * WAITS):
+            assert answer.tokens == 12
         assert engine_of(worker).num_preemptions > 0
         assert worker._engine.usage == 0
 
@@ -483,20 +563,43 @@ def test_a_failed_step_ends_what_is_computed_here(
     asyncio.run(run())
 
 
-def test_a_first_token_comes_at_once_and_later_ones_together_where_many_answer(
-    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
+def test_a_step_is_one_message_to_an_ingress_and_who_is_late_gets_more_in_one(
+    worker: DecodeWorker,
 ) -> None:
-    monkeypatch.setattr(worker_module, "_MESSAGE_SECONDS", 1.0)
-    monkeypatch.setattr(worker_module, "_LONGEST_PAUSE", 2.0)
+    """Two requests of one ingress, and one of another, which comes late."""
 
-    async def run() -> list[int]:
+    async def run() -> None:
         await worker.start(None)
-        counts = []
-        async for events, _ in worker.generate(make_request("a", max_tokens=8)):
-            counts.append(sum(len(each.tokens) for each in events if isinstance(each, Delta)))
-        return counts
+        names = {"a": "one", "b": "one", "late": "other"}
+        requests = [
+            asyncio.create_task(drained(worker, make_request(name, tokens=20), names[name]))
+            for name in names
+        ]
+        messages: list[dict[str, list[Event]]] = []
 
-    first, *rest = asyncio.run(run())
-    assert first == 1
-    assert sum(rest) == 7
-    assert len(rest) < 7
+        async def listen() -> None:
+            while True:
+                messages.append(dict(await worker.fetch("one")))
+
+        listening = asyncio.create_task(listen())
+        await asyncio.gather(*requests)
+        listening.cancel()
+        messages.append(dict(await worker._outboxes.fetch("one", 0.0)))
+        assert {"a", "b"} in [set(message) for message in messages]
+        for name in ("a", "b"):
+            own = [event for message in messages for event in message.get(name, [])]
+            assert sum(len(each.tokens) for each in own if isinstance(each, Delta)) == 8
+            assert isinstance(own[-1], Finished)
+        [(name, (delta, finished))] = await worker.fetch("other")
+        assert name == "late"
+        assert isinstance(delta, Delta)
+        assert (len(delta.tokens), delta.finish_reason) == (8, "length")
+        assert isinstance(finished, Finished)
+
+    asyncio.run(asyncio.wait_for(run(), 20 * WAITS))
+
+
+async def drained(worker: DecodeWorker, request: GenerationRequest, listener: str) -> None:
+    """Its prompt and answer, said to an ingress."""
+    async for _ in worker.generate(request, order_for(listener)):
+        pass

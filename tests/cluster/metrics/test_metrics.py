@@ -229,7 +229,7 @@ def scrape_url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def prometheus_url(tmp_path: Path, scrape_url: str) -> Iterator[str]:
-    with prometheus_server(tmp_path, scrape_url) as url:
+    with prometheus_server(tmp_path, {"longreach": [scrape_url]}) as url:
         yield url
 
 

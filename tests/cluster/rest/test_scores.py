@@ -15,6 +15,7 @@ from longreach.engine.errors import QueueFullError
 from longreach.engine.local import LocalPrefill
 from longreach.engine.messages import Event, Finished, GenerationRequest, SamplingParameters
 from longreach.engine.model.pocket import CHECKPOINT
+from longreach.lab.pocket.tokenizer import TURN_END_ID, TURN_START_ID
 
 from .backend import TIMINGS, Endpoint
 from .engine_backend import EngineEndpoint
@@ -94,6 +95,41 @@ def test_a_streamed_echo_comes_first(endpoint: Endpoint) -> None:
                 tokens[index] = tokens.get(index, []) + choice["logprobs"]["tokens"]
     assert texts == {0: "abYes.", 1: "abYes.", 2: "cdYes.", 3: "cdYes."}
     assert all("".join(tokens[index]) == text for index, text in texts.items())
+
+
+def test_control_tokens_are_in_the_text_where_they_are_asked_for(engine: EngineEndpoint) -> None:
+    forced = {"logit_bias": {str(TURN_START_ID): 100}, "temperature": 0, "max_tokens": 3}
+    shown, left_out = (
+        engine.complete(**forced, logprobs=0, skip_special_tokens=skips).json()["choices"][0]
+        for skips in (False, True)
+    )
+    assert shown["text"] == 3 * "<|im_start|>"
+    assert shown["logprobs"]["text_offset"] == [0, 12, 24]
+    assert left_out["text"] == ""
+    assert left_out["logprobs"]["text_offset"] == [0, 0, 0]
+    [chat] = engine.chat(**forced, logprobs=True, skip_special_tokens=False).json()["choices"]
+    assert chat["message"]["content"] == shown["text"]
+    assert bytes(chat["logprobs"]["content"][0]["bytes"]) == b"<|im_start|>"
+
+
+@pytest.mark.parametrize(("goes_on", "text"), [(False, ""), (True, 2 * "<|im_end|>")])
+def test_the_control_token_that_ends_an_answer_is_no_part_of_it(
+    engine: EngineEndpoint, goes_on: bool, text: str
+) -> None:
+    forced = {"logit_bias": {str(TURN_END_ID): 100}, "temperature": 0, "max_tokens": 2}
+    answer = engine.complete(**forced, skip_special_tokens=False, ignore_eos=goes_on).json()
+    assert answer["choices"][0]["text"] == text
+
+
+def test_an_echo_has_the_control_tokens_of_the_prompt(endpoint: Endpoint) -> None:
+    prompt = [TURN_START_ID, *b"ab", TURN_END_ID]
+    fields = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    [choice] = endpoint.complete(**fields).json()["choices"]
+    assert choice["text"] == "<|im_start|>ab<|im_end|>"
+    assert choice["logprobs"]["text_offset"] == [0, 12, 13, 14]
+    fields = {"prompt": "<|im_start|>ab", "echo": True, "parse_special": True}
+    [choice] = endpoint.complete(**fields).json()["choices"]
+    assert choice["text"] == "<|im_start|>abYes."
 
 
 def test_an_echo_without_log_probabilities_costs_none(endpoint: Endpoint) -> None:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from longreach.engine.decode.detokenizer import Detokenizer, TokenBytes
 from longreach.engine.errors import CheckpointError, InvalidRequestError
-from longreach.lab.pocket.tokenizer import TURN_END_ID, build_tokenizer
+from longreach.lab.pocket.tokenizer import TURN_END_ID, TURN_START_ID, build_tokenizer
 
 TOKEN_BYTES = TokenBytes(build_tokenizer())
 """A token a byte, so that every character above ASCII is split."""
@@ -71,6 +71,13 @@ def test_a_character_appears_with_its_last_byte() -> None:
 def test_control_and_unused_tokens_say_nothing() -> None:
     detokenizer = Detokenizer(TOKEN_BYTES)
     assert [detokenizer.push(token) for token in (TURN_END_ID, 319, 65)] == ["", "", "A"]
+
+
+def test_control_tokens_may_be_shown_and_stopped_at() -> None:
+    detokenizer = Detokenizer(TOKEN_BYTES, ("m_start|>",), shows_control=True)
+    tokens = (TURN_END_ID, 319, 65, TURN_START_ID)
+    assert "".join(map(detokenizer.push, tokens)) == "<|im_end|>A<|i"
+    assert detokenizer.stopped
 
 
 def test_what_cannot_be_served_is_refused() -> None:

