@@ -74,6 +74,7 @@ class DecodeReplica:
             num_cpus=settings.decode.cpus,
             num_gpus=settings.decode.gpus,
             max_concurrency=_CALLS_AT_ONCE,
+            label_selector=settings.decode.nodes or None,
         )
         self._worker = actor.remote(settings, metrics_directory)
         await self._worker.start.remote(self._worker)

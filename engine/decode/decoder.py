@@ -493,8 +493,6 @@ def _choose(sequence: TokenSequence, outcome: Outcome, is_replayed: bool) -> Cho
     if is_replayed:
         chosen = sampler.repeat(sequence.replayed[sequence.num_generated])
     elif isinstance(outcome, ChosenToken):
-        if constraint is not None:
-            constraint.allowed()  # where there is nothing, what was chosen means nothing
         chosen = sampler.accept(outcome)
     else:
         chosen = sampler.choose(outcome, None if constraint is None else constraint.allowed())

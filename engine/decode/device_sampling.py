@@ -105,7 +105,7 @@ class BatchDrawing:
         try:
             self._held.masks.numpy()[row] = allowed().view(np.int32)
         except GrammarError:
-            return 0  # whoever takes the token asks as well, and ends one answer instead of all
+            return 0  # whatever is drawn cannot be taken, which ends one answer instead of all
         return MASKED
 
     def _sample(self) -> StepResults:

@@ -96,7 +96,8 @@ def _unsupported(config: "VllmConfig") -> Iterator[tuple[str, str, str]]:
             yield option, str(ranks), "divide the model by --tensor-parallel-size"
     if parallel.enable_dbo:
         yield "--enable-dbo", "given", "leave it out"
-    if cache.enable_prefix_caching and config.scheduler_config.scheduler_cls is not None:
+    scheduler = config.scheduler_config.scheduler_cls
+    if cache.enable_prefix_caching and scheduler not in (None, _SCHEDULER):
         yield (
             "--enable-prefix-caching",
             "on beside a --scheduler-cls",
