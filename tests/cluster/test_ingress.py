@@ -326,7 +326,7 @@ def test_an_ingress_asks_again_when_it_has_had_time_for_what_it_was_told(
 def test_an_answer_whose_end_is_lost_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "END_SECONDS", 0.1)
 
     async def run() -> None:
         backend = make_backend(Replica(DELTA), tmp_path, retries=0)
