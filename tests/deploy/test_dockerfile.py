@@ -13,8 +13,8 @@ FROM python:3 AS build
 ARG INDEX=""
 ENV A=1 \\
     B="two $A"
-# Within
 RUN first \\
+# Within
     && second
 COPY a b
 
