@@ -180,7 +180,9 @@ def test_what_is_written_into_held_pages_is_read_there_and_nowhere_else(
     held.write(pages)
     assert torch.equal(held.read().bits, pages.bits)
     if scales is not None:
-        assert torch.equal(held.read().scales, scales)
+        read = held.read().scales
+        assert read is not None
+        assert torch.equal(read, scales)
     rest = Pages(pool.memory).bits.clone()
     rest[1, numbers, 2:4] = 0
     assert not rest.any()
