@@ -170,7 +170,7 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
         layer_idx: int | None = None,
         dual_chunk_attention_config: dict[str, Any] | None = None,
     ) -> None:
-        # Of other architectures vLLM asks nobody before it loads them.
+        # Of architectures that nobody registered vLLM asks nobody before it loads them.
         config = get_current_vllm_config()
         check(config, __version__)
         assert layer_idx is not None

@@ -35,6 +35,24 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
 
 
+def test_a_rank_reads_its_heads_of_a_pool_that_has_more() -> None:
+    """As it does of decode's pages; within one process, which reads by the same way."""
+    case = Case(torch.float8_e4m3fn)
+    theirs, pool = case.make_pool(HEADS), case.make_pool(OWN_HEADS)
+    case.fill(theirs)
+    numbers, ours = np.array([9, 3, 4]), np.array([0, 1, 7])
+    run = AnnouncedRun(Place(1, 0, FIRST_HEAD), numbers, range(FIRST_HEAD, FIRST_HEAD + OWN_HEADS))
+    owner = NixlAgent(theirs)  # for as long as it is read from
+    size = NixlAgent(pool).read(owner.pool, [(run, pool.held(1, ours))])
+    expected = theirs.held(1, numbers).read().heads(FIRST_HEAD, OWN_HEADS)
+    found = pool.held(1, ours).read()
+    assert size == found.nbytes
+    assert torch.equal(found.bits, expected.bits)
+    assert found.scales is not None
+    assert expected.scales is not None
+    assert torch.equal(found.scales, expected.scales)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
 def test_a_ranks_heads_come_to_their_place_and_nothing_else_changes(dtype: torch.dtype) -> None:
     """The reader has more heads than the owner, as decode has more than a tensor rank."""

@@ -39,6 +39,7 @@ def configuration(raw: dict[str, Any] = RAW, backend: str | None = "CUSTOM", **c
         "scheduler_config": {"scheduler_cls": None},
         "model_config": {
             "model": "some/model", "dtype": "torch.bfloat16", "max_model_len": 1000,
+            "architecture": raw["architectures"][0],
             "hf_config": SimpleNamespace(to_dict=lambda: raw, **raw),
         },
         "attention_config": {
@@ -113,9 +114,11 @@ def test_another_scheduler_may_be_chosen_without_prefix_caching() -> None:
     check(configuration(scheduler_cls="mine.Scheduler", enable_prefix_caching=False), "0.26.0")
 
 
-def test_other_architectures_are_refused() -> None:
+def test_other_architectures_are_refused_or_left_to_vllm() -> None:
+    other = {**RAW, "architectures": ["Qwen3ForCausalLM"]}
     with pytest.raises(CheckpointError):
-        check(configuration({**RAW, "architectures": ["Qwen3ForCausalLM"]}), "0.26.0")
+        check(configuration(other), "0.26.0")
+    check(configuration(other, backend="FLASH_ATTN"), "0.26.0")
 
 
 def test_sliding_windows_are_refused() -> None:

@@ -44,7 +44,10 @@ def served(folder: Path, port: int, log: Path, *options: str) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-            server.wait(30)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
@@ -179,7 +182,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded() -> None:
     assert "--block-size cannot be 64" in said
 
 
-def test_another_architecture_is_refused_while_it_is_loaded(tmp_path: Path) -> None:
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
     """vLLM would hand such a model's queries over in a form that is not ours."""
     config = json.loads((CHECKPOINT / "config.json").read_text())
     config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
