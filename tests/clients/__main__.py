@@ -7,6 +7,7 @@ python -m tests.clients --only openai-python
 
 import argparse
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -207,6 +208,7 @@ def main() -> int:
     began = time.monotonic()
     problems = install_all(chosen, environments)
     installed = time.monotonic()
+    busy = os.getloadavg()[0]
     cluster = start(settings_for(options.port, options.port + 1))
     try:
         cluster.wait_until_ready()
@@ -223,7 +225,8 @@ def main() -> int:
     beside = (
         f"Last run: {time.strftime('%Y-%m-%d')}, commit {commit()}, Python "
         f"{platform.python_version()}, {time.monotonic() - installed:.0f} s, and "
-        f"{installed - began:.0f} s before that for environments that were not there. {health}. "
+        f"{installed - began:.0f} s before that for environments that were not there; before it, "
+        f"{busy:.1f} processes wanted to run on {os.cpu_count()} cores. {health}. "
         f"Pages held after all: {'none' if held == 0 else f'{held:.1%}'}."
     )
     print(beside)
