@@ -26,6 +26,9 @@ _LONGEST_PAUSE = 0.05
 REPLICA_SECONDS = 3.0
 """How long a replica has to say itself that its worker is gone."""
 
+END_SECONDS = SILENT_SECONDS
+"""How long the end of an answer may take that was said before its replica had done."""
+
 _SILENT = "a decode worker was silent for too long; send the request again"
 _NO_END = "the end of an answer was lost; send the request again"
 
@@ -53,7 +56,7 @@ class Ear:
     async def expect_the_end(self) -> None:
         """Fail unless somebody has heard the end soon: it was said."""
         try:
-            async with asyncio.timeout(SILENT_SECONDS):
+            async with asyncio.timeout(END_SECONDS):
                 await self._closed.wait()
         except TimeoutError:
             self.fail(LostError(_NO_END))

@@ -87,12 +87,13 @@ def kernels_for_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=[DUAL_CHUNK, None], ids=["dual chunks", "plain"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model"), dual_chunk=request.param)
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, dual_chunk=request.param, layers=2)
 
 
 @pytest.fixture(scope="module")
 def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK)
+    return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -531,15 +532,16 @@ HELD: list[dict[str, Any]] = [
     {"grammar": "start: /([0-4][5-9]){20}/", "temperature": 1.3, "presence_penalty": 0.5,
      "seed": 4},
 ]  # fmt: skip
+SAMPLED_TOKENS = {f"{n}": n + (7 if DEVICE.type == "cuda" else 3) for n in range(7)}
+"""Of each sampled request; fewer in the interpreter, where each takes its time."""
 
 
 def sampled_tokens(engine: Engine) -> dict[str, list[int]]:
     """Sampled requests on three places, greedy and held ones among them: rows change hands."""
     outputs: list[Any] = []
-    for number, asked in enumerate([*SAMPLED, SAMPLED[1]]):
-        outputs += engine.start(f"{number}", 40 + 100 * number, max_tokens=7 + number, **asked)
-    for number, asked in enumerate(HELD):
-        outputs += engine.start(f"held {number}", 12, max_tokens=5, **asked)
+    for number, asked in enumerate([*SAMPLED, SAMPLED[1], *HELD]):
+        most = SAMPLED_TOKENS[f"{number}"]
+        outputs += engine.start(f"{number}", 40 + 100 * number, max_tokens=most, **asked)
     outputs += engine.start("greedy", 12, max_tokens=4)
     while engine.decoder.has_work:
         outputs += engine.decoder.step()
@@ -560,23 +562,21 @@ def test_what_is_drawn_behind_the_step_is_what_the_host_draws(
         monkeypatch.setattr(sampling, "sample", triton_sampling.sample)
     engine = Engine(model, eager)
     mine = sampled_tokens(engine)
-    assert mine["1"] != mine["4"][:8]
-    assert re.fullmatch("[0-9A-F]{5}", bytes(mine["held 0"]).decode())
-    assert re.fullmatch("([0-4][5-9]){2}[0-4]", bytes(mine["held 1"]).decode())
+    assert mine["1"] != mine["4"][: len(mine["1"])]
+    assert re.fullmatch("[0-9A-F]+", bytes(mine["5"]).decode())
+    assert re.fullmatch("([0-4][5-9])+[0-4]", bytes(mine["6"]).decode())
     # On the host, by the logits of the same step.
     monkeypatch.setattr(Sampler, "drawing", None)
     theirs = sampled_tokens(Engine(model, eager))
-    assert {name: len(each) for name, each in mine.items()} == {
-        "0": 7, "1": 8, "2": 9, "3": 10, "4": 11, "held 0": 5, "held 1": 5, "greedy": 4,
-    }  # fmt: skip
+    assert {name: len(each) for name, each in mine.items()} == {**SAMPLED_TOKENS, "greedy": 4}
     assert mine == theirs
 
 
 def test_a_grammar_that_gives_out_ends_one_answer_alone_on_kernels(
-    dual_folder: Path, monkeypatch: pytest.MonkeyPatch
+    shallow_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its mask is wanted in the middle of a step of others."""
-    engine = Engine(load(dual_folder), eager)
+    engine = Engine(load(shallow_folder), eager)
     outputs = engine.start("good", 40, grammar="start: /[0-9]{9}/", temperature=1.0, seed=1)
     # Each step of this expression is a state more, of which there may be none here.
     monkeypatch.setattr("longreach.engine.decode.grammar._MOST_LEXER_STATES", 4)
