@@ -61,11 +61,10 @@ class Gang:
             ConfigurationError: the cluster has no room for them.
         """
         prefill = settings.prefill
-        group = placement_group(
-            [_resources(prefill)] * prefill.num_ranks,
-            strategy=prefill.placement,
-            bundle_label_selector=[prefill.nodes] * prefill.num_ranks if prefill.nodes else None,
-        )
+        ranks_on: dict[str, Any] = {"strategy": prefill.placement}
+        if prefill.nodes:
+            ranks_on["bundle_label_selector"] = [prefill.nodes] * prefill.num_ranks
+        group = placement_group([_resources(prefill)] * prefill.num_ranks, **ranks_on)
         await _placed(group, settings)
         actor = cast(Any, ray.remote)(concurrency_groups=_GROUPS)(PrefillRank)
         ranks = [

@@ -121,6 +121,6 @@ def test_a_missing_checkpoint_is_named_with_its_node(deployment: Deployment) -> 
     path = deployment.folder / "missing.yaml"
     path.write_text(yaml.safe_dump(config))
     arguments = ("serve", str(path), "--address", deployment.ray.address, "--detach")
-    said = r"/nowhere/model\S* does not exist[\s\S]*on node 127\.0\.0\.1"
+    said = r"/nowhere/model\S* does not exist[\s\S]*on node \d+\.\d+\.\d+\.\d+,"
     with pytest.raises(AssertionError, match=said):
         deployment.ray.run("longreach", *arguments, seconds=300)

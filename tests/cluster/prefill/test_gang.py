@@ -72,13 +72,8 @@ def test_ranks_are_placed_on_nodes_that_have_the_labels(
     placed = replace(settings, prefill=settings.prefill.model_copy(update={"nodes": nodes}))
     with pytest.raises(ConfigurationError) as refused:
         asyncio.run(gang.Gang.start(placed, tmp_path))
-    assert asked == [
-        {
-            "ranks": 2,
-            "strategy": "STRICT_PACK",
-            "bundle_label_selector": [nodes, nodes] if nodes else None,
-        }
-    ]
+    labelled = {"bundle_label_selector": [nodes, nodes]} if nodes else {}
+    assert asked == [{"ranks": 2, "strategy": "STRICT_PACK", **labelled}]
     assert ("pool=prefill" in str(refused.value)) == bool(nodes)
 
 

@@ -178,9 +178,11 @@ def test_what_is_written_into_held_pages_is_read_there_and_nowhere_else(
     scales = torch.rand(3, 2, 2) if pool.scales is not None else None
     pages = Pages(torch.randn(3, 2, 2, 128, 4).to(dtype), scales)
     held.write(pages)
-    assert torch.equal(held.read().bits, pages.bits)
+    found = held.read()
+    assert torch.equal(found.bits, pages.bits)
     if scales is not None:
-        assert torch.equal(held.read().scales, scales)
+        assert found.scales is not None
+        assert torch.equal(found.scales, scales)
     rest = Pages(pool.memory).bits.clone()
     rest[1, numbers, 2:4] = 0
     assert not rest.any()
