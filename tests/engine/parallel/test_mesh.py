@@ -245,9 +245,11 @@ def test_a_prompt_goes_on_behind_pages_that_are_fetched_or_were_left(
         spawn(going_on_main, (mesh, checkpoint, source, tmp_path), nprocs=ranks)
         results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for fetched, (moved, _) in results:
+        # As above: ranks add up in another order, in float32, through all layers.
         torch.testing.assert_close(fetched, expected, rtol=3e-4, atol=3e-4)
         torch.testing.assert_close(moved, expected, rtol=3e-4, atol=3e-4)
     together = assembled([piece for _, (_, pieces) in results for piece in pieces], 1000)
+    # K and V of the ranks' sums, where the others are of one process's.
     torch.testing.assert_close(together, source, rtol=1e-3, atol=1e-3)
 
 
