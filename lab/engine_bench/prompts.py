@@ -9,7 +9,7 @@ from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels.page_size import PAGE_TOKENS, pages_for
-from ..kernel_bench.measure import append
+from ..csv_lines import append
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
 from .fit import fit
