@@ -18,7 +18,7 @@ CHECKED := cluster deploy engine kernels lab loadtest plugins tests
 
 KUBECTL := $(VENV)/kubectl
 .PHONY: help run test test-clients test-vllm lint format house check-deploy check-deployed \
-	check-dashboards check-autoscaling check-images check-proxies check-proxied-clusters load install clean
+	check-dashboards check-autoscaling check-images check-nodes check-proxies check-proxied-clusters load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -75,6 +75,9 @@ check-autoscaling: $(INSTALLED_DEV)
 check-images: $(INSTALLED_DEV)
 	@$(BIN)/python -m longreach.deploy.check.trial
 
+check-nodes: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py $(ARGS)
+
 check-proxies: $(INSTALLED_DEV)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py $(ARGS)
 
@@ -128,5 +131,5 @@ $(INSTALLED_VLLM): tests/plugins/vllm/environment.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .clients $(LOAD_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .clients .schemathesis $(LOAD_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

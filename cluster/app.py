@@ -31,7 +31,7 @@ from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
 from .readiness import READY_SECONDS, is_alive, is_ready, wait_until_ready
 from .rest import build_refusal, read_api_keys
-from .settings import Settings, parse_settings, read_settings
+from .settings import NodeLabels, Settings, parse_settings, read_settings
 from .watch import ClusterWatch, Silent
 
 APP_NAME = "longreach"
@@ -87,7 +87,6 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
-        "ray_actor_options": {"num_cpus": 0},
     }
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
@@ -95,23 +94,31 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     for name, gang in zip(prefill_names(settings), settings.gangs, strict=True):
         kind = gang.prefill
         scaled = replicas_of(kind.replicas, kind.max_replicas, GangPolicy, scaling)
-        replicas = deployment(PrefillReplica, name=name, **scaled, **common)
+        replicas = deployment(PrefillReplica, name=name, **scaled, **common, **_on(kind.nodes))
         gangs.append((gang.max_prompt_tokens, replicas.bind(gang, metrics_directory)))
     scaled = replicas_of(
         settings.decode.replicas, settings.decode.max_replicas, DecodePolicy, scaling
     )
-    decode = deployment(DecodeReplica, name=_DECODE, **scaled, **common)
+    placed = _on(settings.decode.nodes)
+    decode = deployment(DecodeReplica, name=_DECODE, **scaled, **common, **placed)
     ingress = deployment(
         serve.ingress(api_builder(settings, metrics_directory, _DECODE, APP_NAME))(),
         name=_INGRESS,
         num_replicas=settings.ingress.replicas,
         **common,
+        **_on(settings.ingress.nodes),
     )
     limits = settings.limits
     bound = decode.bind(
         settings.worker, metrics_directory, gangs, limits.max_queued_requests, limits.retries
     )
     return ingress.bind(bound)
+
+
+def _on(nodes: NodeLabels) -> dict[str, Any]:
+    """Where replicas are placed: a gang and its coordinator die together at best."""
+    options: dict[str, Any] = {"num_cpus": 0}
+    return {"ray_actor_options": options | ({"label_selector": nodes} if nodes else {})}
 
 
 def prefill_names(settings: Settings) -> list[str]:
@@ -245,7 +252,7 @@ def check_room(settings: Settings, has: Mapping[str, float]) -> None:
         has: what Ray counts, `ray.cluster_resources()`.
 
     Raises:
-        ConfigurationError: too few CPUs or GPUs, or a placement that needs more machines.
+        ConfigurationError: too few CPUs or GPUs, or a placement that needs other machines.
     """
     ranks = sum(gang.replicas * gang.num_ranks for gang in settings.prefill)
     for kind, key, asked in _asks(settings):
@@ -261,6 +268,14 @@ def check_room(settings: Settings, has: Mapping[str, float]) -> None:
             raise ConfigurationError(
                 f"{gang.key('placement')}, STRICT_SPREAD, wants a machine for each rank of a gang, "
                 "and this is one; use STRICT_PACK"
+            )
+    placed = {gang.key("nodes"): gang.nodes for gang in settings.prefill}
+    placed |= {"decode.nodes": settings.decode.nodes, "ingress.nodes": settings.ingress.nodes}
+    for key, nodes in placed.items():
+        if nodes:
+            raise ConfigurationError(
+                f"{key} wants nodes with labels, and this machine alone has none; leave it out, or "
+                "name a Ray cluster with --address"
             )
 
 

@@ -30,6 +30,8 @@ from ..kernels.page_size import PAGE_TOKENS, pages_for
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NodeLabels = dict[str, str]
+"""Of Ray's nodes: something is placed only on those that have all of them."""
 
 
 class _Section(BaseModel):
@@ -115,6 +117,7 @@ class PrefillSettings(_Section):
     cpus_per_rank: NotNegative = 1.0
     gpus_per_rank: NotNegative = 0.0
     placement: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
+    nodes: NodeLabels = {}
     sparse: bool = True
     patience: Positive = 2.0
 
@@ -156,6 +159,7 @@ class DecodeSettings(_Section):
     threads: Count = 1
     cpus: NotNegative = 1.0
     gpus: NotNegative = 0.0
+    nodes: NodeLabels = {}
     patience: Positive = 2.0
 
     @property
@@ -184,6 +188,7 @@ class IngressSettings(_Section):
     """
 
     replicas: Count = 1
+    nodes: NodeLabels = {}
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     api_keys_file: Path | None = Field(default=None, strict=False)

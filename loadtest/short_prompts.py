@@ -7,7 +7,9 @@ Sends only prompts of random token ids, each another, of any endpoint that takes
 - `--lengths`: one prompt after the other of each length, for one token;
 - `--rate`: so many prompts of 1,024 tokens for one token each, 32 at once;
 - `--answers`: so many clients at once, each with four prompts of 1,024 tokens one after the other
-  for 257 tokens each, streamed.
+  for 257 tokens each, streamed. With `--every-token` the chosen tokens' log-probabilities are asked
+  for as well, so that each token is an event of the stream even where it has no text, as most have
+  none with random weights: without it the figures between events say little there.
 
 Prints a table; `--csv` appends lines `what, engine, value, unit` to a file.
 """
@@ -57,13 +59,17 @@ class Client:
 
     Args:
         vocabulary: ids below it are sent.
+        every_token: have an event of a stream for each token, with or without text.
     """
 
-    def __init__(self, base_url: str, at_once: int, vocabulary: int) -> None:
+    def __init__(
+        self, base_url: str, at_once: int, vocabulary: int, every_token: bool = False
+    ) -> None:
         limits = httpx.Limits(max_connections=at_once)
         self._model = Endpoint(base_url).model
         self._client = httpx.AsyncClient(base_url=base_url, timeout=600, limits=limits)
         self._vocabulary = vocabulary
+        self._streamed = {"stream": True, **({"logprobs": 0} if every_token else {})}
         self._random = random.Random(0)
 
     async def __aenter__(self) -> "Client":
@@ -81,7 +87,7 @@ class Client:
 
     async def stream(self, tokens: int, answer: int) -> Answer:
         """Ask for an answer of so many tokens, and note when each comes."""
-        body = {**self._body(tokens, answer), "stream": True}
+        body = {**self._body(tokens, answer), **self._streamed}
         started = time.perf_counter()
         came: list[float] = []
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
@@ -156,7 +162,8 @@ async def measure(options: argparse.Namespace) -> list[Line]:
     """Everything that the options ask for."""
     most = max(_AT_ONCE, options.answers)
     lines: list[Line] = []
-    async with Client(options.base_url, most, options.vocabulary) as client:
+    client = Client(options.base_url, most, options.vocabulary, options.every_token)
+    async with client:
         for tokens in options.lengths:
             lines += await waits(client, tokens, options.requests)
         if options.rate:
@@ -183,6 +190,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--rate", type=int, default=200)
     parser.add_argument("--answers", type=int, default=48)
+    parser.add_argument("--every-token", action="store_true", help="an event for each token")
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()

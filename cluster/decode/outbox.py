@@ -6,7 +6,6 @@ fetches more at a time, instead of falling behind.
 """
 
 import asyncio
-from collections.abc import Iterable
 from contextlib import suppress
 
 from ...engine.messages import Delta, Event
@@ -78,14 +77,12 @@ def _append(events: list[Event], event: Event) -> None:
     if isinstance(event, Delta):
         for index, earlier in enumerate(events):
             if isinstance(earlier, Delta) and earlier.choice == event.choice:
-                events[index] = _joined((earlier, event))
+                events[index] = _joined(earlier, event)
                 return
     events.append(event)
 
 
-def _joined(deltas: Iterable[Delta]) -> Delta:
-    """One delta that says what several of a choice do, one after the other."""
-    parts = tuple(deltas)
-    tokens = tuple(token for each in parts for token in each.tokens)
-    text = "".join(each.text for each in parts)
-    return Delta(parts[-1].choice, text, tokens, parts[-1].finish_reason)
+def _joined(first: Delta, second: Delta) -> Delta:
+    """One delta that says what two of a choice do, one after the other."""
+    tokens = (*first.tokens, *second.tokens)
+    return Delta(first.choice, first.text + second.text, tokens, second.finish_reason)

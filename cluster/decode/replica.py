@@ -74,6 +74,7 @@ class DecodeReplica:
             num_cpus=settings.decode.cpus,
             num_gpus=settings.decode.gpus,
             max_concurrency=_CALLS_AT_ONCE,
+            label_selector=settings.decode.nodes or None,
         )
         self._worker = actor.remote(settings, metrics_directory)
         await self._worker.start.remote(self._worker)
@@ -103,9 +104,9 @@ class DecodeReplica:
         Yields first who has taken it, then how its prompt goes on; None says that the replica is
         there. What is generated, and Finished, the worker says to the listener.
         """
-        yield Taken(self._worker_id, self._worker)
         life = self._begin(request, listener)
         try:
+            yield Taken(self._worker_id, self._worker)
             async with aclosing(beating(life.events(), beat=None)) as events:
                 async for event in events:
                     yield event
@@ -116,6 +117,7 @@ class DecodeReplica:
             raise ours from error
         finally:
             self._lives.discard(life)
+            life.end()
 
     def _begin(self, request: GenerationRequest, listener: str) -> RequestLife:
         if self._lost:

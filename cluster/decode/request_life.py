@@ -9,7 +9,7 @@ way, by releasing what the worker holds for it.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
 from dataclasses import replace
 from enum import Enum
@@ -74,17 +74,24 @@ class RequestLife:
         self._recovery, self._sink = recovery, sink
         self._listener, self._taken = listener, time.time()
         self.state = State.WAITING
+        # Before anything is said to anybody: each message takes its time.
+        self._computing = self._compute() if prefill is None else None
 
     async def events(self) -> AsyncGenerator[Progress, None]:
         """How the prompt goes on; ends when everything is generated."""
-        try:
-            whole = self._at_the_worker() if self.prefill is None else self._by(self.prefill)
-            async with aclosing(whole) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self.state = State.ENDED
-            tell(self._worker.release.remote, self._request.request_id)
+        if self.prefill is not None:
+            whole = self._by(self.prefill)
+        else:
+            assert self._computing is not None
+            whole = self._at_the_worker(self._computing)
+        async with aclosing(whole) as events:
+            async for event in events:
+                yield event
+
+    def end(self) -> None:
+        """Whatever happened, or whoever left: nothing is held for the request any more."""
+        self.state = State.ENDED
+        tell(self._worker.release.remote, self._request.request_id)
 
     async def _by(self, prefill: DeploymentHandle) -> AsyncGenerator[Progress, None]:
         """Have the prompt computed by a gang, and handed off to the worker."""
@@ -101,11 +108,15 @@ class RequestLife:
         answer = self._worker.answer.remote
         await as_nobody(answer, self._request.request_id, prefilled.logits, order)
 
-    async def _at_the_worker(self) -> AsyncGenerator[Progress, None]:
+    def _compute(self) -> AsyncIterable[Any]:
         """Have the worker compute the prompt as well: one call, and no pages that travel."""
         answer = self._worker.generate.options(num_returns="streaming")
         order = AnswerOrder(self._listener, self._taken)
-        async for reference in as_nobody(answer.remote, self._request, order):
+        return as_nobody(answer.remote, self._request, order)
+
+    async def _at_the_worker(self, computing: AsyncIterable[Any]) -> AsyncGenerator[Progress, None]:
+        """What the worker says of a prompt that it computes."""
+        async for reference in computing:
             event = cast(Progress | ComputedHere, await reference)
             if isinstance(event, Progress):
                 self.state = State.PREFILLING

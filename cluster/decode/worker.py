@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable
@@ -31,6 +30,7 @@ from ..streams import BEAT_SECONDS
 from ..tasks import forever
 from .answer_clock import AnswerClock
 from .outbox import Outboxes, Said
+from .stepper import Stepped, Stepper, Turn, are_over
 
 if TYPE_CHECKING:
     from ...engine.decode.contract import DecodeEngine, Output
@@ -105,7 +105,7 @@ class DecodeWorker:
         self._failed = False
         self._requests: dict[str, _Request] = {}
         self._ended: deque[str] = deque(maxlen=_ENDED_REMEMBERED)
-        self._turn = asyncio.Lock()
+        self._turn = Turn()
         self._leases = LeaseBook()
         self._releasing: set[asyncio.Task[None]] = set()
         self._outboxes = Outboxes()
@@ -122,7 +122,6 @@ class DecodeWorker:
         from ..transports import make_receiver
         from .admission import Admission
         from .copier import PageCopier
-        from .stepper import Stepper
 
         settings, engine = self._settings, self._engine
         host = ray.util.get_node_ip_address()
@@ -296,7 +295,8 @@ class DecodeWorker:
         self._copier.close_soon(request_id)
         async with self._turn:
             self._check()
-            self._deliver(self._engine.start(request_id, logits, request.constraint))
+            outputs = self._engine.start(request_id, logits, request.constraint)
+            self._deliver(outputs, are_over(self._engine, outputs))
         self._stepper.wake()
         async for _ in _heard(request):
             pass
@@ -376,13 +376,13 @@ class DecodeWorker:
                 self._releasing.add(releasing)
                 releasing.add_done_callback(self._releasing.discard)
 
-    def _after_step(self, outputs: "list[Output]", seconds: float) -> None:
-        self._sink.observe(metrics.DECODE_STEP_TIME, seconds)
-        now = time.time()
-        for request_id, output in outputs:
+    def _after_step(self, stepped: Stepped) -> None:
+        self._sink.observe(metrics.DECODE_STEP_TIME, stepped.seconds)
+        began = stepped.ended - stepped.seconds
+        for request_id, output in stepped.outputs:
             if isinstance(output, Progress):
-                self._count_prompt(request_id, output, now - seconds, now)
-        self._deliver(outputs)
+                self._count_prompt(request_id, output, began, stepped.ended)
+        self._deliver(stepped.outputs, stepped.over)
         if self._admission.num_waiting:
             # Whoever had to make room may have come back, and others wait for that.
             self._admission.wake()
@@ -409,8 +409,12 @@ class DecodeWorker:
             request.clock.prompt_is_computed(request.computed)
         request.events.put_nowait(request.computed)
 
-    def _deliver(self, outputs: "list[Output]") -> None:
-        """Hand out what came out, and let others have the pages of those that ended."""
+    def _deliver(self, outputs: "list[Output]", over: frozenset[str]) -> None:
+        """Hand out what came out, and let others have the pages of those that ended.
+
+        Args:
+            over: the requests that generate nothing more.
+        """
         pages_were_freed = False
         failed: set[str] = set()
         for request_id, output in outputs:
@@ -424,9 +428,8 @@ class DecodeWorker:
             failed.add(request_id)
             if (request := self._requests.get(request_id)) is not None:
                 request.events.put_nowait(output)
-        for request_id in {request_id for request_id, _ in outputs} - failed:
-            if not self._engine.is_generating(request_id):
-                self._end(request_id)
+        for request_id in over - failed:
+            self._end(request_id)
         if pages_were_freed:
             self._admission.wake()
 

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...engine.errors import ConfigurationError, UnavailableError
 from ..pulse import Allowance, Reading, watch
-from ..settings import GangSettings, PrefillSettings
+from ..settings import GangSettings, NodeLabels, PrefillSettings
 from .rank import PrefillRank, RankResult
 from .scheduler import Chunk
 
@@ -61,9 +61,10 @@ class Gang:
             ConfigurationError: the cluster has no room for them.
         """
         prefill = settings.prefill
-        group = placement_group(
-            [_resources(prefill)] * prefill.num_ranks, strategy=prefill.placement
-        )
+        ranks_on: dict[str, Any] = {"strategy": prefill.placement}
+        if prefill.nodes:
+            ranks_on["bundle_label_selector"] = [prefill.nodes] * prefill.num_ranks
+        group = placement_group([_resources(prefill)] * prefill.num_ranks, **ranks_on)
         await _placed(group, settings)
         actor = cast(Any, ray.remote)(concurrency_groups=_GROUPS)(PrefillRank)
         ranks = [
@@ -194,6 +195,11 @@ def _resources(prefill: PrefillSettings) -> dict[str, float]:
     return {name: amount for name, amount in asked.items() if amount}
 
 
+def _labelled(nodes: NodeLabels) -> str:
+    labels = ", ".join(f"{name}={value}" for name, value in nodes.items())
+    return f", on nodes with {labels}" if labels else ""
+
+
 async def _join(ranks: list[Any], tensor_parallel: int) -> None:
     """Let the ranks meet and load; each is told how many are on its card.
 
@@ -225,5 +231,6 @@ async def _placed(group: PlacementGroup, settings: GangSettings) -> None:
         raise ConfigurationError(
             f"no room for a prefill gang within {seconds:g} s: {prefill.num_ranks} ranks "
             f"of {prefill.cpus_per_rank:g} CPUs and {prefill.gpus_per_rank:g} GPUs, "
-            f"{prefill.placement}; add nodes, or lower cpus_per_rank or replicas"
+            f"{prefill.placement}{_labelled(prefill.nodes)}; add nodes, or lower cpus_per_rank or "
+            "replicas"
         ) from error

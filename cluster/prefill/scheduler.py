@@ -90,8 +90,11 @@ class ChunkScheduler:
     @property
     def usage(self) -> float:
         """Fraction of the pages that is held, 0 to 1, without those that were left behind."""
-        left = sum(entry.pages for entry in self._left.values())
-        return 1 - (self._free_pages + left) / self._num_pages
+        return 1 - (self._free_pages + self._left_pages) / self._num_pages
+
+    @property
+    def _left_pages(self) -> int:
+        return sum(entry.pages for entry in self._left.values())
 
     def add(
         self, request_id: str, tokens: int, score_top: int | None = None, done: int = 0
@@ -171,8 +174,7 @@ class ChunkScheduler:
 
     def _make_room(self, pages: int) -> bool:
         """Whether so many pages are free; takes those that were left, the oldest, if that helps."""
-        left = sum(entry.pages for entry in self._left.values())
-        if pages > self._free_pages + left:
+        if pages > self._free_pages + self._left_pages:
             return False
         while pages > self._free_pages:
             oldest = next(iter(self._left))

@@ -111,6 +111,11 @@ class Failures:
             await refusal.response()(scope, receive, send)
 
 
+_PROBED = frozenset({"/health", "/ready"})
+"""Paths that Kubernetes and proxies ask at an address, or without any name, and that say no more
+than a status."""
+
+
 class Doors:
     """Refuses what a web page of somebody else may send to a server on this machine.
 
@@ -131,7 +136,7 @@ class Doors:
     def _refusal(self, scope: Scope) -> RestError | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        if self._hosts and "*" not in self._hosts and _name_of(host) not in self._hosts:
+        if scope["path"] not in _PROBED and not self._goes_by(host):
             return RestError(
                 403,
                 f"this server is not known as '{shown(host)}'; add that name to "
@@ -149,6 +154,9 @@ class Doors:
                 code="origin_not_allowed",
             )
         return None
+
+    def _goes_by(self, host: str) -> bool:
+        return not self._hosts or "*" in self._hosts or _name_of(host) in self._hosts
 
     def _is_known(self, origin: str, host: str) -> bool:
         own = origin.partition("://")[2] == host

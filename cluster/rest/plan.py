@@ -143,6 +143,13 @@ class Planner:
         if name is not None:
             check_model(name, self._limits.model_name)
 
+    def check_logprobs(self, param: str, count: int | None) -> None:
+        """Refuse more alternatives than are served."""
+        most = self._limits.max_logprobs
+        if count is not None and count > most:
+            said = f"{param}: at most {most} are served, not {count}"
+            raise invalid(said, param, "invalid_value")
+
     def chat(self, body: ChatBody, request_id: str, arrived: float) -> Plan:
         """A chat has one prompt."""
         self.check_model(body.model)
@@ -242,13 +249,8 @@ class Planner:
                 "invalid_value",
             )
         name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
-        for param, asked_for in ((name, top_logprobs), ("prompt_logprobs", body.prompt_logprobs)):
-            if asked_for is not None and asked_for > limits.max_logprobs:
-                raise invalid(
-                    f"{param}: at most {limits.max_logprobs} are served, not {asked_for}",
-                    param,
-                    "invalid_value",
-                )
+        self.check_logprobs(name, top_logprobs)
+        self.check_logprobs("prompt_logprobs", body.prompt_logprobs)
         if body.prompt_logprobs is not None and body.stream:
             raise invalid(
                 "prompt_logprobs: answers that are streamed have none",

@@ -97,6 +97,8 @@ class Reader:
         """The plan of a response: that of the chat that it stands for."""
         self._check_count("responses", body)
         asked = parse(ResponsesBody, body)
+        # The chat is told of them only where they are part of the answer.
+        self._planner.check_logprobs("top_logprobs", asked.top_logprobs)
         try:
             plan = self._planner.chat(checked(ChatBody, asked.as_chat), request_id, arrived)
         except RestError as error:

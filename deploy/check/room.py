@@ -66,7 +66,7 @@ def _placing(settings: Settings, gpus: Sequence[float]) -> Iterator[str]:
                 yield (
                     f"{piece:g} GPUs of a gang are in no pod together ({max(gpus, default=0):g} at "
                     f"most); lower {prefill.key('sequence_parallel')}, or set placement: PACK "
-                    "and transport.kind: object_store"
+                    "and transport.kind: nixl"
                 )
                 return
     for _ in range(settings.decode.replicas):

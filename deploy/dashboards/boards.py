@@ -218,6 +218,21 @@ RELIABILITY = Board(
             red=0.1,
         ),
         Panel(
+            "Prompt tokens after a death, a second",
+            "short",
+            "Computed again is what a death cost; what came back is what it did not cost.",
+            (
+                Query(
+                    f"{per_second('longreach_prefill_tokens_again_total')} or vector(0)",
+                    "computed again",
+                ),
+                Query(
+                    f"{per_second('longreach_prefill_tokens_back_total')} or vector(0)",
+                    "came back",
+                ),
+            ),
+        ),
+        Panel(
             "Requests that clients cancelled",
             "reqps",
             "Many: clients or a proxy on the way give up; compare with the time to first tokens.",

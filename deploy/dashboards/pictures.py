@@ -64,7 +64,7 @@ def _draw(axes: Axes, panel: Panel, curves: Sequence[Curve], span: Span) -> None
     axes.yaxis.set_major_formatter(_unit(panel.unit))
     if not curves:
         axes.text(0.5, 0.5, "nothing here", transform=axes.transAxes, ha="center", color="grey")
-    elif len(curves) <= _MOST_NAMES:
+    elif len(curves) <= _MOST_NAMES and any(curve.name for curve in curves):
         axes.legend(fontsize=6, loc="upper left", ncols=_NAMES_ABREAST, frameon=False)
     if panel.red is not None and axes.get_ylim()[1] >= panel.red:
         axes.axhline(panel.red, color="#c1121f", linestyle="--", linewidth=1)

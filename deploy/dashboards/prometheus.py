@@ -72,9 +72,8 @@ class Prometheus:
         return [_series(each) for each in found]
 
     def _filled(self, expression: str) -> str:
-        # Longer names first: one may begin with another.
-        for name in sorted(self._variables, key=len, reverse=True):
-            expression = expression.replace(name, self._variables[name])
+        for name, value in self._variables.items():
+            expression = expression.replace(name, value)
         return expression
 
     def _ask(self, path: str, arguments: Mapping[str, str]) -> list[dict[str, Any]]:

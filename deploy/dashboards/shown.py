@@ -7,9 +7,10 @@ is no number. It tells you so of your own Prometheus too.
 """
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -54,10 +55,12 @@ def shown(prometheus: Prometheus, board: Board, span: Span) -> Iterator[Shown]:
 
 def _curves(prometheus: Prometheus, query: Query, span: Span) -> Iterator[Curve]:
     for series in prometheus.over(query.expression, span):
-        name = query.legend
-        for label, value in series.labels.items():
-            name = name.replace(f"{{{{{label}}}}}", value)
-        yield Curve(name, series)
+        yield Curve(_named(query.legend, series.labels), series)
+
+
+def _named(legend: str, labels: Mapping[str, str]) -> str:
+    """As Grafana fills it in: a label that a series does not have is nothing."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: labels.get(name[1], ""), legend).strip()
 
 
 def problems(

@@ -16,6 +16,7 @@ COPY engine engine
 COPY kernels kernels
 COPY lab lab
 COPY loadtest loadtest
+COPY plugins plugins
 RUN /opt/longreach/bin/pip install --constraint constraints.txt .
 
 FROM python:3.11.14-slim-bookworm

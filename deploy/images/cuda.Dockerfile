@@ -14,7 +14,9 @@ COPY engine engine
 COPY kernels kernels
 COPY lab lab
 COPY loadtest loadtest
-RUN /opt/longreach/bin/pip install --constraint constraints.txt .
+COPY plugins plugins
+# With the transport that crosses hosts, for the CUDA of torch's wheels.
+RUN /opt/longreach/bin/pip install --constraint constraints.txt . nixl-cu13==1.5.1
 
 FROM python:3.11.14-slim-bookworm
 # Triton compiles what launches its kernels when they are first used, and wants a C compiler for it.

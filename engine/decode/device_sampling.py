@@ -2,14 +2,21 @@
 
 A row's bias and counts lie on the device for as long as the same sequence has the row; of each
 step only its newest token is brought there. They come whole when another sequence takes the row.
+What grammars allow comes with every step. It is waited for when the step's logits have been
+launched, so that it is found out while the device computes these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from ...kernels import sampling
-from ...kernels.sampling import PENALIZED, Adjustments, RowInputs
+from ...kernels.sampling import MASKED, PENALIZED, Adjustments, RowInputs
+from ..errors import GrammarError
+from .grammar import Mask
+from .graph_inputs import host_memory
 from .launches import Capture, Launch, StepResults
 from .sampler import Drawing, Penalties
 
@@ -20,6 +27,8 @@ class HeldAdjustments:
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
         self.on_device = Adjustments.allocate(rows, vocab_size, device)
+        self.masks = host_memory(device, *self.on_device.mask.shape, dtype=torch.int32)
+        """What is brought to the device of each row's mask."""
         self._held: list[tuple[Penalties, int] | None] = [None] * rows
 
     def hold(self, row: int, penalties: Penalties) -> None:
@@ -62,6 +71,9 @@ class BatchDrawing:
         for row, drawing in enumerate(drawings):
             if drawing is not None:
                 self._ask(row, drawing)
+        if any(drawing is not None and drawing.allowed is not None for drawing in drawings):
+            rows = len(drawings)
+            self._adjustments.mask[:rows].copy_(self._held.masks[:rows], non_blocking=True)
         self._on_device.storage.copy_(self._host.storage, non_blocking=True)
         return self._launch()
 
@@ -69,22 +81,32 @@ class BatchDrawing:
         vocab = self._held.vocab_size
         top_k = min(drawing.top_k, vocab) or vocab
         penalties = drawing.penalties
-        own = {}
+        own: dict[str, Any] = {}
         if penalties is not None:
             self._held.hold(row, penalties)
             newest = penalties.newest
             own = {
-                "flags": PENALIZED,
                 "repetition": penalties.repetition,
                 "frequency": penalties.frequency,
                 "presence": penalties.presence,
                 "newest": newest,
                 "times": int(penalties.answered[newest]) if newest >= 0 else 0,
             }
+        flags = PENALIZED if penalties is not None else 0
+        if drawing.allowed is not None:
+            flags |= self._mask(row, drawing.allowed)
         self._host.set(
-            row, temperature=drawing.temperature, top_k=top_k, top_p=drawing.top_p,
+            row, flags=flags, temperature=drawing.temperature, top_k=top_k, top_p=drawing.top_p,
             min_p=drawing.min_p, draw=drawing.draw, **own,
         )  # fmt: skip
+
+    def _mask(self, row: int, allowed: Callable[[], Mask]) -> int:
+        """The flag of a row whose mask there is."""
+        try:
+            self._held.masks.numpy()[row] = allowed().view(np.int32)
+        except GrammarError:
+            return 0  # whatever is drawn cannot be taken, which ends one answer instead of all
+        return MASKED
 
     def _sample(self) -> StepResults:
         if self._results is None:

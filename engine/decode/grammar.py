@@ -90,6 +90,7 @@ class Constraint:
     def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._mask: Mask = np.zeros(-(-vocab_size // _WORD_BITS), dtype=np.uint32)
+        self._is_known = False  # whether the mask is that of the next token
         self._ahead: Future[None] | None = None
 
     def copy(self) -> "Constraint":
@@ -103,7 +104,7 @@ class Constraint:
 
     def compute_ahead(self, executor: Executor) -> None:
         """Begin to compute `allowed` beside whatever else is done meanwhile."""
-        if self._ahead is None:
+        if self._ahead is None and not self._is_known:
             self._ahead = executor.submit(self._compute)
 
     def allowed(self) -> Mask:
@@ -112,7 +113,8 @@ class Constraint:
         Raises:
             GrammarError: a limit is reached, or no token fits.
         """
-        if not self._wait():
+        self._wait()
+        if not self._is_known:
             self._compute()
         _raise_error_of(self._matcher)
         if not self._mask.any():
@@ -126,18 +128,19 @@ class Constraint:
             GrammarError: a limit is reached.
         """
         self._wait()
+        self._is_known = False
         self._matcher.consume_token(token_id)
         _raise_error_of(self._matcher)
 
-    def _wait(self) -> bool:
-        """Return when nothing is being computed ahead; whether something was."""
+    def _wait(self) -> None:
+        """Return when nothing is being computed ahead."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.result()
-        return ahead is not None
 
     def _compute(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._is_known = True
 
 
 class _Vocabulary:

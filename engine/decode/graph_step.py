@@ -182,16 +182,24 @@ class GraphStep(DecodeStep):
                 self._logits[place].copy_(results.logits[place], non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        return [self._outcome(place, asked) for place, asked in wanted]
+        # As lists: taking numbers out of a tensor one by one takes longer than all the rest.
+        best = self._tokens[:count].tolist(), self._logprobs[:count].tolist()
+        chosen = self._drawn_tokens.tolist(), self._drawn_logprobs.tolist()
+        return [self._outcome(place, asked, best, chosen) for place, asked in wanted]
 
-    def _outcome(self, place: int, asked: StepRow | PromptPiece) -> Outcome:
+    def _outcome(
+        self, place: int, asked: StepRow | PromptPiece, best: "_Chosen", drawn: "_Chosen"
+    ) -> Outcome:
         """Of one row or piece, from what was brought to the host."""
         if asked.takes_best:
-            return ChosenToken(int(self._tokens[place]), float(self._logprobs[place]))
+            return ChosenToken(best[0][place], best[1][place])
         if asked.drawing is not None:
-            return ChosenToken(int(self._drawn_tokens[place]), float(self._drawn_logprobs[place]))
+            return ChosenToken(drawn[0][place], drawn[1][place])
         return self._logits[place].float().numpy()
 
+
+_Chosen = tuple[list[int], list[float]]
+"""Tokens and their log-probabilities, by place."""
 
 _Wanted = tuple[int, StepRow | PromptPiece]
 """A row of the results, and who wants it."""

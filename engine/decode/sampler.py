@@ -11,7 +11,7 @@ here it is done on the host, and a GPU's step does it where the logits are, by t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,8 @@ class Drawing:
     """How a device that has the logits chooses a row's next token; see `kernels.sampling`.
 
     `top_k` 0 is off. `draw` is uniform in [0, 1). `penalties` None means none, and no bias.
+    `allowed` waits for the mask of tokens to choose from; None for all. It raises GrammarError
+    where there are none.
     """
 
     temperature: float
@@ -48,6 +50,7 @@ class Drawing:
     min_p: float
     draw: float
     penalties: "Penalties | None"
+    allowed: Callable[[], Mask] | None = None
 
 
 class Sampler:

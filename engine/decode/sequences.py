@@ -1,7 +1,7 @@
 """What a decoder knows of a request: its pages, and the sequences that its choices are."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable
@@ -37,9 +37,9 @@ class TokenSequence:
     @property
     def row(self) -> StepRow:
         """What it brings to a step."""
-        # What a grammar allows is found out beside the step, and applied to logits on the host.
-        draws = self.constraint is None and not self.takes_best
-        drawing = self.sampler.drawing if draws else None
+        drawing = None if self.takes_best else self.sampler.drawing
+        if drawing is not None and self.constraint is not None:
+            drawing = replace(drawing, allowed=self.constraint.allowed)
         return StepRow(self.next_token, self.length, self.block_table, self.takes_best, drawing)
 
     @property

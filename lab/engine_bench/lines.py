@@ -13,6 +13,8 @@ from .ceilings import Ceilings
 from .running import BatchRun, PromptRun, settled
 from .work import Work
 
+_HOW = {"greedy": "", "sampled": ", sampled", "held": ", sampled and held"}
+
 
 @dataclass(frozen=True)
 class Line:
@@ -168,7 +170,7 @@ class Reporter:
         """Decode alone."""
         alone = len(run.lengths) == 1
         return self._line(
-            case=f"decode {named(run.lengths)}{', sampled' if run.sampled else ''}",
+            case=f"decode {named(run.lengths)}{_HOW[run.chosen]}",
             tokens=sum(run.lengths),
             attention="dense",
             vllm_tpot_ms=VLLM_TPOT_MS.get(run.lengths[0]) if self.vllm and alone else None,

@@ -18,7 +18,7 @@ from ...engine.kv.pages import PageGeometry
 from ...engine.memory.fit import PrefillFit, Weights, free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
-from ..kernel_bench.measure import append
+from ..csv_lines import append
 from .lines import run_environment
 from .mesh_rank import MeshCase, RankRun, read_runs, run_rank
 from .options import Options

@@ -1,7 +1,7 @@
 """The command line, checked."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +9,7 @@ from ...engine.errors import ConfigurationError
 from ...engine.model.config import WeightFormat
 from ...engine.model.files import POCKET, RANDOM, ModelFiles
 from ...kernels.page_size import PAGE_TOKENS
+from .running import Chosen
 from .subject import KV_CACHE_TYPES
 
 ATTENTIONS = ("sparse", "dense")
@@ -42,7 +43,7 @@ class Options:
     dense_up_to: int | None
     decode: int
     batches: tuple[tuple[int, ...], ...]
-    sampled: bool
+    chosen: tuple[Chosen, ...]
     baseline: bool
     csv: Path
     commit: str | None
@@ -61,6 +62,16 @@ class Options:
         """Where they come from, and how they are kept."""
         source = f"random, seed {self.seed}" if self.files.random else "checkpoint"
         return source if self.kept == "auto" else f"{source}, {self.kept}"
+
+
+def _chosen(sampled: bool, held: bool) -> tuple[Chosen, ...]:
+    more: tuple[Chosen, ...] = ("sampled", "held") if held else ("sampled",) if sampled else ()
+    return ("greedy", *more)
+
+
+def _files(name: str, tokenizer: str | None) -> ModelFiles:
+    files = ModelFiles.of(name)
+    return files if tokenizer is None else replace(files, tokenizer_folder=Path(tokenizer))
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -93,6 +104,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
     parser.add_argument("--batches", default=_BATCHES, help='decode only; "" for none')
     parser.add_argument("--sampled", action="store_true", help="batches with top-p 0.8 as well")
+    parser.add_argument(
+        "--held", action="store_true", help="and batches that are held to a grammar besides"
+    )
+    parser.add_argument(
+        "--tokenizer", help="of a shape: a folder with the model's own, for what grammars cost"
+    )
     parser.add_argument("--baseline", action="store_true", help="time cuDNN's attention as well")
     parser.add_argument("--csv", type=Path, help="to add to; else one in docs/bench")
     parser.add_argument("--commit", help="what to call the code, where there is no git")
@@ -131,7 +148,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     return Options(
         what=given.what,
         name=name.removeprefix(RANDOM),
-        files=ModelFiles.of(name),
+        files=_files(name, given.tokenizer),
         tokens=tuple(sorted({count(each) for each in given.tokens.split(",") if each})),
         attentions=attentions,
         kv_cache=given.kv_cache,
@@ -141,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         dense_up_to=given.dense_up_to,
         decode=given.decode,
         batches=tuple(batch(each) for each in given.batches.split(",") if each),
-        sampled=given.sampled,
+        chosen=_chosen(given.sampled, given.held),
         baseline=given.baseline,
         csv=given.csv or _CSV[given.what],
         commit=given.commit,

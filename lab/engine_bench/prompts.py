@@ -9,7 +9,7 @@ from ...engine.memory.fit import free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels.page_size import PAGE_TOKENS, pages_for
-from ..kernel_bench.measure import append
+from ..csv_lines import append
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
 from .fit import fit
@@ -79,13 +79,10 @@ def _cases(options: Options, subject: Subject, reporter: Reporter) -> Iterator[L
         )
     for batch in options.batches:
         lengths = _shortened(batch, options.decode, subject.pool.num_pages)
-        yield from _tried(
-            lambda each=lengths: reporter.of_batch(run_batch(subject, each, options.decode))
-        )
-        if options.sampled:
+        for chosen in options.chosen:
             yield from _tried(
-                lambda each=lengths: reporter.of_batch(
-                    run_batch(subject, each, options.decode, sampled=True)
+                lambda each=lengths, how=chosen: reporter.of_batch(
+                    run_batch(subject, each, options.decode, how)
                 )
             )
 

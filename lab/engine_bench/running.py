@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,15 @@ from .remedies import FEWER_SEQUENCES, FEWER_TOKENS
 from .subject import Subject, synchronize
 from .work import Work
 
+Chosen = Literal["greedy", "sampled", "held"]
+"""How tokens are: greedy, with temperature 0.7 and top-p 0.8, or the latter held to a grammar."""
+
+# Longer than any answer is measured, so that none ends.
+_HELD_TO = (
+    'start: "[" object ("," object){5000} "]"\n'
+    'object: %json {"type": "object", "properties": {"name": {"type": "string"}, '
+    '"size": {"type": "integer"}}, "required": ["name", "size"], "additionalProperties": false}'
+)
 _SHORT_SECONDS = 3.0
 _REPEATS = 3
 _SETTLING_STEPS = 4
@@ -56,14 +66,11 @@ class PromptRun:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """Seconds of each decode step of sequences that began with these lengths.
-
-    `sampled` with temperature 0.7 and top-p 0.8, else greedy.
-    """
+    """Seconds of each decode step of sequences that began with these lengths."""
 
     lengths: list[int]
     steps: list[float]
-    sampled: bool = False
+    chosen: Chosen = "greedy"
 
 
 def run_prompt(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> PromptRun:
@@ -143,7 +150,7 @@ def prefill(
 
 
 def run_batch(
-    subject: Subject, lengths: Sequence[int], new_tokens: int, sampled: bool = False
+    subject: Subject, lengths: Sequence[int], new_tokens: int, chosen: Chosen = "greedy"
 ) -> BatchRun:
     """Decode only, after prompts of these lengths whose pages hold whatever they hold.
 
@@ -156,13 +163,18 @@ def run_batch(
     with out_of_memory_raises(ran_out.with_remedy(FEWER_SEQUENCES)):
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
         try:
-            for name, length in zip(names, lengths, strict=True):
-                prompt = np.zeros(length, dtype=np.int32)
-                decoder.reserve(_request(name, prompt, new_tokens + 1, sampled))
+            requests = [
+                _request(name, np.zeros(length, dtype=np.int32), new_tokens + 1, chosen)
+                for name, length in zip(names, lengths, strict=True)
+            ]
+            for request in requests:
+                decoder.reserve(request)
             vocab = subject.model.config.vocab_size
-            for name in names:
-                _check(decoder.start(name, generator.standard_normal(vocab, dtype=np.float32)))
-            return BatchRun(list(lengths), _steps(decoder, subject.device), sampled)
+            for request in requests:
+                logits = generator.standard_normal(vocab, dtype=np.float32)
+                constraint = decoder.prepare(request)
+                _check(decoder.start(request.request_id, logits, constraint))
+            return BatchRun(list(lengths), _steps(decoder, subject.device), chosen)
         finally:
             for name in names:
                 decoder.cancel(name)
@@ -191,10 +203,13 @@ def _check(outputs: Sequence[tuple[str, object]]) -> None:
 
 
 def _request(
-    name: str, prompt: Tokens, max_tokens: int, sampled: bool = False
+    name: str, prompt: Tokens, max_tokens: int, chosen: Chosen = "greedy"
 ) -> GenerationRequest:
-    temperature, top_p = (0.7, 0.8) if sampled else (0.0, 1.0)
-    sampling = SamplingParameters(max_tokens, temperature, top_p, seed=0, ignore_eos=True)
+    temperature, top_p = (0.0, 1.0) if chosen == "greedy" else (0.7, 0.8)
+    sampling = SamplingParameters(
+        max_tokens, temperature, top_p, seed=0, ignore_eos=True,
+        grammar=_HELD_TO if chosen == "held" else None,
+    )  # fmt: skip
     return GenerationRequest(name, prompt, sampling, time.time())
 
 

@@ -24,7 +24,7 @@ from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels.page_size import pages_for
 from ...kernels.sparse import Selections
-from ..kernel_bench.measure import append
+from ..csv_lines import append
 from .fit import fit
 from .lines import run_environment
 from .lone_rank import LoneRank, Recorded

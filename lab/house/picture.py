@@ -13,7 +13,7 @@ from .layout import place
 
 MAIN, CLIENTS, LAB, DEPLOY = ("cluster", "engine", "kernels"), "loadtest", "lab", "deploy"
 PLUGINS = "plugins"
-BESIDE = (CLIENTS, DEPLOY, PLUGINS, LAB)
+BESIDE = (CLIENTS, DEPLOY, LAB, PLUGINS)
 
 _BOX_HEIGHT, _ROW_HEIGHT = 40.0, 82.0
 _MARGIN, _PADDING, _TITLE_HEIGHT, _FLOOR_GAP, _SIDE_GAP = 24.0, 22.0, 52.0, 26.0, 104.0
@@ -100,8 +100,8 @@ class _Picture:
             *(self._floor(floor) for floor in self._floors),
             *(self._arrow(*arrow) for arrow in self._curved()),
             *self._arrows_from(DEPLOY),
-            *self._arrows_from(PLUGINS),
             *self._arrows_from(LAB),
+            *self._arrows_from(PLUGINS),
             *(self._room(room) for room in self._sizes),
             *self._legend(),
             "</svg>",
@@ -130,7 +130,7 @@ class _Picture:
             y += height + _FLOOR_GAP
 
     def _place_beside(self) -> None:
-        """Clients, deployment, plugins and the lab, above each other."""
+        """Clients, deployment, the lab and plugins, above each other."""
         first = self._floors[MAIN[0]]
         x, y = first.x + first.width + _SIDE_GAP, first.y
         for floor in BESIDE:
@@ -245,24 +245,17 @@ class _Picture:
     def _arrow_from(
         self, beside: str, floor: _Box, arrows: Sequence[tuple[str, str]], number: int
     ) -> str:
-        """Straight to a floor beside the box; to one further down along the gap between them.
-
-        The lab, which is the last of those beside, has arrows from its lower edge.
-        """
+        """Straight to a floor beside the box; to one further down along the gap between them."""
         box, end = self._floors[beside], floor.x + floor.width + 8
-        y = box.y + box.height / 2
+        low, high = max(box.y, floor.y), min(box.bottom, floor.bottom)
+        y = (low + high) / 2
         way = f"M{box.x:.1f} {y:.1f}H{end:.1f}"
-        if floor.y > box.bottom:
-            start, down = box.x + number * 36, floor.y + floor.height / 2
-            way = f"M{start:.1f} {box.bottom:.1f}V{down - 12:.1f}q0 12 -12 12H{end:.1f}"
-            y = down
-            if beside != LAB:
-                # Each has a height and a way of its own.
-                below = 1 if beside == DEPLOY else 3
-                y = floor.y + floor.height * below / 4
-                side, leave = box.x - 12 - 6 * below - 12 * number, box.bottom - 14
-                way = f"M{box.x:.1f} {leave:.1f}H{side + 12:.1f}q-12 0 -12 12V{y - 12:.1f}"
-                way += f"q0 12 -12 12H{end:.1f}"
+        if high - low < 2 * _PADDING:
+            y = floor.y + floor.height / 2
+            # Close to the box, so that it passes by the names at other arrows.
+            side, leave = box.x - 6 - 5 * number, box.bottom - 14
+            way = f"M{box.x:.1f} {leave:.1f}H{side + 5:.1f}q-5 0 -5 5V{y - 12:.1f}"
+            way += f"q0 12 -12 12H{end:.1f}"
         targets = sorted({_label(target) for _, target in arrows})
         names = "".join(
             f'<text class="note middle" x="{(end + box.x) / 2:.1f}" y="{y - 9 - 14 * up:.1f}">'

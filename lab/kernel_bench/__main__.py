@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from ..csv_lines import append
 from .cases import CASES, Result
-from .measure import Ceilings, Line, append, environment
+from .measure import Ceilings, Line, environment
 from .plot import plot
 
 

@@ -1,19 +1,13 @@
-"""Timing, ceilings of the device, and lines of the table."""
+"""Timing, ceilings of the device, and a line of the table."""
 
-import csv
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 import triton
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Run = Callable[[], object]
 
@@ -131,16 +125,3 @@ def environment(commit: str | None) -> dict[str, str]:
         "triton": triton.__version__,
         "commit": commit,
     }
-
-
-def append(path: Path, lines: "Sequence[DataclassInstance]") -> None:
-    """Add lines of one kind to the CSV file, made with its header where it is not there."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(lines[0])])
-        if new:
-            writer.writeheader()
-        for line in lines:
-            row = asdict(line)
-            writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})

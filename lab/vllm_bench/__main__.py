@@ -1,11 +1,10 @@
 """The command line of vLLM's benchmark."""
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from ...engine.model.config import ModelConfig
 from ...engine.model.pocket import CHECKPOINT
 from ...engine.model.shapes import known_shapes
 from ...engine.text.tokenizer import Tokenizer
+from ..csv_lines import append
 from ..evaluation.tasks import NEEDLES
 from .engine import ENGINES, Engine, gpu_name, timed, versions
 
@@ -120,14 +120,8 @@ def _add(
         given.chunk_tokens, given.gpus, gpu_name(), versions(), given.commit,
     )  # fmt: skip
     print("LINE", *asdict(line).values(), sep=" | ", flush=True)
-    if given.csv is None:
-        return
-    is_new = not given.csv.exists()
-    with given.csv.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow([field.name for field in fields(Line)])
-        writer.writerow(asdict(line).values())
+    if given.csv is not None:
+        append(given.csv, [line])
 
 
 def _rounded(value: float | None) -> float | None:

@@ -19,9 +19,10 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.version import __version__
 
 from ...kernels.page_size import PAGE_TOKENS
-from .checks import BACKEND, raw_config
+from .checks import BACKEND, check, raw_config
 from .decode_rows import DecodeInputs, DecodeRows, PortableDecodeRows
 from .first_runner import hand_over_prompt_lengths
 from .flash import PlainSteps
@@ -169,13 +170,16 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
         layer_idx: int | None = None,
         dual_chunk_attention_config: dict[str, Any] | None = None,
     ) -> None:
+        # Of architectures that nobody registered vLLM asks nobody before it loads them.
+        config = get_current_vllm_config()
+        check(config, __version__)
         assert layer_idx is not None
         assert num_kv_heads is not None
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
         self._layer = layer_idx
-        raw, rank = raw_config(get_current_vllm_config()), get_tensor_model_parallel_rank()
-        self.model = ModelAttention.of(raw, num_heads, num_kv_heads, rank)
+        rank = get_tensor_model_parallel_rank()
+        self.model = ModelAttention.of(raw_config(config), num_heads, num_kv_heads, rank)
 
     def forward(
         self,

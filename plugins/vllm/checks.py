@@ -5,7 +5,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...engine.model.architectures import check_architecture
+from ...engine.model.architectures import SERVED, check_architecture
 from ...kernels.page_size import PAGE_TOKENS
 from .errors import (
     BackendNotChosenError,
@@ -66,9 +66,9 @@ def check(config: "VllmConfig", version: str) -> None:
         CheckpointError: a kind of attention that is not served.
     """
     model, ours = config.model_config.model, chosen_backend(config) == BACKEND
-    if has_dual_chunks(config) and not ours:
-        raise BackendNotChosenError(model)
     if not ours:
+        if has_dual_chunks(config) and config.model_config.architecture in SERVED:
+            raise BackendNotChosenError(model)
         return
     if not has_dual_chunks(config):
         raise NoDualChunkError(model)
@@ -96,7 +96,8 @@ def _unsupported(config: "VllmConfig") -> Iterator[tuple[str, str, str]]:
             yield option, str(ranks), "divide the model by --tensor-parallel-size"
     if parallel.enable_dbo:
         yield "--enable-dbo", "given", "leave it out"
-    if cache.enable_prefix_caching and config.scheduler_config.scheduler_cls is not None:
+    scheduler = config.scheduler_config.scheduler_cls
+    if cache.enable_prefix_caching and scheduler not in (None, _SCHEDULER):
         yield (
             "--enable-prefix-caching",
             "on beside a --scheduler-cls",

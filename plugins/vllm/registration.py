@@ -17,6 +17,8 @@ from .checks import DualChunkConfig
 
 _BACKEND = "longreach.plugins.vllm.backend.DualChunkBackend"
 _MODELS = {"Qwen2ForCausalLM": "longreach.plugins.vllm.model:LongQwen2ForCausalLM"}
+_REFUSED = ("Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+"""They may have Dual Chunk Attention too, and are looked at before vLLM fails to load them."""
 _CHOOSES = "get_attn_backend_cls"
 
 
@@ -26,6 +28,8 @@ def register() -> None:
     for architecture in SERVED:
         ModelRegistry.register_model(architecture, _MODELS[architecture])
         MODELS_CONFIG_MAP[architecture] = DualChunkConfig
+    for architecture in _REFUSED:
+        MODELS_CONFIG_MAP.setdefault(architecture, DualChunkConfig)
     if current_platform.is_cpu():
         _let_cpus_choose(type(current_platform))
 

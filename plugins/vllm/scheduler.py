@@ -39,7 +39,8 @@ class AsyncKeepsApart(KeepsApart, AsyncScheduler):
 
 def keep_apart(request: Request) -> None:
     """Have a request's pages found by the same prompt alone: all of it is in their hashes then."""
-    whole = hashlib.sha256(np.asarray(request.prompt_token_ids or [], dtype=np.int64)).hexdigest()
+    tokens = np.asarray(request.prompt_token_ids or [], dtype=np.int64)
+    whole = hashlib.sha256(tokens.tobytes()).hexdigest()
     # Of embeddings there is nothing to compare.
     named = whole if request.prompt_token_ids else request.request_id
     request.cache_salt = f"{request.cache_salt or ''}/longreach/{named}"

@@ -37,7 +37,8 @@ def warm_up(model: ModelAttention, longest: int, dtype: torch.dtype, device: tor
         output = torch.empty_like(projected[:, : model.num_heads].contiguous())
         own = PieceAttention(model, piece, table_of(tables, 0), positions)
         step = StepAttention(model, count, positions, positions % PAGE_TOKENS, None, [own])
-        step.attend(0, *projected.split(heads, 1), memory, output)
+        q, k, v = projected.split_with_sizes(heads, 1)
+        step.attend(0, q, k, v, memory, output)
 
 
 def kinds_of_pieces(model: ModelAttention, longest: int) -> Iterator[Piece]:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent / "scripts"
+# In the versions that docs/load.md is about.
+_AS_IN_LOAD_TESTS = ("--constraint", str(Path(__file__).parents[2] / "loadtest" / "tools.txt"))
 _INSTALL_SECONDS = 600
 
 
@@ -26,13 +28,15 @@ class Target:
 class Client(ABC):
     """One client in an environment of its own, which is made once.
 
-    `shown` is its package whose version the page says; `ran` what is run, in words.
+    `packages` have versions, so that the same is run everywhere. `shown` is its package whose
+    version the page says; `ran` what is run, in words. `quick` ones are run by CI.
     """
 
     name: str
     packages: tuple[str, ...]
     shown: str
     ran: str
+    quick: bool = field(default=False, kw_only=True)
 
     @abstractmethod
     def install(self, folder: Path) -> None:
@@ -63,7 +67,7 @@ class PythonClient(Client):
 
     def install(self, folder: Path) -> None:
         _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(folder / "bin/pip"), "install", "--quiet", *self.packages])
+        _run([str(folder / "bin/pip"), "install", "--quiet", "--no-compile", *self.packages])
 
     def version(self, folder: Path) -> str:
         code = f"from importlib.metadata import version; print(version({self.shown!r}))"
@@ -138,40 +142,59 @@ def _run(command: Sequence[str]) -> str:
 
 SUITE: tuple[Client, ...] = (
     PythonClient(
-        "openai-python", ("openai",), "openai",
+        "openai-python", ("openai==3.57.0",), "openai",
         "chats, completions, structured output, tools, responses; whole and streamed",
-        "openai_python.py",
+        "openai_python.py", quick=True,
     ),
     NodeClient(
-        "openai-node", ("openai",), "openai", "streams, `runTools`, responses", "openai_node.mjs"
+        "openai-node", ("openai@6.49.0",), "openai", "streams, `runTools`, responses",
+        "openai_node.mjs", quick=True,
     ),
     PythonClient(
-        "LangChain", ("langchain-openai",), "langchain-openai",
+        "LangChain", ("langchain-openai==1.7.4",), "langchain-openai",
         "`ChatOpenAI`: invoke, stream, structured output by three methods, tools",
-        "langchain_openai_client.py",
+        "langchain_openai_client.py", quick=True,
     ),
     PythonClient(
-        "LiteLLM", ("litellm[proxy]",), "litellm", "the library, streamed, and the proxy",
+        "LiteLLM", ("litellm[proxy]==1.108.7",), "litellm", "the library, streamed, and the proxy",
         "litellm_client.py",
     ),
     NodeClient(
-        "Vercel AI SDK", ("ai", "@ai-sdk/openai-compatible", "zod"), "ai",
-        "`generateText`, `streamText`, structured output, tools", "ai_sdk.mjs",
+        "Vercel AI SDK", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"), "ai",
+        "`generateText`, `streamText`, structured output, tools", "ai_sdk.mjs", quick=True,
     ),
     PythonClient(
-        "instructor", ("instructor",), "instructor", "by tools and by JSON schema",
+        "instructor", ("instructor==1.17.0",), "instructor", "by tools and by JSON schema",
         "instructor_client.py",
     ),
     PythonClient(
-        "Pydantic AI", ("pydantic-ai-slim[openai]",), "pydantic-ai-slim",
+        "Pydantic AI", ("pydantic-ai-slim[openai]==2.68.0",), "pydantic-ai-slim",
         "an agent: text, output by a tool, output by a schema", "pydantic_ai_client.py",
     ),
     PythonClient(
-        "LlamaIndex", ("llama-index-llms-openai-like",), "llama-index-llms-openai-like",
-        "`OpenAILike`: chat, stream, completion", "llama_index_client.py",
+        "LlamaIndex", ("llama-index-llms-openai-like==0.8.1",), "llama-index-llms-openai-like",
+        "`OpenAILike`: chat, stream, completion, structured output", "llama_index_client.py",
+    ),
+    PythonClient(
+        "OpenAI Agents", ("openai-agents==0.24.0",), "openai-agents",
+        "an agent that calls a tool and goes on, by chats and by responses",
+        "openai_agents_client.py",
+    ),
+    PythonClient(
+        "guidellm", ("guidellm", *_AS_IN_LOAD_TESTS), "guidellm", "8 streamed chats, two at a time",
+        "guidellm_client.py",
+    ),
+    PythonClient(
+        "AIPerf", ("aiperf", *_AS_IN_LOAD_TESTS), "aiperf", "8 streamed chats, two at a time",
+        "aiperf_client.py",
+    ),
+    PythonClient(
+        "JSON Schema Test Suite", ("openai==3.57.0", "jsonschema==4.26.0"), "jsonschema",
+        "answers held to each of its schemas, which are valid or refused; hostile ones",
+        "json_schema_suite.py",
     ),
     CommandClient(
-        "schemathesis", ("schemathesis",), "schemathesis",
+        "schemathesis", ("schemathesis==4.32.5",), "schemathesis",
         "every path of `/openapi.json`, with what it describes and with what it does not",
         "schemathesis",
         (
@@ -181,7 +204,7 @@ SUITE: tuple[Client, ...] = (
         ),
     ),
     CommandClient(
-        "lm-eval", ("lm-eval[api]",), "lm_eval",
+        "lm-eval", ("lm-eval[api]==0.4.13",), "lm_eval",
         "a local task of log-likelihoods and one of generation", "lm_eval",
         (
             "run", "--model", "local-completions", "--tasks", "choices,answers",
@@ -190,7 +213,8 @@ SUITE: tuple[Client, ...] = (
         ),
     ),
     NodeClient(
-        "headless Chromium", ("puppeteer-core",), "puppeteer-core",
+        "headless Chromium", ("puppeteer-core@24.43.1",), "puppeteer-core",
         "a page of another origin that streams and reads an error; `/docs`", "browser.mjs", True,
+        quick=True,
     ),
 )  # fmt: skip

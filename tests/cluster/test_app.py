@@ -172,6 +172,9 @@ def test_a_machine_that_is_too_small_is_refused_before_anything_is_deployed(
         ("prefill", {"gpus_per_rank": 1.0}, "2 GPUs together and this machine has 1"),
         ("decode", {"gpus": 2.0}, "lower prefill.gpus_per_rank, decode.gpus"),
         ("prefill", {"placement": "STRICT_SPREAD"}, "use STRICT_PACK"),
+        ("prefill", {"nodes": {"pool": "a"}}, "prefill.nodes wants nodes with labels"),
+        ("decode", {"nodes": {"pool": "a"}}, "decode.nodes wants nodes with labels"),
+        ("ingress", {"nodes": {"pool": "a"}}, "ingress.nodes wants nodes with labels"),
     ],
 )
 def test_what_a_machine_lacks_is_named(section: str, values: dict[str, Any], said: str) -> None:

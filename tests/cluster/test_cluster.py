@@ -261,7 +261,7 @@ def test_a_client_that_leaves_during_decode_stops_it(
 
 
 def test_a_full_queue_says_when_to_come_back(http: httpx.Client, tokenizer: Tokenizer) -> None:
-    long, short = make_prompt(tokenizer, LONG), make_prompt(tokenizer, 40_000)
+    long, short = make_prompt(tokenizer, LONG), make_prompt(tokenizer, 20_000)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(http.post, "/v1/completions", json=ask_body(long))
         wait_for(lambda: computed(http) > 0, 30, "the first prompt's first chunk")

@@ -1,6 +1,7 @@
 """The ingress's backend: it holds leases, and releases what its clients leave."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from longreach.cluster import listener, metrics, recovery
 from longreach.cluster.decode.outbox import Outboxes, Said
 from longreach.cluster.ingress import DecodeBackend, access_of, ingress_limits
+from longreach.cluster.listener import Ear
 from longreach.cluster.messages import Taken
 from longreach.cluster.metrics import Metrics
 from longreach.cluster.settings import IngressSettings
@@ -230,16 +232,14 @@ def test_a_request_goes_on_elsewhere_when_what_serves_it_dies(
     asyncio.run(run())
 
 
-def test_progress_that_comes_behind_what_is_generated_is_left_out(tmp_path: Path) -> None:
+def test_progress_that_comes_behind_what_is_generated_is_left_out() -> None:
+    """It comes another way."""
+
     async def run() -> None:
-        replica = Replica(Progress(1, 2), stays=True)
-        generating = make_backend(replica, tmp_path).generate(REQUEST)
-        assert await anext(generating) == Progress(1, 2)
-        [name] = replica.worker.outboxes._boxes
-        for event in (DELTA, FINISHED):
-            replica.worker.outboxes.say(name, "a", event)
-        replica._left = iter([Progress(2, 2)])
-        assert [event async for event in generating] == [DELTA, FINISHED]
+        ear = Ear()
+        for event in (Progress(1, 2), DELTA, Progress(2, 2), FINISHED):
+            ear.hear(event)
+        assert [await ear.next() for _ in range(3)] == [Progress(1, 2), DELTA, FINISHED]
 
     asyncio.run(run())
 
@@ -291,10 +291,42 @@ def test_what_a_replica_says_of_its_workers_death_comes_first(tmp_path: Path) ->
     asyncio.run(asyncio.wait_for(run(), 5))
 
 
+def test_an_ingress_asks_again_when_it_has_had_time_for_what_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_EVENT_SECONDS", 0.02)
+    asked: list[float] = []
+
+    async def run() -> None:
+        replica = Replica(stays=True)
+        backend = make_backend(replica, tmp_path)
+        fetch = replica.worker.outboxes.fetch
+
+        async def timed(name: str, seconds: float) -> Said:
+            asked.append(time.perf_counter())
+            return await fetch(name, seconds)
+
+        monkeypatch.setattr(replica.worker.outboxes, "fetch", timed)
+        answers = [
+            asyncio.create_task(anext(backend.generate(replace(REQUEST, request_id=name))))
+            for name in "ab"
+        ]
+        await settle()
+        for name in "ab":
+            replica.worker.outboxes.say(backend._listener.name, name, DELTA)
+        assert await asyncio.gather(*answers) == [DELTA, DELTA]
+        told = len(asked)
+        while len(asked) == told:
+            await asyncio.sleep(0.001)
+        assert asked[told] - asked[told - 1] >= 0.04
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
 def test_an_answer_whose_end_is_lost_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "END_SECONDS", 0.1)
 
     async def run() -> None:
         backend = make_backend(Replica(DELTA), tmp_path, retries=0)

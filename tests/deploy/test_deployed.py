@@ -112,3 +112,15 @@ def test_a_node_that_drains_finishes_its_work_and_the_others_go_on(
         assert "idle True" in drained.result()
     assert set(statuses) == {200}
     assert deployment.ask("word " * 500).status_code == 200
+
+
+def test_a_missing_checkpoint_is_named_with_its_node(deployment: Deployment) -> None:
+    """The last test: what was deployed is gone then."""
+    config = serving.cluster_config(deployment.config)
+    config["model"]["path"] = "/nowhere/model"
+    path = deployment.folder / "missing.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = ("serve", str(path), "--address", deployment.ray.address, "--detach")
+    said = r"/nowhere/model\S* does not exist[\s\S]*on node \d+\.\d+\.\d+\.\d+,"
+    with pytest.raises(AssertionError, match=said):
+        deployment.ray.run("longreach", *arguments, seconds=300)

@@ -1,5 +1,6 @@
 """Dockerfiles as they are read, and what of an image can be tried without an engine."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ FROM python:3 AS build
 ARG INDEX=""
 ENV A=1 \\
     B="two $A"
-# Within
 RUN first \\
+# Within
     && second
 COPY a b
 
@@ -30,6 +31,15 @@ def test_stages_and_their_instructions_are_read() -> None:
     assert first.of("COPY") == ["a b"]
     assert first.environment({}) == {"INDEX": "", "A": "1", "B": "two 1"}
     assert last.environment({"PATH": "/bin"}) == {"PATH": "/here:/bin"}
+
+
+@pytest.mark.parametrize("path", sorted(CPU_IMAGE.parent.glob("*.Dockerfile")), ids=str)
+def test_images_get_every_package(path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    build, _ = stages(path.read_text())
+    copied = {name for text in build.of("COPY") for name in text.split()[:-1]}
+    assert {package.split(".")[1] for package in packages} <= copied
 
 
 def test_what_manifests_start_is_known() -> None:

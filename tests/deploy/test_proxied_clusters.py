@@ -145,7 +145,7 @@ def test_a_cluster_that_ends_under_load_loses_no_request(setup: Setup) -> None:
         for each in clients:
             each.result()
     for name in PROXIES:
-        assert set(statuses[name]) == {200}
+        assert set(statuses[name]) == {200}, name
         setup.seen.put(
             f"{CLIENTS} clients all the time, one of the clusters gets SIGTERM",
             name,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from longreach.deploy.dashboards.boards import BOARDS
-from longreach.deploy.dashboards.panels import Panel, Query
+from longreach.deploy.dashboards.panels import Board, Panel, Query
 from longreach.deploy.dashboards.pictures import Curve, draw
 from longreach.deploy.dashboards.prometheus import Prometheus, QueryError, Series, Span
-from longreach.deploy.dashboards.shown import VARIABLES, problems
+from longreach.deploy.dashboards.shown import VARIABLES, problems, shown
 
 SPAN = Span(1000.0, 1010.0, 1.0)
 
@@ -77,6 +77,13 @@ def test_what_is_wrong_with_panels_is_told(
     assert len(asked) == sum(len(panel.queries) for panel in panels)
     assert not any("$" in query for query in asked)
     assert {path.stem for path in tmp_path.iterdir()} == {board.name for board in BOARDS}
+
+
+def test_curves_have_the_names_of_the_legend() -> None:
+    board = Board("b", "B", (Panel("p", "s", "", (Query("up", "{{role}} of gang {{gang}}"),)),))
+    with answering(200, [series("1")]) as (url, _):
+        (panel,) = shown(Prometheus(url, "1m"), board, SPAN)
+    assert [curve.name for curve in panel.curves] == ["decode of gang"]
 
 
 def test_a_query_that_is_refused_and_a_server_that_is_none_are_told() -> None:

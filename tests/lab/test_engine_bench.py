@@ -216,11 +216,12 @@ def test_batches_may_run_without_prompts(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "engine.csv"
     arguments = arguments_of(folder, path)
     arguments[arguments.index("--tokens") + 1] = ""
-    assert main([*arguments, "--sampled"])
+    assert main([*arguments, "--held", "--tokenizer", str(CHECKPOINT)])
     assert [line["case"] for line in lines_of(path)] == [
-        "decode 1 x 200", "decode 1 x 200, sampled",
-        "decode 1 x 1,024 + 3 x 50", "decode 1 x 1,024 + 3 x 50, sampled",
-    ]  # fmt: skip
+        f"decode {lengths}{how}"
+        for lengths in ("1 x 200", "1 x 1,024 + 3 x 50")
+        for how in ("", ", sampled", ", sampled and held")
+    ]
 
 
 def test_one_case_without_memory_does_not_end_the_others(

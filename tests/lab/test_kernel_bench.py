@@ -3,7 +3,8 @@
 import csv
 from pathlib import Path
 
-from longreach.lab.kernel_bench.measure import Line, Timing, append
+from longreach.lab.csv_lines import append
+from longreach.lab.kernel_bench.measure import Line, Timing
 from longreach.lab.kernel_bench.plot import plot
 
 

@@ -22,7 +22,9 @@ await check("a page of an allowed origin streams", async () => {
       method: "POST",
       headers: { "content-type": "application/json", authorization: "Bearer none" },
       body: JSON.stringify({
-        model, messages: [{ role: "user", content: text }], max_tokens: 24, stream: true,
+        // Long enough to come in several pieces, however fast it is.
+        model, messages: [{ role: "user", content: text }], max_tokens: 200, ignore_eos: true,
+        stream: true,
       }),
     });
     let pieces = 0;

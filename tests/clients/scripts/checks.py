@@ -3,9 +3,13 @@
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 BASE_URL, MODEL = sys.argv[1], sys.argv[2]
 """With `/v1`; the model that is served."""
+
+CHECKPOINT = str(Path(__file__).parents[3] / "engine/model/pocket/checkpoint")
+"""The bundled model's folder, for what wants its tokenizer."""
 
 TEXT = "The pass key is 4711. Remember it. What is the pass key?"
 MOST_TOKENS = 24

@@ -18,6 +18,7 @@ CALL = {
     "max_tokens": MOST_TOKENS,
 }
 WAIT_SECONDS = 90
+KEY = "sk-of-this-test-alone-0123456789"
 
 
 def streamed() -> None:
@@ -37,7 +38,8 @@ def proxied() -> None:
         str(Path(sys.executable).with_name("litellm")), "--model", CALL["model"], "--api_base",
         BASE_URL, "--port", str(port), "--host", "127.0.0.1",
     ]  # fmt: skip
-    environment = {"OPENAI_API_KEY": "none", "PATH": "/usr/bin:/bin"}
+    # It does not start without a key of its own.
+    environment = {"OPENAI_API_KEY": "none", "LITELLM_MASTER_KEY": KEY, "PATH": "/usr/bin:/bin"}
     proxy = subprocess.Popen(command, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -48,8 +50,9 @@ def proxied() -> None:
         body = {"model": CALL["model"], "messages": CALL["messages"], "max_tokens": 8}
         for stream in (False, True):
             answer = httpx.post(
-                f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=60
-            )
+                f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=60,
+                headers={"Authorization": f"Bearer {KEY}"},
+            )  # fmt: skip
             answer.raise_for_status()
     finally:
         proxy.terminate()

@@ -53,6 +53,8 @@ def test_what_a_choice_says_before_it_is_fetched_is_one_delta() -> None:
 def test_whoever_fetches_waits_for_the_next_word() -> None:
     async def scenario() -> None:
         boxes = Outboxes()
+        boxes.say("one", "a", delta("x"))
+        assert await boxes.fetch("one", 60.0) == [("a", [delta("x")])]
         fetching = asyncio.create_task(boxes.fetch("one", 60.0))
         await asyncio.sleep(0.01)
         assert not fetching.done()

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,9 +144,13 @@ class Stage:
 
     async def live(self) -> list[Progress]:
         events = []
-        async for event in self.life.events():
-            self.states.append(self.life.state)
-            events.append(event)
+        try:
+            async with aclosing(self.life.events()) as said:
+                async for event in said:
+                    self.states.append(self.life.state)
+                    events.append(event)
+        finally:
+            self.life.end()
         return events
 
     def given_to(self, name: str) -> tuple[Any, ...]:
@@ -164,8 +169,8 @@ def play(stage: Stage, scenario: Callable[[Stage], Awaitable[Any]] | None = None
 
 
 def test_a_life_goes_from_reservation_to_release(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
     began = time.time()
+    stage = Stage(tmp_path)
     assert stage.life.state is State.WAITING
     assert play(stage) == [Progress(1, 2)]
     assert stage.states == [State.PREFILLING, State.DECODING]
@@ -182,7 +187,7 @@ def test_a_life_goes_from_reservation_to_release(tmp_path: Path) -> None:
     assert isinstance(answer, AnswerOrder)
     assert answer.listener == "an ingress"
     assert answer.prompt == Timings(0.5, 1.0, 0.25, 0.0, 0.0, {"linear": 0.1})
-    assert answer.taken <= began <= answer.prompt_there <= time.time()
+    assert began <= answer.taken <= answer.prompt_there <= time.time()
     assert answer.scores is None
 
 
@@ -197,8 +202,9 @@ def test_scores_of_a_prompt_go_to_the_worker_which_says_them_before_its_answer(
     assert answer.scores.values is scores
 
 
-def test_a_life_without_a_gang_is_one_call(tmp_path: Path) -> None:
+def test_a_life_without_a_gang_is_one_call_which_is_made_at_once(tmp_path: Path) -> None:
     stage = Stage(tmp_path, at_the_worker=True)
+    assert [call[0] for call in stage.calls] == ["generate"]
     stage.computing = [Progress(1, 2), ComputedHere(began=2.0, ended=5.0, seconds=1.5)]
     assert play(stage) == [Progress(1, 2)]
     assert stage.states == [State.PREFILLING, State.DECODING]

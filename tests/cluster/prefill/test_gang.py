@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,6 +53,28 @@ def test_a_gang_waits_for_the_one_that_it_replaces(
         with pytest.raises(ConfigurationError):
             asyncio.run(placed)
         assert removed == [group]
+
+
+@pytest.mark.parametrize("nodes", [{}, {"pool": "prefill"}])
+def test_ranks_are_placed_on_nodes_that_have_the_labels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: dict[str, str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def placement_group(bundles: list[Any], **options: Any) -> FakeGroup:
+        asked.append({"ranks": len(bundles), **options})
+        return FakeGroup(None)
+
+    monkeypatch.setattr(gang, "_PLACEMENT_SECONDS", 0.05)
+    monkeypatch.setattr(gang, "placement_group", placement_group)
+    monkeypatch.setattr(gang, "remove_placement_group", lambda group: None)
+    settings = replace(make_settings(1).gangs[0], drain_seconds=0.0)
+    placed = replace(settings, prefill=settings.prefill.model_copy(update={"nodes": nodes}))
+    with pytest.raises(ConfigurationError) as refused:
+        asyncio.run(gang.Gang.start(placed, tmp_path))
+    labelled = {"bundle_label_selector": [nodes, nodes]} if nodes else {}
+    assert asked == [{"ranks": 2, "strategy": "STRICT_PACK", **labelled}]
+    assert ("pool=prefill" in str(refused.value)) == bool(nodes)
 
 
 class FakeRank:

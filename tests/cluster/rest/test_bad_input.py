@@ -216,6 +216,16 @@ def test_hosts_and_origins(tmp_path: Path, host: str, origin: str | None, status
     assert len(guarded.backend.requests) == (status == 200)
 
 
+@pytest.mark.parametrize("host", ["10.0.0.7:8000", ""])
+def test_probes_need_no_name(tmp_path: Path, host: str) -> None:
+    guarded = Endpoint(tmp_path, Access(hosts=("here",)))
+    statuses = {
+        path: guarded.request("GET", path, headers={"host": host}).status_code
+        for path in ("/health", "/ready", "/metrics", "/v1/models")
+    }
+    assert statuses == {"/health": 200, "/ready": 200, "/metrics": 403, "/v1/models": 403}
+
+
 def test_a_page_that_is_allowed_may_ask_from_a_browser(tmp_path: Path) -> None:
     keyed = Access(("key",), origins=("https://friend.example",))
     guarded = Endpoint(tmp_path, keyed)

@@ -168,6 +168,7 @@ def test_signs_of_life(tmp_path: Path) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
+        ({"top_logprobs": LIMITS.max_logprobs + 1}, "top_logprobs"),
         ({"colour": "red"}, "colour"),
     ],
 )  # fmt: skip

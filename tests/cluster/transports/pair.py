@@ -23,6 +23,7 @@ from longreach.engine.kv.hand_off import Destination
 from longreach.engine.messages import GenerationRequest, SamplingParameters, Tokens
 
 from ..conftest import gangs_with, make_settings
+from ..decode.test_worker import Answer
 
 SECONDS = 60
 CHUNK_TOKENS = 640
@@ -165,12 +166,9 @@ class Pair:
         self, name: str, logits: np.ndarray, worker: DecodeWorker | None = None
     ) -> list[int]:
         async def read() -> list[int]:
-            return [
-                token.token_id
-                async for deltas, _ in (worker or self.worker).answer(name, logits)
-                for delta in deltas
-                for token in delta.tokens
-            ]
+            said = Answer()
+            await said.read(worker or self.worker, name, logits)
+            return [token.token_id for delta in said.deltas for token in delta.tokens]
 
         return self.loop.run(read())
 

@@ -3,97 +3,54 @@
 Over TCP, where a read needs the peer's process; in shared memory a reader needs nobody.
 """
 
-import os
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing
 
 from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.transports import nixl
 from longreach.cluster.transports.announced import AnnouncedRun
-from longreach.cluster.transports.nixl import NixlAgent, NixlPool
+from longreach.cluster.transports.nixl import NixlAgent
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import LostError, NoNixlError, PageFormatError, TransferError
 from longreach.engine.kv.hand_off import Place
-from longreach.engine.kv.pages import PageGeometry, PagePool, Pages
+from longreach.engine.kv.pages import PagePool, Pages
 
+from .nixl_owner import LAYERS, OWN_HEADS, SECONDS, Case, Owner
 from .pair import Pair, make_prompt, replace_ray, settings_of
 
-LAYERS, HEADS, OWN_HEADS, FIRST_HEAD = 3, 5, 2, 2
-SECONDS = 120.0
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Case:
-    """How many pages of which type the owner has."""
-
-    dtype: torch.dtype
-    pages: int = 12
-    head_dim: int = 64
-
-    def make_pool(self, heads: int, extra: int = 0) -> PagePool:
-        geometry = PageGeometry(LAYERS, heads, self.head_dim, self.dtype)
-        pool = PagePool(geometry, self.pages + extra, CPU)
-        pool.clear()
-        return pool
-
-    def fill(self, pool: PagePool) -> None:
-        if self.pages == LARGE.pages:
-            pool.memory.fill_(1)
-            return
-        generator = torch.Generator().manual_seed(0)
-        for layer in range(LAYERS):
-            shape = pool.memory.shape[1:]
-            pool.memory[layer] = torch.randn(shape, generator=generator).to(self.dtype)
-            if pool.scales is not None:
-                pool.scales[layer] = torch.rand(pool.scales.shape[1:], generator=generator)
-
-
-def own(case: Case, heads: int, connection: Connection) -> None:
-    """A rank that has pages and does nothing about them."""
-    torch.set_num_threads(1)
-    pool = case.make_pool(heads)
-    case.fill(pool)
-    agent = NixlAgent(pool)
-    connection.send(agent.pool)
-    connection.recv()
-
-
-class Owner:
-    """The other process, and the pool that it lets others read."""
-
-    def __init__(self, case: Case, heads: int = OWN_HEADS) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=own, args=(case, heads, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        assert self.connection.poll(SECONDS)
-        self.pool: NixlPool = self.connection.recv()
-
-    def signal(self, number: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join(SECONDS)
+HEADS, FIRST_HEAD = 5, 2
 
 
 @pytest.fixture(autouse=True)
 def tcp(monkeypatch: pytest.MonkeyPatch) -> None:
     """As between two hosts without other hardware."""
     monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+def test_a_rank_reads_its_heads_of_a_pool_that_has_more() -> None:
+    """As it does of decode's pages; within one process, which reads by the same way."""
+    case = Case(torch.float8_e4m3fn)
+    theirs, pool = case.make_pool(HEADS), case.make_pool(OWN_HEADS)
+    case.fill(theirs)
+    numbers, ours = np.array([9, 3, 4]), np.array([0, 1, 7])
+    run = AnnouncedRun(Place(1, 0, FIRST_HEAD), numbers, range(FIRST_HEAD, FIRST_HEAD + OWN_HEADS))
+    owner = NixlAgent(theirs)  # for as long as it is read from
+    size = NixlAgent(pool).read(owner.pool, [(run, pool.held(1, ours))])
+    expected = theirs.held(1, numbers).read().heads(FIRST_HEAD, OWN_HEADS)
+    found = pool.held(1, ours).read()
+    assert size == found.nbytes
+    assert torch.equal(found.bits, expected.bits)
+    assert found.scales is not None
+    assert expected.scales is not None
+    assert torch.equal(found.scales, expected.scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
@@ -150,7 +107,7 @@ def test_pages_of_another_format_are_refused() -> None:
         agent.read(other.pool, [(AnnouncedRun(Place(0, 0, 0), first), pool.held(0, first))])
 
 
-LARGE = Case(torch.bfloat16, pages=1500, head_dim=128)
+LARGE = Case(torch.bfloat16, pages=600, head_dim=128)
 """So much that something can happen while it is read."""
 
 

@@ -228,6 +228,25 @@ def test_pages_come_to_the_host_whole_whatever_came_before(device: str, dtype: t
             assert torch.equal(brought.scales, pages.scales.cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def test_some_heads_of_a_pool_may_be_meant(dtype: torch.dtype) -> None:
+    """A tensor rank reads its own of decode's pages."""
+    case = Case("cpu", dtype, True)
+    pool, receiver = case.make_pool(HEADS, case.pages), Receiver(case)
+    values = torch.randn(case.pages, HEADS, 2, 128, 64).to(dtype)
+    scales = torch.rand(case.pages, HEADS, 2) if pool.scales is not None else None
+    pool.put(1, torch.arange(case.pages), 0, Pages(values, scales))
+    heads = range(1, 1 + RANK_HEADS)
+    run = AnnouncedRun(Place(1, FIRST_PAGE, FIRST_HEAD), case.numbers, heads)
+    receiver.reader.read("a", SharedPool.of(pool, HOST), [run])
+    there = receiver.pool.layer(1).at(receiver.table[FIRST_PAGE : FIRST_PAGE + len(case.numbers)])
+    own = there.heads(FIRST_HEAD, RANK_HEADS)
+    expected = pool.layer(1).at(torch.from_numpy(case.numbers)).heads(1, RANK_HEADS)
+    assert torch.equal(own.bits, expected.bits)
+    if own.scales is not None and expected.scales is not None:
+        assert torch.equal(own.scales, expected.scales)
+
+
 def test_a_pool_of_another_host_is_refused_with_both_hosts() -> None:
     case = Case("cpu", torch.bfloat16, False)
     pool = SharedPool.of(case.make_pool(RANK_HEADS, case.pages), "elsewhere")

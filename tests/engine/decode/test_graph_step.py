@@ -1,5 +1,6 @@
 """The kernels' decode step (on a GPU, or in Triton's interpreter) against the portable one."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from longreach.engine.decode.step import (
     StepRow,
 )
 from longreach.engine.decode.step_rows import prompt_row_counts, row_counts
-from longreach.engine.errors import GenerationError, StepDoesNotFitError
+from longreach.engine.errors import GenerationError, GrammarError, StepDoesNotFitError
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.messages import (
@@ -86,12 +87,13 @@ def kernels_for_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=[DUAL_CHUNK, None], ids=["dual chunks", "plain"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model"), dual_chunk=request.param)
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, dual_chunk=request.param, layers=2)
 
 
 @pytest.fixture(scope="module")
 def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK)
+    return make_checkpoint(tmp_path_factory.mktemp("dual"), dual_chunk=DUAL_CHUNK, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -488,8 +490,10 @@ class Engine:
         )
 
     def start(self, name: str, length: int, **sampling: Any) -> list[Any]:
-        self.decoder.reserve(make_request(name, length, **sampling))
-        return self.decoder.start(name, np.linspace(0, 1, VOCAB, dtype=np.float32))
+        request = make_request(name, length, **sampling)
+        self.decoder.reserve(request)
+        logits = np.linspace(0, 1, VOCAB, dtype=np.float32)
+        return self.decoder.start(name, logits, self.decoder.prepare(request))
 
 
 def joining_and_leaving(engine: Engine) -> dict[tuple[str, int], list[int]]:
@@ -523,13 +527,21 @@ SAMPLED: list[dict[str, Any]] = [
     {"temperature": 0.0, "frequency_penalty": 1.5, "repetition_penalty": 1.3},
     {"temperature": 1.0, "min_p": 0.05, "logit_bias": ((7, 3.0), (9, -2.0)), "seed": 8},
 ]
+HELD: list[dict[str, Any]] = [
+    {"grammar": "start: /[0-9A-F]{12}/"},
+    {"grammar": "start: /([0-4][5-9]){20}/", "temperature": 1.3, "presence_penalty": 0.5,
+     "seed": 4},
+]  # fmt: skip
+SAMPLED_TOKENS = {f"{n}": n + (7 if DEVICE.type == "cuda" else 3) for n in range(7)}
+"""Of each sampled request; fewer in the interpreter, where each takes its time."""
 
 
 def sampled_tokens(engine: Engine) -> dict[str, list[int]]:
-    """Five sampled requests on three places, greedy ones among them: rows change hands."""
+    """Sampled requests on three places, greedy and held ones among them: rows change hands."""
     outputs: list[Any] = []
-    for number, asked in enumerate([*SAMPLED, SAMPLED[1]]):
-        outputs += engine.start(f"{number}", 40 + 100 * number, max_tokens=7 + number, **asked)
+    for number, asked in enumerate([*SAMPLED, SAMPLED[1], *HELD]):
+        most = SAMPLED_TOKENS[f"{number}"]
+        outputs += engine.start(f"{number}", 40 + 100 * number, max_tokens=most, **asked)
     outputs += engine.start("greedy", 12, max_tokens=4)
     while engine.decoder.has_work:
         outputs += engine.decoder.step()
@@ -550,14 +562,33 @@ def test_what_is_drawn_behind_the_step_is_what_the_host_draws(
         monkeypatch.setattr(sampling, "sample", triton_sampling.sample)
     engine = Engine(model, eager)
     mine = sampled_tokens(engine)
-    assert mine["1"] != mine["4"][:8]
+    assert mine["1"] != mine["4"][: len(mine["1"])]
+    assert re.fullmatch("[0-9A-F]+", bytes(mine["5"]).decode())
+    assert re.fullmatch("([0-4][5-9])+[0-4]", bytes(mine["6"]).decode())
     # On the host, by the logits of the same step.
     monkeypatch.setattr(Sampler, "drawing", None)
     theirs = sampled_tokens(Engine(model, eager))
-    assert {name: len(each) for name, each in mine.items()} == {
-        "0": 7, "1": 8, "2": 9, "3": 10, "4": 11, "greedy": 4,
-    }  # fmt: skip
+    assert {name: len(each) for name, each in mine.items()} == {**SAMPLED_TOKENS, "greedy": 4}
     assert mine == theirs
+
+
+def test_a_grammar_that_gives_out_ends_one_answer_alone_on_kernels(
+    shallow_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mask is wanted in the middle of a step of others."""
+    engine = Engine(load(shallow_folder), eager)
+    outputs = engine.start("good", 40, grammar="start: /[0-9]{9}/", temperature=1.0, seed=1)
+    # Each step of this expression is a state more, of which there may be none here.
+    monkeypatch.setattr("longreach.engine.decode.grammar._MOST_LEXER_STATES", 4)
+    outputs += engine.start("ends", 40, grammar="start: /(A|B){30}/", max_tokens=40)
+    while engine.decoder.has_work:
+        outputs += engine.decoder.step()
+    last = dict(outputs)
+    assert isinstance(last["ends"], GrammarError)
+    assert isinstance(last["good"], Delta)
+    said = [output for name, output in outputs if name == "good"]
+    assert re.fullmatch("[0-9]{6}", "".join(each.text for each in said))
+    assert engine.decoder.usage == 0
 
 
 @on_gpus

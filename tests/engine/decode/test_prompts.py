@@ -1,7 +1,8 @@
 """Prompts that a decoder computes itself: the text that a gang's way has, at nobody's cost."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from longreach.engine.errors import (
 )
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import PagePool
-from longreach.engine.messages import Delta, Progress
+from longreach.engine.messages import Delta, GenerationRequest, Progress
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
 from longreach.lab.pocket.tokenizer import build_tokenizer
@@ -31,6 +32,9 @@ from .test_decode import Engine, make_prompt, make_request, tokens_by_choice
 
 LIMITS = PromptLimits(longest=1024, at_once=256, pieces=4)
 LENGTHS = [1, 17, 127, 128, 129, 245, 300, 600]
+Said = dict[str, dict[int, list[int]]]
+"""Tokens of each choice of each request."""
+
 SAMPLING = {"temperature": 1.0, "seed": 7, "max_tokens": 6, "choices": 2}
 
 
@@ -213,39 +217,55 @@ def test_a_damaged_prompt_fails_alone(model: Qwen2) -> None:
     assert decoder.usage == 0
 
 
+GROWING = (100, 120, 250, 127)
+
+
+def growing(max_tokens: int = 40, choices: int = 1) -> list[GenerationRequest]:
+    """Requests that all grow over the border of a page."""
+    asked = {"max_tokens": max_tokens, "temperature": 1.0, "seed": 3, "choices": choices}
+    return [make_request(f"r{n}", make_prompt(n, seed=n), **asked) for n in GROWING]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Qwen2) -> Callable[[int, int, KVCacheDtype], Said]:
+    """What growing requests say where there is room for all; of each kind found out once."""
+
+    @cache
+    def of(max_tokens: int, choices: int, kept: KVCacheDtype) -> Said:
+        decoder = make_decoder(model, pages=200, max_batch=8, kept=kept)
+        for request in growing(max_tokens, choices):
+            decoder.admit(request)
+        outputs = run(decoder)
+        assert decoder.num_preemptions == 0
+        return {f"r{length}": tokens(outputs, f"r{length}") for length in GROWING}
+
+    return of
+
+
 class TestPagesAsTheyAreNeeded:
-    """Eleven pages, and requests that need twelve and more between them at their ends."""
+    """Fewer pages than requests need between them at their ends."""
 
-    LENGTHS = (17, 120, 250, 127)
-    LONG: ClassVar[dict[str, Any]] = {"max_tokens": 200, "temperature": 1.0, "seed": 3}
-
-    def admit_all(self, decoder: Decoder, **sampling) -> None:
-        for length in self.LENGTHS:
-            prompt = make_prompt(length, seed=length)
-            decoder.admit(make_request(f"r{length}", prompt, **{**self.LONG, **sampling}))
-
-    @pytest.mark.parametrize("pages", [9, 11])
-    @pytest.mark.parametrize("choices", [1, 2])
+    @pytest.mark.parametrize(
+        ("choices", "pages", "max_tokens"),
+        [(1, 6, 40), (1, 7, 40), (2, 9, 40), (2, 11, 40), (1, 9, 140)],
+    )
     @pytest.mark.parametrize("kept", ["auto", "fp8_e4m3"])
     def test_whoever_makes_room_comes_back_with_the_same_text(
-        self, model: Qwen2, pages: int, choices: int, kept: KVCacheDtype
+        self,
+        model: Qwen2,
+        undisturbed: Callable[[int, int, KVCacheDtype], Said],
+        choices: int,
+        pages: int,
+        max_tokens: int,
+        kept: KVCacheDtype,
     ) -> None:
-        sizes = {"max_batch": 8, "kept": kept}
-        alone = {}
-        for length in self.LENGTHS:
-            decoder = make_decoder(model, pages=200, **sizes)
-            prompt = make_prompt(length, seed=length)
-            decoder.admit(make_request("a", prompt, **self.LONG, choices=choices))
-            alone[length] = tokens(run(decoder), "a")
-        decoder = make_decoder(model, pages=pages, **sizes)
-        waiting = list(self.LENGTHS)
+        decoder = make_decoder(model, pages=pages, max_batch=8, kept=kept)
+        waiting = growing(max_tokens, choices)
         outputs, most = [], 0
         while waiting or decoder.has_work:
             while waiting:
-                prompt = make_prompt(waiting[0], seed=waiting[0])
-                request = make_request(f"r{waiting[0]}", prompt, **self.LONG, choices=choices)
                 try:
-                    decoder.admit(request)
+                    decoder.admit(waiting[0])
                 except OutOfPagesError:
                     break
                 waiting.pop(0)
@@ -253,14 +273,14 @@ class TestPagesAsTheyAreNeeded:
             most = max(most, decoder.num_running)
         assert decoder.num_preemptions > 0
         assert most > choices
-        for length in self.LENGTHS:
-            assert tokens(outputs, f"r{length}") == alone[length]
+        for name, expected in undisturbed(max_tokens, choices, kept).items():
+            assert tokens(outputs, name) == expected
         assert decoder.usage == 0
 
     def test_the_youngest_makes_room(self, model: Qwen2) -> None:
-        decoder = make_decoder(model, pages=4, max_batch=8)
-        decoder.admit(make_request("old", make_prompt(100), max_tokens=200))
-        decoder.admit(make_request("young", make_prompt(100, 1), max_tokens=200))
+        decoder = make_decoder(model, pages=3, max_batch=8)
+        decoder.admit(make_request("old", make_prompt(120), max_tokens=20))
+        decoder.admit(make_request("young", make_prompt(120, 1), max_tokens=20))
         outputs = run(decoder)
         assert decoder.num_preemptions
         ends = [name for name, each in outputs if isinstance(each, Delta) and each.finish_reason]
@@ -268,8 +288,8 @@ class TestPagesAsTheyAreNeeded:
 
     def test_nobody_else_comes_before_those_that_made_room(self, model: Qwen2) -> None:
         decoder = make_decoder(model, pages=4, max_batch=8)
-        decoder.admit(make_request("old", make_prompt(200), max_tokens=200))
-        decoder.admit(make_request("young", make_prompt(200, 1), max_tokens=200))
+        decoder.admit(make_request("old", make_prompt(250), max_tokens=20))
+        decoder.admit(make_request("young", make_prompt(250, 1), max_tokens=20))
         while not decoder.num_preemptions:
             decoder.step()
         assert decoder.num_waiting == 1
@@ -282,39 +302,40 @@ class TestPagesAsTheyAreNeeded:
 
     def test_reserved_pages_are_certain(self, folder: Path, model: Qwen2) -> None:
         prompt = make_prompt(300)
-        expected = Engine(folder).generate("handed", prompt, max_tokens=200)
-        decoder = make_decoder(model, pages=6, max_batch=8)
-        decoder.admit(make_request("grows", make_prompt(100), max_tokens=300))
+        expected = Engine(folder).generate("handed", prompt, max_tokens=60)
+        decoder = make_decoder(model, pages=5, max_batch=8)
+        decoder.admit(make_request("grows", make_prompt(250), max_tokens=30))
         engine = Engine(folder)
         engine.decoder = decoder
-        decoder.reserve(make_request("handed", prompt, max_tokens=200))
+        decoder.reserve(make_request("handed", prompt, max_tokens=60))
         outputs = decoder.start("handed", engine.hand_off("handed", prompt))
         outputs += run(decoder)
         assert decoder.num_preemptions
         assert tokens(outputs, "handed") == expected
-        assert len(tokens(outputs, "grows")[0]) == 300
+        assert len(tokens(outputs, "grows")[0]) == 30
 
     def test_a_step_without_pages_waits_for_those_that_are_reserved(self, model: Qwen2) -> None:
         """No work, rather than steps that find nothing to do, until pages are free."""
         decoder = make_decoder(model, pages=4)
         decoder.reserve(make_request("reserved", make_prompt(250), max_tokens=100))
-        decoder.admit(make_request("grows", make_prompt(100), max_tokens=100))
+        decoder.admit(make_request("grows", make_prompt(120), max_tokens=40))
         while decoder.has_work:
             decoder.step()
         assert decoder.num_preemptions == 1
         decoder.cancel("reserved")
         assert decoder.has_work
-        assert len(tokens(run(decoder), "grows")[0]) > 60
+        assert len(tokens(run(decoder), "grows")[0]) > 25
 
-    @pytest.mark.parametrize("steps", range(0, 120, 10))
+    @pytest.mark.parametrize("steps", range(0, 48, 4))
     def test_cancelling_whoever_made_room_frees_what_it_holds(
         self, model: Qwen2, steps: int
     ) -> None:
-        decoder = make_decoder(model, pages=9, max_batch=8)
-        self.admit_all(decoder)
+        decoder = make_decoder(model, pages=6, max_batch=8)
+        for request in growing():
+            decoder.admit(request)
         for _ in range(steps):
             decoder.step()
-        for length in self.LENGTHS:
+        for length in GROWING:
             decoder.cancel(f"r{length}")
         assert decoder.usage == 0
         assert not decoder.has_work

@@ -1,12 +1,16 @@
 """Pages: whatever is taken, shared and given back, in any order, adds up."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longreach.engine.errors import OutOfPagesError, PageFormatError
+from longreach.engine.errors import OutOfPagesError, PageFormatError, TransferError
+from longreach.engine.kv.arrivals import Arrivals
+from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import PageGeometry, PagePool, Pages, page_index
 from longreach.kernels.page_size import pages_for
 
@@ -159,3 +163,49 @@ def test_pages_are_picked_by_number_and_as_a_view_where_they_are_neighbours(
     assert picked.values[:, 0, 0, 0, 0].tolist() == numbers
     shares = picked.values.untyped_storage().data_ptr() == pool.memory.untyped_storage().data_ptr()
     assert shares == (numbers != [5, 2, 4])
+
+
+@pytest.mark.parametrize("numbers", [[3, 4, 5], [7, 0, 3]], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def test_what_is_written_into_held_pages_is_read_there_and_nowhere_else(
+    dtype: torch.dtype, numbers: list[int]
+) -> None:
+    """Also where only some of a pool's heads are meant."""
+    pool = PagePool(PageGeometry(2, 5, 4, dtype), 9, torch.device("cpu"))
+    pool.clear()
+    every = pool.held(1, np.array(numbers))
+    held = replace(every, layer=every.layer.heads(2, 2))
+    scales = torch.rand(3, 2, 2) if pool.scales is not None else None
+    pages = Pages(torch.randn(3, 2, 2, 128, 4).to(dtype), scales)
+    held.write(pages)
+    found = held.read()
+    assert torch.equal(found.bits, pages.bits)
+    if scales is not None:
+        assert found.scales is not None
+        assert torch.equal(found.scales, scales)
+    rest = Pages(pool.memory).bits.clone()
+    rest[1, numbers, 2:4] = 0
+    assert not rest.any()
+
+
+def test_held_pages_take_no_others_than_fit() -> None:
+    pool = make_pool()
+    held = pool.held(0, np.array([1, 2]))
+    with pytest.raises(PageFormatError):
+        held.write(Pages(torch.zeros(2, 1, 2, 128, 4, dtype=torch.bfloat16)))
+    for count, heads in ((3, 1), (2, 2)):
+        with pytest.raises(TransferError):
+            held.write(Pages(torch.zeros(count, heads, 2, 128, 4)))
+
+
+@settings(deadline=None)
+@given(st.permutations(range(2 * 3 * 2)), st.integers(0, 12))
+def test_tokens_are_complete_up_to_the_first_page_that_lacks_anything(
+    order: list[int], count: int
+) -> None:
+    arrivals = Arrivals(PageGeometry(2, 2, 4, torch.float32), 3)
+    there = {(each // 6, each // 2 % 3, each % 2) for each in order[:count]}
+    for layer, page, head in there:
+        arrivals.note(Place(layer, page, head), 1, 1)
+    whole = [all((n, page, h) in there for n in (0, 1) for h in (0, 1)) for page in range(3)]
+    assert arrivals.complete_tokens == 128 * (whole.index(False) if False in whole else 3)

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from longreach.engine.errors import ConfigurationError, TensorParallelError
+from longreach.engine.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    TensorParallelError,
+)
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.hand_off import HandOff, Place
-from longreach.engine.kv.pages import HeldPages
+from longreach.engine.kv.pages import HeldPages, Pages
 from longreach.engine.local import LocalPrefill
 from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
@@ -32,9 +36,10 @@ PUBLISHED = {**DUAL_CHUNK, "sparse_attention_threshold": 800}
 
 @dataclass
 class RecordingSender(HandOff):
-    """Keeps the numbers it is given."""
+    """Keeps the numbers it is given, and brings back those that it has, of all layers and heads."""
 
     pushed: list[tuple[int, int, int, Tensor]] = field(default_factory=list)
+    has: Tensor | None = None
 
     def push(self, place: Place, pages: HeldPages) -> None:
         read = pages.read()
@@ -43,7 +48,12 @@ class RecordingSender(HandOff):
             wide *= read.scales[..., None, None]
         self.pushed.append((*astuple(place), wide.clone()))
 
-    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
+    def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None:
+        assert self.has is not None
+        for place, pages in wanted:
+            first, head = place.first_page, place.first_kv_head
+            heads = slice(head, head + pages.layer.values.shape[1])
+            pages.write(Pages(self.has[place.layer, first : first + len(pages), heads]))
 
     def flush(self) -> None:
         pass
@@ -174,6 +184,87 @@ def assembled(pieces: list, length: int) -> Tensor:
         assert place.isnan().all(), "a page came twice"
         place.copy_(pages)
     return whole
+
+
+def going_on_main(
+    rank: int, mesh: tuple[int, int], checkpoint: Path, source: Tensor, output: Path
+) -> None:
+    torch.set_num_threads(1)
+    joined = Mesh.join(*mesh, rank, f"file://{output}/meeting")
+    local = LocalPrefill(checkpoint, 1024, mesh=joined)
+    torch.save((run_fetched(local, source), run_moved(local)), output / f"{rank}.pt")
+    joined.close()
+
+
+def run_fetched(local: LocalPrefill, source: Tensor) -> Tensor:
+    """Logits of a prompt whose first two chunks are fetched."""
+    prompt = np.random.default_rng(1000).integers(0, VOCAB, 1000).astype(np.int32)
+    local.pool.memory.fill_(torch.nan)
+    local.prefiller.admit("fetched", prompt)
+    sender = RecordingSender(has=source)
+    for start in (0, 256):
+        local.prefiller.fetch("fetched", start, start + 256, sender)
+    return rest_of("fetched", local, sender, start=512)
+
+
+def run_moved(local: LocalPrefill) -> tuple[Tensor, list]:
+    """Logits of a prompt that goes on elsewhere, a chunk back, and what comes there."""
+    prompt = np.random.default_rng(1000).integers(0, VOCAB, 1000).astype(np.int32)
+    local.pool.memory.fill_(torch.nan)
+    local.prefiller.admit("before", prompt)
+    for start in (0, 256, 512):
+        local.prefiller.run_chunk("before", start, start + 256, RecordingSender())
+    sender = RecordingSender()
+    local.prefiller.rename("before", "after", 512)
+    local.prefiller.push("after", 0, 384, sender)
+    local.prefiller.push("after", 384, 512, sender)
+    return rest_of("after", local, sender, start=512), sender.pushed
+
+
+def rest_of(name: str, local: LocalPrefill, sender: HandOff, start: int) -> Tensor:
+    for first in range(start, 1000, 256):
+        result = local.prefiller.run_chunk(name, first, min(first + 256, 1000), sender)
+        if result.logits is not None:
+            local.prefiller.release(name)
+            return result.logits
+    raise AssertionError
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 3), (2, 2)])
+def test_a_prompt_goes_on_behind_pages_that_are_fetched_or_were_left(
+    mesh: tuple[int, int], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Each rank fetches its own heads, and all of their pages; and each pushes its part of them."""
+    expected, pushed = run(LocalPrefill(checkpoint, 1024), 1000, 256)
+    source = assembled(pushed, 1000)
+    ranks = mesh[0] * mesh[1]
+    if ranks == 1:
+        local = LocalPrefill(checkpoint, 1024)
+        results = [(run_fetched(local, source), run_moved(local))]
+    else:
+        spawn(going_on_main, (mesh, checkpoint, source, tmp_path), nprocs=ranks)
+        results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for fetched, (moved, _) in results:
+        # As above: ranks add up in another order, in float32, through all layers.
+        torch.testing.assert_close(fetched, expected, rtol=3e-4, atol=3e-4)
+        torch.testing.assert_close(moved, expected, rtol=3e-4, atol=3e-4)
+    together = assembled([piece for _, (_, pieces) in results for piece in pieces], 1000)
+    # K and V of the ranks' sums, where the others are of one process's.
+    torch.testing.assert_close(together, source, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt_goes_on_only_where_it_has_been(checkpoint: Path) -> None:
+    local = LocalPrefill(checkpoint, 1024)
+    prompt = np.zeros(500, dtype=np.int32)
+    local.prefiller.admit("a", prompt)
+    local.prefiller.admit("b", prompt)
+    local.prefiller.run_chunk("a", 0, 256)
+    for name, to, done in (("c", "d", 0), ("a", "b", 0), ("a", "d", 384)):
+        with pytest.raises(InvalidRequestError):
+            local.prefiller.rename(name, to, done)
+    local.prefiller.rename("a", "d", 256)
+    with pytest.raises(InvalidRequestError):
+        local.prefiller.fetch("d", 384, 500, RecordingSender())
 
 
 def config_with(heads: int, kv_heads: int) -> ModelConfig:

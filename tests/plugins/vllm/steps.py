@@ -121,7 +121,7 @@ class Engine:
             for each, end, n in zip(own, ends, counts, strict=True)
             for t in each.tokens[end - n : end]
         ]
-        hidden = self._model.begin(torch.tensor(tokens))
+        hidden = self._model.begin(torch.tensor(tokens, device=self._device))
         for layer in self._model.layers:
             layer.forward(hidden, _Projected(step, self._caches))
         logits = self._model.logits(hidden[0]).float().cpu().split(counts)

@@ -39,6 +39,7 @@ def configuration(raw: dict[str, Any] = RAW, backend: str | None = "CUSTOM", **c
         "scheduler_config": {"scheduler_cls": None},
         "model_config": {
             "model": "some/model", "dtype": "torch.bfloat16", "max_model_len": 1000,
+            "architecture": raw["architectures"][0],
             "hf_config": SimpleNamespace(to_dict=lambda: raw, **raw),
         },
         "attention_config": {
@@ -113,6 +114,13 @@ def test_another_scheduler_may_be_chosen_without_prefix_caching() -> None:
     check(configuration(scheduler_cls="mine.Scheduler", enable_prefix_caching=False), "0.26.0")
 
 
+def test_other_architectures_are_refused_or_left_to_vllm() -> None:
+    other = {**RAW, "architectures": ["Qwen3ForCausalLM"]}
+    with pytest.raises(CheckpointError):
+        check(configuration(other), "0.26.0")
+    check(configuration(other, backend="FLASH_ATTN"), "0.26.0")
+
+
 def test_sliding_windows_are_refused() -> None:
     with pytest.raises(CheckpointError):
         check(configuration({**RAW, "use_sliding_window": True}), "0.26.0")
@@ -123,6 +131,8 @@ def test_a_prefix_cache_gets_a_scheduler_that_keeps_long_prompts_apart(cached: b
     config = configuration(enable_prefix_caching=cached)
     keep_long_prompts_apart(config)
     assert (config.scheduler_config.scheduler_cls is not None) == cached
+    # Layers look at the configuration once more.
+    check(config, "0.26.0")
 
 
 def test_prompts_are_alike_up_to_temperature_and_sparse_attention() -> None:

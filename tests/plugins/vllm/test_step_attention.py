@@ -29,6 +29,7 @@ def assert_as_defined(folder: Path, requests: list[Request], logits: list[torch.
     for request, own in zip(requests, logits, strict=True):
         tokens = request.tokens[: request.done]
         expected = oracle_logits(folder, tokens, max(0, len(tokens) - request.prompt))
+        # float32 through all layers, against float64.
         torch.testing.assert_close(own.double(), expected, rtol=2e-3, atol=2e-3)
 
 
@@ -91,6 +92,7 @@ def test_a_sequence_that_was_preempted_is_computed_again(tmp_path: Path) -> None
     [logits] = Engine(folder, [request], 512).run([{0: 300}, {0: 120}])
     alone = Request(request.tokens, prompt=400)
     [one_by_one] = Engine(folder, [alone], 512).run([{0: 400}, *[{0: 1}] * 20])
+    # Other pieces, so float32 sums are made in another order.
     torch.testing.assert_close(logits[:400], one_by_one[:400], rtol=1e-3, atol=1e-3)
     # Those that are computed together have the temperature of the last of them.
     torch.testing.assert_close(logits[400:], one_by_one[400:], rtol=5e-2, atol=5e-2)
@@ -119,6 +121,7 @@ def test_long_prompts_attend_sparsely_as_the_engine_does(tmp_path: Path, chunk: 
     [logits] = engine.run(
         [{0: min(chunk, end) if end % chunk == 0 else end % chunk} for end in ends]
     )
+    # Both in float32, of the same selections: only matrices are multiplied in other shapes.
     torch.testing.assert_close(logits[-1], expected, rtol=1e-4, atol=1e-4)
     dense = oracle_logits(folder, tokens)[-1].float()
     assert not torch.allclose(logits[-1], dense, rtol=1e-2, atol=1e-2)
