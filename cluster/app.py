@@ -42,6 +42,9 @@ _API_PREFIX = "/v1"
 # Requests wait in queues of our own, which know what to do first and when to refuse.
 _NO_LIMIT = 1_000_000
 _STOP_SECONDS = 30
+# Serve replaces a replica that has left three checks in a row unanswered for so long each: a starved
+# one answers one of them, and one that hangs is found in half a minute.
+_HEALTH_SECONDS = 8.0
 # More than a starved machine keeps a healthy one from answering. Ray ends this process by itself,
 # and leaves everything behind, when the GCS has not answered for a minute.
 _RAY_PATIENCE_SECONDS = 30.0
@@ -86,7 +89,7 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         "graceful_shutdown_timeout_s": settings.shutdown.drain_seconds,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
-        "health_check_timeout_s": 30.0,
+        "health_check_timeout_s": _HEALTH_SECONDS,
     }
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
