@@ -45,13 +45,14 @@ _MASK_THREADS = 2
 
 
 class Decoder(DecodeEngine):
-    """Decodes on one process.
+    """Decides in one process what is decoded.
 
     `receive` may be called on any stream: the pages are nobody else's. `start` is called when what
     it launched has run.
 
     Args:
-        model: whole on this process.
+        model: whole on this process; or rank 0's of a mesh, with a pool and a step that have the
+            other ranks do the same (`leader`).
         pool: of the model's geometry.
         token_bytes: of the model's tokenizer.
         max_batch: sequences in one step; more than that wait their turn.
@@ -211,11 +212,10 @@ class Decoder(DecodeEngine):
     def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
         table = self._receiving(request_id).block_tables[0].pages
         numbers = table[place.first_page : place.first_page + num_pages]
-        held = self._pool.held(place.layer, numbers)
-        heads = held.layer.heads(place.first_kv_head, num_kv_heads)
-        if (len(held), heads.values.shape[1]) != (num_pages, num_kv_heads):
+        held = self._pool.held(place.layer, numbers).heads(place.first_kv_head, num_kv_heads)
+        if (len(held), held.layer.values.shape[1]) != (num_pages, num_kv_heads):
             raise TransferError(f"request {request_id} has no such pages at {place}")
-        return replace(held, layer=heads)
+        return held
 
     def _receiving(self, request_id: str) -> Reservation:
         reservation = self._reservations.get(request_id)
@@ -278,10 +278,11 @@ class Decoder(DecodeEngine):
         self._running = [s for s in self._running if s.request_id != request_id]
         self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
         self._prompts.remove(request_id)
-        put_off = [p for p in self._put_off if p.reservation.request.request_id != request_id]
-        is_here = len(put_off) == len(self._put_off)
-        self._put_off = put_off
-        return is_here
+        away = [p for p in self._put_off if p.reservation.request.request_id == request_id]
+        for each in away:
+            self._put_off.remove(each)
+            each.forget(self._pool)
+        return not away
 
     def _piece(self, part: Part) -> PromptPiece:
         reservation = self._reservations[part.request_id]

@@ -79,7 +79,7 @@ def captured(device: torch.device) -> Capture:
 
 
 class GraphStep(DecodeStep):
-    """A model that is whole on its device, through the kernels.
+    """A model that is whole on its device, or one rank's of a mesh, through the kernels.
 
     Args:
         row_counts: rows that a step is filled up to, rising; the last is the largest batch.

@@ -23,7 +23,7 @@ _LEAST_ROWS = 16
 
 
 class PortableStep(DecodeStep):
-    """A model that is whole on its device, of any kind."""
+    """A model that is whole on its device, of any kind, or one rank's of a mesh."""
 
     def __init__(self, model: Qwen2, pool: PagePool, max_batch: int) -> None:
         self._model = model

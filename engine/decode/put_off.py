@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ...kernels.pages import BlockTable
-from ..kv.pages import PagePool, movable
+from ..kv.pages import PagePool, SetAside
 from .sequences import Reservation, TokenSequence, distinct_pages
 
 
@@ -21,8 +18,7 @@ class PutOff:
     reservation: Reservation
     running: list[TokenSequence]
     done: int | None
-    _values: Tensor
-    _scales: Tensor | None
+    _aside: SetAside
     _tables: list[list[int]]  # of each sequence: which of the pages, by their order
 
     @classmethod
@@ -37,17 +33,15 @@ class PutOff:
         tables = [sequence.block_table for sequence in reservation.sequences]
         pages = distinct_pages(tables)
         order = {page: index for index, page in enumerate(pages)}
-        index = torch.tensor(pages, device=pool.memory.device)
-        values = movable(pool.memory).index_select(1, index).cpu()
-        scales = None if pool.scales is None else pool.scales.index_select(1, index).cpu()
+        aside = pool.set_aside(pages)
         reservation.release(pool)
         places = [[order[page] for page in table.pages.tolist()] for table in tables]
-        return cls(reservation, running, done, values, scales, places)
+        return cls(reservation, running, done, aside, places)
 
     @property
     def num_pages(self) -> int:
         """How many it comes back to."""
-        return self._values.shape[1]
+        return len(self._aside)
 
     def come_back(self, pool: PagePool) -> None:
         """Take as many pages again, with what was in them.
@@ -56,13 +50,14 @@ class PutOff:
             OutOfPagesError: they are not free now; nothing was taken.
         """
         pages = pool.allocate(self.num_pages)
-        index = torch.tensor(pages, device=pool.memory.device)
-        movable(pool.memory).index_copy_(1, index, self._values.to(pool.memory.device))
-        if pool.scales is not None and self._scales is not None:
-            pool.scales.index_copy_(1, index, self._scales.to(pool.memory.device))
+        pool.bring_back(self._aside, pages)
         held: set[int] = set()
         for sequence, places in zip(self.reservation.sequences, self._tables, strict=True):
             own = [pages[place] for place in places]
             pool.share([page for page in own if page in held])
             held.update(own)
             sequence.block_table = BlockTable.of(own)
+
+    def forget(self, pool: PagePool) -> None:
+        """It never comes back."""
+        pool.forget(self._aside)

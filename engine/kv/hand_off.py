@@ -105,6 +105,11 @@ class RequestPages(ABC):
     def pool(self) -> PagePool:
         """Where all of them lie, for transports that reach into its memory."""
 
+    @property
+    def first_kv_head(self) -> int:
+        """Of the model, the first head whose pages are here; the pool has those from it on."""
+        return 0
+
     @abstractmethod
     def receive(self, request_id: str, place: Place, pages: Pages) -> None:
         """Put pages that were handed off in their place.

@@ -126,12 +126,14 @@ class Pages:
 class HeldPages:
     """Pages of one layer that lie in a pool and stay as they are for as long as they are held.
 
-    `numbers` are theirs in the pool, int64 [n], and `index` picks them.
+    `numbers` are theirs in the pool, int64 [n], and `index` picks them. `kv_heads` are those of the
+    pool that `layer` has; None: all of them.
     """
 
     layer: Pages
     numbers: npt.NDArray[np.int64]
     index: PageIndex
+    kv_heads: range | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -140,6 +142,12 @@ class HeldPages:
     def nbytes(self) -> int:
         """Bytes that lie in them, scales included."""
         return len(self) * self.layer.nbytes // len(self.layer)
+
+    def heads(self, first: int, count: int) -> "HeldPages":
+        """A view of some of their KV heads."""
+        before = 0 if self.kv_heads is None else self.kv_heads.start
+        own = range(before + first, before + first + count)
+        return replace(self, layer=self.layer.heads(first, count), kv_heads=own)
 
     def read(self) -> Pages:
         """What is in them: a view where they are neighbours, else a copy."""
@@ -160,6 +168,17 @@ class HeldPages:
         target.bits[self.index] = pages.bits
         if target.scales is not None and pages.scales is not None:
             target.scales[self.index] = pages.scales
+
+
+@dataclass(frozen=True, eq=False)
+class SetAside:
+    """What some pages hold in all layers, on the host: `values` and `scales` as a pool's."""
+
+    values: Tensor
+    scales: Tensor | None
+
+    def __len__(self) -> int:
+        return self.values.shape[1]
 
 
 class PagePool:
@@ -236,6 +255,23 @@ class PagePool:
         self.memory[:, target].copy_(self.memory[:, source])
         if self.scales is not None:
             self.scales[:, target] = self.scales[:, source]
+
+    def set_aside(self, pages: Sequence[int]) -> SetAside:
+        """Copy pages to the host, to be brought back or forgotten."""
+        index = torch.tensor(pages, device=self.memory.device)
+        values = movable(self.memory).index_select(1, index).cpu()
+        scales = None if self.scales is None else self.scales.index_select(1, index).cpu()
+        return SetAside(values, scales)
+
+    def bring_back(self, aside: SetAside, pages: Sequence[int]) -> None:
+        """Put what was set aside into as many pages, perhaps others; once."""
+        index = torch.tensor(pages, device=self.memory.device)
+        movable(self.memory).index_copy_(1, index, aside.values.to(self.memory.device))
+        if self.scales is not None and aside.scales is not None:
+            self.scales.index_copy_(1, index, aside.scales.to(self.memory.device))
+
+    def forget(self, aside: SetAside) -> None:
+        """What was set aside is not brought back."""
 
     def layer(self, layer: int) -> Pages:
         """A view of all pages of one layer."""

@@ -1,0 +1,162 @@
+"""A follower of a decoder that spans several devices: see `orders`.
+
+It has its shard of the model, and its KV heads of all pages. Steps come as orders from the leader;
+pages of prompts come from prefill ranks, as they come to the leader, each rank's own heads.
+"""
+
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.pages import BlockTable
+from ..errors import ReceiveOutOfMemoryError, RefusedPagesError, TransferError
+from ..kv.arrivals import Arrivals
+from ..kv.hand_off import Place, RequestPages
+from ..kv.pages import HeldPages, PagePool, Pages, SetAside
+from ..memory.out_of_memory import out_of_memory_raises
+from .orders import (
+    BringBackOrder,
+    Channel,
+    CopyOrder,
+    ForgetOrder,
+    Order,
+    SetAsideOrder,
+    StepOrder,
+    TablesThatCame,
+)
+from .step import DecodeStep
+
+Piece = Callable[[], AbstractContextManager[None]]
+"""Around each order that is carried out."""
+
+
+class Follower:
+    """Carries orders out, on one thread.
+
+    Args:
+        pool: of this rank's heads, with as many pages as the leader's.
+        step: of this rank's shard; of the same kind and sizes as the leader's.
+    """
+
+    def __init__(self, pool: PagePool, step: DecodeStep) -> None:
+        self._pool, self._step = pool, step
+        self._tables = TablesThatCame()
+        self._aside: dict[int, SetAside] = {}
+
+    @property
+    def num_aside(self) -> int:
+        """How often pages are set aside on this host."""
+        return len(self._aside)
+
+    def follow(self, channel: Channel, piece: Piece = nullcontext) -> None:
+        """Carry out what comes; returns when the leader has closed the channel, or is gone.
+
+        Raises: whatever an order raises. The leader may wait for this rank in a collective then.
+        """
+        while True:
+            try:
+                message = channel.recv_bytes()
+            except (EOFError, ConnectionError):
+                return
+            with piece():
+                self.carry_out(pickle.loads(message))
+
+    @torch.inference_mode()
+    def carry_out(self, order: Order) -> None:
+        """One order."""
+        match order:
+            case StepOrder():
+                self._step.run(*self._tables.of(order))
+            case CopyOrder(source, target):
+                self._pool.copy_page(source, target)
+            case SetAsideOrder(number, pages):
+                self._aside[number] = self._pool.set_aside(pages)
+            case BringBackOrder(number, pages):
+                self._pool.bring_back(self._aside.pop(number), pages)
+            case ForgetOrder(number):
+                self._pool.forget(self._aside.pop(number))
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    table: BlockTable
+    arrivals: Arrivals
+
+
+class FollowerPages(RequestPages):
+    """Where pages of prompts come on a follower; which pages they are, the leader has decided.
+
+    Args:
+        pool: of this rank's heads.
+        first_kv_head: of the model, the first one of them.
+    """
+
+    def __init__(self, pool: PagePool, first_kv_head: int) -> None:
+        self._pool, self._first_kv_head = pool, first_kv_head
+        self._expected: dict[str, _Expected] = {}
+
+    @property
+    def pool(self) -> PagePool:
+        return self._pool
+
+    @property
+    def first_kv_head(self) -> int:
+        return self._first_kv_head
+
+    @property
+    def num_expected(self) -> int:
+        """Requests whose pages may come."""
+        return len(self._expected)
+
+    def expect(self, request_id: str, table: BlockTable) -> None:
+        """Pages of a prompt come from now on, into these."""
+        arrivals = Arrivals(self._pool.geometry, len(table.pages))
+        self._expected[request_id] = _Expected(table, arrivals)
+
+    def forget(self, request_id: str) -> None:
+        """No pages of a request come any more; unknown ones are no error."""
+        self._expected.pop(request_id, None)
+
+    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
+        expected = self._expecting(request_id)
+        with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
+            table = expected.table.on(self._pool.memory.device)
+            table = table[place.first_page : place.first_page + len(pages)]
+            try:
+                self._pool.put(place.layer, table.long(), self._own_head(place), pages)
+            except TransferError as error:
+                raise RefusedPagesError(request_id, str(place), error) from error
+        self.note_arrival(request_id, place, len(pages), pages.values.shape[1])
+
+    def note_arrival(
+        self, request_id: str, place: Place, num_pages: int, num_kv_heads: int
+    ) -> None:
+        own = Place(place.layer, place.first_page, self._own_head(place))
+        self._expecting(request_id).arrivals.note(own, num_pages, num_kv_heads)
+
+    def complete_tokens(self, request_id: str) -> int:
+        return self._expecting(request_id).arrivals.complete_tokens
+
+    def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
+        table = self._expecting(request_id).table.pages
+        numbers = table[place.first_page : place.first_page + num_pages]
+        held = self._pool.held(place.layer, numbers).heads(self._own_head(place), num_kv_heads)
+        if (len(held), held.layer.values.shape[1]) != (num_pages, num_kv_heads):
+            raise TransferError(f"request {request_id} has no such pages at {place}")
+        return held
+
+    def _expecting(self, request_id: str) -> _Expected:
+        expected = self._expected.get(request_id)
+        if expected is None:
+            raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
+        return expected
+
+    def _own_head(self, place: Place) -> int:
+        """Of this rank's, the first one of pages at a place."""
+        own = place.first_kv_head - self._first_kv_head
+        if not 0 <= own < self._pool.geometry.num_kv_heads:
+            raise TransferError(f"this rank has no head {place.first_kv_head}")
+        return own
