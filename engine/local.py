@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.page_size import pages_for
-from .decode.decoder import Decoder
 from .kv.formats import KVCacheDtype
-from .kv.hand_off import HandOff, Place
+from .kv.hand_off import HandOff, Place, RequestPages
 from .kv.pages import HeldPages, PagePool
 from .messages import Tokens
 from .model.config import WeightFormat
@@ -60,20 +59,20 @@ class LocalPrefill:
 
 
 class DirectHandOff(HandOff):
-    """Hands pages to a decoder in the same process."""
+    """Hands pages to a decoder in the same process, or to whatever else keeps them."""
 
-    def __init__(self, decoder: Decoder, request_id: str) -> None:
-        self._decoder = decoder
+    def __init__(self, pages: RequestPages, request_id: str) -> None:
+        self._pages = pages
         self._request_id = request_id
 
     def push(self, place: Place, pages: HeldPages) -> None:
-        self._decoder.receive(self._request_id, place, pages.read())
+        self._pages.receive(self._request_id, place, pages.read())
 
     def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None:
         """Copies from pool to pool."""
         for place, pages in wanted:
             heads = pages.layer.values.shape[1]
-            pages.write(self._decoder.held(self._request_id, place, len(pages), heads).read())
+            pages.write(self._pages.held(self._request_id, place, len(pages), heads).read())
 
     def flush(self) -> None:
         """Nothing is ever under way."""

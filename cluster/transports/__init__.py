@@ -4,13 +4,14 @@ Those are `object_store`, `cuda_ipc` and `nixl`; `actor_messages` has what all s
 what the two share that read another process's memory, and `shared_pages` how it is mapped on one
 host. To add one: a module with a `Sender` and a `Receiver`; its
 name in `settings.TransportSettings`, where `gathers_pages` must hold for it too; and a line in each
-of the two functions here.
+of the two functions here that choose.
 """
 
 from typing import Any
 
 from ...engine.kv.hand_off import Receiver, RequestPages, Sender
 from ...engine.kv.pages import PagePool
+from ...engine.kv.parted import PartedSender
 from ..settings import TransportSettings
 from .cuda_ipc import CudaIpcReceiver, CudaIpcSender
 from .nixl import NixlAgent, NixlReceiver, NixlSender
@@ -24,6 +25,10 @@ def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sende
     Raises:
         ConfigurationError: the transport cannot reach this pool.
     """
+    return PartedSender(_make_sender(settings, pool, host))
+
+
+def _make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sender:
     match settings.kind:
         case "object_store":
             return ObjectStoreSender(settings.max_in_flight_bytes)

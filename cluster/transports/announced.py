@@ -64,7 +64,7 @@ class AnnouncingHandOff(WorkerHandOff):
         self._collected: list[AnnouncedRun] = []
 
     def push(self, place: Place, pages: HeldPages) -> None:
-        self._collected.append(AnnouncedRun(place, pages.numbers))
+        self._collected.append(AnnouncedRun(place, pages.numbers, pages.kv_heads))
         if self._under_way:
             self._note(ray.wait(list(self._under_way), timeout=0)[0])
         if not self._under_way:
@@ -115,5 +115,5 @@ class AnnouncedReceiver(WorkerReceiver):
         """Copies into these pages have run: `receive` waits for them."""
         place, heads = wanted.place, wanted.num_kv_heads
         held = self._pages.held(request_id, place, wanted.num_pages, heads)
-        first = place.first_kv_head
+        first = place.first_kv_head - self._pages.first_kv_head
         return AnnouncedRun(place, held.numbers, range(first, first + heads))

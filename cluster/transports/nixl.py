@@ -276,8 +276,9 @@ class NixlReceiver(AnnouncedReceiver):
         return size
 
     def _held(self, request_id: str, pool: NixlPool, run: AnnouncedRun) -> HeldPages:
-        """The pages that a rank's go to: as many heads as its pages have."""
-        heads = pool.values.page_bytes // pool.values.head_bytes
+        """The pages that a rank's go to: as many heads as are meant of its pages."""
+        own = run.kv_heads
+        heads = pool.values.page_bytes // pool.values.head_bytes if own is None else len(own)
         return self._pages.held(request_id, run.place, len(run.numbers), heads)
 
     def _wait_for_what_was_launched(self, request_id: str) -> None:
