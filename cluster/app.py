@@ -258,11 +258,14 @@ def check_room(settings: Settings, has: Mapping[str, float]) -> None:
         ConfigurationError: too few CPUs or GPUs, or a placement that needs other machines.
     """
     ranks = sum(gang.replicas * gang.num_ranks for gang in settings.prefill)
+    alone = settings.decode.tensor_parallel == 1
+    workers = settings.decode.replicas * settings.decode.tensor_parallel
+    named = "decode workers" if alone else "ranks of decode workers"
     for kind, key, asked in _asks(settings):
         there = has.get(kind, 0)
         if asked > there:
             raise ConfigurationError(
-                f"{ranks} prefill ranks and {settings.decode.replicas} decode workers ask for "
+                f"{ranks} prefill ranks and {workers} {named} ask for "
                 f"{asked:g} {kind}s together and this machine has {there:g}; lower "
                 f"prefill.{key}_per_rank, decode.{key}, or the number of ranks or replicas"
             )
@@ -283,9 +286,10 @@ def check_room(settings: Settings, has: Mapping[str, float]) -> None:
 
 
 def _asks(settings: Settings) -> Iterator[tuple[str, str, float]]:
-    """Ray's word, ours, and how many of it all ranks and decode workers ask for together."""
+    """Ray's word, ours, and how many of it all ranks ask for together, of gangs and of workers."""
     decode = settings.decode
-    cpus, gpus = decode.replicas * decode.cpus, decode.replicas * decode.gpus
+    workers = decode.replicas * decode.tensor_parallel
+    cpus, gpus = workers * decode.cpus, workers * decode.gpus
     for gang in settings.prefill:
         ranks = gang.replicas * gang.num_ranks
         cpus += ranks * gang.cpus_per_rank

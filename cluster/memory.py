@@ -74,8 +74,9 @@ def prefill_fit(settings: GangSettings, free: int, ranks_on_card: int) -> Prefil
 
 
 def decode_fit(settings: WorkerSettings, free: int) -> DecodeFit:
-    """A decode worker's model, pages and steps in so many bytes; raises as `prefill_fit`."""
-    weights, geometry = _model(settings.model, 1)
+    """The model, pages and steps of one rank of a decode worker, mostly the only one, in so many
+    bytes; raises as `prefill_fit`."""
+    weights, geometry = _model(settings.model, settings.decode.tensor_parallel)
     batch, prompts = settings.decode.largest_batch, own_prompts(settings.decode)
     return DecodeFit(
         weights, geometry, free, batch, settings.longest_chunk, logits_rows(batch, prompts),

@@ -65,7 +65,10 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
         case errors.NoNarrowProductsError():
             return "leave model.weights out, or take a checkpoint of more bits"
         case errors.DividedBlockError():
-            return "lower prefill.tensor_parallel, or raise prefill.sequence_parallel instead"
+            return (
+                "lower prefill.tensor_parallel or decode.tensor_parallel, whichever divides it; "
+                "prefill.sequence_parallel may be raised instead"
+            )
         case errors.MixedPrecisionError():
             return f"set model.dtype {error.pages}, or leave model.kv_cache_dtype out"
         case errors.PageFormatError():
@@ -106,7 +109,7 @@ def _smaller(phase: Phase, gpus: float) -> tuple[str, ...]:
         own = "a smaller prefill.chunk_tokens", "a larger prefill.tensor_parallel"
         alone = "a GPU of its own (prefill.gpus_per_rank 1)"
     else:
-        own = ("a smaller decode.max_batch",)
+        own = "a smaller decode.max_batch", "a larger decode.tensor_parallel"
         alone = "a GPU of its own (decode.gpus 1)"
     return *own, "a larger GPU", *(() if gpus >= 1 else (alone,))
 

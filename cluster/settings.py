@@ -142,8 +142,10 @@ class PrefillSettings(_Section):
 
 
 class DecodeSettings(_Section):
-    """The decode replicas: one worker process each, with a KV pool. `max_replicas` as a gang's.
+    """The decode replicas: one worker each, with a KV pool. `max_replicas` as a gang's.
 
+    A worker has `tensor_parallel` ranks, each a process with its heads and their KV: `threads`,
+    `cpus` and `gpus` are of each.
     Prompts of up to `prefill_up_to` tokens are computed by the worker itself, beside others'
     answers, `prefill_at_once` tokens of them in one step; a gang is asked for longer ones.
     `patience`: as a gang's, for prompts that wait for pages here, or to be computed.
@@ -152,6 +154,7 @@ class DecodeSettings(_Section):
 
     replicas: Count = 1
     max_replicas: Count | None = None
+    tensor_parallel: Count = 1
     kv_cache_tokens: Count
     max_batch: Count | None = None
     prefill_up_to: Annotated[int, Field(ge=0)] | None = None
@@ -201,7 +204,7 @@ class IngressSettings(_Section):
 
 class TransportSettings(_Section):
     """How pages travel to decode replicas, and how many bytes each of a rank's hand-offs may have
-    under way.
+    under way, to each rank of a decode worker.
 
     By "object_store", Ray's, they go anywhere over the host's memory. By "cuda_ipc" a decode worker
     copies them from GPU to GPU, of one host; nothing is under way then but messages. By "nixl" it
@@ -339,6 +342,7 @@ class Settings(_Section):
                 f"request: {longest} tokens and {self.limits.max_choices} answers of "
                 f"{self.limits.max_output_tokens}; make it {needed} or more"
             )
+        yield from _problems_with_ranks(self.decode)
         if self.decode.prompt_tokens_at_once % PAGE_TOKENS:
             yield (
                 f"decode.prefill_at_once is {self.decode.prefill_at_once}; make it a multiple of "
@@ -423,6 +427,22 @@ class Settings(_Section):
                 f"{gang.key('placement')}, {gang.placement}, may put the ranks of a gang on "
                 "several; use STRICT_PACK, or set transport.kind: object_store"
             )
+
+
+def _problems_with_ranks(decode: DecodeSettings) -> Iterator[str]:
+    """What several ranks of a decode worker need."""
+    if decode.tensor_parallel == 1:
+        return
+    if 0 < decode.gpus < 1:
+        yield (
+            f"decode.gpus ({decode.gpus:g}) is of each of decode.tensor_parallel "
+            f"({decode.tensor_parallel}) ranks, and NCCL refuses two of them on one GPU; make it 1"
+        )
+    if not decode.gpus and not decode.cpus:
+        yield (
+            "decode.cpus and decode.gpus are both 0, and Ray places the ranks of "
+            "decode.tensor_parallel by what is asked for; ask for a part of a CPU"
+        )
 
 
 def _problems_with_gang(gang: GangSettings) -> Iterator[str]:
@@ -512,6 +532,7 @@ def check_model(settings: Settings) -> None:
             f"limits.max_model_len ({settings.limits.max_model_len}) is beyond the "
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
+    check_decode_ranks(settings.decode, model)
     for gang in settings.gangs:
         model.check_tensor_parallel(gang.prefill.tensor_parallel)
         missing = _missing_budgets(gang)
@@ -523,6 +544,21 @@ def check_model(settings: Settings) -> None:
         raise CheckpointError(
             f"{settings.model.folder}: its tokenizer has ids up to {tokens - 1} and its embedding "
             f"only {model.vocab_size} rows; resize the embedding, or remove the added tokens"
+        )
+
+
+def check_decode_ranks(decode: DecodeSettings, model: ModelConfig) -> None:
+    """Refuse a number of ranks of a decode worker that a model cannot be cut into.
+
+    Raises:
+        ConfigurationError: it does not divide the KV heads, which are not held twice, or the MLP.
+    """
+    heads, middle = model.num_kv_heads, model.intermediate_size
+    if heads % decode.tensor_parallel or middle % decode.tensor_parallel:
+        possible = [n for n in range(1, heads + 1) if heads % n == 0 and middle % n == 0]
+        raise ConfigurationError(
+            f"decode.tensor_parallel ({decode.tensor_parallel}) does not divide this model's "
+            f"{heads} KV heads and MLP of {middle}; make it one of {', '.join(map(str, possible))}"
         )
 
 

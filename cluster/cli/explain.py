@@ -73,11 +73,12 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     for gang in settings.gangs:
         _add_gang(table, settings, model, gang)
     table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
+    ranks, cached = decode.tensor_parallel, decode.kv_cache_tokens
+    spans = f" rank: {decode.replicas} × tensor {ranks}" if ranks > 1 else ""
     table.add_row(
-        f"{decode.replicas}",
-        f"decode worker: batches of up to {decode.largest_batch}; {_own_prompts(decode)}",
-        f"{decode.kv_cache_tokens:,} tokens, "
-        f"{_gib(kv_bytes(settings, model, decode.kv_cache_tokens))}",
+        f"{decode.replicas * ranks}",
+        f"decode worker{spans}: batches of up to {decode.largest_batch}; {_own_prompts(decode)}",
+        f"{cached:,} tokens, {_gib(kv_bytes(settings, model, cached) // ranks)}",
         _asks(decode.gpus, decode.threads),
     )
     return table

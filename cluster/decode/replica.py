@@ -2,13 +2,10 @@
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, cast
 
-import ray
 from ray.exceptions import ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -26,17 +23,14 @@ from ..call_errors import CallError, as_ours
 from ..messages import Taken
 from ..metrics import Metrics
 from ..nodes import metrics_of_node
-from ..pulse import Allowance, watch
 from ..recovery import Recovery
 from ..router import PrefillRouter
 from ..settings import WorkerSettings
 from ..streams import beating
 from ..tasks import as_nobody, forever
+from .ranks import WorkerProcesses
 from .request_life import RequestLife, State
-from .worker import DecodeWorker
 
-# Of the worker: every waiting request is a call, and so is every message of pages under way.
-_CALLS_AT_ONCE = 1_000_000
 _READY_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 _LOST = "the decode worker is gone, and is being replaced; send the request again"
@@ -68,16 +62,8 @@ class DecodeReplica:
         self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
-        self._worker_id = f"longreach-decode-{uuid.uuid4().hex}"
-        actor = cast(Any, ray.remote(DecodeWorker)).options(
-            name=self._worker_id,
-            num_cpus=settings.decode.cpus,
-            num_gpus=settings.decode.gpus,
-            max_concurrency=_CALLS_AT_ONCE,
-            label_selector=settings.decode.nodes or None,
-        )
-        self._worker = actor.remote(settings, metrics_directory)
-        await self._worker.start.remote(self._worker)
+        self._processes = await WorkerProcesses.start(settings, metrics_directory)
+        self._worker = self._processes.worker
         self._watch = forever(self._watch_worker(), self._lose)
 
     async def check_health(self) -> None:
@@ -106,7 +92,7 @@ class DecodeReplica:
         """
         life = self._begin(request, listener)
         try:
-            yield Taken(self._worker_id, self._worker)
+            yield Taken(self._processes.worker_id, self._worker)
             async with aclosing(beating(life.events(), beat=None)) as events:
                 async for event in events:
                     yield event
@@ -147,8 +133,7 @@ class DecodeReplica:
             self._lose(error)
 
     async def _watch_worker(self) -> None:
-        why = await watch(self._worker.pulse.remote, lambda: bool(self._lives), Allowance())
-        raise UnavailableError(f"the decode worker {why}")
+        raise UnavailableError(await self._processes.watch(lambda: bool(self._lives)))
 
     def _lose(self, error: BaseException) -> None:
         """The worker cannot go on: its end tells everybody who waits for it."""
@@ -158,4 +143,4 @@ class DecodeReplica:
         self._lost = True
         if not isinstance(error, asyncio.CancelledError):  # as at the end of this process
             self._sink.add(metrics.LOST)
-        ray.kill(self._worker)
+        self._processes.kill()

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..settings import WorkerSettings
 from ..streams import BEAT_SECONDS
 from ..tasks import forever
 from .answer_clock import AnswerClock
+from .meeting import Meeting
 from .outbox import Outboxes, Said
 from .stepper import Stepped, Stepper, Turn, are_over
 
@@ -86,7 +87,10 @@ class DecodeWorker:
     name; an id never comes twice, so one that ended stays ended.
     """
 
-    def __init__(self, settings: WorkerSettings, metrics_directory: Path) -> None:
+    def __init__(
+        self, settings: WorkerSettings, metrics_directory: Path, meeting: Meeting | None = None
+    ) -> None:
+        """`meeting` is of its ranks where it spans several devices; this one leads."""
         # torch is loaded here and not with the module: the replica knows its worker without it.
         import torch
 
@@ -100,7 +104,7 @@ class DecodeWorker:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         ProcessFigures(self._sink).start()
         with reading_here():
-            self._engine: DecodeEngine = make_engine(settings)
+            self._engine: DecodeEngine = make_engine(settings, meeting)
         self._pulse = Pulse()
         self._failed = False
         self._requests: dict[str, _Request] = {}
@@ -111,22 +115,25 @@ class DecodeWorker:
         self._outboxes = Outboxes()
         self._preemptions = 0
 
-    async def start(self, own_handle: Any) -> None:
+    async def start(self, own_handle: Any, followers: Sequence[Any] = ()) -> None:
         """Begin to admit, copy and step; before all else.
 
         Args:
             own_handle: this actor's, which ranks send pages to.
+            followers: handles of its further ranks, which have joined or are about to.
         """
         import ray
 
         from ..transports import make_receiver
         from .admission import Admission
         from .copier import PageCopier
+        from .further_ranks import FurtherRanks
 
         settings, engine = self._settings, self._engine
         host = ray.util.get_node_ip_address()
         self._receiver = make_receiver(settings.transport, own_handle, host, engine)
         self._copier = PageCopier(self._receiver, engine, self._pulse, self._set_threads)
+        self._further_ranks = FurtherRanks(followers, engine)
         self._admission = Admission(
             engine, self._turn, settings.decode.patience, self._report, self._fail
         )
@@ -174,8 +181,13 @@ class DecodeWorker:
         """
         here = self._take(request)
         await self._prepare(request, here)
+        name = request.request_id
         await self._admission.reserve(request)
-        return self._receiver.destination(request.request_id, here.epoch, done=0)
+        if self._requests.get(name) is not here:
+            # Its pages are about to be freed.
+            raise UnavailableError(_RELEASED)
+        await self._further_ranks.expect(name, len(request.prompt))
+        return self._destination(name, here.epoch, done=0)
 
     async def go_on(self, request_id: str) -> "Destination":
         """Give the gang up that computes a request's prompt; where another sends the rest of it.
@@ -195,14 +207,19 @@ class DecodeWorker:
         request.epoch += 1
         try:
             async with asyncio.timeout(_DRAIN_SECONDS):
-                done = await self._copier.complete_tokens(request_id)
+                others = await self._further_ranks.go_on(request_id, request.epoch)
+                done = min([await self._copier.complete_tokens(request_id), *others])
         except TransferError as error:  # released meanwhile
             raise UnavailableError(_RELEASED) from error
         except TimeoutError as error:
             raise LostError(
                 "a rank that hangs holds pages of the request up; send it again"
             ) from error
-        return self._receiver.destination(request_id, request.epoch, done)
+        return self._destination(request_id, request.epoch, done)
+
+    def _destination(self, request_id: str, epoch: int, done: int) -> "Destination":
+        own = self._receiver.destination(request_id, epoch, done)
+        return self._further_ranks.destination(own, epoch)
 
     def _take(self, request: GenerationRequest) -> _Request:
         """Expect a request to begin, once."""
@@ -293,6 +310,7 @@ class DecodeWorker:
             self._outboxes.say(order.listener, request_id, order.scores)
         # Without waiting: other requests' copies may be in front, and the first token needs none.
         self._copier.close_soon(request_id)
+        self._further_ranks.all_came(request_id)
         async with self._turn:
             self._check()
             outputs = self._engine.start(request_id, logits, request.constraint)
@@ -337,6 +355,7 @@ class DecodeWorker:
         # are freed when the thread, which does one thing after the other, has done with them.
         try:
             await self._copier.close(request_id)
+            await self._further_ranks.close(request_id)
         except Exception as error:
             self._fail(error)
         async with self._turn:

@@ -29,7 +29,7 @@ def problems(
     """
     gpus = [pod.limit(GPU) for pod in workers for _ in range(pod.replicas)]
     asked = sum(_gang_gpus(gang) * gang.prefill.replicas for gang in settings.gangs)
-    asked += settings.decode.replicas * settings.decode.gpus
+    asked += settings.decode.replicas * _worker_gpus(settings)
     if asked > sum(gpus):
         yield (
             f"ranks and decode workers ask for {asked:g} GPUs and the pods have {sum(gpus):g}; "
@@ -53,6 +53,11 @@ def _gang_gpus(gang: GangSettings) -> float:
     return gang.prefill.num_ranks * gang.prefill.gpus_per_rank
 
 
+def _worker_gpus(settings: Settings) -> float:
+    """Of all ranks of one decode worker, which are in one pod."""
+    return settings.decode.tensor_parallel * settings.decode.gpus
+
+
 def _placing(settings: Settings, gpus: Sequence[float]) -> Iterator[str]:
     """Gangs in one pod each where they must be, everything else rank by rank."""
     free = list(gpus)
@@ -70,9 +75,9 @@ def _placing(settings: Settings, gpus: Sequence[float]) -> Iterator[str]:
                 )
                 return
     for _ in range(settings.decode.replicas):
-        if not _take(free, settings.decode.gpus):
+        if not _take(free, _worker_gpus(settings)):
             yield (
-                f"no pod has {settings.decode.gpus:g} GPUs left for a decode worker beside the "
+                f"no pod has {_worker_gpus(settings):g} GPUs left for a decode worker beside the "
                 "gangs; divide GPUs otherwise between prefill and decode"
             )
             return
@@ -101,7 +106,8 @@ def _parts(settings: Settings) -> Iterator[str]:
 def _cpus(
     settings: Settings, workers: Sequence[Pod], replica_cpus: Mapping[str, float]
 ) -> Iterator[str]:
-    asked = settings.decode.replicas * (settings.decode.cpus + replica_cpus.get("decode", 0))
+    worker = settings.decode.tensor_parallel * settings.decode.cpus
+    asked = settings.decode.replicas * (worker + replica_cpus.get("decode", 0))
     asked += settings.ingress.replicas * replica_cpus.get("ingress", 0)
     for gang in settings.gangs:
         prefill = gang.prefill
@@ -149,7 +155,8 @@ def _host_memory(settings: Settings, pod: Pod) -> Iterator[str]:
     model = ModelConfig.from_folder(settings.model.folder)
     weights = Weights(model, 4).num_bytes + _HOST_BYTES
     needed = _RAY_BYTES + settings.ingress.replicas * _HOST_BYTES
-    decode = kv_bytes(settings, model, settings.decode.kv_cache_tokens) + weights
+    decode = kv_bytes(settings, model, settings.decode.kv_cache_tokens)
+    decode += settings.decode.tensor_parallel * weights
     needed += settings.decode.replicas * decode
     for gang in settings.prefill:
         rank = kv_bytes(settings, model, gang.kv_cache_tokens) // gang.tensor_parallel + weights

@@ -249,7 +249,7 @@ class PrefillFit(Fit):
 
 @dataclass(frozen=True)
 class DecodeFit(Fit):
-    """Of a decoder, which prepares steps of up to `max_batch` sequences.
+    """Of a decoder, or of one rank of it, which prepares steps of up to `max_batch` sequences.
 
     `chunk_tokens` are prefill's: pages of one layer come for so many tokens at once.
     `prompt_tokens` of prompts that it computes itself are in the largest step. Logits of
@@ -264,13 +264,17 @@ class DecodeFit(Fit):
     prompt_tokens: int = 0
 
     def computing_bytes(self, prompt: int) -> int:
-        """The largest step, all logits and what is drawn by, pages as they come, the reserve."""
+        """The largest step, all logits and what is drawn by, pages as they come, a communicator,
+        the reserve."""
         vocab_size = self.weights.config.vocab_size
-        logits = vocab_size * self.logits_rows * self.weights.itemsize
+        several = self.weights.tensor_parallel > 1
+        # As they come from all ranks, and in order.
+        logits = vocab_size * self.logits_rows * self.weights.itemsize * (2 if several else 1)
         logits += vocab_size * self.max_batch * _SAMPLING_BYTES
         come = self._bytes_of_a_layer(pages_for(min(prompt, self.chunk_tokens)))
         rows = self.max_batch + self.prompt_tokens
-        return rows * self.weights.row_bytes + logits + come + _RESERVE_BYTES
+        communicator = _COMMUNICATOR_BYTES if several else 0
+        return rows * self.weights.row_bytes + logits + come + communicator + _RESERVE_BYTES
 
     @property
     def bytes_per_page(self) -> int:

@@ -5,7 +5,7 @@ import sys
 import torch
 
 from ...engine.errors import LongreachError
-from . import mesh, prompts, scaling
+from . import mesh, prompts, scaling, span
 from .options import parse
 from .remedies import remedied
 
@@ -19,6 +19,9 @@ def main(arguments: list[str] | None = None) -> bool:
         return True
     if options.what == "mesh":
         mesh.measure(options)
+        return True
+    if options.what == "span":
+        span.measure(options)
         return True
     return prompts.measure(options, device)
 

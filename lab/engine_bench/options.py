@@ -14,11 +14,17 @@ from .subject import KV_CACHE_TYPES
 
 ATTENTIONS = ("sparse", "dense")
 _SUFFIXES = {"K": 2**10, "M": 2**20}
-_MESHES = {"prompts": "1x1", "scaling": "1x1,1x2,1x4,1x8,2x4", "mesh": "1x1,1x2,2x1"}
+_MESHES = {
+    "prompts": "1x1",
+    "scaling": "1x1,1x2,1x4,1x8,2x4",
+    "mesh": "1x1,1x2,2x1",
+    "span": "1x1,2x1",
+}
 _CSV = {
     "prompts": Path("docs/bench/engine.csv"),
     "scaling": Path("docs/bench/scaling.csv"),
     "mesh": Path("docs/bench/mesh.csv"),
+    "span": Path("docs/bench/span.csv"),
 }
 _BATCHES = "1x2K,1x128K,1x1000000,8x128K,1x1000000+30x1K"
 
@@ -84,7 +90,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m longreach.lab.engine_bench",
         description="Prefill and decode at a model's real size on this machine's device; "
-        "`mesh` runs meshes of several GPUs, `scaling` predicts them from one rank's work.",
+        "`mesh` runs meshes of several GPUs, `span` decodes on several, and `scaling` predicts "
+        "meshes from one rank's work.",
     )
     parser.add_argument("what", nargs="?", choices=list(_CSV), default="prompts")
     which = parser.add_mutually_exclusive_group()

@@ -107,7 +107,7 @@ def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> P
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, 1)
         before = _start_counting_memory(subject.device)
         try:
-            decoder.reserve(_request("a", prompt, new_tokens + 1))
+            decoder.reserve(make_request("a", prompt, new_tokens + 1))
             synchronize(subject.device)
             started = time.perf_counter()
             results = prefill(prefiller, prompt, subject.chunk_tokens, decoder.block_table("a"))
@@ -164,7 +164,7 @@ def run_batch(
         decoder = Decoder(subject.model, subject.pool, subject.token_bytes, len(lengths))
         try:
             requests = [
-                _request(name, np.zeros(length, dtype=np.int32), new_tokens + 1, chosen)
+                make_request(name, np.zeros(length, dtype=np.int32), new_tokens + 1, chosen)
                 for name, length in zip(names, lengths, strict=True)
             ]
             for request in requests:
@@ -202,9 +202,10 @@ def _check(outputs: Sequence[tuple[str, object]]) -> None:
             raise output
 
 
-def _request(
+def make_request(
     name: str, prompt: Tokens, max_tokens: int, chosen: Chosen = "greedy"
 ) -> GenerationRequest:
+    """For so many tokens, whatever ends an answer."""
     temperature, top_p = (0.0, 1.0) if chosen == "greedy" else (0.7, 0.8)
     sampling = SamplingParameters(
         max_tokens, temperature, top_p, seed=0, ignore_eos=True,

@@ -200,6 +200,14 @@ def test_ranks_of_all_gangs_are_counted() -> None:
         check_room(settings, {"CPU": 1.7})
 
 
+def test_ranks_of_decode_workers_are_counted() -> None:
+    """Two ranks of a gang and two of a worker, of half a CPU each."""
+    settings = changed(make_settings(1), "decode", tensor_parallel=2)
+    check_room(settings, {"CPU": 2})
+    with pytest.raises(ConfigurationError, match=r"2 ranks of decode workers .* 2 CPUs"):
+        check_room(settings, {"CPU": 1.9})
+
+
 def with_two_gangs(settings: Settings) -> Settings:
     (long,) = settings.prefill
     short = PrefillSettings(

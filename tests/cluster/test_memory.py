@@ -3,6 +3,7 @@
 import re
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 
 from longreach.cluster import memory
 from longreach.cluster.app import startup_failure
-from longreach.cluster.decode import engines
+from longreach.cluster.decode import spanning
 from longreach.cluster.decode.engines import make_engine
-from longreach.cluster.memory import decode_fit, prefill_fit
+from longreach.cluster.memory import decode_fit, own_prompts, prefill_fit
 from longreach.cluster.prefill.rank import PrefillRank
 from longreach.cluster.settings import Settings, load_settings
 from longreach.engine.decode import decoder as decode
+from longreach.engine.decode.step_rows import logits_rows
 from longreach.engine.errors import (
     ChunkOutOfMemoryError,
     DoesNotFitError,
@@ -93,7 +95,7 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
         (join, {"prefill.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
                 "prefill.chunk_tokens", "prefill.tensor_parallel", "prefill.gpus_per_rank"}),
         (make_decoder, {"decode.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
-                        "decode.max_batch", "decode.gpus"}),
+                        "decode.max_batch", "decode.gpus", "decode.tensor_parallel"}),
     ],
     ids=["prefill", "decode"],
 )  # fmt: skip
@@ -115,6 +117,16 @@ def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(
     assert set(re.findall(r"\b[a-z]+\.[a-z_]+\b", remedy)) == names
     assert str(refused.value).count(remedy) == 1
     assert "\n" not in str(refused.value)
+
+
+def test_each_rank_of_a_decode_worker_has_its_part_and_a_communicator(shared: Settings) -> None:
+    decode = shared.decode.model_copy(update={"tensor_parallel": 2})
+    whole = decode_fit(shared.worker, CARD).needs(819_200)
+    half = decode_fit(replace(shared.worker, decode=decode), CARD).needs(819_200)
+    assert half.weight_bytes == pytest.approx(whole.weight_bytes / 2, rel=1e-3)
+    assert half.cache_bytes == pytest.approx(whole.cache_bytes / 2, rel=0.01)
+    logits = 152_064 * 2 * logits_rows(decode.largest_batch, own_prompts(decode))
+    assert 2**30 < half.computing_bytes - whole.computing_bytes + logits < 2**30 + 2 * logits
 
 
 def test_the_number_that_is_named_would_fit(
@@ -182,7 +194,7 @@ def test_a_cpu_is_not_asked_what_it_has(
         (join, "prefill.kv_cache_tokens", qwen2.Qwen2, "from_weights"),
         (join, "prefill.kv_cache_tokens", pages.PagePool, "__init__"),
         (join, "prefill.kv_cache_tokens", prefill, "_widened"),
-        (make_decoder, "decode.kv_cache_tokens", engines, "load_model"),
+        (make_decoder, "decode.kv_cache_tokens", spanning, "load_model"),
         (make_decoder, "decode.kv_cache_tokens", pages.PagePool, "__init__"),
         (make_decoder, "decode.kv_cache_tokens", decode, "make_step"),
     ],

@@ -336,6 +336,27 @@ def test_every_gang_must_divide_the_model(two_gangs: dict[str, Any]) -> None:
         check_model(parse_settings(two_gangs))
 
 
+def test_ranks_of_a_decode_worker_must_divide_its_model(raw: dict[str, Any]) -> None:
+    """KV heads are not held twice: the pocket model, which has 2, takes 2 ranks and not 4."""
+    raw["decode"]["tensor_parallel"] = 2
+    check_model(parse_settings(raw))
+    for ranks in (3, 4):
+        raw["decode"]["tensor_parallel"] = ranks
+        with pytest.raises(ConfigurationError, match=r"decode\.tensor_parallel .* one of 1, 2$"):
+            check_model(parse_settings(raw))
+
+
+@pytest.mark.parametrize(("asks", "said"), [({"gpus": 0.5}, "decode.gpus"), ({"cpus": 0.0}, "CPU")])
+def test_ranks_of_a_decode_worker_are_placed_by_what_each_asks_for(
+    raw: dict[str, Any], asks: dict[str, float], said: str
+) -> None:
+    raw["decode"] |= asks
+    parse_settings(raw)
+    raw["decode"]["tensor_parallel"] = 2
+    with pytest.raises(ConfigurationError, match=said):
+        parse_settings(raw)
+
+
 def test_one_gang_leaves_no_length_out(raw: dict[str, Any]) -> None:
     raw["prefill"]["max_prompt_tokens"] = 8192
     with pytest.raises(ConfigurationError, match=r"prefill\.max_prompt_tokens is 8192"):

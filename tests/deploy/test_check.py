@@ -91,6 +91,7 @@ def test_what_is_deployed_is_accepted(made: dict[str, Any]) -> None:
         # GPUs that do not divide.
         (configured(eight(), "prefill", sequence_parallel=7), "sequence_parallel"),
         (configured(eight(), "prefill", sequence_parallel=5), "would idle"),
+        (configured(eight(), "decode", tensor_parallel=2), "lower sequence_parallel"),
         (configured(eight(), "prefill", sequence_parallel=1, tensor_parallel=6), "tensor_parallel"),
         (configured(on_gpus("one-gpu", 1, "NVIDIA-H200"), "decode", gpus=0.4), "a half"),
         (on_gpus("eight-gpus", 4, "NVIDIA-H100-80GB-HBM3", replicas=2), "placement: PACK"),

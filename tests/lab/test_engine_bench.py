@@ -339,3 +339,29 @@ def test_a_lone_rank_attends_to_what_all_ranks_would_have_selected(folder: Path)
                     ours.selections.of_head(head), whole.selections.of_head(head), strict=True
                 ):
                     assert mine.tolist() == theirs.tolist()
+
+
+def test_decode_over_two_ranks_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
+    """Over gloo, two processes, which say what one says."""
+    path = tmp_path / "span.csv"
+    assert main([
+        "span", "--checkpoint", str(folder), "--batches", "1x100,2x300", "--decode", "6",
+        "--csv", str(path), "--commit", "abc",
+    ])  # fmt: skip
+    lines = lines_of(path)
+    assert [(line["ranks"], line["batch"]) for line in lines] == [
+        ("1", "1x100"), ("1", "2x300"), ("2", "1x100"), ("2", "2x300"),
+    ]  # fmt: skip
+    for alone, both in zip(lines[:2], lines[2:], strict=True):
+        assert alone["logprobs_difference"] == alone["same_tokens"] == ""
+        # In bfloat16, over few layers.
+        assert float(both["logprobs_difference"]) < 0.05
+        assert int(both["same_tokens"]) >= int(both["batch"][0])
+        floor = float(both["tpot_floor_ms"])
+        assert floor == pytest.approx(float(alone["tpot_floor_ms"]) / 2, rel=0.05)
+        assert float(both["tpot_over_floor"]) == pytest.approx(
+            float(both["tpot_ms"]) / floor, rel=0.5
+        )
+    assert "logprobs" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError):
+        main(["span", "--checkpoint", str(folder), "--meshes", "1x2"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from longreach.cluster.decode.further_ranks import FurtherRanks
@@ -33,7 +34,8 @@ class Rank:
         self.pages.pool.memory.zero_()
         self.pages.expect("a", TABLE)
         self.handle = Handle(deliver=self.deliver, send_back=self.send_back)
-        self.receiver = make_receiver(settings.transport, self.handle, "here", self.pages)
+        host = ray.util.get_node_ip_address()
+        self.receiver = make_receiver(settings.transport, self.handle, host, self.pages)
 
     def deliver(self, request_id: str, epoch: int, message: Any) -> Future[Any]:
         return done(lambda: self.receiver.receive(request_id, message))
