@@ -75,6 +75,7 @@ def run_rank(rank: int, case: SpanCase, folder: Path) -> None:
     pool = PagePool(_geometry(case, model), tokens, device)
     _fill(pool, model, case.seed)
     runs = []
+    _meet(mesh, device)
     for batch in case.batches:
         channels = _orders(case, folder, listener)
         step = make_step(model, pool, len(batch))
@@ -83,6 +84,9 @@ def run_rank(rank: int, case: SpanCase, folder: Path) -> None:
         else:
             leading = LeadingStep(step, Followers(channels))
             runs.append(_lead(case, batch, model, pool, leading))
+            del leading
+        # NCCL does not let go of a communicator while a graph that uses it is there.
+        del step
         for channel in channels:
             channel.close()
     if not rank:
@@ -93,6 +97,12 @@ def run_rank(rank: int, case: SpanCase, folder: Path) -> None:
 def read_runs(folder: Path) -> list[SpanRun]:
     """What rank 0 left, one for each batch."""
     return [SpanRun(**run) for run in torch.load(folder / "runs.pt", weights_only=False)]
+
+
+def _meet(mesh: Mesh, device: torch.device) -> None:
+    """Return when all ranks are here, with what they listen at."""
+    mesh.sum_over_tensor_ranks(torch.zeros(1, device=device))
+    synchronize(device)
 
 
 def _orders(case: SpanCase, folder: Path, listener: Listener | None) -> list[Channel]:

@@ -236,6 +236,7 @@ def test_a_follower_takes_pages_of_one_gang_at_a_time(follower: Alone) -> None:
         assert pool.memory[:, 5].unique().tolist() == [9]
         await follower.expect("b", np.array([1]))
         await follower.all_came("b")
+        assert follower._pages.num_expected == 0
         with pytest.raises(TransferError):
             await follower.deliver("b", 0, [page_of(10)])
         await follower.close("b")
