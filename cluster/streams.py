@@ -1,7 +1,7 @@
 """Streams between replicas: whoever listens knows within seconds that the other side hangs.
 
 A replica says something every few seconds, if only that it is there; whoever hears nothing for
-longer gives it up. Serve's own checks find a replica that hangs after a minute and a half.
+longer gives it up. Serve's own checks find a replica that hangs after half a minute.
 """
 
 import asyncio

@@ -104,7 +104,7 @@ def _of_application(config: dict[str, Any], settings: Settings) -> Iterator[str]
     for name, value in front_environment(settings).items():
         if _meaning(environment.get(name)) != _meaning(value):
             yield (
-                f"Serve's proxies would run otherwise than by `longreach serve`; set {name} in "
+                f"Serve would run otherwise than by `longreach serve`; set {name} in "
                 f"controller_options to {value}"
             )
     asked = _replica_cpus(config)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -119,6 +120,10 @@ class Mesh:
         """All-gather tensors of one shape: [sequence_parallel, *part.shape]."""
         return self.begin_gather_over_sequence_ranks(part).wait()
 
+    def exchange_over_sequence_ranks(self, parts: Tensor) -> Tensor:
+        """Send part i to sequence rank i: [sequence_parallel, ...], of which part j came from j."""
+        return _begin_exchange(parts, self.sequence_group, "sequence").wait()
+
     def begin_gather_over_sequence_ranks(
         self,
         part: Tensor,
@@ -167,6 +172,19 @@ def _begin_gather(
         if then is not None:
             then(gathered)
         return gathered
+
+    return aside(work, own.device, axis)
+
+
+def _begin_exchange(parts: Tensor, group: dist.ProcessGroup | None, axis: str) -> Pending[Tensor]:
+    if group is None:
+        return Pending(parts)
+    own = parts.contiguous()
+    received = torch.empty_like(own)
+
+    def work() -> Tensor:
+        dist.all_to_all_single(received.view(-1), own.view(-1), group=group)
+        return received
 
     return aside(work, own.device, axis)
 

@@ -2,7 +2,8 @@
 
 A selection is made for a *window* of rows, by the last of them. What is computed at once may have
 several windows: all are scored, exchanged and chosen for together. Keys are dealt to the sequence
-ranks: each sums attention over its own, and says what is heaviest among them.
+ranks: each sums attention over its own, and says what is heaviest among them. Then heads are dealt:
+each rank chooses for some from what all have found, and tells the others.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from torch import Tensor
 from ...kernels import sparse
 from ...kernels.pages import LayerPages
 from ...kernels.sparse import ColumnCandidates, HeadBudget, KeyPart, KeyScores, Selections
+from ...kernels.sparse.scores import PartSums
 from ..model.positions import Rotations
 from ..model.qwen2 import Qwen2
 from ..stages import Stages
@@ -78,14 +80,16 @@ class ChunkSelector:
             own = [each.log_sum_exps() for each in scored]
         every = self._exchanged_log_sum_exps(scored, own)
         with self._stages.time("selection"):
-            candidates, bands = self._sum(scored, every, budgets)
-        candidates, bands = self._exchanged_sums(candidates, bands, budgets)
-        with self._stages.time("selection"):
-            count, size = len(self._windows), len(budgets)
-            keys = [window.end for window in self._windows for _ in budgets]
-            chosen = sparse.choose_by_bands(candidates, bands, budgets * count, keys)
-            lines = [slice(first, first + size) for first in range(0, count * size, size)]
-            return [Selections(chosen.columns[own], chosen.distances[own]) for own in lines]
+            sums = [each.sums(lse) for each, lse in zip(scored, every, strict=True)]
+            firsts = [each.first_key for each in scored]
+        lines = [budget for _ in self._windows for budget in budgets]
+        if self._mesh.sequence_parallel == 1:
+            chosen = self._choose_alone(sums, firsts, budgets, lines)
+        else:
+            chosen = self._choose_together(sums, firsts, lines)
+        starts = range(0, len(lines), len(budgets))
+        parts = [slice(start, start + len(budgets)) for start in starts]
+        return [Selections(chosen.columns[part], chosen.distances[part]) for part in parts]
 
     def _score(
         self, window: Window, rotations: Rotations, queries: Tensor, pages: LayerPages
@@ -115,43 +119,85 @@ class ChunkSelector:
                 for first, part, each in zip(firsts, own, scored, strict=True)
             ]
 
-    def _sum(
-        self, scored: Sequence[KeyScores], every: Sequence[Tensor], budgets: list[HeadBudget]
-    ) -> tuple[ColumnCandidates, Tensor]:
-        """This rank's part of the sums of all windows' heads, one window after another."""
-        sums = [each.sums(lse) for each, lse in zip(scored, every, strict=True)]
-        found = [
-            sparse.column_candidates(part.columns, each.first_key, budgets)
-            for each, part in zip(scored, sums, strict=True)
-        ]
-        if len(sums) == 1:
-            return found[0], sums[0].bands
-        bands = [_wide(part.bands, max(part.bands.shape[1] for part in sums)) for part in sums]
-        return (
-            ColumnCandidates(
-                torch.cat([each.weights for each in found]),
-                torch.cat([each.places for each in found]),
-            ),
-            torch.cat(bands),
-        )
-
-    def _exchanged_sums(
-        self, candidates: ColumnCandidates, bands: Tensor, budgets: list[HeadBudget]
-    ) -> tuple[ColumnCandidates, Tensor]:
-        """Those of all keys, from each rank's. What they differ in is one tensor on its way."""
-        ranks = self._mesh.sequence_parallel
-        if ranks == 1:
-            return candidates, bands
-        with self._stages.time("communication"):
-            places = candidates.places.view(torch.float32)
-            sent = torch.cat((bands, candidates.weights, places), 1)
-            gathered = self._mesh.gather_over_sequence_ranks(sent)
+    def _choose_alone(
+        self,
+        sums: Sequence[PartSums],
+        firsts: Sequence[int],
+        budgets: list[HeadBudget],
+        lines: list[HeadBudget],
+    ) -> Selections:
+        """From sums of all keys."""
         with self._stages.time("selection"):
-            most, width = candidates.weights.shape[1], bands.shape[1]
-            weights, places = gathered[..., width:].split(most, 2)  # [ranks, lines, most]
-            counts = sparse.free_counts(budgets) * len(self._windows)
-            together = sparse.heaviest(weights, places.view(torch.int32), counts)
-            return together, gathered[..., :width].sum(0)
+            found = [
+                sparse.column_candidates(part.columns, first, budgets)
+                for part, first in zip(sums, firsts, strict=True)
+            ]
+            return sparse.choose_by_bands(
+                _joined(found), _joined_bands(sums), lines, self._keys(len(budgets))
+            )
+
+    def _choose_together(
+        self, sums: Sequence[PartSums], firsts: Sequence[int], lines: list[HeadBudget]
+    ) -> Selections:
+        """From each rank's sums over its keys. Lines are dealt: each rank chooses for some.
+
+        So a rank is sent what it chooses from, and not what all choose from.
+        """
+        mesh, most = self._mesh, max(sparse.free_counts(lines))
+        with self._stages.time("selection"):
+            found = _joined(
+                [
+                    sparse.part_candidates(part.columns, first, most)
+                    for part, first in zip(sums, firsts, strict=True)
+                ]
+            )
+            bands = _joined_bands(sums)
+            # What they differ in is one tensor on its way.
+            sent = torch.cat((bands, found.weights, found.places.view(torch.float32)), 1)
+            share = -(-len(lines) // mesh.sequence_parallel)
+            missing = share * mesh.sequence_parallel - len(lines)
+            sent = torch.nn.functional.pad(sent, (0, 0, 0, missing))
+        with self._stages.time("communication"):
+            received = mesh.exchange_over_sequence_ranks(
+                sent.view(mesh.sequence_parallel, share, -1)
+            )
+        with self._stages.time("selection"):
+            own = slice(mesh.sequence_rank * share, (mesh.sequence_rank + 1) * share)
+            # Lines beyond the last are chosen for like the last, and left out.
+            budgets = [*lines, *lines[-1:] * missing][own]
+            keys = self._keys(len(lines) // len(self._windows))
+            keys = [*keys, *keys[-1:] * missing][own]
+            weights, places = received[..., bands.shape[1] :].split(most, 2)
+            together = sparse.heaviest(
+                weights, places.view(torch.int32), sparse.free_counts(budgets)
+            ).filled_up(most)
+            summed = received[..., : bands.shape[1]].sum(0)
+            chosen = sparse.choose_by_bands(together, summed, budgets, keys)
+            width = chosen.columns.shape[1]
+            tiles = sparse.band_tiles(lines, bands.shape[1])
+            distances = _wide(chosen.distances, tiles, sparse.NOTHING)
+            chosen = torch.cat((chosen.columns, distances), 1)
+        with self._stages.time("communication"):
+            every = mesh.gather_over_sequence_ranks(chosen).flatten(0, 1)[: len(lines)]
+        return Selections(every[:, :width].contiguous(), every[:, width:].contiguous())
+
+    def _keys(self, heads: int) -> list[int]:
+        """How many keys each line looks at: heads of one window after another."""
+        return [window.end for window in self._windows for _ in range(heads)]
+
+
+def _joined(found: Sequence[ColumnCandidates]) -> ColumnCandidates:
+    if len(found) == 1:
+        return found[0]
+    return ColumnCandidates(
+        torch.cat([each.weights for each in found]), torch.cat([each.places for each in found])
+    )
+
+
+def _joined_bands(sums: Sequence[PartSums]) -> Tensor:
+    """[lines, most bands]; 0 beyond a line's own."""
+    most = max(part.bands.shape[1] for part in sums)
+    return torch.cat([_wide(part.bands, most, 0.0) for part in sums])
 
 
 def _rotations(model: Qwen2, rows: range) -> Rotations:
@@ -163,5 +209,5 @@ def _most_rows(parts: Sequence[Tensor]) -> int:
     return max(part.shape[2] for part in parts)
 
 
-def _wide(bands: Tensor, count: int) -> Tensor:
-    return torch.nn.functional.pad(bands, (0, count - bands.shape[1]))
+def _wide(values: Tensor, count: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, count - values.shape[1]), value=value)

@@ -14,12 +14,14 @@ from ..pages import LayerPages
 from . import portable, portable_sums
 from .choose import (
     FORCED_VERTICALS,
+    band_tiles,
     by_bands,
     by_coverage,
     by_diagonals,
     choose_by_bands,
     column_candidates,
     free_counts,
+    part_candidates,
 )
 from .heaviest import ColumnCandidates, heaviest
 from .portable import visible_keys
@@ -40,6 +42,7 @@ __all__ = [
     "Selections",
     "Sums",
     "attention",
+    "band_tiles",
     "by_bands",
     "by_coverage",
     "by_diagonals",
@@ -49,6 +52,7 @@ __all__ = [
     "heaviest",
     "in_order",
     "key_scores",
+    "part_candidates",
     "sums",
     "visible_keys",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dual_chunk.segments import BLOCK_ROWS
-from .heaviest import ColumnCandidates, heaviest, on_device
+from .heaviest import ColumnCandidates, heaviest, heaviest_in_no_order, on_device
 from .selections import NOTHING, HeadBudget, Selections, Sums, round_up
 
 FORCED_VERTICALS = 30
@@ -40,8 +40,22 @@ def column_candidates(
     Args:
         columns: sums of attention, [lines, n].
     """
-    skipped = min(max(FORCED_VERTICALS - first_key, 0), columns.shape[1])
+    skipped = _forced_before(columns, first_key)
     return heaviest(columns[:, skipped:], first_key + skipped, free_counts(budgets))
+
+
+def part_candidates(columns: Tensor, first_key: int, most: int) -> ColumnCandidates:
+    """Of a part of the keys, what `column_candidates` of all may be, `most` for every line.
+
+    In no order: whoever joins the parts chooses among them anew, by `heaviest`.
+    """
+    skipped = _forced_before(columns, first_key)
+    return heaviest_in_no_order(columns[:, skipped:], first_key + skipped, most)
+
+
+def _forced_before(columns: Tensor, first_key: int) -> int:
+    """How many of the first columns are taken anyway."""
+    return min(max(FORCED_VERTICALS - first_key, 0), columns.shape[1])
 
 
 def free_counts(budgets: Sequence[HeadBudget]) -> list[int]:
@@ -67,6 +81,11 @@ def choose_by_bands(
     return Selections(
         _with_forced_columns(candidates.places, keys), _rising(touched, 2 * chosen.shape[1])
     )
+
+
+def band_tiles(budgets: Sequence[HeadBudget], bands: int) -> int:
+    """Tiles that `choose_by_bands` takes at most, of so many bands: two for each that is chosen."""
+    return min(2 * max(1, *(budget.bands for budget in budgets)), bands)
 
 
 def _with_forced_columns(places: Tensor, keys: Sequence[int]) -> Tensor:

@@ -17,8 +17,8 @@ from .selections import NOTHING
 class ColumnCandidates:
     """Some columns of each line and their weights, each [lines, most].
 
-    `places`, int32, are token positions and rise; `weights` are float32. Lines that have less are
-    filled up with `NOTHING` and -1, at their end; in what is joined of several, anywhere.
+    `places`, int32, are token positions, which rise unless it is said; `weights` are float32. Lines
+    that have less are filled up with `NOTHING` and -1, at their end; what is joined, anywhere.
     """
 
     weights: Tensor
@@ -33,14 +33,22 @@ class ColumnCandidates:
         )
 
 
+def heaviest_in_no_order(columns: Tensor, first_key: int, most: int) -> ColumnCandidates:
+    """The `most` heaviest of each line of keys [first_key, first_key + n), in any order.
+
+    Args:
+        columns: float32 [lines, n].
+    """
+    values, order = columns.topk(min(most, columns.shape[1]), sorted=False)
+    return ColumnCandidates(values, (order + first_key).to(torch.int32)).filled_up(most)
+
+
 def heaviest(weights: Tensor, places: Tensor | int, counts: Sequence[int]) -> ColumnCandidates:
     """The `counts[line]` heaviest of each line, or all where it has less.
 
     Args:
-        weights: float32 [lines, n], or in parts that follow one another, [parts, lines, n]; rows
-            may be apart. Not negative, or -1 for none.
-        places: theirs, int32 and rising, NOTHING aside, with the same strides; or that of the
-            first, where they are neighbours.
+        weights: float32 [lines, n], or in parts, [parts, lines, n]. Not negative, or -1 for none.
+        places: theirs, int32; or that of the first, where they are neighbours.
     """
     if weights.dim() == 3:
         weights = weights.transpose(0, 1).flatten(1)

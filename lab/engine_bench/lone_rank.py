@@ -32,6 +32,10 @@ class LoneRank(Mesh):
         """The own part from every rank."""
         return part.expand(self.tensor_parallel, *part.shape)
 
+    def exchange_over_sequence_ranks(self, parts: Tensor) -> Tensor:
+        """The own part from every rank."""
+        return parts[self.sequence_rank].expand_as(parts)
+
     def begin_gather_over_sequence_ranks(
         self,
         part: Tensor,

@@ -254,13 +254,17 @@ def test_parts_of_the_keys_are_all_of_them_together(
     triton_sums._work.cache_clear()
 
 
-def test_candidates_of_parts_are_chosen_from_as_from_all_columns() -> None:
+@pytest.mark.parametrize("in_order", [True, False])
+def test_candidates_of_parts_are_chosen_from_as_from_all_columns(in_order: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     columns, bands = torch.rand(3, 900, generator=generator), torch.rand(3, 8, generator=generator)
     budgets = [HeadBudget(31, 128), HeadBudget(200, 300), HeadBudget(1000, 128)]
     expected = sparse.by_bands(Sums(columns, bands, None, None, 64), budgets)
+    most = max(sparse.free_counts(budgets))
     parts = [
         sparse.column_candidates(columns[:, first:last], first, budgets)
+        if in_order
+        else sparse.part_candidates(columns[:, first:last], first, most)
         for first, last in ((0, 20), (20, 256), (256, 256), (256, 900))
     ]
     together = sparse.heaviest(
@@ -269,6 +273,7 @@ def test_candidates_of_parts_are_chosen_from_as_from_all_columns() -> None:
         sparse.free_counts(budgets),
     )
     chosen = sparse.choose_by_bands(together, bands, budgets, [900] * 3)
+    assert chosen.distances.shape[1] == sparse.band_tiles(budgets, 8)
     for head in range(3):
         for ours, whole in zip(chosen.of_head(head), expected.of_head(head), strict=True):
             assert ours.tolist() == whole.tolist()
