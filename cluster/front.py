@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -22,19 +22,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .rest.bodies import Bodies, HeldBody
+from .rest.bodies import Bodies
 from .rest.errors import BUSY_SECONDS, RestError, busy, unavailable
 from .rest.middleware import BodyLimit, Failures, RequestIds
 
 # Of Ray Serve: its proxies call the function of this name.
 _HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-# Of Ray Serve too. Seconds between its looks at a proxy, of which three that fail make it start
-# another: its own 10 leave the endpoint without one for over half a minute. Seconds for a proxy to
-# start: one that takes longer than its own 5, on a starved machine, fails the whole start. And
-# that it kills a replica that hangs: it would wait for its word first, as long as requests may take
-# to drain, and what is to replace it has no room till then.
+# Of Ray Serve too. Seconds between its looks at a proxy, and for an answer; three that fail make it
+# start another: its own 10 and 10 leave the endpoint without one for over half a minute. Seconds
+# for a proxy to start: one that takes longer than its own 5, on a starved machine, fails the whole
+# start. And that it kills a replica that hangs: it would wait for its word first, as long as
+# requests may take to drain, and what is to replace it has no room till then.
 _SERVE = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "4",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
@@ -42,6 +43,10 @@ _SERVE = {
 _LIMITS = "LONGREACH_FRONT_LIMITS"
 _HEADER_SECONDS = 20.0
 _MOST_AWAITED = 1024
+# Where in a request's scope its body goes to an ingress, and up to how many bytes it does: with the
+# rest of the request that is less than what Ray sends with a call itself.
+_BODY = "longreach_body"
+_AHEAD_BYTES = 1 << 16
 _OF_SERVE = "/-/"  # Serve's own paths: its health and its routes
 
 
@@ -152,7 +157,8 @@ class WholeBodies:
     """Reads a body before Serve hears of the request.
 
     So clients that send slowly, or never end, cost a connection and no call to an ingress, which
-    gets a body in few messages.
+    gets a small body with the request, and a large one in few messages: it need not call back for
+    the former. `TakenBodies` is the other end.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -165,9 +171,27 @@ class WholeBodies:
             return
         try:
             async with self._bodies.of(Request(scope, receive)) as body:
-                await self._app(scope, _replayed(body, receive), send)
+                parts = body.take() or [b""]
+                if sum(map(len, parts)) > _AHEAD_BYTES:
+                    receive = _replayed(parts, receive)
+                else:
+                    scope = {**scope, _BODY: b"".join(parts)}
+                await self._app(scope, receive, send)
         except ClientDisconnect:
             return  # nothing that is sent arrives
+
+
+class TakenBodies:
+    """In an ingress: takes the body that came with its request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body: bytes | None = scope.pop(_BODY, None)
+        if body is not None:
+            receive = _replayed([body], receive)
+        await self._app(scope, receive, send)
 
 
 class ServeAnswers:
@@ -268,9 +292,9 @@ def _is_foreign(scope: Scope) -> bool:
     return scope["type"] != "http" or scope["path"].startswith(_OF_SERVE)
 
 
-def _replayed(body: HeldBody, receive: Receive) -> Receive:
+def _replayed(body: Iterable[bytes], receive: Receive) -> Receive:
     """The body, at least one part, then what really comes."""
-    parts = deque(body.take() or [b""])
+    parts = deque(body)
 
     async def receive_again() -> Message:
         if not parts:

@@ -27,7 +27,7 @@ from .orders import (
     StepOrder,
     TablesThatCame,
 )
-from .step import DecodeStep
+from .step import DecodeStep, StepUnderWay
 
 Piece = Callable[[], AbstractContextManager[None]]
 """Around each order that is carried out."""
@@ -45,6 +45,7 @@ class Follower:
         self._pool, self._step = pool, step
         self._tables = TablesThatCame()
         self._aside: dict[int, SetAside] = {}
+        self._under_way: StepUnderWay | None = None
 
     @property
     def num_aside(self) -> int:
@@ -69,7 +70,7 @@ class Follower:
         """One order."""
         match order:
             case StepOrder():
-                self._step.run(*self._tables.of(order))
+                self._run(order)
             case CopyOrder(source, target):
                 self._pool.copy_page(source, target)
             case SetAsideOrder(number, pages):
@@ -78,6 +79,12 @@ class Follower:
                 self._pool.bring_back(self._aside.pop(number), pages)
             case ForgetOrder(number):
                 self._pool.forget(self._aside.pop(number))
+
+    def _run(self, order: StepOrder) -> None:
+        """Launch a step, and wait for the one before: the leader may run as far ahead."""
+        before, self._under_way = self._under_way, self._step.launch(*self._tables.of(order))
+        if before is not None:
+            before.outcomes()
 
 
 @dataclass(frozen=True, eq=False)

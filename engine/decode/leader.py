@@ -24,7 +24,7 @@ from .orders import (
     StepOrder,
     TablesToSend,
 )
-from .step import DecodeStep, Outcome, PromptPiece, StepRow
+from .step import DecodeStep, PromptPiece, StepRow, StepUnderWay
 
 
 class Followers:
@@ -64,9 +64,10 @@ class LeadingStep(DecodeStep):
     def __init__(self, step: DecodeStep, followers: Followers) -> None:
         self._step, self._followers = step, followers
         self._tables = TablesToSend()
+        self.runs_ahead = step.runs_ahead
 
-    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
-        """As `DecodeStep.run`, but it may not be run again after a failure.
+    def launch(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> StepUnderWay:
+        """As `DecodeStep.launch`, but it may not be launched again after a failure.
 
         Raises:
             LostError: it failed here, for want of memory too, and followers may wait for it in a
@@ -74,7 +75,7 @@ class LeadingStep(DecodeStep):
         """
         self._followers.tell(self._order(rows, pieces))
         try:
-            return self._step.run(rows, pieces)
+            return self._step.launch(rows, pieces)
         except Exception as error:
             raise LostError(
                 "a step over several ranks failed on one; send the request again"
@@ -87,6 +88,7 @@ class LeadingStep(DecodeStep):
         return StepOrder(
             [row.token for row in rows],
             [row.length for row in rows],
+            [row.follows for row in rows],
             own,
             [
                 PieceOrder(len(piece.prompt), piece.start, piece.tokens, table)

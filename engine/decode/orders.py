@@ -44,13 +44,14 @@ class PieceOrder:
 
 @dataclass(frozen=True)
 class StepOrder:
-    """Run a step. Rows are given by column; `tables` are numbers of block tables.
+    """Run a step. Rows are given by column, as `StepRow` has them; `tables` are numbers of theirs.
 
     `new_tables` are those that the last step did not have, by number: page numbers.
     """
 
     tokens: list[int]
     lengths: list[int]
+    follows: list[int | None]
     tables: list[int]
     pieces: list[PieceOrder]
     new_tables: dict[int, npt.NDArray[np.int64]]
@@ -128,8 +129,10 @@ class TablesThatCame:
         known = self._tables | came
         self._tables = {number: known[number] for number in numbers}
         rows = [
-            StepRow(token, length, self._tables[table], takes_best=True)
-            for token, length, table in zip(order.tokens, order.lengths, order.tables, strict=True)
+            StepRow(token, length, self._tables[table], takes_best=True, follows=follows)
+            for token, length, follows, table in zip(
+                order.tokens, order.lengths, order.follows, order.tables, strict=True
+            )
         ]
         return rows, [self._piece(piece) for piece in order.pieces]
 

@@ -34,7 +34,7 @@ class PutOff:
         pages = distinct_pages(tables)
         order = {page: index for index, page in enumerate(pages)}
         aside = pool.set_aside(pages)
-        reservation.release(pool)
+        pool.release(reservation.held_pages)
         places = [[order[page] for page in table.pages.tolist()] for table in tables]
         return cls(reservation, running, done, aside, places)
 

@@ -606,6 +606,19 @@ def test_a_decoder_on_kernels_finishes_what_it_started(shallow_folder: Path) -> 
     }  # fmt: skip
 
 
+def test_steps_that_run_ahead_say_what_those_do_that_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, shallow_folder: Path
+) -> None:
+    """Tokens that the host does not know are taken where the step before left them."""
+    model = load(shallow_folder)
+    ahead = joining_and_leaving(Engine(model, eager, prompts=PROMPTS))
+    monkeypatch.setattr(GraphStep, "runs_ahead", False)
+    waiting = joining_and_leaving(Engine(model, eager, prompts=PROMPTS))
+    left = [said.pop(("leaves", 0)) for said in (ahead, waiting)]
+    assert left[0] == left[1][: len(left[0])]
+    assert ahead == waiting
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # in the interpreter
 def test_one_damaged_request_fails_alone_on_kernels(shallow_folder: Path) -> None:
     engine = Engine(load(shallow_folder), eager)
@@ -613,7 +626,7 @@ def test_one_damaged_request_fails_alone_on_kernels(shallow_folder: Path) -> Non
     engine.start("bad", 300)
     table = engine.decoder._reservations["bad"].block_tables[0]
     engine.pool.memory[:, int(table.pages[0])] = torch.nan
-    outputs = engine.decoder.step()
+    outputs = engine.decoder.step() + engine.decoder.step()
     [(name, error)] = [each for each in outputs if isinstance(each[1], GenerationError)]
     assert name == "bad"
     assert "not finite" in str(error)

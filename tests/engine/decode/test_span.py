@@ -16,7 +16,7 @@ from longreach.engine.decode.follower import Follower
 from longreach.engine.decode.leader import Followers, LeadingPool, LeadingStep
 from longreach.engine.decode.make_step import make_step
 from longreach.engine.decode.orders import ForgetOrder
-from longreach.engine.decode.step import DecodeStep, Outcome, PromptLimits, PromptPiece, StepRow
+from longreach.engine.decode.step import DecodeStep, HasRun, PromptLimits, PromptPiece, StepRow
 from longreach.engine.errors import LostError
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import PagePool
@@ -40,10 +40,10 @@ class RecordingStep(DecodeStep):
     inner: DecodeStep
     logits: list[np.ndarray] = field(default_factory=list)
 
-    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
+    def launch(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> HasRun:
         outcomes = self.inner.run(rows, pieces)
         self.logits += [each.copy() for each in outcomes if isinstance(each, np.ndarray)]
-        return outcomes
+        return HasRun(outcomes)
 
 
 @dataclass
@@ -139,7 +139,7 @@ def test_several_ranks_say_what_one_does(
 
 
 class _Broken(DecodeStep):
-    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
+    def launch(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> HasRun:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
