@@ -36,7 +36,10 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
         errors.DoesNotFitError(WIDE, 0),
         {"model.weights", "prefill.chunk_tokens", "prefill.tensor_parallel"},
     ),
-    (errors.LoadingOutOfMemoryError(NARROW), {"decode.kv_cache_tokens", "decode.max_batch"}),
+    (
+        errors.LoadingOutOfMemoryError(NARROW),
+        {"decode.kv_cache_tokens", "decode.max_batch", "decode.tensor_parallel"},
+    ),
     (errors.StepDoesNotFitError(8), {"decode.kv_cache_tokens", "decode.max_batch"}),
     (
         errors.ChunkOutOfMemoryError(0, 128),
@@ -56,7 +59,7 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (errors.NoNarrowProductsError("an old GPU"), {"model.weights"}),
     (
         errors.DividedBlockError("down_proj", 64, 128),
-        {"prefill.tensor_parallel", "prefill.sequence_parallel"},
+        {"prefill.tensor_parallel", "prefill.sequence_parallel", "decode.tensor_parallel"},
     ),
     (errors.MixedPrecisionError("bfloat16", "float32"), {"model.dtype", "model.kv_cache_dtype"}),
     (errors.PageFormatError("bfloat16", "float32"), {"model.dtype", "model.kv_cache_dtype"}),

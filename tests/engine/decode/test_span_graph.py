@@ -52,8 +52,8 @@ def decode(mesh: Mesh, folder: Path, followers: Followers, device: torch.device)
     decoder = Decoder(model, pool, TokenBytes(build_tokenizer()), ROWS[-1], PROMPTS, step=step)
     outputs = []
     for name, length, sampling in (
-        ("best", 190, {}),
-        ("drawn", 70, {"temperature": 0.9, "seed": 3, "top_p": 0.9}),
+        ("best", 129, {}),
+        ("drawn", 20, {"temperature": 0.9, "seed": 3, "top_p": 0.9}),
         ("from logits", 127, {"top_logprobs": 3, "choices": 2}),
     ):
         prompt = make_prompt(length, seed=length)
