@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from longreach.cluster.prefill.rank import PrefillRank, RankResult
+from longreach.cluster.prefill.rank import Meeting, PrefillRank, RankResult
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.engine.errors import ChunkOutOfMemoryError
@@ -38,8 +38,8 @@ TO = Destination("anywhere", done=0)
 def make_rank() -> PrefillRank:
     settings = make_settings(1)
     prefill = gangs_with(settings, sequence_parallel=1, kv_cache_tokens=2048)
-    made = PrefillRank(settings.model_copy(update={"prefill": prefill}).gangs[0], 0)
-    made.join(("", 0), 1)
+    made = PrefillRank(settings.model_copy(update={"prefill": prefill}).gangs[0])
+    made.join(Meeting.of_one(), 0, 1)
     return made
 
 
