@@ -22,6 +22,7 @@ from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
 from .autoscaling import DecodePolicy, GangPolicy, replicas_of
+from .controller import ControllerKeeper
 from .decode.replica import DecodeReplica
 from .handlers import uninterrupted
 from .ingress import api_builder, front_of
@@ -42,13 +43,15 @@ _API_PREFIX = "/v1"
 # Requests wait in queues of our own, which know what to do first and when to refuse.
 _NO_LIMIT = 1_000_000
 _STOP_SECONDS = 30
-# Serve replaces a replica that has left three checks in a row unanswered for so long each: a starved
-# one answers one of them, and one that hangs is found in half a minute.
-_HEALTH_SECONDS = 8.0
+# Serve replaces a replica that has left three checks in a row unanswered for so long each: one that
+# is starved answers one of them. Whoever hangs keeps those who stream to it from answering as well
+# (Ray waits for it at a stream's end), so it has to be found before them: a proxy after 20 s, and
+# then these, each 4 s after the one before.
+_CHECK_SECONDS = {_INGRESS: 7.5, _DECODE: 9.0, _PREFILL: 10.5}
 # More than a starved machine keeps a healthy one from answering. Ray ends this process by itself,
 # and leaves everything behind, when the GCS has not answered for a minute.
 _RAY_PATIENCE_SECONDS = 30.0
-# Longer than Serve takes to replace a proxy that hangs: three checks of 10 s each, and its start.
+# Longer than Serve takes to replace a proxy that hangs, with its start on a starved machine.
 _PROXY_PATIENCE_SECONDS = 75.0
 # The last line of a trace, as Python writes it.
 _OUR_ERROR = re.compile(rf"^{re.escape(LongreachError.__module__)}\.\w+: (.+)$", re.MULTILINE)
@@ -84,31 +87,27 @@ def build_application(arguments: ApplicationArguments) -> serve.Application:
 
 def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     """The application: an ingress in front of decode replicas in front of prefill gangs."""
-    common = {
-        "max_ongoing_requests": _NO_LIMIT,
-        "graceful_shutdown_timeout_s": settings.shutdown.drain_seconds,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": _HEALTH_SECONDS,
-    }
+    drain_seconds = settings.shutdown.drain_seconds
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
     scaling, gangs = settings.autoscaling, []
     for name, gang in zip(prefill_names(settings), settings.gangs, strict=True):
         kind = gang.prefill
         scaled = replicas_of(kind.replicas, kind.max_replicas, GangPolicy, scaling)
+        common = _common(_PREFILL, drain_seconds)
         replicas = deployment(PrefillReplica, name=name, **scaled, **common, **_on(kind.nodes))
         gangs.append((gang.max_prompt_tokens, replicas.bind(gang, metrics_directory)))
     scaled = replicas_of(
         settings.decode.replicas, settings.decode.max_replicas, DecodePolicy, scaling
     )
     placed = _on(settings.decode.nodes)
+    common = _common(_DECODE, drain_seconds)
     decode = deployment(DecodeReplica, name=_DECODE, **scaled, **common, **placed)
     ingress = deployment(
         serve.ingress(api_builder(settings, metrics_directory, _DECODE, APP_NAME))(),
         name=_INGRESS,
         num_replicas=settings.ingress.replicas,
-        **common,
+        **_common(_INGRESS, drain_seconds),
         **_on(settings.ingress.nodes),
     )
     limits = settings.limits
@@ -116,6 +115,17 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
         settings.worker, metrics_directory, gangs, limits.max_queued_requests, limits.retries
     )
     return ingress.bind(bound)
+
+
+def _common(kind: str, drain_seconds: float) -> dict[str, float]:
+    """Options of every deployment."""
+    return {
+        "max_ongoing_requests": _NO_LIMIT,
+        "graceful_shutdown_timeout_s": drain_seconds,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": _CHECK_SECONDS[kind],
+    }
 
 
 def _on(nodes: NodeLabels) -> dict[str, Any]:
@@ -181,6 +191,7 @@ class LocalCluster:
         self._ray = local_ray
         self._claim = claim
         self._watch: ClusterWatch | None = None
+        self._keeper = ControllerKeeper()
         self.metrics_directory = metrics_directory
 
     @property
@@ -200,6 +211,7 @@ class LocalCluster:
         """Look from now on whether Ray and the endpoint are there, until the cluster is stopped."""
         self._watch = ClusterWatch(self._ray.ended, self._silent, partial(on_lost, self))
         self._watch.start()
+        self._keeper.start()
 
     def _silent(self) -> Silent:
         silent = {f"Ray's {name}": _RAY_PATIENCE_SECONDS for name in self._ray.silent()}
@@ -219,6 +231,7 @@ class LocalCluster:
 
     def kill(self) -> None:
         """End every process without waiting for anything; in the main thread, whatever comes."""
+        self._keeper.close()
         if self._watch is not None:
             self._watch.close()
         with uninterrupted():

@@ -28,13 +28,14 @@ from .rest.middleware import BodyLimit, Failures, RequestIds
 
 # Of Ray Serve: its proxies call the function of this name.
 _HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-# Of Ray Serve too. Seconds between its looks at a proxy, of which three that fail make it start
-# another: its own 10 leave the endpoint without one for over half a minute. Seconds for a proxy to
-# start: one that takes longer than its own 5, on a starved machine, fails the whole start. And
-# that it kills a replica that hangs: it would wait for its word first, as long as requests may take
-# to drain, and what is to replace it has no room till then.
+# Of Ray Serve too. Seconds between its looks at a proxy, and for an answer; three that fail make it
+# start another: its own 10 and 10 leave the endpoint without one for over half a minute. Seconds
+# for a proxy to start: one that takes longer than its own 5, on a starved machine, fails the whole
+# start. And that it kills a replica that hangs: it would wait for its word first, as long as
+# requests may take to drain, and what is to replace it has no room till then.
 _SERVE = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "4",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 _ENDED_SECONDS = 0.5
 _SILENT_SECONDS = 5.0
+_AGAIN_SECONDS = 0.5
 
 Problem = str
 Silent = Mapping[str, float]
@@ -66,8 +67,10 @@ class ClusterWatch:
         while not self._closing.wait(_ENDED_SECONDS):
             problem = self._ended()
             if problem is None and time.monotonic() >= ask_at:
-                problem = self._budget.update(self._silent(), time.monotonic())
-                ask_at = time.monotonic() + _SILENT_SECONDS
+                silent = self._silent()
+                problem = self._budget.update(silent, time.monotonic())
+                # Who answers for a moment between two silences must be seen to.
+                ask_at = time.monotonic() + (_AGAIN_SECONDS if silent else _SILENT_SECONDS)
             if problem is not None and not self._closing.is_set():
                 self._on_lost(problem)
                 return

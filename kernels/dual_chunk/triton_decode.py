@@ -6,9 +6,10 @@ The first kernel streams pages and leaves a partial result an item of the plan; 
 a sequence's partial results by their log-sum-exp. Heads that share keys are rows of one tile.
 Both compute in float32 and to the base 2. See docs/kernels/decode.md.
 
-Pages of 8 bits are multiplied as float16, into which they convert in one instruction a pair and
-without loss: queries are brought into its range by a power of two, and weights, at most 2^15, use
-it whole. Scales of pages multiply results, not elements.
+Pages of 8 bits are multiplied as float16, which holds them without loss: queries are brought into
+its range by a power of two, and weights, at most 2^15, use it whole. Scales of pages multiply
+results, not elements. Values are read in pairs (`triton_pairs`), and even and odd columns of the
+output are summed apart.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..page_size import PAGE_TOKENS
 from ..pages import check_pages
+from ..triton_pairs import PAIR_SCALE, split_pairs
 from ..triton_scales import scale_for
 from .decode_plan import DecodePlan
 from .segments import SegmentQueries
@@ -45,8 +47,8 @@ class DecodeTiling:
 
 
 DEFAULT_TILING = DecodeTiling()
-QUANTIZED_TILING = DecodeTiling(tokens=128)
-"""As many bytes on the way as with 64 tokens of 16 bits, and one tile a page and scale."""
+QUANTIZED_TILING = DecodeTiling(stages=3, resident=3)
+"""Half the bytes of 16 bits take as much computing, so three programs share what two do there."""
 
 
 def programs_per_kv_head(
@@ -126,6 +128,7 @@ def decode_attention(
         STAGES=tiling.stages,
         LOG2_E=_LOG2_E,
         QUANTIZED=quantized,
+        PACKED=memory.is_cuda,
         num_warps=tiling.warps,
     )
     output = torch.empty_like(queries.intra, memory_format=torch.contiguous_format)
@@ -172,6 +175,7 @@ def _attend_items(
     STAGES: tl.constexpr,
     LOG2_E: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """All items of one program: KV head by grid axis 0, so that neighbours read one page."""
     kv_head = tl.program_id(0)
@@ -183,6 +187,8 @@ def _attend_items(
     exists = row < GROUP
     query_offsets = (kv_head * GROUP + row)[:, None] * HEAD_DIM + column[None, :]
     tile_offsets = in_tile[:, None] * HEAD_DIM + column[None, :]
+    half = tl.arange(0, HEAD_DIM // 2)
+    pair_offsets = in_tile[:, None] * (HEAD_DIM // 2) + half[None, :]
     head_memory = memory + kv_head.to(tl.int64) * (2 * PAGE * HEAD_DIM)
 
     for item in range(tl.load(program_items + program), tl.load(program_items + program + 1)):
@@ -198,7 +204,11 @@ def _attend_items(
 
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         totals = tl.zeros([ROWS, TILE], tl.float32)
-        output = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        if QUANTIZED:
+            even = tl.zeros([ROWS, HEAD_DIM // 2], tl.float32)
+            odd = tl.zeros([ROWS, HEAD_DIM // 2], tl.float32)
+        else:
+            output = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         for segment in range(3):
             queries = inter
             start = item_start
@@ -228,22 +238,37 @@ def _attend_items(
                     keys = head_memory + page.to(tl.int64) * page_stride
                     keys += (token % PAGE) * HEAD_DIM
                     k = tl.load(keys + tile_offsets)
-                    values = keys + PAGE * HEAD_DIM + tile_offsets
-                    # What lies behind a sequence's end may be NaN, and 0 * NaN is not 0.
-                    v = tl.load(values, mask=(position < end)[:, None], other=0.0)
-                    tile_scale = logit_scale
-                    v_scale = 1.0
+                    values = keys + PAGE * HEAD_DIM
                     if QUANTIZED:
+                        # Whatever lies behind a sequence's end is finite, and counts for nothing.
+                        pairs = values.to(tl.pointer_type(tl.int16), bitcast=True)
+                        v = tl.load(pairs + pair_offsets)
                         own_scales = page_scales + page.to(tl.int64) * page_scale_stride
                         tile_scale = logit_scale * tl.load(own_scales + kv_head * 2)
-                        v_scale = tl.load(own_scales + kv_head * 2 + 1)
+                        v_scale = tl.load(own_scales + kv_head * 2 + 1) * PAIR_SCALE
+                    else:
+                        # What lies behind a sequence's end may be NaN, and 0 * NaN is not 0.
+                        v = tl.load(values + tile_offsets, (position < end)[:, None], other=0.0)
+                        tile_scale = logit_scale
                     # The next tile's page number is on its way while this tile is computed.
                     following = token + TILE
                     page = tl.load(table + following // PAGE, mask=following < end, other=0)
-                    highest, totals, output = _take_tile(
-                        q, k, v, visible, tile_scale, v_scale, highest, totals, output, QUANTIZED
+                    highest, totals, weights, shrink = _weigh(
+                        q, k, visible, tile_scale, highest, totals, QUANTIZED
                     )
+                    if QUANTIZED:
+                        weights = weights.to(q.dtype)
+                        even_v, odd_v = split_pairs(v, PACKED)
+                        added = tl.dot(weights, even_v.to(q.dtype), input_precision="ieee")
+                        even = even * shrink + added * v_scale
+                        added = tl.dot(weights, odd_v.to(q.dtype), input_precision="ieee")
+                        odd = odd * shrink + added * v_scale
+                    else:
+                        weights = weights.to(v.dtype)
+                        output = tl.dot(weights, v, output * shrink, input_precision="ieee")
 
+        if QUANTIZED:
+            output = tl.interleave(even, odd)
         total = tl.sum(totals, 1)
         first_head = tl.cast(item, tl.int64) * heads + kv_head * GROUP
         tl.store(
@@ -261,8 +286,8 @@ def _narrow_type(dtype):
 
 
 @triton.jit
-def _take_tile(q, k, v, visible, scale, v_scale, highest, totals, output, QUANTIZED: tl.constexpr):
-    """Add one tile of keys to the running softmax; at least one of them is visible.
+def _weigh(q, k, visible, scale, highest, totals, QUANTIZED: tl.constexpr):
+    """Weights of a tile's keys, of which one is visible at least, and by what all before shrink.
 
     `totals` [rows, tile] is summed over the tile only at the end: warps split a tile's keys, and
     would have to wait for each other.
@@ -276,13 +301,7 @@ def _take_tile(q, k, v, visible, scale, v_scale, highest, totals, output, QUANTI
     new_highest = tl.maximum(highest, peaks)
     weights = tl.exp2(logits - new_highest[:, None])
     shrink = tl.exp2(highest - new_highest)[:, None]
-    totals = totals * shrink + weights
-    if QUANTIZED:
-        added = tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-        output = output * shrink + added * v_scale
-    else:
-        output = tl.dot(weights.to(v.dtype), v, output * shrink, input_precision="ieee")
-    return new_highest, totals, output
+    return new_highest, totals * shrink + weights, weights, shrink
 
 
 @triton.jit
