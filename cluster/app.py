@@ -32,6 +32,7 @@ from .port_claim import claim_port
 from .prefill.replica import PrefillReplica
 from .readiness import READY_SECONDS, is_alive, is_ready, wait_until_ready
 from .rest import build_refusal, read_api_keys
+from .serve_loops import one_loop
 from .settings import NodeLabels, Settings, parse_settings, read_settings
 from .watch import ClusterWatch, Silent
 
@@ -130,7 +131,7 @@ def _common(kind: str, drain_seconds: float) -> dict[str, float]:
 
 def _on(nodes: NodeLabels) -> dict[str, Any]:
     """Where replicas are placed: a gang and its coordinator die together at best."""
-    options: dict[str, Any] = {"num_cpus": 0}
+    options: dict[str, Any] = {"num_cpus": 0, **one_loop()}
     return {"ray_actor_options": options | ({"label_selector": nodes} if nodes else {})}
 
 

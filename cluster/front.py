@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .rest.bodies import Bodies, HeldBody
+from .rest.bodies import Bodies
 from .rest.errors import BUSY_SECONDS, RestError, busy, unavailable
 from .rest.middleware import BodyLimit, Failures, RequestIds
 
@@ -43,6 +43,10 @@ _SERVE = {
 _LIMITS = "LONGREACH_FRONT_LIMITS"
 _HEADER_SECONDS = 20.0
 _MOST_AWAITED = 1024
+# Where in a request's scope its body goes to an ingress, and up to how many bytes it does: with the
+# rest of the request that is less than what Ray sends with a call itself.
+_BODY = "longreach_body"
+_AHEAD_BYTES = 1 << 16
 _OF_SERVE = "/-/"  # Serve's own paths: its health and its routes
 
 
@@ -153,7 +157,8 @@ class WholeBodies:
     """Reads a body before Serve hears of the request.
 
     So clients that send slowly, or never end, cost a connection and no call to an ingress, which
-    gets a body in few messages.
+    gets a small body with the request, and a large one in few messages: it need not call back for
+    the former. `TakenBodies` is the other end.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -166,9 +171,27 @@ class WholeBodies:
             return
         try:
             async with self._bodies.of(Request(scope, receive)) as body:
-                await self._app(scope, _replayed(body, receive), send)
+                parts = body.take() or [b""]
+                if sum(map(len, parts)) > _AHEAD_BYTES:
+                    receive = _replayed(parts, receive)
+                else:
+                    scope = {**scope, _BODY: b"".join(parts)}
+                await self._app(scope, receive, send)
         except ClientDisconnect:
             return  # nothing that is sent arrives
+
+
+class TakenBodies:
+    """In an ingress: takes the body that came with its request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body: bytes | None = scope.pop(_BODY, None)
+        if body is not None:
+            receive = _replayed([body], receive)
+        await self._app(scope, receive, send)
 
 
 class ServeAnswers:
@@ -269,9 +292,9 @@ def _is_foreign(scope: Scope) -> bool:
     return scope["type"] != "http" or scope["path"].startswith(_OF_SERVE)
 
 
-def _replayed(body: HeldBody, receive: Receive) -> Receive:
+def _replayed(body: Iterable[bytes], receive: Receive) -> Receive:
     """The body, at least one part, then what really comes."""
-    parts = deque(body.take() or [b""])
+    parts = deque(body)
 
     async def receive_again() -> Message:
         if not parts:

@@ -18,7 +18,7 @@ from ..engine.text.tokenizer import Tokenizer
 from . import metrics
 from .attempts import Attempts
 from .call_errors import CallError, as_ours, first_of
-from .front import FrontLimits, controller_options
+from .front import FrontLimits, TakenBodies, controller_options
 from .leases import LeaseKeeper
 from .listener import Ear, Listener
 from .messages import Taken
@@ -178,7 +178,7 @@ def api_builder(
         for outcome in OUTCOMES:  # a rate misses what a series begins with
             sink.add(REQUESTS, 0, outcome=outcome)
         decode = serve.get_deployment_handle(decode_name, app_name)
-        return build_api(
+        api = build_api(
             ingress_limits(settings),
             tokenizer,
             DecodeBackend(decode, settings.limits.retries, sink),
@@ -186,6 +186,8 @@ def api_builder(
             partial(render, folder),
             access_of(settings.ingress),
         )
+        api.add_middleware(TakenBodies)
+        return api
 
     return build
 

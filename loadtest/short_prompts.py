@@ -87,16 +87,25 @@ class Client:
 
     async def stream(self, tokens: int, answer: int) -> Answer:
         """Ask for an answer of so many tokens, and note when each comes."""
-        body = {**self._body(tokens, answer), **self._streamed}
         started = time.perf_counter()
-        came: list[float] = []
+        came: list[tuple[float, int]] = []
+        await self.listen(tokens, answer, came)
+        moments = [at for at, _ in came]
+        gaps = tuple(after - before for before, after in pairwise(moments))
+        return Answer(moments[0] - started, gaps)
+
+    async def listen(self, tokens: int, answer: int, came: list[tuple[float, int]]) -> None:
+        """Note every event of an answer as it comes: its moment, and how many tokens it has.
+
+        Without `every_token` nobody says how many: each event counts for one.
+        """
+        body = {**self._body(tokens, answer), **self._streamed}
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
-                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
-                    came.append(time.perf_counter())
-        gaps = tuple(after - before for before, after in pairwise(came))
-        return Answer(came[0] - started, gaps)
+                if line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
+                    scored = choices[0].get("logprobs") or {}
+                    came.append((time.perf_counter(), len(scored.get("tokens") or [None])))
 
     def _body(self, tokens: int, answer: int) -> dict[str, object]:
         prompt = [self._random.randrange(self._vocabulary) for _ in range(tokens)]

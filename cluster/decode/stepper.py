@@ -43,7 +43,8 @@ class Turn(asyncio.Lock):
 class Stepped:
     """What came out of a step, which requests were over with it, its end, and its seconds.
 
-    `ended` is `time.time()`.
+    `ended` is `time.time()`. The seconds are those since the last step of which something came out,
+    or since the first of several of which nothing did.
     """
 
     outputs: "list[Output]"
@@ -84,6 +85,7 @@ class Stepper:
         self._deliver, self._on_failure = deliver, on_failure
         self._thread = ThreadPoolExecutor(1, "step", set_up)
         self._work = asyncio.Event()
+        self._began: float | None = None
         self._task = forever(self._run(), on_failure)
 
     def wake(self) -> None:
@@ -103,10 +105,12 @@ class Stepper:
     def _steps(self, loop: asyncio.AbstractEventLoop) -> None:
         """Step until there is nothing to generate, or somebody wants the turn."""
         while True:
-            began = time.perf_counter()
+            began = time.perf_counter() if self._began is None else self._began
             with self._pulse.piece():
                 outputs = self._engine.step()
             ended, seconds = time.time(), time.perf_counter() - began
+            # What was launched only comes out of the next.
+            self._began = began if self._engine.has_work and not outputs else None
             stepped = Stepped(outputs, are_over(self._engine, outputs), ended, seconds)
             # Before the turn ends, since what is called from here is called in order.
             loop.call_soon_threadsafe(self._hand_out, stepped)

@@ -39,7 +39,7 @@ class DecodeEngine(RequestPages):
     @property
     @abstractmethod
     def has_work(self) -> bool:
-        """Whether a step would generate anything."""
+        """Whether a step would generate anything, or has something to say of the one before."""
 
     @property
     @abstractmethod
@@ -136,6 +136,9 @@ class DecodeEngine(RequestPages):
     @abstractmethod
     def step(self) -> list[Output]:
         """Generate one token for each sequence in the batch, after filling the batch up.
+
+        A step may be under way on the device when this returns; what comes out of it is said the
+        next time.
 
         Parts of prompts are computed in the same step, so many tokens at most that the others'
         keep their pace. Where memory does not suffice, the request that joined last ends with an

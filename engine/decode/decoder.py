@@ -4,11 +4,16 @@ A request comes in one of two ways. Where its prompt is prefilled elsewhere, it 
 before, receives them page by page, and starts with the logits of its prompt's last token. A short
 one is admitted, and its prompt is computed here, beside the steps of others. It then takes part in
 every step until its last choice is finished, when its pages go back.
+
+Where the device chooses every token of a batch by itself, the next step is launched before this one
+is looked at, so that the device never waits for the host. What ended by then, and only its token
+says so, is in that step as well: what comes out for it is dropped, and its pages are others' only
+when that step has run.
 """
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -39,7 +44,7 @@ from .prompts import Part, PromptQueue
 from .put_off import PutOff
 from .sampler import Logits, Sampler
 from .sequences import Reservation, TokenSequence, pages_needed
-from .step import NO_PROMPTS, DecodeStep, Outcome, PromptLimits, PromptPiece
+from .step import NO_PROMPTS, DecodeStep, Outcome, PromptLimits, PromptPiece, StepUnderWay
 
 _MASK_THREADS = 2
 
@@ -90,6 +95,7 @@ class Decoder(DecodeEngine):
         self._waiting: deque[TokenSequence] = deque()
         self._put_off: list[PutOff] = []  # the oldest first
         self._num_preemptions = 0
+        self._under_way: _UnderWay | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +107,8 @@ class Decoder(DecodeEngine):
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._prompts or self._comes_back())
+        some = self._running or self._waiting or self._prompts or self._under_way
+        return bool(some or self._comes_back())
 
     @property
     def num_running(self) -> int:
@@ -239,13 +246,51 @@ class Decoder(DecodeEngine):
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
+        before = self._under_way
+        outputs: list[Output] = []
+        if before is not None and not self._runs_ahead():
+            outputs += self._finish_step(before)
+            before = None
         self._bring_back()
-        outputs = self._fill_batch()
+        outputs += self._fill_batch()
         self._give_pages()
-        batch = list(self._running)
-        parts = self._prompts.deal(self._max_batch - len(batch), empty=not batch)
+        try:
+            self._under_way = self._launch(before)
+        except _StepFailedError as failure:
+            self._under_way = None
+            outputs += [] if before is None else self._finish_step(before)
+            return [*outputs, self._give_up(failure.request_id, failure.error)]
+        if before is not None:
+            outputs += self._finish_step(before)
+        elif self._under_way is not None and not self._step.runs_ahead:
+            outputs += self._finish_step(self._under_way)
+        return outputs
+
+    def _runs_ahead(self) -> bool:
+        """Whether the next step can be launched while one is under way."""
+        lacking = sum(each.lacks_a_page for each in (*self._running, *self._waiting))
+        return (
+            # Whoever makes room, or comes back, has its pages copied as they are now.
+            not self._put_off
+            and lacking <= self._pool.num_free
+            and all(each.runs_ahead for each in self._running if each.place is not None)
+        )
+
+    def _launch(self, before: "_UnderWay | None") -> "_UnderWay | None":
+        """Launch the next step; None where nothing is to be computed.
+
+        Args:
+            before: the step that is under way.
+
+        Raises:
+            _StepFailedError: the device's memory does not suffice, and whom to give up for it.
+        """
+        batch = [sequence for sequence in self._running if not sequence.ends]
+        joining = 0 if before is None else self._joining(before)
+        taken = len(self._running) + joining
+        parts = self._prompts.deal(self._max_batch - taken, empty=not batch and not joining)
         if not batch and not parts:
-            return outputs
+            return None
         pieces = [self._piece(part) for part in parts]
         for sequence in batch:
             if sequence.constraint is not None:
@@ -253,16 +298,38 @@ class Decoder(DecodeEngine):
                 sequence.constraint.compute_ahead(self._mask_threads)
         try:
             with out_of_memory_raises(StepOutOfMemoryError(len(batch) + len(pieces))):
-                outcomes = self._step.run([sequence.row for sequence in batch], pieces)
+                step = self._step.launch([sequence.row for sequence in batch], pieces)
         except OutOfMemoryError as error:
             # No sequence has grown: the next step writes the same K and V to the same places.
             last = parts[-1] if parts else batch[-1]
-            return [*outputs, self._give_up(last.request_id, error)]
-        for sequence, outcome in zip(batch, outcomes[: len(batch)], strict=True):
+            raise _StepFailedError(last.request_id, error) from error
+        for place, sequence in enumerate(batch):
+            sequence.place = place
+        return _UnderWay(step, batch, [(part, self._prompts.count(part)) for part in parts])
+
+    def _joining(self, step: "_UnderWay") -> int:
+        """Sequences that join the batch when a step under way has computed their prompts."""
+        names = [part.request_id for part, is_last in step.parts if is_last]
+        here = [self._reservations[name] for name in names if name in self._reservations]
+        return sum(reservation.request.sampling.choices for reservation in here)
+
+    def _finish_step(self, step: "_UnderWay") -> list[Output]:
+        """Wait for a step, and take what came out of it; the next may be under way."""
+        outcomes = step.step.outcomes()
+        if self._under_way is step:
+            self._under_way = None
+        following = () if self._under_way is None else self._under_way.batch
+        here, go_on = set(map(id, self._running)), set(map(id, following))
+        outputs: list[Output] = []
+        for sequence, outcome in zip(step.batch, outcomes[: len(step.batch)], strict=True):
             sequence.length += 1
-            if sequence.request_id in self._reservations:
+            if id(sequence) not in go_on:
+                sequence.place = None
+            # Whoever has ended meanwhile is not in the batch any more.
+            if id(sequence) in here and sequence.request_id in self._reservations:
                 outputs.extend(self._sample(sequence, outcome))
-        outputs += self._count_parts(parts, outcomes[len(batch) :])
+        outputs += self._take_parts(step.parts, outcomes[len(step.batch) :])
+        self._pool.release(step.left)
         return outputs
 
     def cancel(self, request_id: str) -> None:
@@ -271,7 +338,14 @@ class Decoder(DecodeEngine):
             return
         is_here = self._remove(request_id)
         if is_here:
-            reservation.release(self._pool)
+            self._let_go(reservation.held_pages)
+
+    def _let_go(self, pages: list[int]) -> None:
+        """Give pages back, when no step that may write them is under way."""
+        if self._under_way is None:
+            self._pool.release(pages)
+        else:
+            self._under_way.left += pages
 
     def _remove(self, request_id: str) -> bool:
         """Take a request out of whatever it is in; whether its pages are in the pool."""
@@ -290,17 +364,25 @@ class Decoder(DecodeEngine):
             reservation.request.prompt, part.start, part.end, first.block_table, first.takes_best
         )  # fmt: skip
 
-    def _count_parts(self, parts: list[Part], outcomes: list[Outcome]) -> list[Output]:
-        """Note which parts of prompts are computed, and let those go on that are whole."""
+    def _take_parts(
+        self, parts: "list[tuple[Part, bool]]", outcomes: list[Outcome]
+    ) -> list[Output]:
+        """Say which parts of prompts are computed, and let those go on that are whole.
+
+        Args:
+            parts: and whether each is its prompt's last, which has an outcome.
+        """
         outputs: list[Output] = []
         after = iter(outcomes)
-        for part in parts:
+        for part, is_last in parts:
+            outcome = next(after) if is_last else None
             name = part.request_id
-            reservation = self._reservations[name]
+            reservation = self._reservations.get(name)
+            if reservation is None:
+                continue  # cancelled meanwhile
             outputs.append((name, Progress(part.end, len(reservation.request.prompt))))
-            if not self._prompts.count(part):
+            if outcome is None:
                 continue
-            outcome = next(after)
             failed = self._part_choices(reservation)
             outputs += failed
             if not failed:
@@ -348,7 +430,7 @@ class Decoder(DecodeEngine):
 
         Where there is none, the youngest of those that grow is put off, perhaps the same.
         """
-        batch = [s for s in self._running if s.lacks_a_page]
+        batch = [s for s in self._running if s.lacks_a_page and not s.ends]
         for sequence in sorted(batch, key=self._age):
             while sequence in self._running and sequence.lacks_a_page:
                 try:
@@ -424,6 +506,7 @@ class Decoder(DecodeEngine):
                 ),
                 None if constraint is None else constraint.copy(),
                 replayed[choice],
+                sampling.max_tokens,
             )
             for choice, table in enumerate(reservation.block_tables)
         ]
@@ -459,7 +542,7 @@ class Decoder(DecodeEngine):
             text = sequence.detokenizer.push(chosen.token_id)
             if sequence.detokenizer.stopped or (constraint is not None and constraint.is_complete):
                 reason = "stop"
-            elif sequence.num_generated == sampling.max_tokens:
+            elif sequence.num_generated == sequence.most:
                 reason = "length"
         if reason is not None and not sequence.detokenizer.stopped:
             text += sequence.detokenizer.finish()
@@ -477,9 +560,31 @@ class Decoder(DecodeEngine):
         reservation.sequences.remove(sequence)
         if sequence in self._running:
             self._running.remove(sequence)
-        self._pool.release(sequence.block_table.pages.tolist())
+        self._let_go(sequence.block_table.pages.tolist())
         if not reservation.sequences:
             del self._reservations[sequence.request_id]
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    """A step that was launched and not looked at, whose outcomes are those of `batch` first.
+
+    `parts` are of prompts, and whether each is its prompt's last. `left` are pages to give back
+    when the step has run.
+    """
+
+    step: StepUnderWay
+    batch: list[TokenSequence]
+    parts: list[tuple[Part, bool]]
+    left: list[int] = field(default_factory=list)
+
+
+class _StepFailedError(Exception):
+    """A step was not launched for want of memory; the request that makes room for the others."""
+
+    def __init__(self, request_id: str, error: OutOfMemoryError) -> None:
+        super().__init__(request_id)
+        self.request_id, self.error = request_id, error
 
 
 def _choose(sequence: TokenSequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.dual_chunk.decode_plan import DecodePlan
 from ...kernels.dual_chunk.ragged_plan import RaggedPlan, RaggedShape
 from ...kernels.page_size import pages_for
+from ..milestones import Milestone
 from .step import PromptLimits, PromptPiece, StepRow
 
 
@@ -57,7 +58,8 @@ class StepShape:
         """Numbers of the inputs' parts, in their order; the wide ones first."""
         decode = DecodePlan.size(self.rows, self.programs) if self.rows else 0
         ragged = 0 if self.prompts is None else self.prompts.size
-        return [*[2 * self.total] * 3, 2 * self.outcomes, self.rows, decode, ragged]
+        wide = [*[2 * self.total] * 3, 2 * self.outcomes, 2 * self.rows]
+        return [*wide, self.rows, decode, ragged]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class StepInputs:
     positions: Tensor  # int64 [total]
     slots: Tensor  # int64 [total]: page * 128 + offset; -1 for a row that is not used
     wanted: Tensor  # int64 [outcomes]: the rows that logits are computed for
+    follows: Tensor  # int64 [rows]: which outcome of the step before is the token; -1: none
     scales: Tensor  # float32 [rows]
     plan: DecodePlan | None  # where there are rows of sequences
     prompts: RaggedPlan | None  # where there are rows of prompts
@@ -77,12 +80,13 @@ class StepInputs:
     def over(cls, storage: Tensor, shape: StepShape) -> "StepInputs":
         """In a tensor of so many numbers; no row is used."""
         *wide, scales, decode, ragged = storage.split(shape.sizes)
-        tokens, positions, slots, wanted = (each.view(torch.int64) for each in wide)
+        tokens, positions, slots, wanted, follows = (each.view(torch.int64) for each in wide)
         slots.fill_(-1)
+        follows.fill_(-1)
         plan = DecodePlan.over(decode, shape.rows, shape.programs) if shape.rows else None
         prompts = None if shape.prompts is None else RaggedPlan.over(ragged, shape.prompts)
         scales = scales.view(torch.float32)
-        return cls(storage, tokens, positions, slots, wanted, scales, plan, prompts)
+        return cls(storage, tokens, positions, slots, wanted, follows, scales, plan, prompts)
 
 
 class StepBatch:
@@ -96,6 +100,7 @@ class StepBatch:
         self._host = StepInputs.over(host_memory(device, size, dtype=torch.int32), shape)
         self._host.wanted[: shape.rows] = torch.arange(shape.rows)
         self._planned: list[int] = []
+        self._read = Milestone.after_what_is_launched(device)
 
     def fill(
         self,
@@ -104,19 +109,21 @@ class StepBatch:
         pieces: Sequence[PromptPiece] = (),
         piece_scales: Sequence[float] = (),
     ) -> None:
-        """Put rows in their places; the device must have read what was there before.
+        """Put rows in their places, when the device has read what was there before.
 
         Args:
             scales: what logits are multiplied by, of each row; `piece_scales` of each piece.
         """
+        self._read.wait()
         host, count = self._host, len(rows)
-        tokens, positions, slots = (
-            each.numpy() for each in (host.tokens, host.positions, host.slots)
+        tokens, positions, slots, follows = (
+            each.numpy() for each in (host.tokens, host.positions, host.slots, host.follows)
         )
         tokens[:count] = [row.token for row in rows]
         positions[:count] = [row.length for row in rows]
         slots[:count] = [row.slot for row in rows]
         slots[count:] = -1
+        follows[:count] = [-1 if row.follows is None else row.follows for row in rows]
         host.scales.numpy()[:count] = scales
         if host.plan is not None:
             self._plan(host.plan, [row.length + 1 for row in rows])
@@ -125,6 +132,7 @@ class StepBatch:
             parts = [p.rows(scale) for p, scale in zip(pieces, piece_scales, strict=True)]
             host.prompts.refresh(parts)
         self.inputs.storage.copy_(host.storage, non_blocking=True)
+        self._read = Milestone.after_what_is_launched(self.inputs.storage.device)
 
     def _fill_pieces(self, pieces: Sequence[PromptPiece]) -> None:
         host, first, ending = self._host, self.shape.rows, self.shape.rows

@@ -12,6 +12,10 @@ step lives, so nothing is ever captured again. That memory is shared by all grap
 the matrix products, the activations of the largest step, and for each graph its logits (at 152,064
 tokens and 16 bits, 0.3 MB a row).
 
+A step may be launched while the one before runs, so that the device does not stand still while the
+host looks at what came out: tokens that the host does not know yet are taken where the step before
+leaves them.
+
 How many rows a matrix product has, and how attention is divided (`DecodePlan`), may change how
 sums are rounded. So on GPUs, unlike on CPUs, two tokens that are all but equally good may
 change places with what else is in the batch; the same batch always gives the same.
@@ -37,7 +41,15 @@ from .device_sampling import BatchDrawing, HeldAdjustments
 from .graph_inputs import StepBatch, StepInputs, StepShape, host_memory
 from .launches import Capture, Launch, StepResults
 from .paged_attention import PagedAttention, StepRotations
-from .step import NO_PROMPTS, DecodeStep, Outcome, PromptLimits, PromptPiece, StepRow
+from .step import (
+    NO_PROMPTS,
+    DecodeStep,
+    Outcome,
+    PromptLimits,
+    PromptPiece,
+    StepRow,
+    StepUnderWay,
+)
 from .step_rows import step_rows
 
 
@@ -78,6 +90,43 @@ def captured(device: torch.device) -> Capture:
     return capture
 
 
+class HostResults:
+    """Where the host gets a step's results: pinned memory, so that copies do not wait.
+
+    Args:
+        most: outcomes of a step.
+        max_batch: rows of them that may be drawn.
+    """
+
+    def __init__(self, model: Qwen2, most: int, max_batch: int) -> None:
+        device = model.device
+        self.tokens = host_memory(device, most, dtype=torch.int32)
+        self.logprobs = host_memory(device, most, dtype=torch.float32)
+        self.logits = host_memory(device, most, model.config.vocab_size, dtype=model.dtype)
+        self.drawn_tokens = host_memory(device, max_batch, dtype=torch.int32)
+        self.drawn_logprobs = host_memory(device, max_batch, dtype=torch.float32)
+
+    def bring(
+        self, wanted: "Sequence[_Wanted]", results: StepResults, drawn: StepResults | None
+    ) -> "_Launched":
+        """Begin to bring what is wanted, rising, to the host.
+
+        Nothing is allocated on the device: a step that failed here would leave its inputs under
+        way, and the next would write over them. So logits become float32 on the host.
+        """
+        count = wanted[-1][0] + 1 if wanted else 0
+        self.tokens[:count].copy_(results.tokens[:count], non_blocking=True)
+        self.logprobs[:count].copy_(results.logprobs[:count], non_blocking=True)
+        if drawn is not None:
+            rows = len(drawn.tokens)
+            self.drawn_tokens[:rows].copy_(drawn.tokens, non_blocking=True)
+            self.drawn_logprobs[:rows].copy_(drawn.logprobs, non_blocking=True)
+        for place, asked in wanted:
+            if not asked.takes_best and asked.drawing is None:
+                self.logits[place].copy_(results.logits[place], non_blocking=True)
+        return _Launched(self, wanted, count, _after_what_is_launched(results.tokens.device))
+
+
 class GraphStep(DecodeStep):
     """A model that is whole on its device, through the kernels.
 
@@ -90,6 +139,8 @@ class GraphStep(DecodeStep):
     Raises:
         StepDoesNotFitError: the device's memory does not suffice for the largest step.
     """
+
+    runs_ahead = True
 
     @torch.inference_mode()
     def __init__(
@@ -109,11 +160,9 @@ class GraphStep(DecodeStep):
             # A row of block tables is written only when another sequence takes it.
             self._tables = torch.zeros(max_batch, pool.num_pages, dtype=torch.int32, device=device)
             self._held: list[BlockTable | None] = [None] * max_batch
-            self._tokens = host_memory(device, most, dtype=torch.int32)
-            self._logprobs = host_memory(device, most, dtype=torch.float32)
-            self._logits = host_memory(device, most, model.config.vocab_size, dtype=model.dtype)
-            self._drawn_tokens = host_memory(device, max_batch, dtype=torch.int32)
-            self._drawn_logprobs = host_memory(device, max_batch, dtype=torch.float32)
+            # Two: one is read while the next step's results come into the other.
+            self._results = [HostResults(model, most, max_batch) for _ in range(2)]
+            newest = torch.zeros(most, dtype=torch.int64, device=device)
             held = HeldAdjustments(max_batch, model.config.vocab_size, device)
             self._batches: list[_Prepared] = []
             shapes = [
@@ -124,7 +173,7 @@ class GraphStep(DecodeStep):
             for shape in sorted(shapes, key=lambda each: each.total, reverse=True):
                 batch = StepBatch(shape, device)
                 tables = self._tables[: shape.rows]
-                launch = capture(_Launches(model, pool, tables, batch.inputs, shape))
+                launch = capture(_Launches(model, pool, tables, batch.inputs, shape, newest))
                 drawing = None
                 if shape.rows:
                     # No row is used yet: what comes out is at the addresses of all steps.
@@ -133,8 +182,8 @@ class GraphStep(DecodeStep):
                 self._batches.insert(0, _Prepared(batch, launch, drawing))
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
-        """As `DecodeStep.run`; logits stay what they are until the next step."""
+    def launch(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> StepUnderWay:
+        """As `DecodeStep.launch`."""
         asked = len(rows), sum(piece.count for piece in pieces)
         prepared = next(each for each in self._batches if each.batch.shape.holds(*asked))
         first_piece = prepared.batch.shape.rows
@@ -150,7 +199,8 @@ class GraphStep(DecodeStep):
             drawn = prepared.drawing.run(_first(first_piece, results), drawings)
         wanted: list[_Wanted] = list(enumerate(rows))
         wanted += enumerate((piece for piece in pieces if piece.ends), first_piece)
-        return self._read(wanted, results, drawn)
+        self._results.reverse()
+        return self._results[0].bring(wanted, results, drawn)
 
     def _hold_tables(self, rows: Sequence[StepRow]) -> None:
         for index, row in enumerate(rows):
@@ -159,43 +209,43 @@ class GraphStep(DecodeStep):
                 self._tables[index, : len(table)].copy_(table)
                 self._held[index] = row.table
 
-    def _read(
-        self, wanted: "list[_Wanted]", results: StepResults, drawn: StepResults | None
-    ) -> list[Outcome]:
-        """Bring what is wanted to the host; everything is waited for once.
 
-        Nothing is allocated on the device: a step that failed here would leave its inputs under
-        way, and the next would write over them. So logits become float32 on the host.
+@dataclass(frozen=True, eq=False)
+class _Launched(StepUnderWay):
+    """A step whose results are on their way to the host: those of its first `count` rows."""
 
-        Args:
-            wanted: rising.
-        """
-        count = wanted[-1][0] + 1 if wanted else 0
-        self._tokens[:count].copy_(results.tokens[:count], non_blocking=True)
-        self._logprobs[:count].copy_(results.logprobs[:count], non_blocking=True)
-        if drawn is not None:
-            rows = len(drawn.tokens)
-            self._drawn_tokens[:rows].copy_(drawn.tokens, non_blocking=True)
-            self._drawn_logprobs[:rows].copy_(drawn.logprobs, non_blocking=True)
-        for place, asked in wanted:
-            if not asked.takes_best and asked.drawing is None:
-                self._logits[place].copy_(results.logits[place], non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+    results: HostResults
+    wanted: "Sequence[_Wanted]"
+    count: int
+    is_there: torch.cuda.Event | None
+
+    def outcomes(self) -> list[Outcome]:
+        if self.is_there is not None:
+            self.is_there.synchronize()
+        results, count = self.results, self.count
         # As lists: taking numbers out of a tensor one by one takes longer than all the rest.
-        best = self._tokens[:count].tolist(), self._logprobs[:count].tolist()
-        chosen = self._drawn_tokens.tolist(), self._drawn_logprobs.tolist()
-        return [self._outcome(place, asked, best, chosen) for place, asked in wanted]
+        best = results.tokens[:count].tolist(), results.logprobs[:count].tolist()
+        drawn = results.drawn_tokens.tolist(), results.drawn_logprobs.tolist()
+        return [self._outcome(place, asked, best, drawn) for place, asked in self.wanted]
 
     def _outcome(
         self, place: int, asked: StepRow | PromptPiece, best: "_Chosen", drawn: "_Chosen"
     ) -> Outcome:
-        """Of one row or piece, from what was brought to the host."""
+        """Of one row or piece."""
         if asked.takes_best:
             return ChosenToken(best[0][place], best[1][place])
         if asked.drawing is not None:
             return ChosenToken(drawn[0][place], drawn[1][place])
-        return self._logits[place].float().numpy()
+        return self.results.logits[place].float().numpy()
+
+
+def _after_what_is_launched(device: torch.device) -> torch.cuda.Event | None:
+    """As a `Milestone`, but whoever waits does not sleep: a step's tokens are waited for."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 _Chosen = tuple[list[int], list[float]]
@@ -227,11 +277,22 @@ class _Launches:
     """Everything that a step of one shape launches; shapes and addresses never change."""
 
     def __init__(
-        self, model: Qwen2, pool: PagePool, tables: Tensor, inputs: StepInputs, shape: StepShape
+        self,
+        model: Qwen2,
+        pool: PagePool,
+        tables: Tensor,
+        inputs: StepInputs,
+        shape: StepShape,
+        newest: Tensor,
     ) -> None:
+        """
+        Args:
+            newest: int64 [outcomes of the largest step]: where every step leaves its best tokens,
+                and the next finds them.
+        """
         self._model = model.for_one_row() if shape.total == 1 else model
         self._pool, self._tables, self._inputs = pool, tables, inputs
-        self._longest_prompt = shape.limits.longest
+        self._longest_prompt, self._newest = shape.limits.longest, newest
 
     def __call__(self) -> StepResults:
         model, inputs = self._model, self._inputs
@@ -239,9 +300,15 @@ class _Launches:
         attention = PagedAttention(
             self._pool, self._tables, inputs, model.positions.stride, rotations
         )
+        rows = len(inputs.follows)
+        if rows:
+            here, before = inputs.tokens[:rows], self._newest[inputs.follows.clamp(min=0)]
+            here.copy_(torch.where(inputs.follows < 0, here, before))
         hidden = model.begin(inputs.tokens)
         for layer in model.layers:
             layer.forward(hidden, attention)
         normed = hidden[0] if inputs.prompts is None else rows_at(hidden[0], inputs.wanted)
         logits = model.logits(normed)
-        return StepResults(logits, *greedy.best_tokens(logits))
+        results = StepResults(logits, *greedy.best_tokens(logits))
+        self._newest[: len(results.tokens)].copy_(results.tokens)
+        return results

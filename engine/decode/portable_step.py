@@ -16,7 +16,7 @@ from ..model.layer import Attention, Layer
 from ..model.positions import RotaryPositions
 from ..model.qwen2 import Qwen2
 from .sampler import best_token
-from .step import DecodeStep, Outcome, PromptPiece, StepRow
+from .step import DecodeStep, HasRun, Outcome, PromptPiece, StepRow
 
 _LEAST_ROWS = 16
 """From here on, and a little earlier, products round a row alike however many rows there are."""
@@ -31,8 +31,8 @@ class PortableStep(DecodeStep):
         self._max_batch = max_batch
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
-        """As `DecodeStep.run`; rows and pieces go through the model one after the other.
+    def launch(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> HasRun:
+        """As `DecodeStep.launch`; rows and pieces go through the model one after the other.
 
         The batch is filled up with rows of zeros: a matrix product's rounding may depend on how
         many rows it has, and an answer must not depend on what else is in the batch.
@@ -41,7 +41,7 @@ class PortableStep(DecodeStep):
         if pieces:
             ending = [piece for piece in pieces if piece.ends]
             outcomes += self._outcomes(ending, self._run_pieces(pieces))
-        return outcomes
+        return HasRun(outcomes)
 
     def _run_rows(self, rows: Sequence[StepRow]) -> Tensor:
         """Logits [rows, vocab]."""

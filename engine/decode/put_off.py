@@ -40,7 +40,7 @@ class PutOff:
         index = torch.tensor(pages, device=pool.memory.device)
         values = movable(pool.memory).index_select(1, index).cpu()
         scales = None if pool.scales is None else pool.scales.index_select(1, index).cpu()
-        reservation.release(pool)
+        pool.release(reservation.held_pages)
         places = [[order[page] for page in table.pages.tolist()] for table in tables]
         return cls(reservation, running, done, values, scales, places)
 

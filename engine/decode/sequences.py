@@ -16,10 +16,12 @@ from .step import Outcome, StepRow
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One choice of a request. `length` tokens have K and V in pages; `next_token` has none yet.
+    """One choice of a request, of up to `most` tokens. `length` tokens of prompt and answer have K
+    and V in pages, without the step under way; `next_token` has none yet.
 
     `first` is what came out after the prompt. It is kept until there is a place in the batch, and
-    is None before and afterwards. `replayed` are tokens of the answer that the client has.
+    is None before and afterwards. `replayed` are tokens of the answer that the client has. `place`
+    is that of its outcome in the step under way, None where it is in none.
     """
 
     request_id: str
@@ -30,13 +32,17 @@ class TokenSequence:
     detokenizer: Detokenizer
     constraint: Constraint | None
     replayed: tuple[int, ...]
+    most: int
     first: Outcome | None = None
     next_token: int = -1
     num_generated: int = 0
+    place: int | None = None
 
     @property
     def row(self) -> StepRow:
         """What it brings to a step."""
+        if self.place is not None:
+            return StepRow(-1, self.length + 1, self.block_table, True, follows=self.place)
         drawing = None if self.takes_best else self.sampler.drawing
         if drawing is not None and self.constraint is not None:
             drawing = replace(drawing, allowed=self.constraint.allowed)
@@ -48,9 +54,23 @@ class TokenSequence:
         return self.sampler.takes_best and self.constraint is None
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether the device finds each of its next tokens by itself, without a word of the host's.
+
+        What ends it early, the host finds out a step later.
+        """
+        return self.takes_best and self.num_generated >= len(self.replayed)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the step under way brings its last token, whatever that is."""
+        return self.place is not None and self.num_generated + 1 == self.most
+
+    @property
     def lacks_a_page(self) -> bool:
-        """Whether its pages are full, so that the next token has no place."""
-        return self.length == len(self.block_table.pages) * PAGE_TOKENS
+        """Whether its pages are full, so that the token of the next step has no place."""
+        length = self.length + (self.place is not None)
+        return length == len(self.block_table.pages) * PAGE_TOKENS
 
     def grow(self, page: int) -> None:
         """Take one more page."""
@@ -99,10 +119,10 @@ class Reservation:
         arrivals = Arrivals(pool.geometry, pages_for(len(request.prompt)))
         return cls(request, number, grows, tables, arrivals)
 
-    def release(self, pool: PagePool) -> None:
-        """Give all pages back."""
-        for table in self.held:
-            pool.release(table.pages.tolist())
+    @property
+    def held_pages(self) -> list[int]:
+        """All pages, shared ones as often as they are."""
+        return [page for table in self.held for page in table.pages.tolist()]
 
     def copy_last_prompt_page(self, pool: PagePool) -> None:
         """A page that the prompt fills in part is written by every choice: each gets its own."""

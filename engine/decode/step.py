@@ -6,6 +6,7 @@ What goes in and comes out, whichever implementation runs; `make_step` says whic
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,11 @@ Outcome = Logits | ChosenToken
 class StepRow:
     """What one sequence brings to a step.
 
-    `token` is at position `length`: so many tokens have K and V in the pages of `table` already.
-    `takes_best`: the best token and its log-probability are wanted, and not the logits. Else
-    `drawing` says how a device that can may choose the token itself.
+    `token` is at position `length`: so many tokens have K and V in the pages of `table`, when the
+    steps before have run. One that the step under way is to choose nobody knows on the host yet:
+    `follows` is its place among that step's outcomes, and `token` means nothing. `takes_best`: the
+    best token and its log-probability are wanted, and not the logits. Else `drawing` says how a
+    device that can may choose the token itself.
     """
 
     token: int
@@ -34,6 +37,7 @@ class StepRow:
     table: BlockTable
     takes_best: bool
     drawing: Drawing | None = None
+    follows: int | None = None
 
     @property
     def slot(self) -> int:
@@ -108,22 +112,12 @@ NO_PROMPTS = PromptLimits(0, 0, 0)
 """Prompts are computed elsewhere."""
 
 
-class DecodeStep(ABC):
-    """Runs a model over the newest tokens of a batch, and over pieces of prompts.
-
-    The same object serves every step of one decoder, whatever sequences come and go.
-    """
+class StepUnderWay(ABC):
+    """A step that is launched, and may not have run yet."""
 
     @abstractmethod
-    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
-        """Write K and V of every token to its page, and say what may follow.
-
-        A step that failed may be run again: it writes the same to the same places.
-
-        Args:
-            rows: up to `max_batch` of them; their tables have a page for the token.
-            pieces: of different prompts, within the step's `PromptLimits`. There is at least one
-                row or piece.
+    def outcomes(self) -> list[Outcome]:
+        """Wait for it, and say what may follow; once, and before the next but one is launched.
 
         Returns:
             for each row, and then for each piece that ends its prompt, its best token, the lowest
@@ -131,8 +125,46 @@ class DecodeStep(ABC):
             `drawing` and the step draws; else its logits, float32 [vocab], which the next step may
             overwrite. With a token comes the model's own log-probability, which is not finite where
             the logits are not.
+        """
+
+
+@dataclass(frozen=True)
+class HasRun(StepUnderWay):
+    """A step that was waited for when it was launched."""
+
+    came: list[Outcome]
+
+    def outcomes(self) -> list[Outcome]:
+        return self.came
+
+
+class DecodeStep(ABC):
+    """Runs a model over the newest tokens of a batch, and over pieces of prompts.
+
+    The same object serves every step of one decoder, whatever sequences come and go.
+    """
+
+    runs_ahead: ClassVar[bool] = False
+    """Whether a step may be launched while the one before is under way, whose tokens it takes."""
+
+    @abstractmethod
+    def launch(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> StepUnderWay:
+        """Write K and V of every token to its page, and find out what may follow.
+
+        A step that failed may be launched again: it writes the same to the same places. One step
+        may be under way when another is launched, where it `runs_ahead`.
+
+        Args:
+            rows: up to `max_batch` of them; their tables have a page for the token. One `follows`
+                an outcome that `takes_best`.
+            pieces: of different prompts, within the step's `PromptLimits`. There is at least one
+                row or piece.
 
         Raises:
             RuntimeError: the device's memory does not suffice for these rows, in any of the ways
                 that `memory.out_of_memory` knows.
         """
+
+    def run(self, rows: Sequence[StepRow], pieces: Sequence[PromptPiece] = ()) -> list[Outcome]:
+        """Launch a step and wait for it."""
+        return self.launch(rows, pieces).outcomes()

@@ -607,13 +607,23 @@ def test_a_decoder_on_kernels_finishes_what_it_started(shallow_folder: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # in the interpreter
+def test_steps_that_run_ahead_say_what_those_do_that_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, shallow_folder: Path
+) -> None:
+    """Tokens that the host does not know are taken where the step before left them."""
+    model = load(shallow_folder)
+    ahead = joining_and_leaving(Engine(model, eager, prompts=PROMPTS))
+    monkeypatch.setattr(GraphStep, "runs_ahead", False)
+    assert joining_and_leaving(Engine(model, eager, prompts=PROMPTS)) == ahead
+
+
 def test_one_damaged_request_fails_alone_on_kernels(shallow_folder: Path) -> None:
     engine = Engine(load(shallow_folder), eager)
     engine.start("good", 40)
     engine.start("bad", 300)
     table = engine.decoder._reservations["bad"].block_tables[0]
     engine.pool.memory[:, int(table.pages[0])] = torch.nan
-    outputs = engine.decoder.step()
+    outputs = engine.decoder.step() + engine.decoder.step()
     [(name, error)] = [each for each in outputs if isinstance(each[1], GenerationError)]
     assert name == "bad"
     assert "not finite" in str(error)

@@ -184,15 +184,15 @@ def test_too_little_memory_ends_the_prompt_that_came_last(
     model: Qwen2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for two pieces, simulated; the others go on as if they were alone."""
-    run_step = PortableStep.run
+    launch = PortableStep.launch
 
     def small(self, rows, pieces=()):
         if len(pieces) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return run_step(self, rows, pieces)
+        return launch(self, rows, pieces)
 
     decoder = make_decoder(model)
-    monkeypatch.setattr(PortableStep, "run", small)
+    monkeypatch.setattr(PortableStep, "launch", small)
     for name, length in (("a", 17), ("b", 30), ("c", 31)):
         decoder.admit(make_request(name, make_prompt(length, seed=length)))
     outputs = run(decoder)
