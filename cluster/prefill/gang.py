@@ -18,7 +18,7 @@ import ray
 from ...engine.errors import LongreachError, LostError
 from ..call_errors import CallError
 from ..settings import GangSettings
-from . import rows as of_rows
+from . import rows
 from .placement import HAND_OFF, RESULTS, Placement
 from .rank import RankResult
 from .rows import Row
@@ -75,7 +75,7 @@ class Gang:
         gang = cls(settings, await Placement.reserve(settings, metrics_directory))
         try:
             every = [gang._start_row(row) for row in range(settings.prefill.sequence_parallel)]
-            gang._fewest = await of_rows.join(every)
+            gang._fewest = await rows.join(every)
             gang._rows = every
         except BaseException:
             gang.kill()
@@ -148,7 +148,7 @@ class Gang:
 
     async def watch(self, is_busy: Callable[[], bool]) -> str:
         """Return, in words, what has become of the first rank that died or hangs."""
-        return await of_rows.watch_ranks(self._rows, is_busy)
+        return await rows.watch_ranks(self._rows, is_busy)
 
     async def regroup(self) -> int:
         """Have the ranks that live, and those that are ready to come, go on together.
@@ -162,13 +162,13 @@ class Gang:
             LostError: too few are left, or they do not meet.
         """
         before, coming, self._coming = self._rows, self._coming, []
-        whole = await of_rows.part([*before, *coming])
+        whole = await rows.part([*before, *coming])
         if len(whole) < self._fewest:
             raise LostError(f"{len(whole)} rows of ranks are left, and {self._fewest} are needed")
-        await of_rows.meet(whole)
+        await rows.meet(whole)
         self._rows = whole
         lost = [row for row in before if row not in whole]
-        return len(of_rows.ranks_of(lost))
+        return len(rows.ranks_of(lost))
 
     async def recruit(self) -> None:
         """Start ranks in place of those that were lost; returns when they are ready to join.
@@ -181,7 +181,7 @@ class Gang:
             coming = [self._start_row(number) for number in every if number not in taken]
             try:
                 # Each row by itself: it meets the others when it is ready.
-                await asyncio.gather(*(of_rows.join([row]) for row in coming))
+                await asyncio.gather(*(rows.join([row]) for row in coming))
             except (*CallError, LongreachError) as error:
                 logger.warning("a new rank did not come up, and is tried again: %s", error)
                 for row in coming:
@@ -200,7 +200,7 @@ class Gang:
 
     @property
     def _ranks(self) -> Sequence[Any]:
-        return of_rows.ranks_of(self._rows)
+        return rows.ranks_of(self._rows)
 
     def _holders(self, request_id: str) -> list[Row]:
         held_by = self._held_by.get(request_id, frozenset())
