@@ -207,17 +207,17 @@ class Gang:
         return [row for row in self._rows if row in held_by]
 
     def _share(self, request_id: str, prompt: OfPrompt, done: int) -> None:
-        """Give the pages of a prompt to the rows that came later, from one that has them."""
+        """Give the pages of a prompt to the rows that came later, from the first, which has them.
+
+        Rows are in the order in which they came: what any of them has, the first has as well.
+        """
         holders = self._holders(request_id)
         if len(holders) == len(self._rows):
             return
-        source = self._rows.index(holders[0])
         for row in self._rows:
             takes = row not in holders
             for rank in row.ranks:
-                rank.share.remote(
-                    request_id, prompt.tokens, prompt.destination, done, source, takes
-                )
+                rank.share.remote(request_id, prompt.tokens, prompt.destination, done, takes)
         self._held_by[request_id] = frozenset(self._rows)
 
     def _start_row(self, number: int) -> Row:

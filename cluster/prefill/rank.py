@@ -324,15 +324,13 @@ class PrefillRank:
         prompt: Tokens,
         destination: "Destination",
         done: int,
-        source: int,
         takes: bool,
     ) -> None:
-        """Copy the pages of a prompt under way from one sequence rank to those that came later.
+        """Copy pages of a prompt under way from the first row of ranks to those that came later.
 
         Args:
             destination: of its pages, as those who have them know it.
             done: tokens that are computed.
-            source: the sequence rank that has their pages.
             takes: whether this rank came later.
         """
         if self._mesh.is_left:
@@ -340,7 +338,7 @@ class PrefillRank:
         if takes:
             self._prefiller.admit(request_id, prompt)
             self._hand_offs[request_id] = self._open(destination)
-        self._prefiller.share(request_id, done, source, takes)
+        self._prefiller.share(request_id, done, takes)
 
     def come_back(self, request_id: str, to: str, destination: "Destination", done: int) -> None:
         """Go on with a request, whose pages were left here, under another name.

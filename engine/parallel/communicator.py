@@ -63,12 +63,10 @@ class Communicator:
             lambda waits: dist.all_to_all_single(into, own, group=self.group, async_op=not waits)
         )
 
-    def broadcast(self, values: Tensor, source: int) -> None:
-        """Give all ranks what the one of number `source` has, in place."""
+    def broadcast(self, values: Tensor) -> None:
+        """Give all ranks what the first has, in place."""
         self._run(
-            lambda waits: dist.broadcast(
-                values, group=self.group, group_src=source, async_op=not waits
-            )
+            lambda waits: dist.broadcast(values, group=self.group, group_src=0, async_op=not waits)
         )
 
     def _run(self, collective: Callable[[bool], dist.Work | None]) -> None:

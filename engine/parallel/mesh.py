@@ -172,14 +172,14 @@ class Mesh:
         """
         return _begin_gather(part, into, then, self.sequence, "sequence")
 
-    def broadcast_over_sequence_ranks(self, values: Tensor, source: int) -> Tensor:
-        """Give all sequence ranks what one of them has, in place."""
+    def broadcast_over_sequence_ranks(self, values: Tensor) -> Tensor:
+        """Give all sequence ranks what the first has, in place."""
         if self.sequence is None:
             return values
         communicator = self.sequence
 
         def work() -> Tensor:
-            communicator.broadcast(values, source)
+            communicator.broadcast(values)
             return values
 
         return aside(work, values.device, "sequence").wait()

@@ -138,29 +138,28 @@ class Prefiller:
         """Compute on another mesh from now on, in which this rank's tensor rank is the same."""
         self._parts = replace(self._parts, model=self._parts.model.on_mesh(mesh))
 
-    def share(self, request_id: str, done: int, source: int, takes: bool) -> None:
-        """Copy the pages of a request's first tokens from one sequence rank; collective.
+    def share(self, request_id: str, done: int, takes: bool) -> None:
+        """Copy the pages of a request's first tokens from the first sequence rank; collective.
 
         Args:
             done: tokens, whole pages of them, that the next chunk begins behind.
-            source: the sequence rank that has the pages.
             takes: whether they are wanted here.
         """
         admitted = self._admitted[request_id]
         every = admitted.table.pages[: done // PAGE_TOKENS]
         for layer in range(self._pool.geometry.num_layers):
             for first in range(0, len(every), _PAGES_AT_ONCE):
-                self._share(layer, every[first : first + _PAGES_AT_ONCE], source, takes)
+                self._share(layer, every[first : first + _PAGES_AT_ONCE], takes)
         admitted.done = done
 
-    def _share(self, layer: int, numbers: npt.NDArray[np.int64], source: int, takes: bool) -> None:
+    def _share(self, layer: int, numbers: npt.NDArray[np.int64], takes: bool) -> None:
         mesh, held = self._parts.model.mesh, self._pool.held(layer, numbers)
         # A copy, also where pages are neighbours: what comes goes nowhere where it is not wanted.
         pages = held.read()
-        bits = mesh.broadcast_over_sequence_ranks(pages.bits.clone(), source)
+        bits = mesh.broadcast_over_sequence_ranks(pages.bits.clone())
         scales = pages.scales
         if scales is not None:
-            scales = mesh.broadcast_over_sequence_ranks(scales.clone(), source)
+            scales = mesh.broadcast_over_sequence_ranks(scales.clone())
         if takes:
             held.write(Pages(bits.view(pages.values.dtype), scales))
 

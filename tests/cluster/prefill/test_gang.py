@@ -128,7 +128,7 @@ def test_a_new_row_gets_the_pages_of_a_prompt_before_it_computes(
         gang.begin_chunk(Chunk("a", 512, 768, False), PROMPT)
         for number, rank in enumerate(placement.started[2:]):
             calls = [given for called, *given in rank.calls if called == "share"]
-            assert calls == [["a", "tokens", "destination", 256, 0, number >= 4]]
+            assert calls == [["a", "tokens", "destination", 256, number >= 4]]
             assert rank.last("begin_chunk") == [Chunk("a", 512, 768, False), None, None]
         await gang.flush("b")
         assert not any(
@@ -136,7 +136,7 @@ def test_a_new_row_gets_the_pages_of_a_prompt_before_it_computes(
         )
         gang.come_back("b", "c", PROMPT, 128)
         for number, rank in enumerate(placement.started[2:]):
-            assert rank.last("share") == ["b", "tokens", "destination", 128, 0, number >= 4]
+            assert rank.last("share") == ["b", "tokens", "destination", 128, number >= 4]
             assert rank.last("come_back") == ["b", "c", "destination", 128]
 
     asyncio.run(run())

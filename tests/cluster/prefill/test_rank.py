@@ -115,7 +115,7 @@ def test_a_rank_that_has_left_computes_nothing_until_it_meets_others(rank: Prefi
     with pytest.raises(LeftMeshError):
         rank.begin_chunk(Chunk("new", 0, 100, True), prompt, TO)
     with pytest.raises(LeftMeshError):
-        rank.share("a", prompt, TO, 1024, source=0, takes=False)
+        rank.share("a", prompt, TO, 1024, takes=False)
     rank.meet(Meeting.of_one(), 0)
     rank.come_back("a", "b", TO, 1024)
     logits = run_chunk(rank, Chunk("b", 1024, 1500, True), None, None).logits

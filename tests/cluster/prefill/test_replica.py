@@ -63,7 +63,8 @@ class FakeGang:
         self.is_whole = True
         self.lost: list[int] = []  # of each time that ranks meet again
         self.regrouped_while: list[int] = []  # how many chunks were under way
-        self.may_grow = asyncio.Event()
+        self.may_grow, self.may_meet = asyncio.Event(), asyncio.Event()
+        self.may_meet.set()
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
     def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
@@ -109,7 +110,7 @@ class FakeGang:
         self.rank_is_lost.clear()
         lost, self.lost = self.lost[0], self.lost[1:]
         self.is_whole = not lost
-        await asyncio.sleep(0.001)
+        await self.may_meet.wait()
         return lost
 
     async def recruit(self) -> None:
@@ -442,6 +443,71 @@ def test_a_prompt_goes_on_with_the_ranks_that_are_left(
     assert counted(tmp_path, "longreach_lost_total") == 1
 
 
+def test_nothing_goes_on_before_the_ranks_have_met(play: Any, gang: FakeGang) -> None:
+    """Pages would be pushed by as many ranks as there were."""
+    gang.lost = [1]
+    gang.may_meet.clear()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            if chunk.start:
+                raise ActorDiedError
+
+        gang.outcome = outcome
+        first = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS))
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        gang.outcome = lambda chunk: None
+        again = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS, number=1))
+        await asyncio.sleep(0.02)
+        assert gang.came_back == []
+        gang.may_meet.set()
+        with pytest.raises(UnavailableError):
+            await first
+        await again
+
+    play(scenario)
+    assert [done for _, _, done in gang.came_back] == [CHUNK_TOKENS]
+
+
+def test_a_prompt_whose_pages_no_rank_has_begins_anew(play: Any, gang: FakeGang) -> None:
+    """The ranks that had them are gone, and one that came later lives."""
+    gang.lost = [1]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            if chunk.start:
+                gang.have.clear()
+                raise ActorDiedError
+
+        gang.outcome = outcome
+        with pytest.raises(LostError):
+            await prefill(replica, "a", 3 * CHUNK_TOKENS)
+        gang.outcome = lambda chunk: None
+        await prefill(replica, "a", 3 * CHUNK_TOKENS, number=1)
+
+    play(scenario)
+    assert gang.came_back == []
+    assert dealt(gang, "a-order-1")[0] == (0, False)
+
+
+def test_a_new_rank_comes_where_no_chunk_has_been_begun_since(play: Any, gang: FakeGang) -> None:
+    gang.lost = [1, 0]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            raise ActorDiedError
+
+        gang.outcome = outcome
+        with pytest.raises(LostError):
+            await prefill(replica, "a", CHUNK_TOKENS)
+        gang.may_grow.set()
+        while not gang.is_whole:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
+
+
 def test_a_chunk_that_fails_without_a_death_ends_the_gang(play: Any, gang: FakeGang) -> None:
     gang.lost = [0]
 
@@ -452,9 +518,10 @@ def test_a_chunk_that_fails_without_a_death_ends_the_gang(play: Any, gang: FakeG
         gang.outcome = outcome
         with pytest.raises(LostError):
             await prefill(replica, "a", CHUNK_TOKENS)
+        with pytest.raises(UnavailableError):
+            await replica.check_health()
 
     play(scenario)
-    assert gang.killed
 
 
 def test_a_new_rank_comes_between_two_chunks(play: Any, gang: FakeGang) -> None:

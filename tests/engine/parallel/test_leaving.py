@@ -164,7 +164,7 @@ def newcomer_main(rank: int, case: Case) -> None:
 def finish(local: LocalPrefill, rank: int, case: Case, takes: bool) -> None:
     whole = case.join(case.mesh[1], rank, "again")
     local.prefiller.move_to(whole)
-    local.prefiller.share("a", case.comes_at, source=0, takes=takes)
+    local.prefiller.share("a", case.comes_at, takes=takes)
     logits = case.compute(local, case.comes_at, len(case.prompt))
     torch.save(logits, case.folder / f"{rank}.pt")
     # As a worker of Ray ends: a collective of gloo that was given up waits for good.
