@@ -11,11 +11,11 @@ from ...engine.text.tokenizer import Tokenizer
 from ...kernels.page_size import pages_for
 from ..memory import own_prompts, room_for_decode
 from ..settings import WorkerSettings
-from .meeting import Meeting
+from .meeting import WorkerMeeting
 from .spanning import device_of, load_shard, make_leader
 
 
-def make_engine(settings: WorkerSettings, meeting: Meeting | None = None) -> DecodeEngine:
+def make_engine(settings: WorkerSettings, meeting: WorkerMeeting | None = None) -> DecodeEngine:
     """Load the model, and allocate all pages.
 
     Args:

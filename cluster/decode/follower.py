@@ -25,7 +25,7 @@ from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
-from .meeting import Meeting
+from .meeting import WorkerMeeting
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -77,7 +77,7 @@ class DecodeFollower:
         self._store = store
         return host, store.port
 
-    async def join(self, own_handle: Any, meeting: Meeting) -> None:
+    async def join(self, own_handle: Any, meeting: WorkerMeeting) -> None:
         """Meet the other ranks, load this rank's shard, and begin to follow.
 
         Args:
@@ -106,7 +106,7 @@ class DecodeFollower:
         self._following = loop.run_in_executor(self._thread, follow)
         self._following.add_done_callback(self._stopped)
 
-    def _load(self, meeting: Meeting) -> tuple["Follower", "FollowerPages", Any]:
+    def _load(self, meeting: WorkerMeeting) -> tuple["Follower", "FollowerPages", Any]:
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         from .spanning import make_follower

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Meeting:
+class WorkerMeeting:
     """Made of what the ranks behind the leader say, and told to all.
 
     `store` is host and port of the store that rank 1 serves. `channels` are addresses of sockets

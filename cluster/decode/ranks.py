@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..pulse import Allowance, watch
 from ..settings import DecodeSettings, WorkerSettings
 from .follower import DecodeFollower
-from .meeting import Meeting
+from .meeting import WorkerMeeting
 from .worker import DecodeWorker
 
 # Every waiting request is a call, and so is every message of pages under way.
@@ -66,7 +66,7 @@ class WorkerProcesses:
         key = secrets.token_bytes(32)
         store = await self._followers[0].open_meeting.remote()
         channels = await asyncio.gather(*(each.listen.remote(key) for each in self._followers))
-        meeting = Meeting(store, tuple(channels), key)
+        meeting = WorkerMeeting(store, tuple(channels), key)
         self._make_worker(settings, metrics_directory, _at(group, 0), meeting)
         joining = [each.join.remote(each, meeting) for each in self._followers]
         # The first that fails ends the wait: the others wait for it.
@@ -77,7 +77,7 @@ class WorkerProcesses:
         settings: WorkerSettings,
         metrics_directory: Path,
         placed: dict[str, Any],
-        meeting: Meeting | None,
+        meeting: WorkerMeeting | None,
     ) -> None:
         actor = cast(Any, ray.remote(DecodeWorker)).options(
             name=self.worker_id, **_asks(settings.decode), **placed

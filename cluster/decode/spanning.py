@@ -26,7 +26,7 @@ from ...engine.text.tokenizer import Tokenizer
 from ...kernels.page_size import pages_for
 from ..memory import own_prompts, room_for_decode
 from ..settings import WorkerSettings, check_decode_ranks
-from .meeting import Meeting
+from .meeting import WorkerMeeting
 
 
 def device_of(settings: WorkerSettings) -> torch.device:
@@ -49,7 +49,7 @@ def load_shard(
     return shard, shard.pages_kept_as(model.pages_kept_as)
 
 
-def make_leader(settings: WorkerSettings, meeting: Meeting) -> Decoder:
+def make_leader(settings: WorkerSettings, meeting: WorkerMeeting) -> Decoder:
     """Rank 0: meet the others, load, and allocate all pages; collective.
 
     Raises: as `load_shard`, and as `room_for_decode`.

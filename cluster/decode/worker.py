@@ -29,7 +29,7 @@ from ..settings import WorkerSettings
 from ..streams import BEAT_SECONDS
 from ..tasks import forever
 from .answer_clock import AnswerClock
-from .meeting import Meeting
+from .meeting import WorkerMeeting
 from .outbox import Outboxes, Said
 from .stepper import Stepped, Stepper, Turn, are_over
 
@@ -88,7 +88,10 @@ class DecodeWorker:
     """
 
     def __init__(
-        self, settings: WorkerSettings, metrics_directory: Path, meeting: Meeting | None = None
+        self,
+        settings: WorkerSettings,
+        metrics_directory: Path,
+        meeting: WorkerMeeting | None = None,
     ) -> None:
         """`meeting` is of its ranks where it spans several devices; this one leads."""
         # torch is loaded here and not with the module: the replica knows its worker without it.

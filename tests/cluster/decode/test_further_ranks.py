@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import ActorDiedError
 
 from longreach.cluster.decode.follower import DecodeFollower
-from longreach.cluster.decode.meeting import Meeting
+from longreach.cluster.decode.meeting import WorkerMeeting
 from longreach.cluster.decode.worker import DecodeWorker
 from longreach.cluster.transports.actor_messages import WantedPages, WorkerDestination
 from longreach.cluster.transports.object_store import PageRun
@@ -29,7 +29,7 @@ from longreach.engine.kv.parted import PartedDestination
 from ..conftest import make_settings
 from .test_worker import Answer, engine_of, make_request
 
-NO_MEETING = Meeting(("", 0), (), b"")
+NO_MEETING = WorkerMeeting(("", 0), (), b"")
 GEOMETRY = PageGeometry(2, 1, 4, torch.float32)
 SECONDS = 20
 
@@ -185,7 +185,7 @@ def test_a_rank_that_is_gone_is_the_workers_end(worker: DecodeWorker) -> None:
 class Alone(DecodeFollower):
     """A follower that has met nobody: its pages hold their own numbers."""
 
-    def _load(self, meeting: Meeting) -> Any:
+    def _load(self, meeting: WorkerMeeting) -> Any:
         pool = PagePool(GEOMETRY, 8, torch.device("cpu"))
         for page in range(8):
             pool.memory[:, page] = page

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from longreach.cluster.decode.further_ranks import FurtherRanks
-from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.rank import Meeting, PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
 from longreach.cluster.transports import make_receiver
@@ -51,8 +51,8 @@ def done(work: Any) -> Future[Any]:
 
 
 def make_rank(settings: Settings) -> PrefillRank:
-    rank = PrefillRank(settings.gangs[0], 0)
-    rank.join(("", 0), 1)
+    rank = PrefillRank(settings.gangs[0])
+    rank.join(Meeting.of_one(), 0, 1)
     rank._prefiller._pool.clear()
     return rank
 
