@@ -26,8 +26,11 @@ from .settings import DecodeSettings, GangSettings, ModelSettings, WorkerSetting
 @contextmanager
 def room_for_prefill(
     settings: GangSettings, device: torch.device, ranks_on_card: int
-) -> Iterator[None]:
+) -> Iterator[int]:
     """Where a prefill rank allocates what it needs. What it raises names its remedy.
+
+    Yields how many sequence ranks are enough: so many are left at least where others die, or the
+    gang cannot go on.
 
     Args:
         ranks_on_card: of its gang, itself among them. All look before they meet, and allocate
@@ -42,8 +45,9 @@ def room_for_prefill(
     longest = settings.max_prompt_tokens
     with _remedied(settings.prefill.gpus_per_rank):
         fit = prefill_fit(settings, free_bytes(device), ranks_on_card)
-        with _room(fit, settings.prefill.kv_cache_tokens, longest, device):
-            yield
+        tokens = settings.prefill.kv_cache_tokens
+        with _room(fit, tokens, longest, device):
+            yield fit.fewest_sequence_ranks(tokens, longest) if device.type == "cuda" else 1
 
 
 @contextmanager

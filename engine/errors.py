@@ -446,6 +446,13 @@ class LostError(UnavailableError):
         self.begun = begun
 
 
+class LeftMeshError(UnavailableError):
+    """What ranks compute together was given up: one of them is lost, or another one comes."""
+
+    def __init__(self) -> None:
+        super().__init__("this rank has left the mesh that it computed in")
+
+
 class NotUpError(UnavailableError):
     """What would take a request is not up, or not again yet. It has not been begun."""
 

@@ -194,7 +194,11 @@ PROMPT_TOKENS_WAITING = Gauge(
 )
 LOST = Counter(
     "longreach_lost_total",
-    "Prefill gangs and decode workers that died or hung and were replaced.",
+    "Prefill gangs, single ranks of them, and decode workers that died or hung and were replaced.",
+)
+PREFILL_RANKS = Gauge(
+    "longreach_prefill_ranks",
+    "Ranks that compute in prefill gangs; fewer than were configured until a lost one is replaced.",
 )
 LEASES_LAPSED = Counter(
     "longreach_leases_lapsed_total",
@@ -257,6 +261,7 @@ VOCABULARY: tuple[Metric, ...] = (
     HANDOFF_FAILURES,
     LEASES_LAPSED,
     LOST,
+    PREFILL_RANKS,
     BUILD_INFO,
     PROCESSES,
     PROCESS_START_TIME,

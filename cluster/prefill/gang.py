@@ -1,34 +1,33 @@
-"""The ranks of one prefill replica: placed together, called together, replaced together."""
+"""The ranks of one prefill replica: placed together, called together, ended together.
+
+A gang outlives its ranks, as long as one row of them is left (or as many as the memory of each is
+enough for): see `rows`. Which prompts' pages a row has is known here, so that a row that came later
+gets them from another before it computes.
+"""
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ...engine.errors import ConfigurationError, UnavailableError
-from ..pulse import Allowance, Reading, watch
-from ..settings import GangSettings, NodeLabels, PrefillSettings
-from .rank import PrefillRank, RankResult
+from ...engine.errors import LongreachError, LostError
+from ..call_errors import CallError
+from ..settings import GangSettings
+from . import rows
+from .placement import HAND_OFF, RESULTS, Placement
+from .rank import RankResult
+from .rows import Row
 from .scheduler import Chunk
 
-# On top of the time that the gang of a replica which is being replaced may take to finish.
-_PLACEMENT_SECONDS = 120
+logger = logging.getLogger(__name__)
 
-
-_HAND_OFF, _HEALTH, _RESULTS = "hand-off", "health", "results"
-_GROUPS = {_HAND_OFF: 64, _HEALTH: 1, _RESULTS: 4}
-"""Threads of a rank beside the one that launches: for flushes, to say that it is well, and to wait
-for the results of chunks, of which two are under way at most."""
-
-# A chunk may take longer than any before it: a prompt's later ones attend to more. So only a stop
-# of the whole process is found fast, and one within a chunk after minutes.
-_ALLOWANCE = Allowance(seconds=60.0, times=4.0, slowest_at_least=30.0)
+_SECONDS_BETWEEN_TRIES = 10.0
+"""In which a process that was killed is gone, with what it held of its card."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,28 @@ class ChunkUnderWay:
     results: "asyncio.Future[list[RankResult]]"
 
 
+@dataclass(frozen=True)
+class OfPrompt:
+    """What a rank needs to know of a prompt with its first chunk, or when it gets its pages."""
+
+    tokens: "ray.ObjectRef[Any]"
+    destination: "ray.ObjectRef[Any]"
+
+
 class Gang:
     """Calls every rank, in the same order on each.
 
-    Whatever a call raises, the gang is lost; OutOfMemoryError does no harm to a gang of one rank.
+    Whatever a call raises, chunks under way are lost, and the ranks compute no other before
+    `regroup`; OutOfMemoryError does no harm to a gang of one rank.
     """
 
-    def __init__(self, group: PlacementGroup, ranks: list[Any]) -> None:
-        self._group = group
-        self._ranks = ranks
+    def __init__(self, settings: GangSettings, placement: Placement) -> None:
+        self._settings, self._placement = settings, placement
+        self._rows: list[Row] = []
+        self._fewest = 1
+        self._coming: list[Row] = []
+        # Of each prompt whose pages lie here, the rows that have all of them so far.
+        self._held_by: dict[str, frozenset[Row]] = {}
 
     @classmethod
     async def start(cls, settings: GangSettings, metrics_directory: Path) -> "Gang":
@@ -60,28 +72,11 @@ class Gang:
         Raises:
             ConfigurationError: the cluster has no room for them.
         """
-        prefill = settings.prefill
-        ranks_on: dict[str, Any] = {"strategy": prefill.placement}
-        if prefill.nodes:
-            ranks_on["bundle_label_selector"] = [prefill.nodes] * prefill.num_ranks
-        group = placement_group([_resources(prefill)] * prefill.num_ranks, **ranks_on)
-        await _placed(group, settings)
-        actor = cast(Any, ray.remote)(concurrency_groups=_GROUPS)(PrefillRank)
-        ranks = [
-            actor.options(
-                num_cpus=prefill.cpus_per_rank,
-                num_gpus=prefill.gpus_per_rank,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=rank
-                ),
-            ).remote(settings, rank)
-            for rank in range(prefill.num_ranks)
-        ]
-        for rank in ranks:
-            rank.tell_figures.remote(metrics_directory)
-        gang = cls(group, ranks)
+        gang = cls(settings, await Placement.reserve(settings, metrics_directory))
         try:
-            await gang._watched(_join(ranks, settings.prefill.tensor_parallel))
+            every = [gang._start_row(row) for row in range(settings.prefill.sequence_parallel)]
+            gang._fewest = await rows.join(every)
+            gang._rows = every
         except BaseException:
             gang.kill()
             raise
@@ -89,22 +84,32 @@ class Gang:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that compute every chunk together."""
+        """Ranks that compute every chunk together, now."""
         return len(self._ranks)
 
-    def begin_chunk(
-        self,
-        chunk: Chunk,
-        prompt: "ray.ObjectRef | None" = None,
-        destination: "ray.ObjectRef | None" = None,
-    ) -> ChunkUnderWay:
-        """Compute one chunk on all ranks, or have them fetch it; the other two go with the first.
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are as many as it was made for."""
+        return self.num_ranks == self._settings.prefill.num_ranks
+
+    def holds(self, request_id: str) -> bool:
+        """Whether what was computed of a prompt lies here."""
+        return bool(self._holders(request_id))
+
+    def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
+        """Compute one chunk on all ranks, or have them fetch it.
 
         The next may be begun when this one is nearly computed, so that no rank stands still.
         """
-        begun = [rank.begin_chunk.remote(chunk, prompt, destination) for rank in self._ranks]
+        if chunk.request_id in self._held_by:
+            self._share(chunk.request_id, prompt, chunk.start)
+            given = (None, None)
+        else:
+            self._held_by[chunk.request_id] = frozenset(self._rows)
+            given = (prompt.tokens, prompt.destination)
+        begun = [rank.begin_chunk.remote(chunk, *given) for rank in self._ranks]
         results = [
-            rank.finish_chunk.options(concurrency_group=_RESULTS).remote(chunk)
+            rank.finish_chunk.options(concurrency_group=RESULTS).remote(chunk)
             for rank in self._ranks
         ]
         return ChunkUnderWay(
@@ -112,72 +117,113 @@ class Gang:
             asyncio.ensure_future(_all_of(results)),
         )
 
-    def come_back(self, request_id: str, to: str, destination: "ray.ObjectRef", done: int) -> None:
+    def come_back(self, request_id: str, to: str, prompt: OfPrompt, done: int) -> None:
         """Have every rank go on with a request under another name; see `PrefillRank.come_back`."""
+        self._share(request_id, prompt, done)
+        self._held_by[to] = self._held_by.pop(request_id)
         for rank in self._ranks:
-            rank.come_back.remote(request_id, to, destination, done)
+            rank.come_back.remote(request_id, to, prompt.destination, done)
 
     async def flush(self, request_id: str) -> str | None:
         """Return when all pages of a prompt have arrived, or why they did not.
 
         The ranks compute other prompts meanwhile.
+
+        Raises:
+            CallError: a rank is lost.
         """
         calls = [
-            rank.flush.options(concurrency_group=_HAND_OFF).remote(request_id)
-            for rank in self._ranks
+            rank.flush.options(concurrency_group=HAND_OFF).remote(request_id)
+            for row in self._holders(request_id)
+            for rank in row.ranks
         ]
         failures = await asyncio.gather(*calls)
         return next((failure for failure in failures if failure is not None), None)
 
     def release(self, request_id: str) -> None:
         """Have every rank forget a request, after whatever it is computing."""
+        self._held_by.pop(request_id, None)
         for rank in self._ranks:
             rank.release.remote(request_id)
 
     async def watch(self, is_busy: Callable[[], bool]) -> str:
         """Return, in words, what has become of the first rank that died or hangs."""
-        watches = [
-            asyncio.create_task(watch(self._reader(rank), is_busy, _ALLOWANCE))
-            for rank in self._ranks
-        ]
-        try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in watches:
-                each.cancel()
-        first = watches.index(next(iter(done)))
-        return f"rank {first} {watches[first].result()}"
+        return await rows.watch_ranks(self._rows, is_busy)
 
-    async def _watched(self, joining: Coroutine[Any, Any, None]) -> None:
-        """Wait until all ranks have joined; a rank that dies or hangs meanwhile ends the wait.
+    async def regroup(self) -> int:
+        """Have the ranks that live, and those that are ready to come, go on together.
+
+        Chunks under way fail, and have ended in every rank when this returns.
+
+        Returns:
+            how many ranks were lost.
 
         Raises:
-            UnavailableError: one did. Otherwise as `joining`.
+            LostError: too few are left, or they do not meet.
         """
-        work = asyncio.ensure_future(joining)
-        end = asyncio.ensure_future(self._watch_loading())
-        try:
-            await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise UnavailableError(f"{end.result()} while it loaded")
-            work.result()
-        finally:
-            for each in (work, end):
-                each.cancel()
+        before, coming, self._coming = self._rows, self._coming, []
+        whole = await rows.part([*before, *coming])
+        if len(whole) < self._fewest:
+            raise LostError(f"{len(whole)} rows of ranks are left, and {self._fewest} are needed")
+        await rows.meet(whole)
+        self._rows = whole
+        lost = [row for row in before if row not in whole]
+        return len(rows.ranks_of(lost))
 
-    async def _watch_loading(self) -> str:
-        # A process may take its time to start; from its first answer on it must go on answering.
-        await asyncio.gather(*(self._reader(rank)() for rank in self._ranks))
-        return await self.watch(is_busy=lambda: False)
+    async def recruit(self) -> None:
+        """Start ranks in place of those that were lost; returns when they are ready to join.
 
-    def _reader(self, rank: Any) -> Callable[[], Awaitable[Reading]]:
-        return rank.pulse.options(concurrency_group=_HEALTH).remote
+        They load while the others compute. Tried again and again where it fails.
+        """
+        while True:
+            taken = {row.number for row in self._rows}
+            every = range(self._settings.prefill.sequence_parallel)
+            coming = [self._start_row(number) for number in every if number not in taken]
+            try:
+                # Each row by itself: it meets the others when it is ready.
+                await asyncio.gather(*(rows.join([row]) for row in coming))
+            except (*CallError, LongreachError) as error:
+                logger.warning("a new rank did not come up, and is tried again: %s", error)
+                for row in coming:
+                    row.kill()
+                await asyncio.sleep(_SECONDS_BETWEEN_TRIES)
+            else:
+                self._coming = coming
+                return
 
     def kill(self) -> None:
-        """End all ranks: one that lost another would wait for it in a collective."""
-        for rank in self._ranks:
-            ray.kill(rank)
-        remove_placement_group(self._group)
+        """End all ranks, those that load as well."""
+        for row in itertools.chain(self._rows, self._coming):
+            row.kill()
+        self._rows = []
+        self._placement.remove()
+
+    @property
+    def _ranks(self) -> Sequence[Any]:
+        return rows.ranks_of(self._rows)
+
+    def _holders(self, request_id: str) -> list[Row]:
+        held_by = self._held_by.get(request_id, frozenset())
+        return [row for row in self._rows if row in held_by]
+
+    def _share(self, request_id: str, prompt: OfPrompt, done: int) -> None:
+        """Give the pages of a prompt to the rows that came later, from the first, which has them.
+
+        Rows are in the order in which they came: what any of them has, the first has as well.
+        """
+        holders = self._holders(request_id)
+        if len(holders) == len(self._rows):
+            return
+        for row in self._rows:
+            takes = row not in holders
+            for rank in row.ranks:
+                rank.share.remote(request_id, prompt.tokens, prompt.destination, done, takes)
+        self._held_by[request_id] = frozenset(self._rows)
+
+    def _start_row(self, number: int) -> Row:
+        size = self._settings.prefill.tensor_parallel
+        bundles = range(number * size, (number + 1) * size)
+        return Row(number, tuple(self._placement.start_rank(bundle) for bundle in bundles))
 
 
 async def _all_went_well(calls: list[Any]) -> bool:
@@ -187,50 +233,3 @@ async def _all_went_well(calls: list[Any]) -> bool:
 
 async def _all_of(calls: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*calls))
-
-
-def _resources(prefill: PrefillSettings) -> dict[str, float]:
-    """What one rank is placed by; Ray refuses a bundle of nothing."""
-    asked = {"CPU": prefill.cpus_per_rank, "GPU": prefill.gpus_per_rank}
-    return {name: amount for name, amount in asked.items() if amount}
-
-
-def _labelled(nodes: NodeLabels) -> str:
-    labels = ", ".join(f"{name}={value}" for name, value in nodes.items())
-    return f", on nodes with {labels}" if labels else ""
-
-
-async def _join(ranks: list[Any], tensor_parallel: int) -> None:
-    """Let the ranks meet and load; each is told how many are on its card.
-
-    Raises:
-        ConfigurationError: tensor ranks, which add up hidden states, would compute in two types.
-    """
-    types = set(await asyncio.gather(*(rank.compute_type.remote() for rank in ranks)))
-    if tensor_parallel > 1 and len(types) > 1:
-        raise ConfigurationError(
-            f"machines of a gang would compute in {' and '.join(sorted(types))}, and tensor ranks "
-            "need one type; set model.dtype to one of them"
-        )
-    meeting = await ranks[0].open_meeting.remote()
-    cards = await asyncio.gather(*(rank.card.remote() for rank in ranks))
-    counts = Counter(cards)
-    # On CPUs there is no card to divide.
-    shared = [1 if card is None else counts[card] for card in cards]
-    joins = (rank.join.remote(meeting, count) for rank, count in zip(ranks, shared, strict=True))
-    await asyncio.gather(*joins)
-
-
-async def _placed(group: PlacementGroup, settings: GangSettings) -> None:
-    prefill = settings.prefill
-    seconds = settings.drain_seconds + _PLACEMENT_SECONDS
-    try:
-        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), seconds)
-    except TimeoutError as error:
-        remove_placement_group(group)
-        raise ConfigurationError(
-            f"no room for a prefill gang within {seconds:g} s: {prefill.num_ranks} ranks "
-            f"of {prefill.cpus_per_rank:g} CPUs and {prefill.gpus_per_rank:g} GPUs, "
-            f"{prefill.placement}{_labelled(prefill.nodes)}; add nodes, or lower cpus_per_rank or "
-            "replicas"
-        ) from error

@@ -3,6 +3,9 @@ in the same order.
 
 A chunk is two calls: one launches it, on the thread that launches everything, and one says on
 another what came out. So the next chunk can be launched before this one is computed.
+
+Where a rank dies, the others would wait for it in a collective: `leave`, on a thread of its own,
+frees them, chunks under way fail, and `meet` puts those that are left together again.
 """
 
 import math
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.errors import OutOfMemoryError, TransferError
+from ...engine.errors import LeftMeshError, OutOfMemoryError, TransferError
 from ...engine.messages import Tokens
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
@@ -66,14 +69,27 @@ class _Launched:
     scores: "torch.Tensor | None"
     done: "Milestone"
     hand_off: "HandOff"
+    mesh: "Mesh"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where ranks meet, host and port, and how many sequence ranks that are."""
+
+    address: tuple[str, int]
+    sequence_parallel: int
+
+    @classmethod
+    def of_one(cls) -> "Meeting":
+        """Of a rank that has nobody to meet."""
+        return cls(("", 0), 1)
 
 
 class PrefillRank:
     """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
 
-    def __init__(self, settings: GangSettings, rank: int) -> None:
+    def __init__(self, settings: GangSettings) -> None:
         self._settings = settings
-        self._rank = rank
         self._hand_offs: dict[str, HandOff] = {}
         self._launched: dict[Chunk, Future[_Launched]] = {}
         self._lock = threading.Lock()
@@ -88,10 +104,11 @@ class PrefillRank:
         ProcessFigures(sink).start()
 
     def open_meeting(self) -> tuple[str, int]:
-        """Listen for the other ranks, which only rank 0 does; its host and port.
+        """Listen for the other ranks, which only the first of them does; its host and port.
 
         The store that listens here is the one that they meet in: a port that was chosen, closed
-        and opened again later might be somebody else's by then.
+        and opened again later might be somebody else's by then. Every meeting has its own, and
+        nobody needs it once all have met.
         """
         import ray
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -116,12 +133,15 @@ class PrefillRank:
 
         return dtype_name(compute_dtype(self._settings.model.dtype, self._device()))
 
-    def join(self, meeting: tuple[str, int], ranks_on_card: int) -> None:
+    def join(self, meeting: Meeting, rank: int, ranks_on_card: int) -> int:
         """Meet the other ranks and load this rank's shard of the model.
 
         Args:
-            meeting: as rank 0's `open_meeting` returned it.
-            ranks_on_card: that compute on the same GPU, this one among them.
+            rank: this one's number among those that meet.
+            ranks_on_card: that compute on the same GPU, and load as well, this one among them.
+
+        Returns:
+            how many sequence ranks must be left for the gang to go on.
 
         Raises:
             CheckpointError: the model cannot be read.
@@ -130,37 +150,59 @@ class PrefillRank:
         """
         import torch
 
-        from ...engine.parallel.mesh import Mesh
         from ..memory import room_for_prefill
 
         # Here, because one thread runs all calls that launch.
         torch.set_num_threads(self._settings.prefill.threads_per_rank)
-        prefill, device = self._settings.prefill, self._device()
-        with reading_here(), room_for_prefill(self._settings, device, ranks_on_card):
-            mesh = Mesh.join(
-                prefill.tensor_parallel,
-                prefill.sequence_parallel,
-                self._rank,
-                self._store_at(meeting) or "",
-                # NCCL refuses two ranks on one GPU.
-                backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
-            )
-            self._load(mesh, device)
+        device = self._device()
+        with reading_here(), room_for_prefill(self._settings, device, ranks_on_card) as fewest:
+            self._mesh = self._joined(meeting, rank)
+            self._load(device)
+        return fewest
 
-    def _store_at(self, meeting: tuple[str, int]) -> "Store | None":
-        """The store that the ranks meet in; None for a rank that has nobody to meet."""
+    def leave(self) -> None:
+        """Give up what the ranks compute together, on a thread of its own.
+
+        Chunks that are under way fail, as all do that come before `meet`. Pages stay.
+        """
+        self._mesh.leave()
+
+    def meet(self, meeting: Meeting, rank: int) -> None:
+        """Meet the ranks that are left, or that are there as well now, and go on with them."""
+        import torch
+
+        if self._device().type == "cuda":
+            # What was launched in the mesh that was left ends, and means nothing.
+            torch.cuda.synchronize()
+        self._mesh = self._joined(meeting, rank)
+        self._prefiller.move_to(self._mesh)
+
+    def _joined(self, meeting: Meeting, rank: int) -> "Mesh":
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-        if self._store is None and self._settings.prefill.num_ranks > 1:
-            self._store = TCPStore(*meeting)
-        return self._store
+        from ...engine.parallel.mesh import Mesh
+
+        prefill = self._settings.prefill
+        if meeting.sequence_parallel * prefill.tensor_parallel == 1:
+            return Mesh.single()
+        # Nobody but the first listens.
+        store = TCPStore(*meeting.address) if rank else self._store
+        assert store is not None
+        return Mesh.join(
+            prefill.tensor_parallel,
+            meeting.sequence_parallel,
+            rank,
+            store,
+            # NCCL refuses two ranks on one GPU.
+            backend="nccl" if prefill.gpus_per_rank >= 1 else "gloo",
+        )
 
     def _device(self) -> "torch.device":
         import torch
 
         return torch.device("cuda" if self._settings.prefill.gpus_per_rank else "cpu")
 
-    def _load(self, mesh: "Mesh", device: "torch.device") -> None:
+    def _load(self, device: "torch.device") -> None:
         import ray
 
         from ...engine.kv.background import hand_off_stream
@@ -169,14 +211,13 @@ class PrefillRank:
         from ...engine.model.load import load_model
         from ...engine.prefill.prefiller import Prefiller
         from ...engine.prefill.sparsity import SparsityConfig
-        from ...engine.prefill.warm_up import warm_up_prefill
         from ...kernels.page_size import pages_for
         from ..transports import make_sender
 
         settings, prefill = self._settings, self._settings.prefill
         files = settings.model.files
         dtype = compute_dtype(settings.model.dtype, device)
-        model = load_model(files, mesh, dtype, device, weights=settings.model.weights)
+        model = load_model(files, self._mesh, dtype, device, weights=settings.model.weights)
         geometry = model.pages_kept_as(settings.model.pages_kept_as)
         pool = PagePool(geometry, pages_for(prefill.kv_cache_tokens), device)
         self._stream = hand_off_stream(device)
@@ -185,9 +226,18 @@ class PrefillRank:
         self._prefiller: Prefiller = Prefiller(model, pool, sparsity)
         self._num_layers = model.config.num_layers
         if prefill.gpus_per_rank:
-            longest = settings.max_prompt_tokens
-            stride = model.positions.stride
-            warm_up_prefill(self._prefiller, longest, prefill.chunk_tokens, stride)
+            self._warm_up(model.positions.stride)
+
+    def _warm_up(self, stride: int | None) -> None:
+        """Meet every kind of chunk, of as many rows for each rank as there will be."""
+        from ...engine.prefill.warm_up import warm_up_prefill
+        from ...kernels.page_size import PAGE_TOKENS, pages_for
+
+        prefill = self._settings.prefill
+        # Whoever comes later meets them without the other sequence ranks.
+        ranks, every = self._mesh.sequence_parallel, prefill.sequence_parallel
+        tokens = PAGE_TOKENS * -(-pages_for(prefill.chunk_tokens) * ranks // every)
+        warm_up_prefill(self._prefiller, self._settings.max_prompt_tokens, tokens, stride)
 
     def pulse(self) -> Reading:
         """How its work goes on; see `pulse.watch`. On a thread of its own."""
@@ -207,9 +257,12 @@ class PrefillRank:
         Raises:
             OutOfMemoryError: this rank is as it was before the request, but others may wait for it
                 in a collective.
+            LeftMeshError: the ranks part, and no chunk is computed before they meet again.
         """
         launched = self._future_of(chunk)
         try:
+            if self._mesh.is_left:
+                raise LeftMeshError
             launched.set_result(self._launch(chunk, prompt, destination))
         except BaseException as error:
             launched.set_exception(error)
@@ -231,6 +284,9 @@ class PrefillRank:
                     del self._launched[chunk]
             launched.done.wait()
             stages = launched.result.stages
+        if launched.mesh.is_left:
+            # What waited for other ranks was given up, and nobody knows what it computed.
+            raise LeftMeshError
         if not chunk.is_back:
             self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
         logits, scores = (
@@ -256,11 +312,33 @@ class PrefillRank:
         hand_off = self._hand_offs[name]
         result = (self._fetch if chunk.is_back else self._compute)(chunk, hand_off)
         logits, scores = (
-            None if each is None or self._rank else begin_copy_to_host(each)
+            None if each is None or self._mesh.rank else begin_copy_to_host(each)
             for each in (result.logits, result.scores)
         )
         done = Milestone.after_what_is_launched(self._device())
-        return _Launched(result, logits, scores, done, hand_off)
+        return _Launched(result, logits, scores, done, hand_off, self._mesh)
+
+    def share(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        destination: "Destination",
+        done: int,
+        takes: bool,
+    ) -> None:
+        """Copy pages of a prompt under way from the first row of ranks to those that came later.
+
+        Args:
+            destination: of its pages, as those who have them know it.
+            done: tokens that are computed.
+            takes: whether this rank came later.
+        """
+        if self._mesh.is_left:
+            raise LeftMeshError
+        if takes:
+            self._prefiller.admit(request_id, prompt)
+            self._hand_offs[request_id] = self._open(destination)
+        self._prefiller.share(request_id, done, takes)
 
     def come_back(self, request_id: str, to: str, destination: "Destination", done: int) -> None:
         """Go on with a request, whose pages were left here, under another name.

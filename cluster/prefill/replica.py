@@ -34,8 +34,9 @@ from ..recovery import RECOVERY_SECONDS
 from ..settings import GangSettings
 from ..streams import beating
 from ..tasks import detached, forever
-from .gang import ChunkUnderWay, Gang
+from .gang import ChunkUnderWay, Gang, OfPrompt
 from .rank import RankResult
+from .regrouping import Regrouping
 from .scheduler import Chunk, ChunkScheduler
 from .speed import Speed
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOST = "a rank of the prefill gang is lost, and the gang is being replaced; send the request again"
+_GOES_ON = "a rank of the prefill gang is lost, and the others go on; send the request again"
 
 
 @dataclass(eq=False)
@@ -87,6 +89,11 @@ class _Job:
         """Tokens of the prompt."""
         return len(self.order.request.prompt)
 
+    @property
+    def for_ranks(self) -> OfPrompt:
+        """What ranks need to know of it."""
+        return OfPrompt(self.prompt, self.order.destination)
+
 
 class PrefillReplica:
     """A Serve deployment. Its gang lives and dies with it."""
@@ -112,8 +119,11 @@ class PrefillReplica:
         self._lost = False
         self._speed = Speed()
         self._gang = await Gang.start(settings, metrics_directory)
+        self._regrouping = Regrouping(
+            self._gang, lambda: bool(self._jobs), lambda: self._finishing, self._begin_again
+        )
         self._loop = forever(self._run(), self._lose)
-        self._watch = forever(self._watch_gang(), self._lose)
+        self._watch = forever(self._regrouping.run(), self._lose)
         self._report()
 
     async def check_health(self) -> None:
@@ -156,6 +166,7 @@ class PrefillReplica:
         """
         try:
             destination = await job.order.destination
+            await self._regrouping.may_begin()
             if job.name in self._jobs:
                 self._admit(job, destination)
             await job.order.released
@@ -186,11 +197,12 @@ class PrefillReplica:
         """Have a prompt go on with the pages that an earlier attempt left, if these help."""
         done = self._scheduler.left_behind(before.name)
         prompt, same = job.order.request.prompt, before.order.request.prompt
-        if not done > destination.done or not np.array_equal(prompt, same):
+        lies_here = self._gang.holds(before.name)
+        if not lies_here or not done > destination.done or not np.array_equal(prompt, same):
             return False
         del self._left[job.origin]
         self._scheduler.come_back(before.name, job.name)
-        self._gang.come_back(before.name, job.name, job.order.destination, done)
+        self._gang.come_back(before.name, job.name, job.for_ranks, done)
         self._sink.add(metrics.PREFILL_TOKENS_BACK, done)
         job.began = time.time()
         return True
@@ -245,6 +257,7 @@ class PrefillReplica:
     async def _run(self) -> None:
         """Compute the chunk whose turn it is, or sleep until there is one, for good."""
         while not self._lost:
+            await self._regrouping.may_begin()
             self._release_leaving()
             chunk = self._scheduler.next()
             self._release_taken()
@@ -263,16 +276,16 @@ class PrefillReplica:
         self._speed.begin()
         under_way = self._begin(chunk, job)
         self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
-        self._finishing.add_done_callback(self._lose_if_failed)
+        self._finishing.add_done_callback(self._regroup_if_failed)
         await asyncio.wait({under_way.nearly, self._finishing}, return_when=FIRST_COMPLETED)
         if not (under_way.nearly.done() and under_way.nearly.result()):
             # A rank failed: what that means, its results will say.
             await asyncio.wait({self._finishing})
 
-    def _lose_if_failed(self, finishing: "asyncio.Task[None]") -> None:
+    def _regroup_if_failed(self, finishing: "asyncio.Task[None]") -> None:
         error = None if finishing.cancelled() else finishing.exception()
         if error is not None:
-            self._lose(error)
+            self._regrouping.failed(error)
 
     async def _finish(
         self,
@@ -283,6 +296,7 @@ class PrefillReplica:
     ) -> None:
         """Say what came out of a chunk, after those before it."""
         await asyncio.wait({computed} if before is None else {computed, before})
+        self._scheduler.ended(chunk, not _has_failed(computed))
         self._speed.end(0 if _has_failed(computed) else chunk.computed_tokens)
         try:
             results = computed.result()
@@ -310,11 +324,10 @@ class PrefillReplica:
             job.events.put_nowait(Progress(chunk.end, job.total))
 
     def _begin(self, chunk: Chunk, job: _Job) -> ChunkUnderWay:
-        if job.began is not None:
-            return self._gang.begin_chunk(chunk)
-        job.began = time.time()
-        self._report()
-        return self._gang.begin_chunk(chunk, job.prompt, job.order.destination)
+        if job.began is None:
+            job.began = time.time()
+            self._report()
+        return self._gang.begin_chunk(chunk, job.for_ranks)
 
     async def _hand_off(self, job: _Job, results: list[RankResult]) -> None:
         """Wait until all pages of a computed prompt have arrived, and say so."""
@@ -322,7 +335,9 @@ class PrefillReplica:
         try:
             failure = await self._gang.flush(job.name)
         except (Exception, asyncio.CancelledError) as error:
-            failure = f"a rank did not hand its pages off ({type(error).__name__})"
+            why = f"a rank did not hand its pages off ({type(error).__name__}); send it again"
+            self._end(job, LostError(why))
+            return
         if failure is not None:
             self._fail_hand_off(job, failure)
             return
@@ -335,7 +350,7 @@ class PrefillReplica:
         self._end(job, TransferError(why))
 
     def _failed(self, chunk: Chunk, job: _Job, error: RayError) -> None:
-        """End the one request that needed too much; raise if the gang cannot go on."""
+        """End the one request that needed too much; raise if ranks have to meet again."""
         ours = as_ours(error)
         if not isinstance(ours, OutOfMemoryError):
             raise error
@@ -358,9 +373,17 @@ class PrefillReplica:
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             self._sink.add(metrics.PREFILL_STAGE_SECONDS, seconds, stage=stage)
 
-    async def _watch_gang(self) -> None:
-        why = await self._gang.watch(is_busy=lambda: bool(self._jobs))
-        raise UnavailableError(why)
+    def _begin_again(self, lost: int) -> None:
+        """So many ranks were lost, and the others go on: with whatever its request brings back.
+
+        Chunks that were under way have failed, and pages that a rank was to hand off are missing.
+        What was computed lies here, and what arrived at the decode worker.
+        """
+        self._sink.add(metrics.LOST, lost)
+        for job in list(self._jobs.values()):
+            if job.began is not None:
+                self._end(job, LostError(_GOES_ON))
+        self._report()
 
     def _lose(self, error: BaseException) -> None:
         """The gang cannot go on: tell everybody who waits for it, and end what is left of it."""
@@ -374,8 +397,10 @@ class PrefillReplica:
         for job in self._jobs.values():
             job.events.put_nowait(LostError(_LOST, begun=job.began is not None))
         self._gang.kill()
+        self._report()
 
     def _report(self) -> None:
+        self._sink.set(metrics.PREFILL_RANKS, self._gang.num_ranks)
         self._sink.set(metrics.NUM_REQUESTS_RUNNING, self._scheduler.num_running)
         self._sink.set(metrics.NUM_REQUESTS_WAITING, self._scheduler.num_waiting)
         self._sink.set(metrics.KV_CACHE_USAGE, self._scheduler.usage)

@@ -69,6 +69,7 @@ class ChunkScheduler:
         self._turns = Turns(patience)
         self._entries: dict[str, _Entry] = {}
         self._left: dict[str, _Entry] = {}  # the oldest first
+        self._computing: dict[Chunk, _Entry] = {}
         self._taken: list[str] = []
 
     @property
@@ -137,8 +138,16 @@ class ChunkScheduler:
         done = self.left_behind(request_id)
         entry = self._left.pop(request_id)
         self._turns.join(to, entry.tokens - done)
-        self._entries[to] = _Entry(entry.tokens, dealt=done, admitted=True)
+        # The same one: a chunk of it may be computed yet, and fail.
+        entry.dealt, entry.back, entry.score_top = done, 0, None
+        self._entries[to] = entry
         return done
+
+    def ended(self, chunk: Chunk, is_computed: bool) -> None:
+        """A chunk that was dealt out is over; where it failed, its prompt goes on before it."""
+        entry = self._computing.pop(chunk)
+        if not is_computed:
+            entry.dealt = min(entry.dealt, chunk.start)
 
     def taken(self) -> list[str]:
         """Prompts whose pages, which they had left, somebody else has got since the last time."""
@@ -155,8 +164,8 @@ class ChunkScheduler:
     def next(self) -> Chunk | None:
         """Deal out the chunk to compute now; None when nothing is left, or no pages to do it in.
 
-        Each chunk is dealt out once, and counts as computed from then on: a prompt that is
-        cancelled during its chunk has passed others all the same.
+        Each chunk is dealt out once, and counts as computed from then on, unless `ended` says that
+        it was not: a prompt that is cancelled during its chunk has passed others all the same.
         """
         order = self._turns.order()
         if order and not self._holds_pages(order[0]):
@@ -192,4 +201,6 @@ class ChunkScheduler:
         entry.dealt = min(start + self._chunk_tokens, entry.tokens)
         self._turns.serve(request_id, entry.dealt - start)
         is_last, is_back = entry.dealt == entry.tokens, entry.dealt <= entry.back
-        return Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)
+        chunk = Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)
+        self._computing[chunk] = entry
+        return chunk

@@ -5,7 +5,7 @@ Estimates are upper ones: what is said to fit does, and what is refused might ju
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -207,6 +207,20 @@ class PrefillFit(Fit):
     sequence_parallel: int = 1
     selects_above: int | None = None
     gathers_pages: bool = False
+
+    def fewest_sequence_ranks(self, tokens: int, prompt: int | None = None) -> int:
+        """So many are enough: with fewer, each one's part of a chunk would not fit beside the rest.
+
+        Args:
+            tokens: of KV cache, and `prompt`, as in `largest_cache`.
+        """
+        wanted = pages_for(tokens) * PAGE_TOKENS
+        fewer = (
+            ranks
+            for ranks in range(1, self.sequence_parallel)
+            if replace(self, sequence_parallel=ranks).largest_cache(prompt) >= wanted
+        )
+        return next(fewer, self.sequence_parallel)
 
     def computing_bytes(self, prompt: int) -> int:
         """A chunk's activations, selection's sums, pages on their way, communicators, the reserve.

@@ -93,6 +93,11 @@ class Qwen2:
             raise MixedPrecisionError(kv_cache_dtype, str(self.dtype).removeprefix("torch."))
         return geometry
 
+    def on_mesh(self, mesh: Mesh) -> "Qwen2":
+        """The same weights on another mesh, whose tensor ranks are the same."""
+        layers = tuple(replace(layer, mesh=mesh) for layer in self.layers)
+        return replace(self, mesh=mesh, layers=layers)
+
     @classmethod
     def load(
         cls,

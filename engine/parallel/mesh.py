@@ -5,31 +5,44 @@ shards heads and MLP; sequence parallel shards the rows of every prefill chunk. 
 of the engine goes through here, so a mesh of one communicates nothing.
 
 What is begun runs beside whatever the caller computes until it waits: see `aside`.
+
+A mesh does not change. Ranks that lose one, or get one more, leave theirs and join another.
 """
 
+import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from ..errors import ConfigurationError
 from .aside import Pending, aside
+from .communicator import Communicator
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+_NCCL_LEAVES_ERRORS_ALONE = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+"""PyTorch ends the process of whoever loses a peer, or waits for one, unless it is told not to."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's place, and its two process groups (None where an axis has one rank)."""
+    """One rank's place, and those it communicates with (None where an axis has one rank)."""
 
     tensor_parallel: int
     sequence_parallel: int
     rank: int
-    tensor_group: dist.ProcessGroup | None = None
-    sequence_group: dist.ProcessGroup | None = None
+    tensor: Communicator | None = None
+    sequence: Communicator | None = None
+    _left: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
     @property
     def tensor_rank(self) -> int:
@@ -69,6 +82,8 @@ class Mesh:
             )
         if size == 1:
             return cls.single()
+        if backend == "nccl":
+            os.environ.update(_NCCL_LEAVES_ERRORS_ALONE)
         by_name = isinstance(meeting, str)
         dist.init_process_group(
             backend,
@@ -83,18 +98,37 @@ class Mesh:
             for s in range(sequence_parallel)
         ]
         sequence_groups = [list(ranks) for ranks in zip(*tensor_groups, strict=True)]
-        return cls(
-            tensor_parallel,
-            sequence_parallel,
-            rank,
-            _own_group(tensor_groups, rank) if tensor_parallel > 1 else None,
-            _own_group(sequence_groups, rank) if sequence_parallel > 1 else None,
+        left, on_host = threading.Event(), backend == "gloo"
+        tensor, sequence = (
+            Communicator(_own_group(groups, rank), left, on_host) if len(groups[0]) > 1 else None
+            for groups in (tensor_groups, sequence_groups)
         )
+        return cls(tensor_parallel, sequence_parallel, rank, tensor, sequence, left)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether `leave` was called: what was computed since then may be anything."""
+        return self._left.is_set()
+
+    def leave(self) -> None:
+        """Give up whatever is being exchanged, and exchange nothing from now on. On any thread.
+
+        The thread that launches is freed where it waits for others, dead or alive. After this the
+        process may join another mesh.
+        """
+        self._left.set()
+        if self._communicates:
+            distributed_c10d._abort_process_group()
 
     def close(self) -> None:
-        """Leave; the other ranks must not communicate any more."""
-        if self.tensor_group is not None or self.sequence_group is not None:
+        """End it when nothing is being exchanged, and the other ranks exchange nothing more."""
+        self._left.set()
+        if self._communicates:
             dist.destroy_process_group()
+
+    @property
+    def _communicates(self) -> bool:
+        return self.tensor is not None or self.sequence is not None
 
     def sum_over_tensor_ranks(self, partial: Tensor) -> Tensor:
         """All-reduce in place."""
@@ -102,11 +136,11 @@ class Mesh:
 
     def begin_sum_over_tensor_ranks(self, partial: Tensor) -> Pending[Tensor]:
         """All-reduce in place, beside computing."""
-        return _begin_sum(partial, self.tensor_group, "tensor")
+        return _begin_sum(partial, self.tensor, "tensor")
 
     def gather_over_tensor_ranks(self, part: Tensor) -> Tensor:
         """All-gather tensors of one shape: [tensor_parallel, *part.shape]."""
-        return _begin_gather(part, None, None, self.tensor_group, "tensor").wait()
+        return _begin_gather(part, None, None, self.tensor, "tensor").wait()
 
     def sum_over_sequence_ranks(self, partial: Tensor) -> Tensor:
         """All-reduce in place."""
@@ -114,7 +148,7 @@ class Mesh:
 
     def begin_sum_over_sequence_ranks(self, partial: Tensor) -> Pending[Tensor]:
         """All-reduce in place, beside computing."""
-        return _begin_sum(partial, self.sequence_group, "sequence")
+        return _begin_sum(partial, self.sequence, "sequence")
 
     def gather_over_sequence_ranks(self, part: Tensor) -> Tensor:
         """All-gather tensors of one shape: [sequence_parallel, *part.shape]."""
@@ -122,7 +156,7 @@ class Mesh:
 
     def exchange_over_sequence_ranks(self, parts: Tensor) -> Tensor:
         """Send part i to sequence rank i: [sequence_parallel, ...], of which part j came from j."""
-        return _begin_exchange(parts, self.sequence_group, "sequence").wait()
+        return _begin_exchange(parts, self.sequence, "sequence").wait()
 
     def begin_gather_over_sequence_ranks(
         self,
@@ -136,15 +170,27 @@ class Mesh:
             into: contiguous, to gather into; not used by anyone until it is waited for.
             then: what is done with that, beside computing as well.
         """
-        return _begin_gather(part, into, then, self.sequence_group, "sequence")
+        return _begin_gather(part, into, then, self.sequence, "sequence")
+
+    def broadcast_over_sequence_ranks(self, values: Tensor) -> Tensor:
+        """Give all sequence ranks what the first has, in place."""
+        if self.sequence is None:
+            return values
+        communicator = self.sequence
+
+        def work() -> Tensor:
+            communicator.broadcast(values)
+            return values
+
+        return aside(work, values.device, "sequence").wait()
 
 
-def _begin_sum(partial: Tensor, group: dist.ProcessGroup | None, axis: str) -> Pending[Tensor]:
-    if group is None:
+def _begin_sum(partial: Tensor, ranks: Communicator | None, axis: str) -> Pending[Tensor]:
+    if ranks is None:
         return Pending(partial)
 
     def work() -> Tensor:
-        dist.all_reduce(partial, group=group)
+        ranks.all_reduce(partial)
         return partial
 
     return aside(work, partial.device, axis)
@@ -154,21 +200,20 @@ def _begin_gather(
     part: Tensor,
     into: Tensor | None,
     then: Callable[[Tensor], None] | None,
-    group: dist.ProcessGroup | None,
+    ranks: Communicator | None,
     axis: str,
 ) -> Pending[Tensor]:
     own = part.contiguous()
-    if group is None:
+    if ranks is None:
         gathered = own[None]
         if then is not None:
             then(gathered)
         return Pending(gathered)
     # Allocated here and not aside: PyTorch keeps freed memory for the stream that took it.
-    gathered = own.new_empty((group.size(), *own.shape)) if into is None else into
+    gathered = own.new_empty((ranks.size, *own.shape)) if into is None else into
 
     def work() -> Tensor:
-        # Flat, because backends differ in which shapes they take.
-        dist.all_gather_into_tensor(gathered.view(-1), own.view(-1), group=group)
+        ranks.all_gather(gathered, own)
         if then is not None:
             then(gathered)
         return gathered
@@ -176,14 +221,14 @@ def _begin_gather(
     return aside(work, own.device, axis)
 
 
-def _begin_exchange(parts: Tensor, group: dist.ProcessGroup | None, axis: str) -> Pending[Tensor]:
-    if group is None:
+def _begin_exchange(parts: Tensor, ranks: Communicator | None, axis: str) -> Pending[Tensor]:
+    if ranks is None:
         return Pending(parts)
     own = parts.contiguous()
     received = torch.empty_like(own)
 
     def work() -> Tensor:
-        dist.all_to_all_single(received.view(-1), own.view(-1), group=group)
+        ranks.all_to_all(received, own)
         return received
 
     return aside(work, own.device, axis)

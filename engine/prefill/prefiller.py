@@ -5,8 +5,10 @@ every call is made on all of them in the same order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...kernels.page_size import PAGE_TOKENS, pages_for
@@ -14,13 +16,17 @@ from ...kernels.pages import BlockTable, LayerPages
 from ..errors import CacheTooSmallError, ChunkOutOfMemoryError, InvalidRequestError
 from ..kv.chunk_pages import part_of
 from ..kv.hand_off import HandOff, Place
-from ..kv.pages import PagePool
+from ..kv.pages import PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
 from ..model.qwen2 import Qwen2
+from ..parallel.mesh import Mesh
 from .attention import Observer, Planted, PrefillParts
 from .chunk import ChunkResult, run_chunk
 from .sparsity import SparsityConfig
+
+_PAGES_AT_ONCE = 512
+"""Of one layer, that a sequence rank gives to others: 128 MB at most of the models served."""
 
 
 @dataclass
@@ -127,6 +133,35 @@ class Prefiller:
         for layer in range(self._pool.geometry.num_layers):
             place = Place(layer, first + part.start, heads.first_kv_head)
             hand_off.push(place, self._pool.held(layer, table[part]))
+
+    def move_to(self, mesh: Mesh) -> None:
+        """Compute on another mesh from now on, in which this rank's tensor rank is the same."""
+        self._parts = replace(self._parts, model=self._parts.model.on_mesh(mesh))
+
+    def share(self, request_id: str, done: int, takes: bool) -> None:
+        """Copy the pages of a request's first tokens from the first sequence rank; collective.
+
+        Args:
+            done: tokens, whole pages of them, that the next chunk begins behind.
+            takes: whether they are wanted here.
+        """
+        admitted = self._admitted[request_id]
+        every = admitted.table.pages[: done // PAGE_TOKENS]
+        for layer in range(self._pool.geometry.num_layers):
+            for first in range(0, len(every), _PAGES_AT_ONCE):
+                self._share(layer, every[first : first + _PAGES_AT_ONCE], takes)
+        admitted.done = done
+
+    def _share(self, layer: int, numbers: npt.NDArray[np.int64], takes: bool) -> None:
+        mesh, held = self._parts.model.mesh, self._pool.held(layer, numbers)
+        # A copy, also where pages are neighbours: what comes goes nowhere where it is not wanted.
+        pages = held.read()
+        bits = mesh.broadcast_over_sequence_ranks(pages.bits.clone())
+        scales = pages.scales
+        if scales is not None:
+            scales = mesh.broadcast_over_sequence_ranks(scales.clone())
+        if takes:
+            held.write(Pages(bits.view(pages.values.dtype), scales))
 
     def rename(self, request_id: str, to: str, done: int) -> None:
         """Let a request go on under another name, at a place where it has been already.

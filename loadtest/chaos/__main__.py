@@ -37,6 +37,9 @@ def main(
     ),
     seed: Annotated[int, typer.Option(help="The same seed makes the same prompts.")] = 1,
     list_: Annotated[bool, typer.Option("--list", help="Only say what there is.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Only draw what stands in --csv, as .png or .svg.")
+    ] = None,
 ) -> None:
     """Break a cluster in one way at a time, and count what its clients notice.
 
@@ -46,6 +49,11 @@ def main(
     """
     if list_:
         _say(all_scenarios())
+        return
+    if picture is not None:
+        from .picture import draw
+
+        draw(csv, picture)
         return
     try:
         chosen = choose(scenarios.split(","))

@@ -356,9 +356,9 @@ def tokens_computed(http: httpx.Client) -> float:
 def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
     http: httpx.Client, tokenizer: Tokenizer, actor: str
 ) -> None:
-    """A rank takes its whole gang with it, a decode worker its replica, and that its worker.
+    """A rank is replaced alone, a decode worker takes its replica with it, and that its worker.
 
-    What was computed is not lost with either: pages come back from the worker, or from the gang.
+    What was computed is not lost with any: pages lie at the other rank, or at the gang.
     """
     before, tokens_before = actor_pids(actor), tokens_computed(http)
     assert len(before) == (2 if actor == "PrefillRank" else 1)
@@ -366,7 +366,7 @@ def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
 
     def is_replaced() -> bool:
         now = set(actor_pids(actor))
-        return len(now) == len(before) and not now & set(before)
+        return len(now) == len(before) and now & set(before) == set(before[1:])
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(http.post, "/v1/completions", json=body)
@@ -374,10 +374,11 @@ def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
             lambda: tokens_computed(http) - tokens_before >= 4 * CHUNK_TOKENS, 60, "four chunks"
         )
         os.kill(before[0], signal.SIGKILL)
-        # `/ready` waits for a replica for a while itself, and may find the next one.
+        # `/ready` waits for a replica for a while itself, and may find the next one; and a gang
+        # that goes on was ready all the time.
         wait_for(
             lambda: http.get("/ready").status_code == 503 or is_replaced(),
-            20,
+            30,
             "that it is not ready, or not any more",
         )
         answer = asked.result()
@@ -389,6 +390,41 @@ def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
     undisturbed = http.post("/v1/completions", json=body)
     assert answer.json()["choices"] == undisturbed.json()["choices"]
     assert is_replaced()
+    wait_until_no_page_is_held(http)
+
+
+def ranks_together(http: httpx.Client) -> float:
+    return scrape(http).get(("longreach_prefill_ranks", "prefill"), 0.0)
+
+
+def test_a_prompt_outlives_every_rank_that_it_began_with(
+    http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    """The other one goes on, a new one gets the prompt's pages from it, and goes on alone."""
+    before, tokens_before = actor_pids("PrefillRank"), tokens_computed(http)
+    wait_for(lambda: ranks_together(http) == 2, 30, "both ranks")
+    tokens = 125_000
+    body = ask_body(make_prompt(tokenizer, tokens), temperature=0.8, seed=5)
+
+    def done() -> float:
+        return tokens_computed(http) - tokens_before
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(http.post, "/v1/completions", json=body, timeout=300)
+        wait_for(lambda: done() >= 4 * CHUNK_TOKENS, 60, "four chunks")
+        os.kill(before[0], signal.SIGKILL)
+        wait_for(lambda: ranks_together(http) == 1, 30, "one rank alone")
+        wait_for(lambda: ranks_together(http) == 2, 60, "a new one")
+        joined = done()
+        assert joined < tokens
+        wait_for(lambda: done() >= joined + 2 * CHUNK_TOKENS, 60, "two chunks with it")
+        os.kill(before[1], signal.SIGSTOP)
+        answer = asked.result()
+    assert answer.status_code == 200, answer.text
+    assert done() <= tokens + 2 * CHUNK_TOKENS
+    wait_for(lambda: ranks_together(http) == 2, 60, "two ranks again")
+    undisturbed = http.post("/v1/completions", json=body, timeout=300)
+    assert answer.json()["choices"] == undisturbed.json()["choices"]
     wait_until_no_page_is_held(http)
 
 

@@ -14,7 +14,7 @@ from longreach.cluster.app import startup_failure
 from longreach.cluster.decode import engines
 from longreach.cluster.decode.engines import make_engine
 from longreach.cluster.memory import decode_fit, prefill_fit
-from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.rank import Meeting, PrefillRank
 from longreach.cluster.settings import Settings, load_settings
 from longreach.engine.decode import decoder as decode
 from longreach.engine.errors import (
@@ -35,7 +35,7 @@ CARD = 149_000_000_000
 
 
 def join(settings: Settings) -> None:
-    PrefillRank(settings.gangs[0], 0).join(("", 0), 1)
+    PrefillRank(settings.gangs[0]).join(Meeting.of_one(), 0, 1)
 
 
 def make_decoder(settings: Settings) -> None:
@@ -137,8 +137,21 @@ def test_two_ranks_on_one_card_do_not_both_take_all_of_it(
     prefill_fit(settings.gangs[0], int(100e9), 1).check(819_200, 819_200)
     for rank in range(2):
         with pytest.raises(DoesNotFitError) as refused:
-            PrefillRank(settings.gangs[0], rank).join(("", 0), 2)
+            PrefillRank(settings.gangs[0]).join(Meeting(("", 0), 2), rank, 2)
         assert (refused.value.needs.free_bytes, refused.value.needs.processes) == (50e9, 2)
+
+
+def test_as_many_ranks_are_enough_as_have_room_for_their_part_of_a_chunk(shared: Settings) -> None:
+    """Of four that compute 32,768 rows each; with fewer, each of them has more."""
+    prefill = gangs_with(shared, sequence_parallel=4, chunk_tokens=131_072)
+    (settings,) = shared.model_copy(update={"prefill": prefill}).gangs
+    tokens, longest = settings.prefill.kv_cache_tokens, settings.max_prompt_tokens
+    fewest = [
+        prefill_fit(settings, card, 1).fewest_sequence_ranks(tokens, longest)
+        for card in (10_000_000_000, 79_000_000_000, 90_000_000_000, CARD)
+    ]
+    # On the smallest they do not even fit as they are.
+    assert fewest == [4, 3, 2, 1]
 
 
 def test_what_is_counted_is_what_the_settings_take(shared: Settings) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longreach.cluster.decode.engines import make_engine
-from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.rank import Meeting, PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
 from longreach.engine.decode.decoder import Decoder
@@ -51,8 +51,8 @@ def test_prefill_and_decode_make_up_the_same_weights(
     decoder = make_engine(settings.worker)
     assert isinstance(decoder, Decoder)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
-    rank = PrefillRank(settings.gangs[0], 0)
-    rank.join(("", 0), 1)
+    rank = PrefillRank(settings.gangs[0])
+    rank.join(Meeting.of_one(), 0, 1)
 
     def run(name: str, prompt: np.ndarray, max_tokens: int) -> Any:
         sampling = SamplingParameters(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

@@ -210,7 +210,7 @@ def test_too_little_memory_ends_one_request_and_the_next_is_served(
     target, name = {
         "receive": (decoder._pool, "put"),
         "start": (Reservation, "copy_last_prompt_page"),
-        "step": (decoder._step, "run"),
+        "step": (decoder._step, "launch"),
     }[where]
     break_once(target, name, monkeypatch)
 

@@ -1,166 +1,195 @@
-"""Placing a gang, with Ray replaced by what it would say."""
+"""Which ranks a gang calls for what, as they come and go; Ray is replaced."""
 
 import asyncio
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import ActorDiedError
 
-from longreach.cluster import pulse
-from longreach.cluster.prefill import gang
-from longreach.cluster.pulse import Reading
-from longreach.engine.errors import ConfigurationError, UnavailableError
+from longreach.cluster.prefill import rows
+from longreach.cluster.prefill.gang import Gang, OfPrompt
+from longreach.cluster.prefill.placement import Placement
+from longreach.cluster.prefill.rows import Row
+from longreach.cluster.prefill.scheduler import Chunk
+from longreach.engine.errors import LostError
 
-from ..conftest import make_settings
+from ..conftest import gangs_with, make_settings
 
-
-class FakeGroup:
-    """A placement group that has room after `seconds`, or never."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
-
-    def ready(self) -> "FakeGroup":
-        return self
-
-    def future(self) -> Future[None]:
-        made: Future[None] = Future()
-        if self._seconds is not None:
-            threading.Timer(self._seconds, made.set_result, [None]).start()
-        return made
-
-
-@pytest.mark.parametrize(("room_after", "drain_seconds"), [(0.3, 10.0), (None, 0.0)])
-def test_a_gang_waits_for_the_one_that_it_replaces(
-    monkeypatch: pytest.MonkeyPatch, room_after: float | None, drain_seconds: float
-) -> None:
-    removed: list[Any] = []
-    monkeypatch.setattr(gang, "_PLACEMENT_SECONDS", 0.05)
-    monkeypatch.setattr(gang, "remove_placement_group", removed.append)
-    settings = replace(make_settings(1).gangs[0], drain_seconds=drain_seconds)
-    group = cast(Any, FakeGroup(room_after))
-    placed = gang._placed(group, settings)
-    if room_after is not None:
-        asyncio.run(placed)
-        assert not removed
-    else:
-        with pytest.raises(ConfigurationError):
-            asyncio.run(placed)
-        assert removed == [group]
-
-
-@pytest.mark.parametrize("nodes", [{}, {"pool": "prefill"}])
-def test_ranks_are_placed_on_nodes_that_have_the_labels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: dict[str, str]
-) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def placement_group(bundles: list[Any], **options: Any) -> FakeGroup:
-        asked.append({"ranks": len(bundles), **options})
-        return FakeGroup(None)
-
-    monkeypatch.setattr(gang, "_PLACEMENT_SECONDS", 0.05)
-    monkeypatch.setattr(gang, "placement_group", placement_group)
-    monkeypatch.setattr(gang, "remove_placement_group", lambda group: None)
-    settings = replace(make_settings(1).gangs[0], drain_seconds=0.0)
-    placed = replace(settings, prefill=settings.prefill.model_copy(update={"nodes": nodes}))
-    with pytest.raises(ConfigurationError) as refused:
-        asyncio.run(gang.Gang.start(placed, tmp_path))
-    labelled = {"bundle_label_selector": [nodes, nodes]} if nodes else {}
-    assert asked == [{"ranks": 2, "strategy": "STRICT_PACK", **labelled}]
-    assert ("pool=prefill" in str(refused.value)) == bool(nodes)
+PROMPT = OfPrompt(cast(Any, "tokens"), cast(Any, "destination"))
 
 
 class FakeRank:
-    """Says where it is, and writes down how it was asked to join."""
+    """Writes down what it is called for."""
 
-    def __init__(self, card: tuple[str, str] | None = None, computes_in: str = "float32") -> None:
-        self.joined: list[tuple[tuple[str, int], int]] = []
-        self.open_meeting = self._call(lambda: ("here", 1))
-        self.compute_type = self._call(lambda: computes_in)
-        self.card = self._call(lambda: card)
-        self.join = self._call(lambda *given: self.joined.append(given))
+    def __init__(self, bundle: int) -> None:
+        self.bundle = bundle
+        self.calls: list[tuple[Any, ...]] = []
+        for name in ("begin_chunk", "share", "come_back", "release"):
+            setattr(self, name, SimpleNamespace(remote=self._call(name)))
+        self.finish_chunk = self._with_options("finish_chunk")
+        self.flush = self._with_options("flush")
 
-    def _call(self, function: Callable[..., Any]) -> Any:
-        async def remote(*given: Any) -> Any:
-            return function(*given)
+    def _call(self, name: str) -> Any:
+        def remote(*given: Any) -> Any:
+            self.calls.append((name, *given))
+            answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            answer.set_result(None)
+            return answer
 
-        return SimpleNamespace(remote=remote)
+        return remote
+
+    def _with_options(self, name: str) -> Any:
+        call = SimpleNamespace(remote=self._call(name))
+        return SimpleNamespace(options=lambda **given: call)
+
+    def last(self, name: str) -> list[Any]:
+        return next(given for called, *given in reversed(self.calls) if called == name)
 
 
-@pytest.mark.parametrize(
-    ("cards", "counts"),
-    [
-        ([("a", "0"), ("a", "1"), ("a", "0"), ("b", "0")], [2, 1, 2, 1]),
-        ([None, None], [1, 1]),
-    ],
-    ids=["gpus", "cpus"],
-)
-def test_a_rank_is_told_how_many_share_its_card(
-    cards: list[tuple[str, str] | None], counts: list[int]
+class FakePlacement:
+    """Has room for whoever comes."""
+
+    def __init__(self) -> None:
+        self.started: list[FakeRank] = []
+
+    def start_rank(self, bundle: int) -> FakeRank:
+        self.started.append(FakeRank(bundle))
+        return self.started[-1]
+
+    def remove(self) -> None: ...
+
+
+class FakeRows:
+    """Some die; all others meet whenever they are asked to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dead: list[Row] = []
+        self.met: list[list[int]] = []
+        self.fewest = 1
+        self.failures: list[Exception] = []
+        monkeypatch.setattr(rows, "join", self._join)
+        monkeypatch.setattr(rows, "part", self._part)
+        monkeypatch.setattr(rows, "meet", self._meet)
+        monkeypatch.setattr(Row, "kill", lambda row: self.dead.append(row))
+
+    async def _join(self, joining: list[Row]) -> int:
+        await asyncio.sleep(0)
+        if self.failures:
+            raise self.failures.pop()
+        return self.fewest
+
+    async def _part(self, parting: list[Row]) -> list[Row]:
+        return [row for row in parting if row not in self.dead]
+
+    async def _meet(self, meeting: list[Row]) -> None:
+        self.met.append([row.number for row in meeting])
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRows:
+    return FakeRows(monkeypatch)
+
+
+async def started(
+    monkeypatch: pytest.MonkeyPatch, tensor_parallel: int = 1, sequence_parallel: int = 3
+) -> tuple[Gang, FakePlacement]:
+    placement = FakePlacement()
+
+    async def reserve(settings: Any, metrics_directory: Path) -> FakePlacement:
+        return placement
+
+    monkeypatch.setattr(Placement, "reserve", reserve)
+    settings = make_settings(1)
+    sizes = {"tensor_parallel": tensor_parallel, "sequence_parallel": sequence_parallel}
+    settings = settings.model_copy(update={"prefill": gangs_with(settings, **sizes)})
+    return await Gang.start(settings.gangs[0], Path()), placement
+
+
+def test_a_new_row_gets_the_pages_of_a_prompt_before_it_computes(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows
 ) -> None:
-    """Each would else take all that is free there for its own."""
-    ranks = [FakeRank(card) for card in cards]
-    asyncio.run(gang._join(ranks, tensor_parallel=1))
-    assert [rank.joined for rank in ranks] == [[(("here", 1), count)] for count in counts]
-
-
-def test_tensor_ranks_that_would_compute_in_several_types_never_meet() -> None:
-    """Sums of hidden states would not match. Sequence ranks exchange pages, which are alike."""
-    ranks = [FakeRank(computes_in="bfloat16"), FakeRank(computes_in="float32")]
-    with pytest.raises(ConfigurationError, match=r"bfloat16 and float32.*set model\.dtype"):
-        asyncio.run(gang._join(ranks, tensor_parallel=2))
-    assert not any(rank.joined for rank in ranks)
-    asyncio.run(gang._join(ranks, tensor_parallel=1))
-    assert all(rank.joined for rank in ranks)
-
-
-class LoadingRank:
-    """Answers its pulse, until it dies."""
-
-    def __init__(self, pulses: int) -> None:
-        self.pulse = SimpleNamespace(options=lambda **given: SimpleNamespace(remote=self._answer))
-        self._left = pulses
-
-    async def _answer(self) -> Reading:
-        self._left -= 1
-        if self._left < 0:
-            raise ActorDiedError
-        return Reading(0.0, 0.0)
-
-
-@pytest.mark.parametrize("pulses", [1, 2])
-def test_a_rank_that_dies_while_it_loads_is_found(
-    monkeypatch: pytest.MonkeyPatch, pulses: int
-) -> None:
-    """The others wait for it, and would for good."""
-    monkeypatch.setattr(
-        gang, "watch", lambda read, is_busy, allowance: pulse.watch(read, is_busy, allowance, 0.001)
-    )
-    ranks: list[Any] = [LoadingRank(1000), LoadingRank(pulses)]
-
-    async def join() -> None:
-        await asyncio.Event().wait()
+    """From a row that has them, and once. Others already have them, and take part."""
 
     async def run() -> None:
-        await gang.Gang(cast(Any, None), ranks)._watched(join())
+        gang, placement = await started(monkeypatch, tensor_parallel=2)
+        gang.begin_chunk(Chunk("a", 0, 256, False), PROMPT)
+        assert placement.started[5].last("begin_chunk")[1:] == ["tokens", "destination"]
+        fake.dead.append(gang._rows[0])
+        assert await gang.regroup() == 2
+        assert (gang.num_ranks, gang.is_whole) == (4, False)
+        gang.begin_chunk(Chunk("b", 0, 256, False), PROMPT)
+        await gang.recruit()
+        assert [rank.bundle for rank in placement.started[6:]] == [0, 1]
+        assert await gang.regroup() == 0
+        assert gang.is_whole
+        assert fake.met == [[1, 2], [1, 2, 0]]
+        gang.begin_chunk(Chunk("a", 256, 512, False), PROMPT)
+        gang.begin_chunk(Chunk("a", 512, 768, False), PROMPT)
+        for number, rank in enumerate(placement.started[2:]):
+            calls = [given for called, *given in rank.calls if called == "share"]
+            assert calls == [["a", "tokens", "destination", 256, number >= 4]]
+            assert rank.last("begin_chunk") == [Chunk("a", 512, 768, False), None, None]
+        await gang.flush("b")
+        assert not any(
+            called == "flush" for rank in placement.started[6:] for called, *_ in rank.calls
+        )
+        gang.come_back("b", "c", PROMPT, 128)
+        for number, rank in enumerate(placement.started[2:]):
+            assert rank.last("share") == ["b", "tokens", "destination", 128, number >= 4]
+            assert rank.last("come_back") == ["b", "c", "destination", 128]
 
-    with pytest.raises(UnavailableError, match="rank 1"):
-        asyncio.run(asyncio.wait_for(run(), 5))
+    asyncio.run(run())
 
 
-def test_what_a_rank_raises_while_it_loads_is_what_is_told() -> None:
-    async def join() -> None:
-        raise ConfigurationError("too little memory")
+def test_pages_die_with_the_last_row_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows
+) -> None:
+    async def run() -> None:
+        gang, _ = await started(monkeypatch, sequence_parallel=2)
+        gang.begin_chunk(Chunk("a", 0, 256, False), PROMPT)
+        fake.dead.append(gang._rows[0])
+        await gang.regroup()
+        assert gang.holds("a")
+        await gang.recruit()
+        await gang.regroup()
+        assert gang.holds("a")
+        fake.dead.append(gang._rows[0])
+        await gang.regroup()
+        assert not gang.holds("a")
+
+    asyncio.run(run())
+
+
+def test_too_few_rows_cannot_go_on(monkeypatch: pytest.MonkeyPatch, fake: FakeRows) -> None:
+    """What each would have to compute does not fit beside its pages any more."""
 
     async def run() -> None:
-        await gang.Gang(cast(Any, None), [LoadingRank(1000)])._watched(join())
+        fake.fewest = 2
+        gang, _ = await started(monkeypatch)
+        fake.dead.append(gang._rows[1])
+        assert await gang.regroup() == 1
+        fake.dead.append(gang._rows[1])
+        with pytest.raises(LostError):
+            await gang.regroup()
 
-    with pytest.raises(ConfigurationError):
-        asyncio.run(asyncio.wait_for(run(), 5))
+    asyncio.run(run())
+
+
+def test_a_row_that_does_not_come_up_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows
+) -> None:
+    monkeypatch.setattr("longreach.cluster.prefill.gang._SECONDS_BETWEEN_TRIES", 0.001)
+
+    async def run() -> None:
+        gang, placement = await started(monkeypatch, sequence_parallel=2)
+        fake.dead.append(gang._rows[0])
+        await gang.regroup()
+        fake.failures = [LostError("no card")]
+        await gang.recruit()
+        assert len(placement.started) == 4
+        assert [row.ranks[0].bundle for row in fake.dead[1:]] == [0]
+        await gang.regroup()
+        assert gang.is_whole
+
+    asyncio.run(run())

@@ -10,10 +10,10 @@ import pytest
 import ray
 import torch
 
-from longreach.cluster.prefill.rank import PrefillRank, RankResult
+from longreach.cluster.prefill.rank import Meeting, PrefillRank, RankResult
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.transports.actor_messages import WorkerDestination
-from longreach.engine.errors import ChunkOutOfMemoryError
+from longreach.engine.errors import ChunkOutOfMemoryError, LeftMeshError
 from longreach.engine.kv import background
 from longreach.engine.kv.hand_off import Destination, HandOff, Place
 from longreach.engine.kv.pages import HeldPages
@@ -38,8 +38,8 @@ TO = Destination("anywhere", done=0)
 def make_rank() -> PrefillRank:
     settings = make_settings(1)
     prefill = gangs_with(settings, sequence_parallel=1, kv_cache_tokens=2048)
-    made = PrefillRank(settings.model_copy(update={"prefill": prefill}).gangs[0], 0)
-    made.join(("", 0), 1)
+    made = PrefillRank(settings.model_copy(update={"prefill": prefill}).gangs[0])
+    made.join(Meeting.of_one(), 0, 1)
     return made
 
 
@@ -99,6 +99,29 @@ def test_results_may_be_asked_for_before_their_chunk_is_launched_and_after_the_n
     assert expected is not None
     assert logits[0] is not None
     np.testing.assert_array_equal(logits[0], expected)
+
+
+def test_a_rank_that_has_left_computes_nothing_until_it_meets_others(rank: PrefillRank) -> None:
+    """Also a chunk that was launched before means nothing, and is computed again."""
+    prompt = np.full(1500, 65, dtype=np.int32)
+    expected = run_chunk(rank, Chunk("whole", 0, 1500, True), prompt, TO).logits
+    rank.release("whole")
+    run_chunk(rank, Chunk("a", 0, 1024, False), prompt, TO)
+    launched = Chunk("a", 1024, 1500, True)
+    rank.begin_chunk(launched, None, None)
+    rank.leave()
+    with pytest.raises(LeftMeshError):
+        rank.finish_chunk(launched)
+    with pytest.raises(LeftMeshError):
+        rank.begin_chunk(Chunk("new", 0, 100, True), prompt, TO)
+    with pytest.raises(LeftMeshError):
+        rank.share("a", prompt, TO, 1024, takes=False)
+    rank.meet(Meeting.of_one(), 0)
+    rank.come_back("a", "b", TO, 1024)
+    logits = run_chunk(rank, Chunk("b", 1024, 1500, True), None, None).logits
+    assert expected is not None
+    assert logits is not None
+    np.testing.assert_array_equal(logits, expected)
 
 
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from longreach.cluster.messages import PrefillOrder
 from longreach.cluster.metrics import render
-from longreach.cluster.prefill.gang import ChunkUnderWay, Gang
+from longreach.cluster.prefill.gang import ChunkUnderWay, Gang, OfPrompt
 from longreach.cluster.prefill.rank import RankResult
 from longreach.cluster.prefill.replica import PrefillReplica
 from longreach.cluster.prefill.scheduler import Chunk
@@ -60,12 +60,14 @@ class FakeGang:
         self.flush_seconds = 0.0
         self.flush_failure: str | None = None
         self.num_ranks = 1
+        self.is_whole = True
+        self.lost: list[int] = []  # of each time that ranks meet again
+        self.regrouped_while: list[int] = []  # how many chunks were under way
+        self.may_grow, self.may_meet = asyncio.Event(), asyncio.Event()
+        self.may_meet.set()
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
-    def begin_chunk(
-        self, chunk: Chunk, prompt: Any = None, destination: Any = None
-    ) -> ChunkUnderWay:
-        assert (prompt is None) == (destination is None) == (chunk.request_id in self.have)
+    def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
         self.have.add(chunk.request_id)
         self.computed.append(chunk)
         self.begun_while.append(len(self.computed) - 1 - self.finished)
@@ -77,8 +79,9 @@ class FakeGang:
         await asyncio.sleep(0.001)
         try:
             failure = self.outcome(chunk)
-        except RayTaskError:
+        except (RayTaskError, ActorDiedError):
             nearly.set_result(False)
+            self.finished += 1
             raise
         nearly.set_result(True)
         await self.may_finish.wait()
@@ -96,7 +99,24 @@ class FakeGang:
         await self.rank_is_lost.wait()
         return "rank 0 died"
 
-    def come_back(self, request_id: str, to: str, destination: Any, done: int) -> None:
+    def holds(self, request_id: str) -> bool:
+        return request_id in self.have
+
+    async def regroup(self) -> int:
+        """So many ranks were lost as was said beforehand; all of them where nothing was."""
+        self.regrouped_while.append(len(self.computed) - self.finished)
+        if not self.lost:
+            raise LostError("no rank is left")
+        self.rank_is_lost.clear()
+        lost, self.lost = self.lost[0], self.lost[1:]
+        self.is_whole = not lost
+        await self.may_meet.wait()
+        return lost
+
+    async def recruit(self) -> None:
+        await self.may_grow.wait()
+
+    def come_back(self, request_id: str, to: str, prompt: OfPrompt, done: int) -> None:
         assert request_id in self.have
         self.have.remove(request_id)
         self.have.add(to)
@@ -357,8 +377,9 @@ def test_after_a_failed_hand_off_nothing_more_is_computed(play: Any, gang: FakeG
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks: int) -> None:
-    """A gang of one rank goes on; of several, the others wait in a collective, so all end."""
+    """Of several ranks, the others wait in a collective until they are freed, and meet again."""
     gang.num_ranks = num_ranks
+    gang.lost = [0]
 
     def outcome(chunk: Chunk) -> None:
         if chunk.request_id == "big" and chunk.start:
@@ -369,16 +390,182 @@ def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks
     async def scenario(replica: PrefillReplica) -> list[object]:
         requests = [prefill(replica, "big", 3 * CHUNK_TOKENS), prefill(replica, "small", 9)]
         outcomes = await asyncio.gather(*requests, return_exceptions=True)
-        waiting = prefill(replica, "next", 9)
-        after = await asyncio.gather(waiting, return_exceptions=True)
-        return [*outcomes, *after, gang.killed]
+        after = await asyncio.gather(prefill(replica, "next", 9), return_exceptions=True)
+        assert not gang.killed
+        return [*outcomes, *after]
 
-    big, _, after, killed = play(scenario)
+    big, _, after = play(scenario)
     assert isinstance(big, ChunkOutOfMemoryError)
     assert big.end == 2 * CHUNK_TOKENS
-    assert ("big" in gang.released) == (num_ranks == 1)
-    assert killed == (num_ranks > 1)
-    assert isinstance(after, UnavailableError if num_ranks > 1 else list)
+    assert "big" in gang.released
+    assert len(gang.regrouped_while) == num_ranks - 1
+    assert isinstance(after, list)
+
+
+@pytest.mark.parametrize("found_by", ["chunk", "pulse"])
+def test_a_prompt_goes_on_with_the_ranks_that_are_left(
+    play: Any, gang: FakeGang, tmp_path: Path, found_by: str
+) -> None:
+    """Behind its last whole chunk. Whoever has not begun hears nothing of it."""
+    gang.lost = [1]
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.request_id == "a" and chunk.start == 2 * CHUNK_TOKENS:
+            if found_by == "chunk":
+                raise ActorDiedError
+            gang.rank_is_lost.set()
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.outcome = outcome
+        first = asyncio.create_task(prefill(replica, "a", 5 * CHUNK_TOKENS))
+        other = FakeWorker()
+        other.has_pages.clear()
+        waiting = asyncio.create_task(prefill(replica, "other", 9, other))
+        with pytest.raises(LostError) as lost:
+            await first
+        assert lost.value.begun
+        other.has_pages.set()
+        gang.outcome = lambda chunk: None
+        await waiting
+        await replica.check_health()
+        assert not gang.killed
+        return await prefill(replica, "a", 5 * CHUNK_TOKENS, number=1, computed=2 * CHUNK_TOKENS)
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    [(before, after, done)] = gang.came_back
+    assert (before, after) == ("a", "a-order-1")
+    if found_by == "chunk":
+        assert done == 2 * CHUNK_TOKENS
+        assert counted(tmp_path, AGAIN) == 0
+    assert done >= 2 * CHUNK_TOKENS
+    assert dealt(gang, after)[0] == (done, False)
+    assert counted(tmp_path, "longreach_lost_total") == 1
+
+
+def test_nothing_goes_on_before_the_ranks_have_met(play: Any, gang: FakeGang) -> None:
+    """Pages would be pushed by as many ranks as there were."""
+    gang.lost = [1]
+    gang.may_meet.clear()
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            if chunk.start:
+                raise ActorDiedError
+
+        gang.outcome = outcome
+        first = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS))
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        gang.outcome = lambda chunk: None
+        again = asyncio.create_task(prefill(replica, "a", 3 * CHUNK_TOKENS, number=1))
+        await asyncio.sleep(0.02)
+        assert gang.came_back == []
+        gang.may_meet.set()
+        with pytest.raises(UnavailableError):
+            await first
+        await again
+
+    play(scenario)
+    assert [done for _, _, done in gang.came_back] == [CHUNK_TOKENS]
+
+
+def test_a_prompt_whose_pages_no_rank_has_begins_anew(play: Any, gang: FakeGang) -> None:
+    """The ranks that had them are gone, and one that came later lives."""
+    gang.lost = [1]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            if chunk.start:
+                gang.have.clear()
+                raise ActorDiedError
+
+        gang.outcome = outcome
+        with pytest.raises(LostError):
+            await prefill(replica, "a", 3 * CHUNK_TOKENS)
+        gang.outcome = lambda chunk: None
+        await prefill(replica, "a", 3 * CHUNK_TOKENS, number=1)
+
+    play(scenario)
+    assert gang.came_back == []
+    assert dealt(gang, "a-order-1")[0] == (0, False)
+
+
+def test_a_new_rank_comes_where_no_chunk_has_been_begun_since(play: Any, gang: FakeGang) -> None:
+    gang.lost = [1, 0]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            raise ActorDiedError
+
+        gang.outcome = outcome
+        with pytest.raises(LostError):
+            await prefill(replica, "a", CHUNK_TOKENS)
+        gang.may_grow.set()
+        while not gang.is_whole:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
+
+
+def test_a_chunk_that_fails_without_a_death_ends_the_gang(play: Any, gang: FakeGang) -> None:
+    gang.lost = [0]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        def outcome(chunk: Chunk) -> None:
+            raise RayTaskError("begin_chunk", "", RuntimeError("a device is lost"))
+
+        gang.outcome = outcome
+        with pytest.raises(LostError):
+            await prefill(replica, "a", CHUNK_TOKENS)
+        with pytest.raises(UnavailableError):
+            await replica.check_health()
+
+    play(scenario)
+
+
+def test_a_new_rank_comes_between_two_chunks(play: Any, gang: FakeGang) -> None:
+    """Nobody's prompt is interrupted by it, and nothing is under way when ranks meet."""
+    gang.lost = [1, 0]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.rank_is_lost.set()
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        prefilling = asyncio.create_task(prefill(replica, "a", 40 * CHUNK_TOKENS))
+        while len(gang.computed) < 3:
+            await asyncio.sleep(0.001)
+        gang.may_grow.set()
+        [*_, prefilled] = await prefilling
+        assert isinstance(prefilled, Prefilled)
+
+    play(scenario)
+    assert gang.regrouped_while == [0, 0]
+    assert len(gang.computed) == 40
+
+
+def test_a_rank_that_dies_while_another_waits_to_join_is_found(play: Any, gang: FakeGang) -> None:
+    """The chunk under way never ends by itself."""
+    gang.lost = [1, 1, 0]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.rank_is_lost.set()
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        gang.may_compute.clear()
+        prefilling = asyncio.create_task(prefill(replica, "a", 2 * CHUNK_TOKENS))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        gang.may_grow.set()
+        await asyncio.sleep(0.01)
+        assert len(gang.regrouped_while) == 1
+        gang.rank_is_lost.set()
+        gang.may_compute.set()  # as leaving the mesh frees those that wait
+        with pytest.raises(LostError):
+            await prefilling
+        assert not gang.killed
+
+    play(scenario)
 
 
 def test_the_rest_of_a_hand_off_holds_nobody_up_and_is_what_hand_off_counts(

@@ -171,6 +171,34 @@ def test_a_prompt_that_was_left_in_mid_prompt_is_passed_by_what_it_has_to_go() -
     assert [compute(scheduler).request_id for _ in range(4)] == ["b", "b", "b", "c"]
 
 
+def test_a_prompt_goes_on_before_the_first_of_its_chunks_that_failed() -> None:
+    """Two are under way at a time, and both fail with a rank."""
+    scheduler = make_scheduler()
+    scheduler.add("a", 5 * CHUNK)
+    first, second, third = (compute(scheduler) for _ in range(3))
+    scheduler.ended(first, is_computed=True)
+    scheduler.leave("a")
+    scheduler.ended(second, is_computed=False)
+    scheduler.ended(third, is_computed=False)
+    assert scheduler.left_behind("a") == CHUNK
+    assert scheduler.come_back("a", "b") == CHUNK
+    assert compute(scheduler) == Chunk("b", CHUNK, 2 * CHUNK, False)
+
+
+def test_a_chunk_may_fail_when_its_prompt_has_another_name_already() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", 5 * CHUNK)
+    first, second = compute(scheduler), compute(scheduler)
+    scheduler.leave("a")
+    assert scheduler.come_back("a", "b") == 2 * CHUNK
+    third = compute(scheduler)
+    scheduler.leave("b")
+    scheduler.ended(first, is_computed=True)
+    scheduler.ended(second, is_computed=False)
+    scheduler.ended(third, is_computed=False)
+    assert scheduler.left_behind("b") == CHUNK
+
+
 def test_what_waited_for_pages_leaves_none() -> None:
     scheduler = make_scheduler(pages=8)
     for name in "ab":

@@ -7,7 +7,13 @@ from contextlib import ExitStack
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from longreach.cluster.front import FrontLimits, FrontProtocol, controller_options, install
+from longreach.cluster.front import (
+    FrontLimits,
+    FrontProtocol,
+    TakenBodies,
+    controller_options,
+    install,
+)
 
 from .backend import MODEL, Endpoint
 from .raw_http import Connection, check_the_front, post
@@ -23,7 +29,8 @@ class Proxy:
     """Passes requests on to the endpoint as Serve's does, or does what it is told to instead."""
 
     def __init__(self, api: ASGIApp) -> None:
-        self.api = api
+        self.api = TakenBodies(api)
+        self.received: list[int] = []
         self.instead: Callable[[Send], object] | None = None
         self.called = 0
 
@@ -44,7 +51,12 @@ class Proxy:
                 message["headers"] = [*message["headers"], (b"X-Request-ID", given)]
             await send(message)
 
-        await self.api(scope, receive, send_with_another_id)
+        async def receive_and_count() -> Message:
+            message = await receive()
+            self.received.append(len(message.get("body", b"")))
+            return message
+
+        await self.api(scope, receive_and_count, send_with_another_id)
 
 
 @pytest.fixture
@@ -70,6 +82,19 @@ def port(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def test_http_as_clients_speak_it(port: int) -> None:
     check_the_front(port, PROMPT)
+
+
+@pytest.mark.parametrize("ahead_bytes", [16, 1 << 16])
+def test_an_ingress_need_not_ask_for_a_small_body(
+    port: int, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, ahead_bytes: int
+) -> None:
+    monkeypatch.setattr("longreach.cluster.front._AHEAD_BYTES", ahead_bytes)
+    with Connection(port) as client:
+        client.send(post("/v1/completions", PROMPT))
+        answer = client.answer()
+    assert (answer.status, answer.json["object"]) == (200, "text_completion")
+    came = [size for size in proxy.received if size]
+    assert came == ([] if ahead_bytes > 16 else [len(json.dumps(PROMPT))])
 
 
 def test_headers_that_never_end_are_given_up(port: int) -> None:

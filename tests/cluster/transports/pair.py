@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from longreach.cluster.decode.worker import DecodeWorker
-from longreach.cluster.prefill.rank import PrefillRank
+from longreach.cluster.prefill.rank import Meeting, PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
 from longreach.engine.decode.decoder import Decoder
@@ -112,8 +112,8 @@ class Pair:
         return worker
 
     def another_rank(self) -> PrefillRank:
-        rank = PrefillRank(self.settings.gangs[0], 0)
-        rank.join(("", 0), 1)
+        rank = PrefillRank(self.settings.gangs[0])
+        rank.join(Meeting.of_one(), 0, 1)
         rank._prefiller._pool.clear()
         return rank
 

@@ -606,7 +606,6 @@ def test_a_decoder_on_kernels_finishes_what_it_started(shallow_folder: Path) -> 
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # in the interpreter
 def test_steps_that_run_ahead_say_what_those_do_that_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, shallow_folder: Path
 ) -> None:
@@ -614,9 +613,13 @@ def test_steps_that_run_ahead_say_what_those_do_that_are_waited_for(
     model = load(shallow_folder)
     ahead = joining_and_leaving(Engine(model, eager, prompts=PROMPTS))
     monkeypatch.setattr(GraphStep, "runs_ahead", False)
-    assert joining_and_leaving(Engine(model, eager, prompts=PROMPTS)) == ahead
+    waiting = joining_and_leaving(Engine(model, eager, prompts=PROMPTS))
+    left = [said.pop(("leaves", 0)) for said in (ahead, waiting)]
+    assert left[0] == left[1][: len(left[0])]
+    assert ahead == waiting
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # in the interpreter
 def test_one_damaged_request_fails_alone_on_kernels(shallow_folder: Path) -> None:
     engine = Engine(load(shallow_folder), eager)
     engine.start("good", 40)

@@ -213,3 +213,30 @@ def test_too_little_memory_for_a_step_ends_one_request_and_loses_no_token(model:
     alone.admit(make_request("a", make_prompt(17, seed=17), max_tokens=8))
     assert tokens(outputs, "a") == tokens(run(alone), "a")
     assert decoder.usage == 0
+
+
+def test_one_choice_that_ends_unforeseen_leaves_the_other_alone(model: Qwen2) -> None:
+    """Both go on from tokens of their own that the client has."""
+    request = replace(
+        make_request("a", make_prompt(77), max_tokens=12, choices=2),
+        replayed=((36, 37), (54, 53)),
+    )
+    alone, _ = make_decoder(model, ahead=False)
+    alone.admit(request)
+    whole = tokens(run(alone), "a")
+    early = next(
+        (choice, at, token)
+        for choice in whole
+        for at, token in enumerate(whole[choice])
+        if 2 <= at < len(whole[choice]) - 1
+        and token not in (*whole[choice][:at], *whole[1 - choice])
+    )
+    choice, at, token = early
+    sampling = replace(request.sampling, stop_token_ids=(token,))
+    decoder, step = make_decoder(model, ahead=True)
+    decoder.admit(replace(request, sampling=sampling))
+    said_now = tokens(run(decoder), "a")
+    assert said_now[choice] == whole[choice][: at + 1]
+    assert said_now[1 - choice] == whole[1 - choice]
+    assert step.ahead > 0
+    assert decoder.usage == 0

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 
 from longreach.loadtest.chaos.client import Client, Outcome, parse_metrics
 from longreach.loadtest.chaos.load import LONG_ANSWER, Moment, Workload, leave_at_random
+from longreach.loadtest.chaos.picture import draw
 from longreach.loadtest.chaos.processes import (
     Belongings,
     Kind,
@@ -227,3 +229,14 @@ def test_rows_replace_older_ones_of_the_same_scenario_and_load(tmp_path: Path) -
         ["sigterm", "decode", "3", "0", "0", "0", "", "", "", "abc"],
         ["storm-200", "200 leave", "9", "0", "0", "0", "0", "0.2", "1.0", "def"],
     ]
+
+
+def test_the_picture_has_faults_that_requests_felt(tmp_path: Path) -> None:
+    rows, picture = tmp_path / "rows.csv", tmp_path / "picture.svg"
+    felt = Row("kill-rank-prefill", "prefill", 3, 1, 0, 2, 0, 2.5, 2.5, "abc")
+    write(rows, [replace(felt, scenario="slow-readers")])
+    with pytest.raises(ValueError, match=r"rows\.csv"):
+        draw(rows, picture)
+    write(rows, [felt])
+    draw(rows, picture)
+    assert "<svg" in picture.read_text()
