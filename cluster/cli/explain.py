@@ -72,10 +72,11 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     )
     for gang in settings.gangs:
         _add_gang(table, settings, model, gang)
+    named = "vLLM; " if decode.engine == "vllm" else ""
     table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
     table.add_row(
         f"{decode.replicas}",
-        f"decode worker: batches of up to {decode.largest_batch}; {_own_prompts(decode)}",
+        f"decode worker: {named}batches of up to {decode.largest_batch}; {_own_prompts(decode)}",
         f"{decode.kv_cache_tokens:,} tokens, "
         f"{_gib(kv_bytes(settings, model, decode.kv_cache_tokens))}",
         _asks(decode.gpus, decode.threads),

@@ -175,6 +175,8 @@ class DecodeWorker:
         here = self._take(request)
         await self._prepare(request, here)
         await self._admission.reserve(request)
+        # Some engines say with their next step which pages they are.
+        self._stepper.wake()
         return self._receiver.destination(request.request_id, here.epoch, done=0)
 
     async def go_on(self, request_id: str) -> "Destination":

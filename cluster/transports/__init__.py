@@ -10,7 +10,7 @@ of the two functions here.
 from typing import Any
 
 from ...engine.kv.hand_off import Receiver, RequestPages, Sender
-from ...engine.kv.pages import PagePool
+from ...engine.kv.pages import PageMemory
 from ..settings import TransportSettings
 from .cuda_ipc import CudaIpcReceiver, CudaIpcSender
 from .nixl import NixlAgent, NixlReceiver, NixlSender
@@ -18,7 +18,7 @@ from .object_store import ObjectStoreReceiver, ObjectStoreSender
 from .shared_pages import SharedPool
 
 
-def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sender:
+def make_sender(settings: TransportSettings, pool: PageMemory, host: str) -> Sender:
     """A rank's end; `host` is where the pool's memory is.
 
     Raises:
