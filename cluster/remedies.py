@@ -79,6 +79,8 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
             return f"{_ANOTHER_WAY} or nixl"
         case errors.NoNixlError():
             return f"pip install 'longreach[nixl]' on every node, or {_ANOTHER_WAY}"
+        case errors.NoVllmError():
+            return "pip install 'longreach[vllm]' on every node, or set decode.engine: native"
         case errors.CannotReachPagesError():
             return _ANOTHER_WAY
         case errors.CannotMapPagesError():

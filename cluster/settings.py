@@ -149,9 +149,11 @@ class DecodeSettings(_Section):
     Prompts of up to `prefill_up_to` tokens are computed by the worker itself, beside others'
     answers, `prefill_at_once` tokens of them in one step; a gang is asked for longer ones.
     `patience`: as a gang's, for prompts that wait for pages here, or to be computed.
+    `engine` "vllm" has vLLM generate, in the worker's process: see docs/vllm.md.
     Where `max_batch` or one of these two is None, it is what suits the worker's device.
     """
 
+    engine: Literal["native", "vllm"] = "native"
     replicas: Count = 1
     max_replicas: Count | None = None
     tensor_parallel: Count = 1
@@ -333,8 +335,9 @@ class Settings(_Section):
             yield from _problems_with_gang(gang)
         longest = self.limits.max_model_len
         # Choices share the pages that the prompt fills. Each has the page that it fills in part to
-        # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most.
-        answer = pages_for(self.limits.max_output_tokens + PAGE_TOKENS - 1)
+        # itself, which holds PAGE_TOKENS - 1 tokens of the prompt at most; with vLLM, one more.
+        beside = PAGE_TOKENS - (self.decode.engine == "native")
+        answer = pages_for(self.limits.max_output_tokens + beside)
         needed = (pages_for(longest) + self.limits.max_choices * answer) * PAGE_TOKENS
         if self.decode.kv_cache_tokens < needed:
             yield (
@@ -362,6 +365,8 @@ class Settings(_Section):
                 f"({self.decode.largest_batch}), so one request would not fit into a step; raise "
                 "decode.max_batch"
             )
+        if self.decode.engine == "vllm":
+            yield from self._problems_with_vllm()
         on_gpus = self.decode.gpus or any(gang.gpus_per_rank for gang in self.prefill)
         mixed = self.model.dtype in ("float32", "float16")
         if on_gpus and mixed and self.model.kv_cache_dtype == "bfloat16":
@@ -413,6 +418,42 @@ class Settings(_Section):
                 f"{self.prefill[-1].key('max_prompt_tokens')} is {covered} and "
                 f"limits.max_model_len is {longest}; leave it out, so that the last gang takes "
                 "every prompt that the others do not"
+            )
+
+    def _problems_with_vllm(self) -> Iterator[str]:
+        """What only Longreach's own engine does."""
+        instead = "or set decode.engine: native"
+        if self.decode.tensor_parallel > 1:
+            yield (
+                f"decode.tensor_parallel ({self.decode.tensor_parallel}) is not for decode.engine "
+                f"vllm, which has one process here; leave it out, {instead}"
+            )
+        if self.model.weights == "fp8":
+            yield (
+                "model.weights fp8 is not for decode.engine vllm, which rounds weights in another "
+                f"way; leave weights out, {instead}"
+            )
+        if self.model.kv_cache_dtype == "fp8_e4m3":
+            yield (
+                "model.kv_cache_dtype fp8_e4m3 is not for decode.engine vllm, which reads pages of "
+                f"the type that it computes in; leave kv_cache_dtype out, {instead}"
+            )
+        if self.model.kv_cache_dtype == "bfloat16" and self.model.dtype not in ("auto", "bfloat16"):
+            yield (
+                f"model.kv_cache_dtype bfloat16 beside model.dtype {self.model.dtype} is not for "
+                "decode.engine vllm, which computes in the type that pages are kept in; leave "
+                f"kv_cache_dtype out, {instead}"
+            )
+        limits = self.limits
+        own = min(self.decode.longest_own_prompt, limits.max_model_len)
+        # Each choice may have to compute a short prompt for itself.
+        apart = limits.max_choices * pages_for(own + limits.max_output_tokens) * PAGE_TOKENS
+        if own and self.decode.kv_cache_tokens < apart:
+            yield (
+                f"decode.kv_cache_tokens ({self.decode.kv_cache_tokens}) cannot hold "
+                f"{limits.max_choices} answers of {limits.max_output_tokens} to a prompt of {own} "
+                f"tokens each by itself, as vLLM may have to; make it {apart} or more, or lower "
+                "decode.prefill_up_to"
             )
 
     def _problems_with_cuda_ipc(self, gang: PrefillSettings) -> Iterator[str]:
@@ -533,6 +574,11 @@ def check_model(settings: Settings) -> None:
             f"{model.max_position_embeddings} positions of {settings.model.folder}; lower it"
         )
     check_decode_ranks(settings.decode, model)
+    if settings.decode.engine == "vllm" and model.dual_chunk is None:
+        raise ConfigurationError(
+            f"decode.engine vllm is for models with a dual_chunk_attention_config, and "
+            f"{settings.model.folder} has none; set decode.engine: native"
+        )
     for gang in settings.gangs:
         model.check_tensor_parallel(gang.prefill.tensor_parallel)
         missing = _missing_budgets(gang)

@@ -253,6 +253,17 @@ class NoNixlError(FactualError, ConfigurationError):
         return "NIXL, which pages shall travel by, is not installed"
 
 
+@dataclass(eq=False)
+class NoVllmError(FactualError, ConfigurationError):
+    """vLLM is not installed, or not as it has to be; `reason` is what its import says, say."""
+
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        return f"vLLM cannot be had ({self.reason})"
+
+
 class InvalidRequestError(LongreachError):
     """A request that can never be served as it stands; nothing was reserved for it."""
 

@@ -72,12 +72,14 @@ def _processes(settings: Settings, model: ModelConfig) -> Table:
     )
     for gang in settings.gangs:
         _add_gang(table, settings, model, gang)
+    named = "vLLM; " if decode.engine == "vllm" else ""
     table.add_row(f"{decode.replicas}", "decode replica: reserves pages", "", "no accelerator")
     ranks, cached = decode.tensor_parallel, decode.kv_cache_tokens
     spans = f" rank: {decode.replicas} × tensor {ranks}" if ranks > 1 else ""
     table.add_row(
         f"{decode.replicas * ranks}",
-        f"decode worker{spans}: batches of up to {decode.largest_batch}; {_own_prompts(decode)}",
+        f"decode worker{spans}: {named}batches of up to {decode.largest_batch}; "
+        f"{_own_prompts(decode)}",
         f"{cached:,} tokens, {_gib(kv_bytes(settings, model, cached) // ranks)}",
         _asks(decode.gpus, decode.threads),
     )

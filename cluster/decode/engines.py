@@ -1,11 +1,21 @@
-"""The engine behind a decode worker, as the settings ask for it."""
+"""The engine behind a decode worker, as the settings ask for it.
+
+Longreach's own is made here. Any other is declared, as an entry point of the group
+`longreach.decode_engines` with its name in the settings: a function like
+`plugins.vllm_decode.start.start`. So nothing of it is loaded where it is not asked for.
+"""
+
+from importlib.metadata import entry_points
 
 import torch
 
 from ...engine.decode.contract import DecodeEngine
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
-from ...engine.kv.pages import PagePool
+from ...engine.errors import NoVllmError
+from ...engine.kv.pages import PageGeometry, PagePool
+from ...engine.model.compute_type import compute_dtype
+from ...engine.model.config import ModelConfig
 from ...engine.parallel.mesh import Mesh
 from ...engine.text.tokenizer import Tokenizer
 from ...kernels.page_size import pages_for
@@ -13,6 +23,8 @@ from ..memory import own_prompts, room_for_decode
 from ..settings import WorkerSettings
 from .meeting import WorkerMeeting
 from .spanning import device_of, load_shard, make_leader
+
+GROUP = "longreach.decode_engines"
 
 
 def make_engine(settings: WorkerSettings, meeting: WorkerMeeting | None = None) -> DecodeEngine:
@@ -24,12 +36,34 @@ def make_engine(settings: WorkerSettings, meeting: WorkerMeeting | None = None) 
     Raises:
         CheckpointError: the model cannot be read.
         ConfigurationError: as `room_for_decode`.
+        NoVllmError: it is asked for, and cannot be had.
     """
     if meeting is not None:
         return make_leader(settings, meeting)
     device = device_of(settings)
     with room_for_decode(settings, device):
-        return _make_decoder(settings, device)
+        if settings.decode.engine == "native":
+            return _make_decoder(settings, device)
+        return _start_another(settings, device)
+
+
+def _start_another(settings: WorkerSettings, device: torch.device) -> DecodeEngine:
+    declared = list(entry_points(group=GROUP, name=settings.decode.engine))
+    if not declared:
+        raise NoVllmError("nothing that is installed declares it as an engine")
+    start = declared[0].load()
+    model, decode = settings.model, settings.decode
+    config = ModelConfig.from_folder(model.folder)
+    computed = compute_dtype(model.dtype, device)
+    pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, computed)
+    return start(
+        model.files,
+        pages.kept_as(model.pages_kept_as),
+        pages_for(decode.kv_cache_tokens),
+        decode.largest_batch,
+        own_prompts(decode),
+        on_gpu=device.type == "cuda",
+    )
 
 
 def _make_decoder(settings: WorkerSettings, device: torch.device) -> Decoder:

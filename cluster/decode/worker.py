@@ -186,6 +186,8 @@ class DecodeWorker:
         await self._prepare(request, here)
         name = request.request_id
         await self._admission.reserve(request)
+        # Some engines say with their next step which pages they are.
+        self._stepper.wake()
         if self._requests.get(name) is not here:
             # Its pages are about to be freed.
             raise UnavailableError(_RELEASED)

@@ -10,7 +10,7 @@ of the two functions here that choose.
 from typing import Any
 
 from ...engine.kv.hand_off import Receiver, RequestPages, Sender
-from ...engine.kv.pages import PagePool
+from ...engine.kv.pages import PageMemory
 from ...engine.kv.parted import PartedSender
 from ..settings import TransportSettings
 from .cuda_ipc import CudaIpcReceiver, CudaIpcSender
@@ -19,7 +19,7 @@ from .object_store import ObjectStoreReceiver, ObjectStoreSender
 from .shared_pages import SharedPool
 
 
-def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sender:
+def make_sender(settings: TransportSettings, pool: PageMemory, host: str) -> Sender:
     """A rank's end; `host` is where the pool's memory is.
 
     Raises:
@@ -28,7 +28,7 @@ def make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sende
     return PartedSender(_make_sender(settings, pool, host))
 
 
-def _make_sender(settings: TransportSettings, pool: PagePool, host: str) -> Sender:
+def _make_sender(settings: TransportSettings, pool: PageMemory, host: str) -> Sender:
     match settings.kind:
         case "object_store":
             return ObjectStoreSender(settings.max_in_flight_bytes)

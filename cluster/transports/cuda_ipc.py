@@ -59,7 +59,7 @@ class CudaIpcReceiver(AnnouncedReceiver):
 
     def __init__(self, worker: Any, host: str, pages: RequestPages) -> None:
         super().__init__(worker, SharedPool.of(pages.pool, host), pages)
-        device = pages.pool.memory.device
+        device = pages.pool.device
         self._reader = SharedPageReader(host, device, hand_off_stream(device), pages.receive)
 
     def receive(self, request_id: str, message: Announcement) -> int:

@@ -36,7 +36,7 @@ from ...engine.errors import (
 )
 from ...engine.kv.formats import dtype_name
 from ...engine.kv.hand_off import Destination, RequestPages, Sender
-from ...engine.kv.pages import HeldPages, PagePool
+from ...engine.kv.pages import HeldPages, PageMemory
 from .actor_messages import WorkerDestination
 from .announced import AnnouncedReceiver, AnnouncedRun, Announcement, AnnouncingHandOff
 
@@ -52,22 +52,24 @@ Addresses = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Region:
-    """Where pages of a pool lie in their process's memory: bytes from one to the next."""
+    """Where pages of a pool lie in their process's memory.
 
-    address: int
-    layer_bytes: int
+    `layers` are addresses, one for each; the others are bytes from one to the next.
+    """
+
+    layers: tuple[int, ...]
     page_bytes: int
     head_bytes: int
 
     @classmethod
-    def of(cls, memory: Tensor) -> "Region":
-        """Of [layers, pages, kv_heads, ...]."""
-        layer, page, head = (step * memory.itemsize for step in memory.stride()[:3])
-        return cls(memory.data_ptr(), layer, page, head)
+    def of(cls, slabs: Sequence[Tensor]) -> "Region":
+        """Of [layers, pages, kv_heads, ...] each."""
+        page, head = (step * slabs[0].itemsize for step in slabs[0].stride()[1:3])
+        return cls(tuple(layer.data_ptr() for slab in slabs for layer in slab), page, head)
 
     def addresses(self, layer: int, first_head: int, numbers: npt.NDArray[np.int64]) -> Addresses:
         """Of some pages' heads, from the first on."""
-        start = self.address + layer * self.layer_bytes + first_head * self.head_bytes
+        start = self.layers[layer] + first_head * self.head_bytes
         return start + (numbers * self.page_bytes).astype(np.uint64)
 
 
@@ -132,14 +134,14 @@ class NixlAgent:
         CannotReachPagesError: the memory cannot be registered.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PageMemory) -> None:
         module = _nixl()
         name = f"longreach-{uuid.uuid4().hex}"
         strict = module.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         self._lock = threading.Lock()
         self._reads: dict[str, int] = {}  # of each peer that is known: how many are under way
         self._failed: set[str] = set()
-        device = pool.memory.device
+        device = pool.device
         self._type = "VRAM" if device.type == "cuda" else "DRAM"
         self._device = device.index or 0
         try:
@@ -148,10 +150,9 @@ class NixlAgent:
             )
             # A peer that dies is an error then, and no silence.
             self._agent.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
-            for memory in (pool.memory, pool.scales):
-                if memory is not None:
-                    region = (memory.data_ptr(), memory.nbytes, self._device, "")
-                    self._agent.register_memory([region], self._type)
+            for slab in (*pool.slabs, *pool.scale_slabs):
+                region = (slab.data_ptr(), slab.nbytes, self._device, "")
+                self._agent.register_memory([region], self._type)
             metadata = self._agent.get_agent_metadata()
         except Exception as error:
             raise CannotReachPagesError(in_one_line(error)) from error
@@ -160,9 +161,9 @@ class NixlAgent:
             metadata,
             self._type,
             self._device,
-            dtype_name(pool.memory.dtype),
-            Region.of(pool.memory),
-            None if pool.scales is None else Region.of(pool.scales),
+            dtype_name(pool.geometry.dtype),
+            Region.of(pool.slabs),
+            Region.of(pool.scale_slabs) if pool.scale_slabs else None,
         )
 
     def read(self, pool: NixlPool, runs: Sequence[tuple[AnnouncedRun, HeldPages]]) -> int:
@@ -283,7 +284,7 @@ class NixlReceiver(AnnouncedReceiver):
 
     def _wait_for_what_was_launched(self, request_id: str) -> None:
         """On a GPU, pages may have been somebody else's, whose last step may still write them."""
-        device = self._pages.pool.memory.device
+        device = self._pages.pool.device
         if device.type == "cuda" and request_id not in self._ready:
             torch.cuda.default_stream(device).synchronize()
             self._ready.add(request_id)

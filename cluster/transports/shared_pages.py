@@ -25,7 +25,7 @@ from ...engine.errors import (
     in_one_line,
 )
 from ...engine.kv.hand_off import Place
-from ...engine.kv.pages import PagePool, Pages, page_index
+from ...engine.kv.pages import PageMemory, Pages, page_index
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from .announced import AnnouncedRun
 
@@ -37,16 +37,17 @@ Handle = tuple[Callable[..., Tensor], tuple[Any, ...]]
 class SharedPool:
     """How to map a pool's memory. Small, and made to be pickled; valid while its owner lives.
 
-    `name` is unlike that of any other pool, and `host` is where its memory is.
+    `name` is unlike that of any other pool, and `host` is where its memory is. `memory` and
+    `scales` are of the pool's slabs.
     """
 
     name: str
     host: str
-    memory: Handle
-    scales: Handle | None
+    memory: tuple[Handle, ...]
+    scales: tuple[Handle, ...]
 
     @classmethod
-    def of(cls, pool: PagePool, host: str) -> "SharedPool":
+    def of(cls, pool: PageMemory, host: str) -> "SharedPool":
         """Share a pool; once for each, as PyTorch counts how often and never forgets.
 
         Memory on a GPU must come from cudaMalloc, as PyTorch's allocator takes it by default. Its
@@ -61,8 +62,10 @@ class SharedPool:
             CannotSharePagesError: it was allocated in a way that cannot be shared.
         """
         try:
-            scales = None if pool.scales is None else reduce_tensor(pool.scales)
-            return cls(uuid.uuid4().hex, host, reduce_tensor(pool.memory), scales)
+            memory, scales = (
+                tuple(map(reduce_tensor, slabs)) for slabs in (pool.slabs, pool.scale_slabs)
+            )
+            return cls(uuid.uuid4().hex, host, memory, scales)
         except RuntimeError as error:
             raise CannotSharePagesError(in_one_line(error)) from error
 
@@ -76,11 +79,10 @@ class SharedPool:
         if host != self.host:
             raise OtherHostError(self.host, host)
         try:
-            memory = _mapped(self.memory)
-            scales = None if self.scales is None else _mapped(self.scales)
+            memory, scales = _layers_of(self.memory), _layers_of(self.scales)
         except (RuntimeError, OSError) as error:
             raise CannotMapPagesError(in_one_line(error)) from error
-        every = [None] * len(memory) if scales is None else list(scales)
+        every = scales or [None] * len(memory)
         return [Pages(values, own) for values, own in zip(memory, every, strict=True)]
 
 
@@ -157,6 +159,6 @@ class SharedPageReader:
         return mapped[pool.name]
 
 
-def _mapped(handle: Handle) -> Tensor:
-    function, arguments = handle
-    return function(*arguments)
+def _layers_of(slabs: Sequence[Handle]) -> list[Tensor]:
+    """Every layer of some slabs, mapped."""
+    return [layer for function, arguments in slabs for layer in function(*arguments)]

@@ -13,7 +13,7 @@ when that step has run.
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,10 +34,11 @@ from ..errors import (
 from ..kv.hand_off import Place
 from ..kv.pages import HeldPages, PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
-from ..messages import ChosenToken, Delta, GenerationRequest, Progress, SamplingParameters
+from ..messages import ChosenToken, GenerationRequest, Progress
 from ..model.qwen2 import Qwen2
+from .answer import Answer, ending_tokens
 from .contract import DecodeEngine, Output
-from .detokenizer import Detokenizer, TokenBytes
+from .detokenizer import TokenBytes
 from .grammar import Constraint, GrammarCompiler
 from .make_step import make_step
 from .prompts import Part, PromptQueue
@@ -490,71 +491,38 @@ class Decoder(DecodeEngine):
         sampling = request.sampling.seeded()
         assert sampling.seed is not None
         replayed = request.replayed or ((),) * sampling.choices
-        ends = self._ends(sampling)
+        ends = ending_tokens(sampling, self._model.config.eos_token_ids)
         vocab_size = self._model.config.vocab_size
         return [
             TokenSequence(
                 request.request_id,
-                choice,
                 table,
                 len(request.prompt),
                 Sampler(sampling, sampling.seed, choice, request.prompt, vocab_size, ends),
-                Detokenizer(
-                    self._token_bytes,
-                    sampling.stop,
-                    sampling.min_tokens,
-                    shows_control=not sampling.skip_special_tokens,
-                ),
+                Answer(choice, sampling, ends, self._token_bytes, replayed[choice]),
                 None if constraint is None else constraint.copy(),
-                replayed[choice],
-                sampling.max_tokens,
             )
             for choice, table in enumerate(reservation.block_tables)
         ]
 
     def _sample(self, sequence: TokenSequence, outcome: Outcome) -> list[Output]:
         """Choose a sequence's next token; a sequence that ends with it gives its pages back."""
-        is_replayed = sequence.num_generated < len(sequence.replayed)
+        constraint, answer = sequence.constraint, sequence.answer
         try:
-            chosen = _choose(sequence, outcome, is_replayed)
+            chosen = _choose(sequence, outcome)
         except FloatingPointError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, GenerationError(str(error)))]
         except GrammarError as error:
             self.cancel(sequence.request_id)
             return [(sequence.request_id, error)]
-        delta = self._take(sequence, chosen)
+        sequence.next_token = chosen.token_id
+        delta = answer.take(chosen, constraint is not None and constraint.is_complete)
+        if delta is None:
+            return []
         if delta.finish_reason is not None:
             self._finish(sequence)
-        if is_replayed:
-            return _only_the_end(sequence.request_id, delta)
         return [(sequence.request_id, delta)]
-
-    def _take(self, sequence: TokenSequence, chosen: ChosenToken) -> Delta:
-        """Add a token to a sequence: what it says, and whether it is the last."""
-        sampling = self._reservations[sequence.request_id].request.sampling
-        sequence.next_token = chosen.token_id
-        sequence.num_generated += 1
-        constraint = sequence.constraint
-        reason, text = None, ""
-        if chosen.token_id in self._ends(sampling):
-            reason = "stop"
-        else:
-            text = sequence.detokenizer.push(chosen.token_id)
-            if sequence.detokenizer.stopped or (constraint is not None and constraint.is_complete):
-                reason = "stop"
-            elif sequence.num_generated == sequence.most:
-                reason = "length"
-        if reason is not None and not sequence.detokenizer.stopped:
-            text += sequence.detokenizer.finish()
-        return Delta(sequence.choice, text, (chosen,), reason)
-
-    def _ends(self, sampling: SamplingParameters) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        # A grammar allows an end only where the answer is whole.
-        ignores_end = sampling.ignore_eos and sampling.grammar is None
-        ends = () if ignores_end else tuple(self._model.config.eos_token_ids)
-        return (*ends, *sampling.stop_token_ids)
 
     def _finish(self, sequence: TokenSequence) -> None:
         reservation = self._reservations[sequence.request_id]
@@ -588,16 +556,16 @@ class _StepFailedError(Exception):
         self.request_id, self.error = request_id, error
 
 
-def _choose(sequence: TokenSequence, outcome: Outcome, is_replayed: bool) -> ChosenToken:
+def _choose(sequence: TokenSequence, outcome: Outcome) -> ChosenToken:
     """A sequence's next token.
 
     Raises:
         FloatingPointError: its logits are not finite.
         GrammarError: a limit of its grammar is reached.
     """
-    sampler, constraint = sequence.sampler, sequence.constraint
-    if is_replayed:
-        chosen = sampler.repeat(sequence.replayed[sequence.num_generated])
+    sampler, constraint, answer = sequence.sampler, sequence.constraint, sequence.answer
+    if answer.is_replayed:
+        chosen = sampler.repeat(answer.replayed[answer.num_tokens])
     elif isinstance(outcome, ChosenToken):
         chosen = sampler.accept(outcome)
     else:
@@ -605,10 +573,3 @@ def _choose(sequence: TokenSequence, outcome: Outcome, is_replayed: bool) -> Cho
     if constraint is not None:
         constraint.take(chosen.token_id)
     return chosen
-
-
-def _only_the_end(request_id: str, delta: Delta) -> list[Output]:
-    """Of a token that the client has: nothing, or that the choice has ended with it."""
-    if delta.finish_reason is None:
-        return []
-    return [(request_id, replace(delta, text="", tokens=()))]

@@ -8,7 +8,7 @@ from ...kernels.pages import BlockTable
 from ..kv.arrivals import Arrivals
 from ..kv.pages import PagePool
 from ..messages import GenerationRequest
-from .detokenizer import Detokenizer
+from .answer import Answer
 from .grammar import Constraint
 from .sampler import Sampler
 from .step import Outcome, StepRow
@@ -16,26 +16,22 @@ from .step import Outcome, StepRow
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One choice of a request, of up to `most` tokens. `length` tokens of prompt and answer have K
-    and V in pages, without the step under way; `next_token` has none yet.
+    """One choice of a request. `length` tokens of prompt and answer have K and V in pages, without
+    the step under way; `next_token` has none yet.
 
     `first` is what came out after the prompt. It is kept until there is a place in the batch, and
-    is None before and afterwards. `replayed` are tokens of the answer that the client has. `place`
-    is that of its outcome in the step under way, None where it is in none.
+    is None before and afterwards. `place` is that of its outcome in the step under way, None where
+    it is in none.
     """
 
     request_id: str
-    choice: int
     block_table: BlockTable
     length: int
     sampler: Sampler
-    detokenizer: Detokenizer
+    answer: Answer
     constraint: Constraint | None
-    replayed: tuple[int, ...]
-    most: int
     first: Outcome | None = None
     next_token: int = -1
-    num_generated: int = 0
     place: int | None = None
 
     @property
@@ -59,12 +55,12 @@ class TokenSequence:
 
         What ends it early, the host finds out a step later.
         """
-        return self.takes_best and self.num_generated >= len(self.replayed)
+        return self.takes_best and not self.answer.is_replayed
 
     @property
     def ends(self) -> bool:
         """Whether the step under way brings its last token, whatever that is."""
-        return self.place is not None and self.num_generated + 1 == self.most
+        return self.place is not None and self.answer.num_tokens + 1 == self.answer.most
 
     @property
     def lacks_a_page(self) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .pages import HeldPages, PagePool, Pages
+from .pages import HeldPages, PageMemory, Pages
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RequestPages(ABC):
 
     @property
     @abstractmethod
-    def pool(self) -> PagePool:
+    def pool(self) -> PageMemory:
         """Where all of them lie, for transports that reach into its memory."""
 
     @property

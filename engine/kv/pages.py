@@ -10,6 +10,7 @@ Page p of a sequence holds its tokens [128 p, 128 (p + 1)) in every layer, so on
 serves all layers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -181,7 +182,60 @@ class SetAside:
         return self.values.shape[1]
 
 
-class PagePool:
+class PageMemory(ABC):
+    """Where the pages of one process lie, whoever allocated them and knows which are free.
+
+    `geometry` is theirs, and `device` what they lie on.
+    """
+
+    geometry: PageGeometry
+    device: torch.device
+
+    @property
+    @abstractmethod
+    def slabs(self) -> tuple[Tensor, ...]:
+        """All of the memory: tensors of consecutive layers, in order.
+
+        Each is [layers, pages, kv_heads, 2, 128, head_dim], and contiguous.
+        """
+
+    @property
+    @abstractmethod
+    def scale_slabs(self) -> tuple[Tensor, ...]:
+        """In the same way, of pages of 8 bits: [layers, pages, kv_heads, 2]; else none."""
+
+    @abstractmethod
+    def layer(self, layer: int) -> Pages:
+        """A view of all pages of one layer."""
+
+    def held(self, layer: int, numbers: npt.NDArray[np.int64]) -> HeldPages:
+        """Some pages of one layer, which someone holds."""
+        return HeldPages(self.layer(layer), numbers, page_index(numbers, self.device))
+
+    def put(self, layer: int, table: Tensor, first_kv_head: int, pages: Pages) -> None:
+        """Copy whole pages in.
+
+        Args:
+            table: int64 [n] on the memory's device, where each goes.
+            first_kv_head: of this memory, the first one of `pages`.
+            pages: on any device.
+
+        Raises:
+            PageFormatError: they are of another format.
+            TransferError: they do not fit in.
+        """
+        values, whole = pages.values, self.layer(layer)
+        whole.check_format(pages)
+        target = whole.heads(first_kv_head, values.shape[1])
+        if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
+            raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")
+        pages = pages.on(self.device)
+        target.bits.index_copy_(0, table, pages.bits)
+        if pages.scales is not None and target.scales is not None:
+            target.scales.index_copy_(0, table, pages.scales)
+
+
+class PagePool(PageMemory):
     """Page memory of one process, and a reference count for each page.
 
     A page is free when nobody holds it. Shared pages (several choices of one prompt) are held
@@ -201,8 +255,18 @@ class PagePool:
             if geometry.quantized
             else None
         )
+        # With its index, where one was named without.
+        self.device = self.memory.device
         self._holders = [0] * num_pages
         self._free = num_pages
+
+    @property
+    def slabs(self) -> tuple[Tensor, ...]:
+        return (self.memory,)
+
+    @property
+    def scale_slabs(self) -> tuple[Tensor, ...]:
+        return () if self.scales is None else (self.scales,)
 
     @property
     def num_free(self) -> int:
@@ -274,38 +338,11 @@ class PagePool:
         """What was set aside is not brought back."""
 
     def layer(self, layer: int) -> Pages:
-        """A view of all pages of one layer."""
         return Pages(self.memory[layer], self.layer_scales(layer))
-
-    def held(self, layer: int, numbers: npt.NDArray[np.int64]) -> HeldPages:
-        """Some pages of one layer, which someone holds."""
-        return HeldPages(self.layer(layer), numbers, page_index(numbers, self.memory.device))
 
     def layer_scales(self, layer: int) -> Tensor | None:
         """float32 [pages, kv_heads, 2] of one layer, where pages are of 8 bits."""
         return None if self.scales is None else self.scales[layer]
-
-    def put(self, layer: int, table: Tensor, first_kv_head: int, pages: Pages) -> None:
-        """Copy whole pages in.
-
-        Args:
-            table: int64 [n] on the pool's device, where each goes.
-            first_kv_head: of this pool, the first one of `pages`.
-            pages: on any device.
-
-        Raises:
-            PageFormatError: they are of another format.
-            TransferError: they do not fit in.
-        """
-        values, whole = pages.values, self.layer(layer)
-        whole.check_format(pages)
-        target = whole.heads(first_kv_head, values.shape[1])
-        if len(table) != len(pages) or target.values.shape[1:] != values.shape[1:]:
-            raise TransferError(f"pages of shape {tuple(values.shape)} do not fit in")
-        pages = pages.on(self.memory.device)
-        target.bits.index_copy_(0, table, pages.bits)
-        if pages.scales is not None and target.scales is not None:
-            target.scales.index_copy_(0, table, pages.scales)
 
     def put_whole(self, layer: int, table: Tensor, pages: Pages) -> None:
         """As `put`, of all KV heads and in the pool's own format."""

@@ -1,6 +1,7 @@
 """vLLM as it is and with the plugin of plugins/vllm: how fast, and whether it finds needles.
 
     python -m longreach.lab.vllm_bench speed --engine vllm+plugin --tokens 1K,8K,128K,1000000
+    python -m longreach.lab.vllm_bench crowd --engine vllm --at-once 48
     python -m longreach.lab.vllm_bench needles --lengths 2K,32K,128K --prompts 20
 
 Runs where vLLM is installed; each command starts it in this process.

@@ -24,7 +24,11 @@ _ROOM = 256
 
 @dataclass(frozen=True)
 class Line:
-    """A row of docs/bench/vllm.csv. `right` of `asked` needles, or seconds and milliseconds."""
+    """A row of docs/bench/vllm.csv. `right` of `asked` needles, or seconds and milliseconds.
+
+    Of a crowd, `tpot_ms` is all of the time, waiting for prompts included, over the tokens of
+    each that is answered at once.
+    """
 
     engine: str
     what: str
@@ -46,13 +50,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m longreach.lab.vllm_bench")
     commands = parser.add_subparsers(dest="what", required=True)
     speed, needles = commands.add_parser("speed"), commands.add_parser("needles")
-    speed.add_argument("--engine", choices=ENGINES, required=True)
-    speed.add_argument("--shape", choices=sorted(known_shapes()), default="qwen2.5-7b-1m")
+    crowd = commands.add_parser("crowd")
+    for command in (speed, crowd):
+        command.add_argument("--engine", choices=ENGINES, required=True)
+        command.add_argument("--shape", choices=sorted(known_shapes()), default="qwen2.5-7b-1m")
+    crowd.add_argument("--at-once", type=int, default=48)
+    crowd.add_argument("--rounds", type=int, default=4, help="of so many prompts")
+    crowd.add_argument("--generate", type=int, default=257)
     speed.add_argument("--generate", type=int, default=65, help="tokens of each answer")
     speed.add_argument("--runs", type=int, default=5, help="of prompts up to 16K; 1 of longer ones")
     needles.add_argument("--prompts", type=int, default=20)
     needles.add_argument("--dtype", default="auto")
-    for command, lengths in ((speed, "1K,8K,128K"), (needles, "2K,32K,128K")):
+    lengths_of = ((speed, "1K,8K,128K"), (needles, "2K,32K,128K"), (crowd, "1K"))
+    for command, lengths in lengths_of:
         command.add_argument("--tokens", "--lengths", type=_lengths, default=lengths)
         command.add_argument("--chunk-tokens", type=int, default=32768)
         command.add_argument("--gpus", type=int, default=1, help="that divide the model's heads")
@@ -60,10 +70,8 @@ def main() -> None:
         command.add_argument("--csv", type=Path, help="where lines are added")
         command.add_argument("--commit", default="")
     given = parser.parse_args()
-    if given.what == "speed":
-        _measure_speed(given)
-    else:
-        _find_needles(given)
+    measure = {"speed": _measure_speed, "needles": _find_needles, "crowd": _answer_many}
+    measure[given.what](given)
 
 
 def _measure_speed(given: argparse.Namespace) -> None:
@@ -81,6 +89,26 @@ def _measure_speed(given: argparse.Namespace) -> None:
         ttft = statistics.median(each.ttft for each in found)
         tpots = [each.tpot_ms for each in found if each.tpot_ms is not None]
         _add(given, given.shape, tokens, ttft=ttft, tpot_ms=statistics.median(tpots))
+
+
+def _answer_many(given: argparse.Namespace) -> None:
+    """Answers to many prompts, so many at once; the next begins when one has ended."""
+    folder, longest = known_shapes()[given.shape], max(given.tokens) + given.generate + _ROOM
+    engine = Engine(
+        given.engine, folder, longest, given.chunk_tokens, gpu_memory_utilization=given.memory,
+        max_num_seqs=given.at_once, tensor_parallel_size=given.gpus,
+    )  # fmt: skip
+    for tokens in given.tokens:
+        count = given.at_once * given.rounds
+        prompts = [_random(tokens, seed) for seed in range(count + given.at_once)]
+        engine.ask(prompts[count:], 2, ())
+        begun = time.perf_counter()
+        engine.ask(prompts[:count], given.generate, ())
+        seconds = time.perf_counter() - begun
+        print(f"{tokens} tokens: {count * given.generate / seconds:.0f} tokens/s", flush=True)
+        # As if each of those that are answered at once got its tokens at an even pace.
+        pace = seconds / given.rounds / given.generate * 1e3
+        _add(given, given.shape, tokens, tpot_ms=pace, asked=count)
 
 
 def _find_needles(given: argparse.Namespace) -> None:

@@ -9,9 +9,11 @@ lacks something.
 from functools import wraps
 from typing import Any
 
+import numpy as np
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 _DESCRIBES = "_build_attention_metadata"
+_NOTES = "_bookkeeping_sync"
 
 
 def hand_over_prompt_lengths() -> None:
@@ -27,6 +29,32 @@ def hand_over_prompt_lengths() -> None:
         return original(runner, *args, **kwargs)
 
     setattr(GPUModelRunner, _DESCRIBES, describe)
+
+
+def take_draws_back_on_cpus() -> None:
+    """Let requests with seeds have prompts that are computed in parts, on CPUs too.
+
+    A part of a prompt draws a token that nobody wants, and the runner takes the draw back by an
+    offset, which generators on CPUs have not. Until its prompt is whole a request has drawn nothing
+    that counts, so its generator may as well begin anew.
+    """
+    original = getattr(GPUModelRunner, _NOTES)
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def note(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        discarded = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+        aside = {row: batch.generators.pop(row) for row in discarded if row in batch.generators}
+        for generator in aside.values():
+            generator.manual_seed(generator.initial_seed())
+        try:
+            return original(runner, *args, **kwargs)
+        finally:
+            batch.generators.update(aside)
+
+    setattr(GPUModelRunner, _NOTES, note)
 
 
 def give(attention_groups: Any, prompts: Any) -> None:

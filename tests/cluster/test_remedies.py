@@ -72,6 +72,7 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (errors.CannotMapPagesError("no"), {"transport.kind"}),
     (errors.CannotReachPagesError("no"), {"transport.kind"}),
     (errors.NoNixlError(), {"transport.kind"}),
+    (errors.NoVllmError("no"), {"decode.engine"}),
 ]  # fmt: skip
 NO_REMEDY = (
     errors.OutOfPagesError(2, 1, 8),

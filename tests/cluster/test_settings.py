@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,48 @@ def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> Non
         check_model(parse_settings(raw))
     raw["limits"]["max_model_len"] = 1_000_000
     check_model(parse_settings(raw))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"weights": "fp8"}}, "model.weights fp8 is not for decode.engine vllm"),
+        ({"model": {"kv_cache_dtype": "fp8_e4m3"}}, "model.kv_cache_dtype fp8_e4m3 is not for"),
+        (
+            {"model": {"dtype": "float32", "kv_cache_dtype": "bfloat16"}},
+            "model.kv_cache_dtype bfloat16 beside model.dtype float32",
+        ),
+        ({"decode": {"prefill_up_to": 200_000}}, "lower decode.prefill_up_to"),
+        ({"decode": {"tensor_parallel": 2}}, "decode.tensor_parallel (2) is not for"),
+        (
+            {"limits": {"max_output_tokens": 4097}, "decode": {"kv_cache_tokens": 1_090_560}},
+            "make it 1091584 or more",
+        ),
+    ],
+)
+def test_what_only_the_own_engine_does_is_refused_beside_vllm(
+    raw: dict[str, Any], changes: dict[str, dict[str, Any]], said: str
+) -> None:
+    changed = {**raw, **{name: {**raw[name], **values} for name, values in changes.items()}}
+    parse_settings(changed)
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        parse_settings({**changed, "decode": {**changed["decode"], "engine": "vllm"}})
+
+
+def test_vllm_is_for_models_with_dual_chunks(raw: dict[str, Any], tmp_path: Path) -> None:
+    engine = {**raw["decode"], "engine": "vllm"}
+    check_model(parse_settings({**raw, "decode": engine}))
+    folder = CHECKPOINT
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dual_chunk_attention_config"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = {**raw["model"], "path": str(tmp_path)}
+    check_model(parse_settings({**raw, "model": model}))
+    with pytest.raises(ConfigurationError, match=r"set decode\.engine: native"):
+        check_model(parse_settings({**raw, "model": model, "decode": engine}))
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,13 @@ def test_what_vllm_computes_with_is_free_of_vllm(house: House) -> None:
     assert "vllm" in house.modules["plugins.vllm.backend"].foreign
 
 
+def test_an_engine_of_vllm_is_tested_without_one(house: House) -> None:
+    """All but what starts it, and what is handed to it."""
+    reached = house.reach("plugins.vllm_decode.decoder")
+    assert {name for name in reached if "vllm" in house.modules[name].foreign} == set()
+    assert "plugins.vllm_decode.held_to" in reached
+
+
 def test_the_engines_rooms_stand_on_those_before_them(house: House) -> None:
     level = {room: number for number, rooms in enumerate(ENGINE) for room in rooms}
     arrows = [

@@ -29,7 +29,7 @@ from longreach.engine.model.pocket import CHECKPOINT
 from .pair import SECONDS, Handle, Pair, make_prompt, replace_ray, settings_of
 
 PAGES = HeldPages(Pages(torch.zeros(1, 1, 2, 128, 4)), np.array([3]), slice(3, 4))
-POOL = SharedPool("pool", "here", (torch.zeros, (1,)), None)
+POOL = SharedPool("pool", "here", ((torch.zeros, (1,)),), ())
 
 
 @pytest.fixture(autouse=True)

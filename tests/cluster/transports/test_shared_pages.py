@@ -262,7 +262,7 @@ def test_memory_that_cannot_be_mapped_is_refused_with_the_reason() -> None:
 
     case = Case("cpu", torch.bfloat16, False)
     shared = SharedPool.of(case.make_pool(RANK_HEADS, case.pages), HOST)
-    broken = dataclasses.replace(shared, memory=(fail, ()))
+    broken = dataclasses.replace(shared, memory=((fail, ()),))
     run = AnnouncedRun(Place(0, FIRST_PAGE, FIRST_HEAD), case.numbers)
     with pytest.raises(CannotMapPagesError) as refused:
         Receiver(case).reader.read("a", broken, [run])
@@ -291,10 +291,10 @@ def test_a_mapping_ends_with_the_last_request_that_comes_through_it() -> None:
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal mapped
         mapped += 1
-        function, own = shared.memory
+        [(function, own)] = shared.memory
         return function(*own)
 
-    counting = dataclasses.replace(shared, memory=(counted, ()))
+    counting = dataclasses.replace(shared, memory=((counted, ()),))
     run = AnnouncedRun(Place(1, FIRST_PAGE, FIRST_HEAD), case.numbers)
     for _ in range(3):
         receiver.reader.read("a", counting, [run])

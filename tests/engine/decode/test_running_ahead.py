@@ -207,6 +207,7 @@ def test_too_little_memory_for_a_step_ends_one_request_and_loses_no_token(model:
     step.fails = True
     outputs += decoder.step()
     [(ended, error)] = [each for each in outputs if isinstance(each[1], StepOutOfMemoryError)]
+    assert isinstance(error, StepOutOfMemoryError)
     assert (ended, error.sequences) == ("b", 2)
     outputs += run(decoder)
     alone, _ = make_decoder(model, ahead=False)

@@ -1,0 +1,20 @@
+"""What stands between vLLM and a decode worker."""
+
+from dataclasses import dataclass
+
+from ...engine.errors import ConfigurationError, FactualError
+
+
+@dataclass(eq=False)
+class OtherPagesError(FactualError, ConfigurationError):
+    """vLLM's blocks are not laid out as pages are: `shape` is what a layer of them has."""
+
+    shape: tuple[int, ...]
+    expected: tuple[int, ...]
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"vLLM keeps a layer of its KV cache as {self.shape}, and pages are {self.expected}; "
+            "this vLLM was never seen to do that"
+        )

@@ -1,0 +1,44 @@
+"""vLLM's KV cache as pages: what a transport writes into, and reads from."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...engine.kv.pages import PageGeometry, PageMemory, Pages
+from ...kernels.page_size import PAGE_TOKENS
+from .errors import OtherPagesError
+
+
+class LayeredMemory(PageMemory):
+    """One tensor a layer, [pages, kv_heads, 2, 128, head_dim], allocated by somebody else.
+
+    Raises:
+        OtherPagesError: one of them is laid out in another way.
+    """
+
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        first = layers[0]
+        self.device: torch.device = first.device
+        self.geometry = PageGeometry(len(layers), first.shape[1], first.shape[-1], first.dtype)
+        expected = (len(first), first.shape[1], 2, PAGE_TOKENS, first.shape[-1])
+        for layer in layers:
+            if tuple(layer.shape) != expected or not layer.is_contiguous():
+                raise OtherPagesError(tuple(layer.shape), expected)
+        self._slabs = tuple(layer[None] for layer in layers)
+
+    @property
+    def num_pages(self) -> int:
+        """Those that no sequence may have included."""
+        return self._slabs[0].shape[1]
+
+    @property
+    def slabs(self) -> tuple[Tensor, ...]:
+        return self._slabs
+
+    @property
+    def scale_slabs(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def layer(self, layer: int) -> Pages:
+        return Pages(self._slabs[layer][0])

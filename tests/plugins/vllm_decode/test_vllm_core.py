@@ -1,0 +1,101 @@
+"""The engine over vLLM itself, in this process, on a CPU: `make test-vllm`.
+
+What a cluster does not do on purpose: leaving at each moment of a request.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.engine.decode.step import PromptLimits
+from longreach.engine.kv.hand_off import Place
+from longreach.engine.kv.pages import PageGeometry, Pages
+from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
+from longreach.engine.model.config import ModelConfig
+from longreach.engine.model.files import ModelFiles
+from longreach.engine.model.pocket import CHECKPOINT
+from longreach.kernels.page_size import PAGE_TOKENS, pages_for
+from longreach.plugins.vllm_decode.decoder import VllmDecoder
+
+pytestmark = pytest.mark.live
+
+PAGES, TOKENS = 64, 300
+NO_LOGITS = np.zeros(1, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> VllmDecoder:
+    from longreach.plugins.vllm_decode.start import start
+
+    config = ModelConfig.from_folder(CHECKPOINT)
+    pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
+    return start(ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256), on_gpu=False)
+
+
+def request(name: str, **sampling: Any) -> GenerationRequest:
+    asked = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
+    prompt = np.arange(TOKENS, dtype=np.int32) % 250
+    return GenerationRequest(name, prompt, SamplingParameters(**asked), time.time())
+
+
+def hand_over(decoder: VllmDecoder, name: str) -> None:
+    """Pages of nothing in particular."""
+    shape = (pages_for(TOKENS), decoder.pool.geometry.num_kv_heads, 2, PAGE_TOKENS, 64)
+    for layer in range(decoder.pool.geometry.num_layers):
+        decoder.receive(name, Place(layer, 0, 0), Pages(torch.full(shape, 0.01)))
+
+
+def drain(decoder: VllmDecoder) -> int:
+    """Steps until nothing is left; returns how many tokens came."""
+    count = 0
+    for _ in range(400):
+        if not decoder.has_work:
+            return count
+        count += sum(
+            len(output.tokens) for _, output in decoder.step() if isinstance(output, Delta)
+        )
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("start", [1, 2])
+@pytest.mark.parametrize("steps", range(7))
+def test_whoever_leaves_at_whatever_moment_leaves_no_block(
+    decoder: VllmDecoder, steps: int, start: int, choices: int
+) -> None:
+    """With a second request beside it, which has all of its tokens."""
+    name = f"left-{steps}-{start}-{choices}"
+    decoder.reserve(request(name, choices=choices))
+    decoder.admit(request(f"{name}-beside"))
+    for number in range(steps):
+        decoder.step()
+        if number + 1 == start:
+            hand_over(decoder, name)
+            decoder.start(name, NO_LOGITS)
+    before = decoder.num_generating
+    decoder.cancel(name)
+    assert decoder.num_generating == before - (steps >= start)
+    # It has had some already.
+    assert 20 >= drain(decoder) > 0
+    assert decoder.usage == 0.0
+    assert not decoder.has_work
+
+
+def test_choices_find_the_prompt_that_the_first_one_has(decoder: VllmDecoder) -> None:
+    """They never take more pages than were counted for them: 2 of the prompt's are shared."""
+    decoder.reserve(request("many", choices=3))
+    decoder.step()
+    hand_over(decoder, "many")
+    decoder.start("many", NO_LOGITS)
+    least = PAGES
+    count = 0
+    while decoder.has_work:
+        count += sum(len(o.tokens) for _, o in decoder.step() if isinstance(o, Delta))
+        least = min(least, round((1 - decoder.usage) * PAGES))
+    assert count == 3 * 20
+    assert PAGES - least <= 2 + 3
+    assert decoder.usage == 0.0
+    assert decoder.num_preemptions == 0
