@@ -144,12 +144,15 @@ def _lead(
     for number in range(len(batch)):
         logits = generator.standard_normal(model.config.vocab_size, dtype=np.float32)
         decoder.start(str(number), logits)
-    device, steps, outputs = pool.memory.device, [], []
+    device, outputs = pool.memory.device, []
+    steps, started = [], time.perf_counter()
     while decoder.has_work:
-        started = time.perf_counter()
-        outputs += decoder.step()
-        synchronize(device)
-        steps.append(time.perf_counter() - started)
+        said = decoder.step()
+        # Nothing is said where the next step is launched before this one is looked at.
+        if said:
+            outputs += said
+            steps.append(time.perf_counter() - started)
+            started = time.perf_counter()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return SpanRun(steps, [_first(outputs, str(n)) for n in range(len(batch))], free)
 
