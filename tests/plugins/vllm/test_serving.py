@@ -125,7 +125,7 @@ def cached(address: str) -> float:
     return sum(float(each.split()[-1]) for each in lines)
 
 
-@pytest.mark.parametrize(("tokens", "by_others"), [(4096, True), (40000, False)])
+@pytest.mark.parametrize(("tokens", "by_others"), [(1536, True), (40000, False)])
 def test_prefixes_are_kept_where_they_are_right(address: str, tokens: int, by_others: bool) -> None:
     """A long prompt's pages depend on all of it: the same prompt finds them, no other does."""
     content = needle(tokens, 7).content

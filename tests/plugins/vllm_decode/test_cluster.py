@@ -28,14 +28,14 @@ from ...cluster.conftest import (
 pytestmark = pytest.mark.live
 
 MODEL = "longreach-pocket"
-PORT = 8600
+PORT, CHUNK_TOKENS = 8600, 2048
 OWN = 1024
 """Prompts of up to so many tokens are computed by vLLM."""
 
 SETTINGS: dict[str, Any] = {
     "model": {"path": "pocket", "name": MODEL, "dtype": "float32"},
     "limits": {"max_model_len": 65536, "max_output_tokens": 1024, "max_choices": 4},
-    "prefill": {"chunk_tokens": 2048, "kv_cache_tokens": 131072, "cpus_per_rank": 0.5},
+    "prefill": {"chunk_tokens": CHUNK_TOKENS, "kv_cache_tokens": 131072, "cpus_per_rank": 0.5},
     "decode": {
         "engine": "vllm", "kv_cache_tokens": 98304, "cpus": 0.5, "prefill_up_to": OWN,
         "max_batch": 4,
@@ -142,7 +142,7 @@ def test_log_probabilities_are_those_of_the_gangs_engine(
     from longreach.engine.local import LocalPrefill
 
     prompt = make_prompt(tokenizer, 5000)
-    logits = LocalPrefill(CHECKPOINT, max_tokens=8192).logits(prompt)
+    logits = LocalPrefill(CHECKPOINT, max_tokens=8192).logits(prompt, CHUNK_TOKENS)
     expected = torch.log_softmax(logits, 0)
     answer = client.completions.create(
         model=MODEL, prompt=prompt.tolist(), max_tokens=3, logprobs=5, temperature=0
