@@ -119,7 +119,7 @@ def _run_once(subject: Subject, tokens: int, sparse: bool, new_tokens: int) -> P
             first_token = time.perf_counter()
             stages = add_up(results)
             prefiller.release("a")
-            steps = _steps(decoder, subject.device)
+            steps = _steps(decoder)
         finally:
             prefiller.release("a")
             decoder.cancel("a")
