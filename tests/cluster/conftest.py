@@ -20,7 +20,7 @@ from ..prometheus import free_port
 
 MODEL = "longreach-pocket"
 MOST_WAITING = 2
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 1024
 LONG = 60_000
 """Tokens that take long enough to be interrupted."""
 

@@ -83,7 +83,8 @@ def test_prompts_are_scored_by_all_ranks(client: openai.OpenAI, tokenizer: Token
     from longreach.engine.local import LocalPrefill
     from longreach.engine.model.pocket import CHECKPOINT
 
-    prompts = [make_prompt(tokenizer, 2 * CHUNK_TOKENS + 100), *[make_prompt(tokenizer, 9)] * 11]
+    # As long as prefill is dense: what it selects otherwise goes by chunks.
+    prompts = [make_prompt(tokenizer, CHUNK_TOKENS + 900), *[make_prompt(tokenizer, 9)] * 11]
     answer = client.completions.create(
         model=MODEL, prompt=[prompt.tolist() for prompt in prompts], max_tokens=0, logprobs=0,
         echo=True,
@@ -122,13 +123,13 @@ def test_a_tool_is_called(client: openai.OpenAI) -> None:
 def test_answers_equal_those_of_one_process(
     client: openai.OpenAI, tokenizer: Tokenizer, cluster: LocalCluster
 ) -> None:
-    """Two ranks, chunks of 2048 and a hand-off, against one process and one chunk."""
+    """Two ranks, two chunks and a hand-off, against one process and one chunk; dense."""
     import torch
 
     from longreach.engine.local import LocalPrefill
     from longreach.engine.model.pocket import CHECKPOINT
 
-    prompt = make_prompt(tokenizer, 5000)
+    prompt = make_prompt(tokenizer, CHUNK_TOKENS + 900)
     answer = client.completions.create(
         model=MODEL, prompt=prompt.tolist(), max_tokens=6, temperature=0, logprobs=1,
         extra_body={"ignore_eos": True},
