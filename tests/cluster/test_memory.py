@@ -250,7 +250,7 @@ def test_warming_up_without_memory_names_settings_that_are_too_large(
     assert "prefill.chunk_tokens" in raised.value.remedy
     cause = raised.value.__cause__
     assert isinstance(cause, ChunkOutOfMemoryError)
-    assert (cause.start, cause.end) == (0, 2048)
+    assert (cause.start, cause.end) == (0, settings.gangs[0].prefill.chunk_tokens)
 
 
 def test_what_a_process_said_at_its_start_is_what_a_user_is_told(

@@ -267,7 +267,7 @@ def test_sparse_prefill_that_is_asked_for_needs_budgets(without_budgets: dict[st
     raw["prefill"]["sparse"] = True
     with pytest.raises(ConfigurationError, match=r"prefill\.sparse .* 2,048 tokens"):
         check_model(parse_settings(raw))
-    raw["limits"]["max_model_len"] = 2_048
+    raw["limits"] |= {"max_model_len": 2_048, "max_output_tokens": 512}
     check_model(parse_settings(raw))
     assert warnings_about(parse_settings(raw)) == []
 
