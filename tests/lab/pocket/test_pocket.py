@@ -81,7 +81,11 @@ def test_the_training_model_is_the_engines_beyond_one_chunk(tmp_path: Path) -> N
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     prompt = np.random.default_rng(0).integers(0, 250, 6000, dtype=np.int32)
     config = json.loads((CHECKPOINT / "config.json").read_text())
-    config["dual_chunk_attention_config"]["original_max_position_embeddings"] = 2048
+    # The training model's attention is dense.
+    config["dual_chunk_attention_config"] |= {
+        "original_max_position_embeddings": 2048,
+        "sparse_attention_threshold": len(prompt),
+    }
     folder = tmp_path / "sharpened"
     shutil.copytree(CHECKPOINT, folder)
     (folder / "config.json").write_text(json.dumps(config))
