@@ -21,7 +21,7 @@ def split_pairs(pairs, PACKED: tl.constexpr):
     PACKED: two pairs at once in a register, for GPUs; Triton's interpreter knows no assembler.
     """
     if PACKED:
-        # Each lop3 is (a & b) | c, of three registers.
+        # Each lop3 is (a & b) | c.
         lower, higher = tl.inline_asm_elementwise(
             """
             {

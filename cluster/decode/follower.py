@@ -9,22 +9,22 @@ import logging
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Listener
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.errors import LongreachError, LostError, TransferError, UnavailableError
+from ...engine.errors import LostError, TransferError, UnavailableError
 from .. import metrics
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
+from .fences import check_epoch, unless_broken
 from .meeting import WorkerMeeting
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from ...engine.decode.follower import Follower, FollowerPages
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _ENDED_REMEMBERED = 4096
 
@@ -159,13 +157,13 @@ class DecodeFollower:
     async def deliver(self, request_id: str, epoch: int, message: Any) -> None:
         """Take pages of a request, as `DecodeWorker.deliver`."""
         self._check_epoch(request_id, epoch)
-        size = await self._at_the_copier(self._copier.copy(request_id, message))
+        size = await unless_broken(self._copier.copy(request_id, message), self._fail)
         self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def send_back(self, request_id: str, epoch: int, message: Any) -> Any:
         """Let a gang that goes on have pages back, as `DecodeWorker.send_back`."""
         self._check_epoch(request_id, epoch)
-        return await self._at_the_copier(self._copier.send_back(request_id, message))
+        return await unless_broken(self._copier.send_back(request_id, message), self._fail)
 
     async def all_came(self, request_id: str) -> None:
         """All pages of a request have come; it generates from now on."""
@@ -189,21 +187,7 @@ class DecodeFollower:
         self._epochs.pop(request_id, None)
 
     def _check_epoch(self, request_id: str, epoch: int) -> None:
-        own = self._epochs.get(request_id)
-        if own is None:
-            raise TransferError(f"request {request_id} takes no pages; it was cancelled")
-        if own != epoch:
-            raise TransferError(f"request {request_id} goes on with another gang")
-
-    async def _at_the_copier(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            return await work
-        except LongreachError:
-            raise
-        except Exception as error:
-            # A device that no longer works fails every request here.
-            self._fail(error)
-            raise
+        check_epoch(request_id, self._epochs.get(request_id), epoch)
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:

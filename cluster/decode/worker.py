@@ -4,11 +4,11 @@ import asyncio
 import logging
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ...engine.errors import (
     InvalidRequestError,
@@ -29,6 +29,7 @@ from ..settings import WorkerSettings
 from ..streams import BEAT_SECONDS
 from ..tasks import forever
 from .answer_clock import AnswerClock
+from .fences import check_epoch, unless_broken
 from .meeting import WorkerMeeting
 from .outbox import Outboxes, Said
 from .stepper import Stepped, Stepper, Turn, are_over
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 _ENDED_REMEMBERED = 4096
 _DRAIN_SECONDS = 20.0
@@ -264,7 +264,7 @@ class DecodeWorker:
             TransferError: the request takes no pages, or not these, or not from this gang.
         """
         self._check_epoch(request_id, epoch)
-        size = await self._at_the_copier(self._copier.copy(request_id, message))
+        size = await unless_broken(self._copier.copy(request_id, message), self._fail)
         self._sink.add(metrics.HANDOFF_BYTES, size)
 
     async def send_back(self, request_id: str, epoch: int, message: Any) -> Any:
@@ -274,24 +274,11 @@ class DecodeWorker:
             TransferError: as `deliver`.
         """
         self._check_epoch(request_id, epoch)
-        return await self._at_the_copier(self._copier.send_back(request_id, message))
+        return await unless_broken(self._copier.send_back(request_id, message), self._fail)
 
     def _check_epoch(self, request_id: str, epoch: int) -> None:
         request = self._requests.get(request_id)
-        if request is None:
-            raise TransferError(f"request {request_id} takes no pages; it was cancelled")
-        if request.epoch != epoch:
-            raise TransferError(f"request {request_id} goes on with another gang")
-
-    async def _at_the_copier(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            return await work
-        except LongreachError:
-            raise
-        except Exception as error:
-            # A device that no longer works fails every request here, and no step ever finds out.
-            self._fail(error)
-            raise
+        check_epoch(request_id, None if request is None else request.epoch, epoch)
 
     async def answer(self, request_id: str, logits: "Logits", order: AnswerOrder) -> None:
         """Generate from a prompt whose pages have all come; returns when all choices are finished.

@@ -31,7 +31,7 @@ from ..errors import (
     StepOutOfMemoryError,
     TransferError,
 )
-from ..kv.hand_off import Place
+from ..kv.hand_off import Place, held_at
 from ..kv.pages import HeldPages, PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, GenerationRequest, Progress
@@ -218,12 +218,9 @@ class Decoder(DecodeEngine):
         return self._receiving(request_id).arrivals.complete_tokens
 
     def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
-        table = self._receiving(request_id).block_tables[0].pages
-        numbers = table[place.first_page : place.first_page + num_pages]
-        held = self._pool.held(place.layer, numbers).heads(place.first_kv_head, num_kv_heads)
-        if (len(held), held.layer.values.shape[1]) != (num_pages, num_kv_heads):
-            raise TransferError(f"request {request_id} has no such pages at {place}")
-        return held
+        pages = self._receiving(request_id).block_tables[0].pages
+        own = place.first_kv_head
+        return held_at(self._pool, request_id, place, own, pages, num_pages, num_kv_heads)
 
     def _receiving(self, request_id: str) -> Reservation:
         reservation = self._reservations.get(request_id)

@@ -14,7 +14,7 @@ import torch
 from ...kernels.pages import BlockTable
 from ..errors import ReceiveOutOfMemoryError, RefusedPagesError, TransferError
 from ..kv.arrivals import Arrivals
-from ..kv.hand_off import Place, RequestPages
+from ..kv.hand_off import Place, RequestPages, held_at
 from ..kv.pages import HeldPages, PagePool, Pages, SetAside
 from ..memory.out_of_memory import out_of_memory_raises
 from .orders import (
@@ -148,12 +148,9 @@ class FollowerPages(RequestPages):
         return self._expecting(request_id).arrivals.complete_tokens
 
     def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
-        table = self._expecting(request_id).table.pages
-        numbers = table[place.first_page : place.first_page + num_pages]
-        held = self._pool.held(place.layer, numbers).heads(self._own_head(place), num_kv_heads)
-        if (len(held), held.layer.values.shape[1]) != (num_pages, num_kv_heads):
-            raise TransferError(f"request {request_id} has no such pages at {place}")
-        return held
+        pages = self._expecting(request_id).table.pages
+        own = self._own_head(place)
+        return held_at(self._pool, request_id, place, own, pages, num_pages, num_kv_heads)
 
     def _expecting(self, request_id: str) -> _Expected:
         expected = self._expected.get(request_id)

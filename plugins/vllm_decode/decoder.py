@@ -10,7 +10,7 @@ rules as in Longreach's own engine.
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from ...engine.errors import (
     TransferError,
 )
 from ...engine.kv.arrivals import Arrivals
-from ...engine.kv.hand_off import Place
+from ...engine.kv.hand_off import Place, held_at
 from ...engine.kv.pages import HeldPages, PageMemory, Pages
 from ...engine.memory.out_of_memory import out_of_memory_raises
 from ...engine.messages import Delta, GenerationRequest, Progress
@@ -205,12 +205,9 @@ class VllmDecoder(DecodeEngine):
         return self._receiving(request_id).arrivals.complete_tokens
 
     def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
-        table = self._table(request_id, self._receiving(request_id))
-        held = self.pool.held(place.layer, _part(table, place, num_pages))
-        heads = held.layer.heads(place.first_kv_head, num_kv_heads)
-        if (len(held), heads.values.shape[1]) != (num_pages, num_kv_heads):
-            raise TransferError(f"request {request_id} has no such pages at {place}")
-        return replace(held, layer=heads)
+        pages = self._table(request_id, self._receiving(request_id))
+        own = place.first_kv_head
+        return held_at(self.pool, request_id, place, own, pages, num_pages, num_kv_heads)
 
     def start(
         self, request_id: str, logits: Logits, constraint: Constraint | None = None
