@@ -12,8 +12,9 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         tokens int32 [n], the lowest id among equals, and the natural logarithm of their
-        probability, float32 [n], computed in float32. It is not finite, and the token means
-        nothing, where a row holds NaN or infinity, or nothing but -infinity.
+        probability, float32 [n], computed in float32. It is not finite, and the token any one of
+        the vocabulary, where a row holds NaN or infinity, or nothing but -infinity: a step that
+        was launched ahead looks it up before anybody has seen that.
     """
     if logits.is_cuda:
         from . import triton_greedy

@@ -51,7 +51,9 @@ def _best_of_block(logits, maxima, sums, places, row_stride, vocab, blocks, BLOC
     result = row * blocks + block
     tl.store(maxima + result, highest)
     tl.store(sums + result, tl.sum(weights, 0))
-    tl.store(places + result, block * BLOCK + tl.argmax(x, 0, tie_break_left=True))
+    # Among NaN any place may come out as the best: also one behind the row, which is no token.
+    place = block * BLOCK + tl.argmax(x, 0, tie_break_left=True)
+    tl.store(places + result, tl.minimum(place, vocab - 1))
 
 
 @triton.jit

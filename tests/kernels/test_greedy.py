@@ -56,12 +56,15 @@ def test_equals_in_different_blocks_and_tokens_that_cannot_come(version) -> None
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")  # in the interpreter
 @every_version
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_damage_shows_in_the_probability_of_its_own_row(version, value) -> None:
-    logits = torch.randn(3, 9_000, device=DEVICE)
-    logits[0, 8_191] = value
+@pytest.mark.parametrize("vocab", [9_000, 97])
+def test_damage_shows_in_the_probability_of_its_own_row(version, value, vocab) -> None:
+    logits = torch.randn(4, vocab, device=DEVICE)
+    logits[0, vocab - 2] = value
     logits[1] = -torch.inf
-    _, logprobs = version.best_tokens(logits)
-    assert logprobs.isfinite().tolist() == [False, False, True]
+    logits[2] = value
+    tokens, logprobs = version.best_tokens(logits)
+    assert logprobs.isfinite().tolist() == [False, False, False, True]
+    assert all(0 <= token < vocab for token in tokens.tolist())
 
 
 def test_the_package_is_what_the_device_needs() -> None:
