@@ -21,7 +21,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +52,17 @@ class Answer:
 
     first: float
     gaps: tuple[float, ...]
+
+    @classmethod
+    def of(cls, started: float, moments: Sequence[float]) -> "Answer":
+        """From when its events came.
+
+        Raises:
+            ValueError: there were none, since no token had text of its own.
+        """
+        if not moments:
+            raise ValueError("an answer had no text, so no event: ask with --every-token")
+        return cls(moments[0] - started, tuple(b - a for a, b in pairwise(moments)))
 
 
 class Client:
@@ -90,9 +101,7 @@ class Client:
         started = time.perf_counter()
         came: list[tuple[float, int]] = []
         await self.listen(tokens, answer, came)
-        moments = [at for at, _ in came]
-        gaps = tuple(after - before for before, after in pairwise(moments))
-        return Answer(moments[0] - started, gaps)
+        return Answer.of(started, [at for at, _ in came])
 
     async def listen(self, tokens: int, answer: int, came: list[tuple[float, int]]) -> None:
         """Note every event of an answer as it comes: its moment, and how many tokens it has.

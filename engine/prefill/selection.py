@@ -179,7 +179,8 @@ class ChunkSelector:
             chosen = torch.cat((chosen.columns, distances), 1)
         with self._stages.time("communication"):
             every = mesh.gather_over_sequence_ranks(chosen).flatten(0, 1)[: len(lines)]
-        return Selections(every[:, :width].contiguous(), every[:, width:].contiguous())
+            end = self._windows[-1].end
+            return Selections.received(every[:, :width], every[:, width:], end)
 
     def _keys(self, heads: int) -> list[int]:
         """How many keys each line looks at: heads of one window after another."""

@@ -85,6 +85,19 @@ class Selections:
         most_distances = max(len(each) for each in distances)
         return cls(_filled_up(columns, most_columns), _filled_up(distances, most_distances))
 
+    @classmethod
+    def received(cls, columns: Tensor, distances: Tensor, keys: int) -> "Selections":
+        """From other ranks, of a prompt whose first `keys` tokens have pages.
+
+        A collective that is given up while a rank waits for it leaves anything in its result. What
+        was launched behind it still runs, and looks up what stands there; nobody takes the outcome.
+        So numbers that are none of the prompt's become `NOTHING`, and distances rise from 0: columns
+        may be out of order, which kernels bear.
+        """
+        distances = _within(distances, -(-keys // BLOCK_ROWS)).sort(1).values
+        distances[:, 0] = 0
+        return cls(_within(columns, keys), distances)
+
     def of_head(self, head: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Columns and distances of one head, as they are without filling."""
         columns, distances = (each[head].cpu().numpy() for each in (self.columns, self.distances))
@@ -94,6 +107,11 @@ class Selections:
 def round_up(count: int) -> int:
     """To whole tiles."""
     return -(-count // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def _within(places: Tensor, end: int) -> Tensor:
+    """`NOTHING` for what does not lie in [0, end); contiguous."""
+    return torch.where((places >= 0) & (places < end), places, NOTHING).contiguous()
 
 
 def _filled_up(lists: Sequence[Sequence[int]], size: int) -> Tensor:

@@ -449,6 +449,28 @@ def test_lists_that_are_not_contiguous_are_refused() -> None:
         Selections(torch.zeros(2, 256, dtype=torch.int32)[:, :128], torch.zeros(2, 1).int())
 
 
+@given(seed=st.integers(0, 99), keys=st.integers(1, 2_000))
+def test_whatever_comes_from_ranks_that_died_may_be_looked_up(seed: int, keys: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    most = 2**31 if seed % 2 else 2 * keys
+    columns, distances = (
+        torch.randint(-most, most, (3, count), generator=generator).to(torch.int32)
+        for count in (256, 9)
+    )
+    made = Selections.received(columns, distances, keys)
+    for places, end in ((made.columns, keys), (made.distances, -(-keys // 128))):
+        assert ((places == NOTHING) | ((places >= 0) & (places < end))).all()
+    assert (made.distances.diff() >= 0).all()
+    assert made.distances[:, 0].tolist() == [0, 0, 0]
+
+
+def test_what_comes_whole_is_taken_as_it_is() -> None:
+    sent = Selections.of([[0, 7, 299], [5]], [[0, 2], [0, 1]])
+    made = Selections.received(sent.columns, sent.distances, 300)
+    assert made.columns.equal(sent.columns)
+    assert made.distances.equal(sent.distances)
+
+
 def test_more_rows_than_one_product_takes_are_refused() -> None:
     problem = make_small_problem(300, None)
     with pytest.raises(ValueError, match="65 rows"):
