@@ -80,14 +80,26 @@ def captured(device: torch.device) -> Capture:
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             results = launch()
-
-        def replay() -> StepResults:
-            graph.replay()
-            return results
-
-        return replay
+        return _Replay(graph, results, launch)
 
     return capture
+
+
+@dataclass(frozen=True, eq=False)
+class _Replay:
+    """Launches that were captured, and what made them.
+
+    A graph knows addresses and keeps nothing alive: whatever `launch` holds is read and written
+    where it lay, for as long as the graph is replayed.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    results: StepResults
+    launch: Launch
+
+    def __call__(self) -> StepResults:
+        self.graph.replay()
+        return self.results
 
 
 class HostResults:

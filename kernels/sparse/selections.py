@@ -91,8 +91,8 @@ class Selections:
 
         A collective that is given up while a rank waits for it leaves anything in its result. What
         was launched behind it still runs, and looks up what stands there; nobody takes the outcome.
-        So numbers that are none of the prompt's become `NOTHING`, and distances rise from 0: columns
-        may be out of order, which kernels bear.
+        So numbers that are none of the prompt's become `NOTHING`, and distances rise from 0.
+        Columns may be out of order: kernels look each of them up by itself.
         """
         distances = _within(distances, -(-keys // BLOCK_ROWS)).sort(1).values
         distances[:, 0] = 0

@@ -16,6 +16,7 @@ from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries, triton_pre
 from longreach.kernels.dual_chunk.reference import attention as exact_attention
 from longreach.kernels.pages import LayerPages
 from longreach.kernels.sparse import (
+    NOTHING,
     HeadBudget,
     Selections,
     Sums,

@@ -1,15 +1,19 @@
 """The kernels' decode step (on a GPU, or in Triton's interpreter) against the portable one."""
 
+import gc
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
@@ -19,6 +23,7 @@ from longreach.engine.decode.graph_step import (
     captured,
     eager,
 )
+from longreach.engine.decode.launches import StepResults
 from longreach.engine.decode.make_step import make_step
 from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.decode.sampler import Sampler
@@ -589,6 +594,28 @@ def test_a_grammar_that_gives_out_ends_one_answer_alone_on_kernels(
     said = [output for name, output in outputs if name == "good"]
     assert re.fullmatch("[0-9]{6}", "".join(each.text for each in said))
     assert engine.decoder.usage == 0
+
+
+def test_what_was_captured_stays_as_long_as_it_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses alone: memory that is let go of would be somebody else's."""
+    for name in ("Stream", "CUDAGraph", "stream", "current_stream", "graph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    launches = _Launched(torch.zeros(3))
+    memory = weakref.ref(launches.newest)
+    replay = captured(torch.device("cuda"))(launches)
+    del launches
+    gc.collect()
+    assert memory() is not None
+    assert replay().tokens.tolist() == [1, 1, 1]
+
+
+@dataclass
+class _Launched:
+    newest: Tensor
+
+    def __call__(self) -> StepResults:
+        tokens = self.newest + 1
+        return StepResults(tokens, tokens, tokens)
 
 
 @on_gpus
