@@ -77,7 +77,8 @@ check-images: $(INSTALLED_DEV)
 	@$(BIN)/python -m longreach.deploy.check.trial
 
 check-nodes: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py $(ARGS)
+	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py \
+		tests/cluster/test_handing_over.py $(ARGS)
 
 check-proxies: $(INSTALLED_DEV)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py $(ARGS)

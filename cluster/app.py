@@ -8,8 +8,10 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions
 
 from ..engine.errors import ConfigurationError, LongreachError, UnavailableError
@@ -39,6 +42,8 @@ from .watch import ClusterWatch, Silent
 APP_NAME = "longreach"
 _PREFILL, _DECODE, _INGRESS = "prefill", "decode", "ingress"
 _CLOSING = "closing"
+# How the names of its replicas' actors begin.
+_REPLICAS = f"SERVE_REPLICA::{APP_NAME}#"
 _API_PREFIX = "/v1"
 
 # Requests wait in queues of our own, which know what to do first and when to refuse.
@@ -88,27 +93,27 @@ def build_application(arguments: ApplicationArguments) -> serve.Application:
 
 def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     """The application: an ingress in front of decode replicas in front of prefill gangs."""
-    drain_seconds = settings.shutdown.drain_seconds
+    shutdown = settings.shutdown
     # Ray's own annotations do not know classes with an asynchronous __init__.
     deployment: Any = serve.deployment
     scaling, gangs = settings.autoscaling, []
     for name, gang in zip(prefill_names(settings), settings.gangs, strict=True):
         kind = gang.prefill
         scaled = replicas_of(kind.replicas, kind.max_replicas, GangPolicy, scaling)
-        common = _common(_PREFILL, drain_seconds)
+        common = _common(_PREFILL, shutdown.drain_seconds)
         replicas = deployment(PrefillReplica, name=name, **scaled, **common, **_on(kind.nodes))
         gangs.append((gang.max_prompt_tokens, replicas.bind(gang, metrics_directory)))
     scaled = replicas_of(
         settings.decode.replicas, settings.decode.max_replicas, DecodePolicy, scaling
     )
     placed = _on(settings.decode.nodes)
-    common = _common(_DECODE, drain_seconds)
+    common = _common(_DECODE, shutdown.decode_seconds)
     decode = deployment(DecodeReplica, name=_DECODE, **scaled, **common, **placed)
     ingress = deployment(
         serve.ingress(api_builder(settings, metrics_directory, _DECODE, APP_NAME))(),
         name=_INGRESS,
         num_replicas=settings.ingress.replicas,
-        **_common(_INGRESS, drain_seconds),
+        **_common(_INGRESS, shutdown.ingress_seconds),
         **_on(settings.ingress.nodes),
     )
     limits = settings.limits
@@ -118,11 +123,16 @@ def build(settings: Settings, metrics_directory: Path) -> serve.Application:
     return ingress.bind(bound)
 
 
-def _common(kind: str, drain_seconds: float) -> dict[str, float]:
-    """Options of every deployment."""
+def _common(kind: str, seconds_to_finish: float) -> dict[str, float]:
+    """Options of every deployment.
+
+    Args:
+        seconds_to_finish: what a replica that is asked to go has. It is killed then, so those who
+            wait for others have more than these.
+    """
     return {
         "max_ongoing_requests": _NO_LIMIT,
-        "graceful_shutdown_timeout_s": drain_seconds,
+        "graceful_shutdown_timeout_s": seconds_to_finish,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": _CHECK_SECONDS[kind],
@@ -145,8 +155,8 @@ def prefill_names(settings: Settings) -> list[str]:
 def deploy(settings: Settings, metrics_directory: Path) -> None:
     """Run the application where Serve runs already, in place of the one that is there, if any.
 
-    Returns when the new one is up. Each old replica finishes what it has accepted, and where there
-    is no room for both, the new one in its place starts only then.
+    Returns when the new one is up. Each old replica finishes what it has accepted, or hands it
+    over, and where there is no room for both, the new one in its place starts only then.
 
     Raises:
         RuntimeError: a replica did not come up.
@@ -254,12 +264,27 @@ class LocalCluster:
 def remove(drain_seconds: float) -> None:
     """Take the application away where Serve runs; returns when accepted requests are finished.
 
-    New requests are answered with 503 meanwhile.
+    New requests are answered with 503 meanwhile, and what is left after so long is cut off.
     """
     deadline = time.monotonic() + drain_seconds + _STOP_SECONDS
     _try_to_close()
-    while time.monotonic() < deadline and not _deleted():
-        pass
+    cutting = threading.Timer(drain_seconds, _cut_off)
+    cutting.daemon = True
+    cutting.start()
+    try:
+        while time.monotonic() < deadline and not _deleted():
+            pass
+    finally:
+        cutting.cancel()
+
+
+def _cut_off() -> None:
+    """End every replica. Some would wait for those that come in place of others, and none comes."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name = actor["name"]
+        if actor["namespace"] == SERVE_NAMESPACE and name.startswith(_REPLICAS):
+            with suppress(ValueError, RayError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:

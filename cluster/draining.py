@@ -2,14 +2,16 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 from prometheus_client.metrics_core import Metric as Family
-from ray import _raylet
+from ray import _raylet, serve
 from ray.core.generated import autoscaler_pb2
+from ray.serve.schema import ProxyStatus
 
 from ..engine.errors import UnavailableError
 from .handlers import handlers_kept
@@ -52,41 +54,63 @@ def drain_this_node(directory: Path, seconds: float) -> bool:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(f"no Ray runs on this node ({error})") from error
     try:
-        announce(deadline)
-        return wait_until_idle(metrics_of_node(directory), deadline)
+        return leave(directory, deadline)
     finally:
         ray.shutdown()
 
 
-def announce(deadline: float) -> None:
-    """Tell Ray that this node goes, at a time in seconds since 1970; raises as above."""
+def leave(directory: Path, deadline: float) -> bool:
+    """As `drain_this_node`, from a process of Ray's, until a time in seconds since 1970."""
+    node_id = ray.get_runtime_context().get_node_id()
+    announce(deadline, node_id)
+    has_clients = partial(proxy_has_clients, node_id)
+    return wait_until_idle(metrics_of_node(directory), deadline, has_clients)
+
+
+def announce(deadline: float, node_id: str) -> None:
+    """Tell Ray that a node goes, at a time in seconds since 1970; raises as above."""
     context = ray.get_runtime_context()
     accepted, why = (
         cast(Any, _raylet)
         .GcsClient(address=context.gcs_address)
         .drain_node(
-            context.get_node_id(),
+            node_id,
             cast(Any, autoscaler_pb2).DRAIN_NODE_REASON_PREEMPTION,
             "longreach drain",
             round(deadline * 1000),
         )
     )
     if not accepted:
-        raise UnavailableError(f"Ray does not let this node go: {why}")
+        raise UnavailableError(f"Ray does not let the node go: {why}")
 
 
-def wait_until_idle(folder: Path, deadline: float, look_seconds: float = _LOOK_SECONDS) -> bool:
+def proxy_has_clients(node_id: str) -> bool:
+    """Whether Serve's proxy on a node that goes has clients, whose ingress may be on any node.
+
+    Serve ends such a proxy when it has none.
+    """
+    return serve.status().proxies.get(node_id) is ProxyStatus.DRAINING
+
+
+def wait_until_idle(
+    folder: Path,
+    deadline: float,
+    has_clients: Callable[[], bool],
+    look_seconds: float = _LOOK_SECONDS,
+) -> bool:
     """Return True once nothing has been under way on this node for some looks; False at the end.
 
     Args:
         folder: with the figures of this node.
         deadline: in seconds since 1970.
+        has_clients: whether clients are connected to this node.
     """
     quiet = 0
     while quiet < _QUIET_LOOKS:
         if time.time() >= deadline:
             return False
-        quiet = 0 if under_way(FolderCollector(folder).collect()) else quiet + 1
+        busy = under_way(FolderCollector(folder).collect()) or has_clients()
+        quiet = 0 if busy else quiet + 1
         time.sleep(look_seconds)
     return True
 

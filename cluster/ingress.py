@@ -40,12 +40,13 @@ class DecodeBackend:
 
     Args:
         decode: the deployment's handle.
+        model: `model.path`, of which the prompts' tokens are.
         retries: as `Attempts` takes them.
         sink: of the ingress.
     """
 
-    def __init__(self, decode: DeploymentHandle, retries: int, sink: Metrics) -> None:
-        self._decode = decode
+    def __init__(self, decode: DeploymentHandle, model: str, retries: int, sink: Metrics) -> None:
+        self._decode, self._model = decode, model
         self._retries, self._sink = retries, sink
         self._streams = decode.options(stream=True)
         self._leases = LeaseKeeper()
@@ -74,7 +75,8 @@ class DecodeBackend:
         taken: Taken | None = None
         finished = False
         try:
-            stream = cast(_Stream, self._streams.generate.remote(request, self._listener.name))
+            generate = self._streams.generate.remote
+            stream = cast(_Stream, generate(request, self._listener.name, self._model))
             taken = await self._taken_by(stream, name)
             self._leases.hold(taken.worker_id, taken.worker, name)
             self._listener.listen(taken.worker_id, taken.worker, name)
@@ -181,7 +183,7 @@ def api_builder(
         api = build_api(
             ingress_limits(settings),
             tokenizer,
-            DecodeBackend(decode, settings.limits.retries, sink),
+            DecodeBackend(decode, settings.model.path, settings.limits.retries, sink),
             sink,
             partial(render, folder),
             access_of(settings.ingress),

@@ -1,11 +1,21 @@
 """What replicas say to each other about a request, beside the engine's own messages."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import ray
 
 from ..engine.messages import GenerationRequest, PromptScores, Timings
+from .settings import HandOffTerms
+
+
+class Standing(Enum):
+    """How a gang stands to an order that some gang has taken."""
+
+    HAS_IT = "has it"
+    COULD_TAKE_IT = "could take it"
+    CANNOT = "cannot"
 
 
 @dataclass(frozen=True)
@@ -17,13 +27,15 @@ class PrefillOrder:
     `destination` becomes the `Destination` of the request's pages when they are allocated. Until
     then the request is under way at the prefill replica already: replicas that are asked to stop
     finish what they have, so it stays until the request is done. `released` is kept when the
-    request is over, for whatever reason. `number` counts the orders of a request: an earlier one
-    may be under way at the same replica.
+    request is over, for whatever reason. `terms` are the worker's: a gang of another configuration
+    must not compute for it. `number` counts the orders of a request: an earlier one may be under
+    way at the same replica.
     """
 
     request: GenerationRequest
     destination: "ray.ObjectRef[Any]"
     released: "ray.ObjectRef[None]"
+    terms: HandOffTerms
     number: int = 0
 
     @property

@@ -39,6 +39,11 @@ class Recovery:
         self._trouble_since: float | None = None
 
     @property
+    def begins_again(self) -> bool:
+        """Whether anything is begun again at all."""
+        return self._retries > 0
+
+    @property
     def reached(self) -> tuple[int, int]:
         """The furthest that the request has come: tokens of the prompt, and of the answer."""
         return self._reached

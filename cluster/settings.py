@@ -26,6 +26,7 @@ from ..engine.model.config import Dtype, ModelConfig, WeightFormat
 from ..engine.model.files import ModelFiles
 from ..engine.prefill.budgets import BUDGETS_FILE, dense_up_to, has_budgets
 from ..kernels.page_size import PAGE_TOKENS, pages_for
+from .recovery import RECOVERY_SECONDS
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -243,23 +244,57 @@ class AutoscalingSettings(_Section):
 
 
 class ShutdownSettings(_Section):
-    """How long accepted requests may take to finish when the cluster stops or is redeployed."""
+    """How long accepted requests may take to finish when what serves them is asked to go.
+
+    A gang has `drain_seconds`. What it has not finished by then goes on at another one, for which
+    whoever waits for it stays up to `hand_over_seconds` more: a decode replica until another gang
+    is there and has read back what was computed, an ingress until its clients are answered. Where
+    the whole cluster stops, nobody is there to go on, and all have `drain_seconds`.
+    """
 
     drain_seconds: NotNegative = 600.0
+    hand_over_seconds: NotNegative = 1200.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """How long a decode replica that is asked to go may take to finish what it has."""
+        return self.drain_seconds + min(self.hand_over_seconds, RECOVERY_SECONDS)
+
+    @property
+    def ingress_seconds(self) -> float:
+        """How long an ingress that is asked to go may keep its clients, as nobody else can."""
+        return self.drain_seconds + self.hand_over_seconds
+
+
+@dataclass(frozen=True)
+class HandOffTerms:
+    """What both sides of a hand-off must agree in: whose pages they are, and how they travel.
+
+    While a configuration takes the place of another one, sides of both are up.
+    """
+
+    model: ModelSettings
+    transport: str
 
 
 @dataclass(frozen=True)
 class GangSettings:
     """What the processes of one gang need to know.
 
-    `max_prompt_tokens` is the longest prompt that they get.
+    `max_prompt_tokens` is the longest prompt that they get. `others_seconds` is how long what they
+    replace may keep the room that they are to have.
     """
 
     model: ModelSettings
     prefill: PrefillSettings
     transport: TransportSettings
     max_prompt_tokens: int
-    drain_seconds: float
+    others_seconds: float
+
+    @property
+    def terms(self) -> HandOffTerms:
+        """Which decode workers' prompts they may compute."""
+        return HandOffTerms(self.model, self.transport.kind)
 
 
 @dataclass(frozen=True)
@@ -273,6 +308,11 @@ class WorkerSettings:
     decode: DecodeSettings
     transport: TransportSettings
     longest_chunk: int
+
+    @property
+    def terms(self) -> HandOffTerms:
+        """Which gangs may compute prompts for it."""
+        return HandOffTerms(self.model, self.transport.kind)
 
 
 def _as_gangs(raw: Any) -> Any:
@@ -307,7 +347,7 @@ class Settings(_Section):
                 prefill=prefill,
                 transport=self.transport,
                 max_prompt_tokens=prefill.max_prompt_tokens or self.limits.max_model_len,
-                drain_seconds=self.shutdown.drain_seconds,
+                others_seconds=self.shutdown.decode_seconds,
             )
             for prefill in self.prefill
         )
@@ -382,6 +422,14 @@ class Settings(_Section):
         if self.transport.kind == "cuda_ipc":
             for gang in self.prefill:
                 yield from self._problems_with_cuda_ipc(gang)
+        shutdown = self.shutdown
+        asked = "hand_over_seconds" in shutdown.model_fields_set and shutdown.hand_over_seconds
+        if asked and not self.limits.retries:
+            yield (
+                f"shutdown.hand_over_seconds ({shutdown.hand_over_seconds:g}) waits for requests "
+                "to go on elsewhere, and with limits.retries 0 none does; raise limits.retries, or "
+                "leave hand_over_seconds out"
+            )
         if self.limits.max_output_tokens >= longest:
             yield (
                 f"limits.max_output_tokens ({self.limits.max_output_tokens}) leaves no room for a "

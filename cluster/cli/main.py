@@ -237,14 +237,15 @@ def exporter(
 @app.command()
 def drain(
     directory: Annotated[Path, typer.Argument(help="`metrics.directory` of the cluster.")],
-    seconds: Annotated[float, typer.Option(min=1, help="How long it may take.")] = 600.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long it may take.")] = 1800.0,
 ) -> None:
     """Have this node of a Ray cluster take no more work, and wait until what it has is done.
 
     For what runs before a pod is ended (`preStop`). Serve starts the node's replicas elsewhere
-    first, where there is room. Status 1 where something was still under way when time was up.
+    first, where there is room, and prompts go on there. Status 1 where something was still under
+    way when time was up.
 
-        longreach drain /var/lib/longreach/metrics --seconds 600
+        longreach drain /var/lib/longreach/metrics --seconds 1800
     """
     from ..draining import drain_this_node
 

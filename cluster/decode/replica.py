@@ -33,6 +33,7 @@ from .request_life import RequestLife, State
 
 _READY_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
+_OTHER = "the decode replica has another model than the ingress; send the request again"
 _LOST = "the decode worker is gone, and is being replaced; send the request again"
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class DecodeReplica:
         self._sink.add(metrics.LOST, 0)  # a rate misses what a series begins with
         self._router = PrefillRouter(gangs)
         self._most_waiting, self._retries = most_waiting, retries
+        self._terms = settings.terms
         self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
@@ -83,13 +85,18 @@ class DecodeReplica:
             await self._router.check_health()
 
     async def generate(
-        self, request: GenerationRequest, listener: str
+        self, request: GenerationRequest, listener: str, model: str
     ) -> AsyncGenerator[Taken | Progress | None, None]:
         """Serve one request from its prefill to its last token.
+
+        Args:
+            model: `model.path` of who asks, which has made tokens of the prompt.
 
         Yields first who has taken it, then how its prompt goes on; None says that the replica is
         there. What is generated, and Finished, the worker says to the listener.
         """
+        if model != self._terms.model.path:
+            raise NotUpError(_OTHER)
         life = self._begin(request, listener)
         try:
             yield Taken(self._processes.worker_id, self._worker)
@@ -118,7 +125,9 @@ class DecodeReplica:
         if waiting > self._most_waiting:
             raise QueueFullError(waiting - 1)
         recovery = Recovery(self._retries)
-        life = RequestLife(request, self._worker, prefill, recovery, self._sink, listener)
+        life = RequestLife(
+            request, self._worker, self._terms, prefill, recovery, self._sink, listener
+        )
         self._lives.add(life)
         return life
 

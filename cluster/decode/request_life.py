@@ -30,8 +30,10 @@ from ..call_errors import CallError, as_ours, first_of
 from ..messages import AnswerOrder, ComputedHere, PrefillOrder
 from ..metrics import Metrics
 from ..recovery import Recovery
+from ..settings import HandOffTerms
 from ..streams import listening
 from ..tasks import as_nobody, tell
+from .other_gangs import OtherGangs
 
 _Stream = DeploymentResponseGenerator[Progress | Prefilled | None]
 
@@ -53,6 +55,7 @@ class RequestLife:
 
     Args:
         worker: the handle of the decode worker's actor.
+        terms: the worker's.
         prefill: the deployment that computes its prompt, with streamed answers; None where the
             worker does it itself.
         recovery: from gangs that die under it.
@@ -64,13 +67,14 @@ class RequestLife:
         self,
         request: GenerationRequest,
         worker: Any,
+        terms: HandOffTerms,
         prefill: DeploymentHandle | None,
         recovery: Recovery,
         sink: Metrics,
         listener: str,
     ) -> None:
         self._request = request
-        self._worker, self.prefill = worker, prefill
+        self._worker, self._terms, self.prefill = worker, terms, prefill
         self._recovery, self._sink = recovery, sink
         self._listener, self._taken = listener, time.time()
         self.state = State.WAITING
@@ -136,11 +140,13 @@ class RequestLife:
             self._request,
             destination=as_nobody(self._worker.reserve.remote, self._request),
             released=as_nobody(self._worker.until_released.remote, name),
+            terms=self._terms,
         )
         while True:
             stream = cast(_Stream, prefill.prefill.remote(order))
+            others = OtherGangs(prefill, order)
             try:
-                async with aclosing(self._prefilling(stream)) as events:
+                async with aclosing(self._prefilling(stream, others)) as events:
                     async for event in events:
                         yield event
                 return
@@ -151,13 +157,18 @@ class RequestLife:
                 order = await self._order_the_rest(order)
                 logger.warning("request %s asks another gang in %.1f s: %s", name, seconds, error)
             finally:
+                others.close()
                 stream.cancel()
             self._sink.add(metrics.REQUEST_RECOVERIES)
             await asyncio.sleep(seconds)
 
-    async def _prefilling(self, stream: _Stream) -> AsyncGenerator[Progress | Prefilled, None]:
-        """What one gang says, to Prefilled."""
+    async def _prefilling(
+        self, stream: _Stream, others: OtherGangs
+    ) -> AsyncGenerator[Progress | Prefilled, None]:
+        """What one gang says, to Prefilled, or until the prompt is to go on at another one."""
         await first_of(stream)
+        if self._recovery.begins_again and self._request.sampling.prompt_logprobs is None:
+            others.look()  # The scores of a prompt begin anew at another gang.
         async for event in listening(stream):
             if event is None:
                 continue
@@ -166,6 +177,9 @@ class RequestLife:
                 self._recovery.goes_on()
                 self._recovery.reach(event.done)
             yield event
+            if isinstance(event, Progress) and others.are_to_go_on:
+                # Behind a chunk: its pages are on their way, and the next has only just begun.
+                raise LostError("the gang was asked to go, and another one goes on", begun=False)
             if isinstance(event, Prefilled):
                 return
         raise LostError("prefill ended early; send the request again")

@@ -12,7 +12,7 @@ from ...engine.errors import ConfigurationError
 from ..settings import GangSettings, NodeLabels, PrefillSettings
 from .rank import PrefillRank
 
-# On top of the time that the gang of a replica which is being replaced may take to finish.
+# On top of the time that whatever is being replaced may take to finish.
 _PLACEMENT_SECONDS = 120
 
 HAND_OFF, HEALTH, LEAVE, RESULTS = "hand-off", "health", "leave", "results"
@@ -78,7 +78,7 @@ def _labelled(nodes: NodeLabels) -> str:
 
 async def _placed(group: PlacementGroup, settings: GangSettings) -> None:
     prefill = settings.prefill
-    seconds = settings.drain_seconds + _PLACEMENT_SECONDS
+    seconds = settings.others_seconds + _PLACEMENT_SECONDS
     try:
         await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), seconds)
     except TimeoutError as error:

@@ -27,11 +27,11 @@ from ...engine.messages import Prefilled, Progress
 from ...kernels.page_size import pages_for
 from .. import metrics
 from ..call_errors import as_ours
-from ..messages import PrefillOrder
+from ..messages import PrefillOrder, Standing
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node
 from ..recovery import RECOVERY_SECONDS
-from ..settings import GangSettings
+from ..settings import GangSettings, HandOffTerms
 from ..streams import beating
 from ..tasks import detached, forever
 from .gang import ChunkUnderWay, Gang, OfPrompt
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOST = "a rank of the prefill gang is lost, and the gang is being replaced; send the request again"
+_OTHER = "the gang has other settings than who asks it; send the request again"
 _GOES_ON = "a rank of the prefill gang is lost, and the others go on; send the request again"
 
 
@@ -117,6 +118,7 @@ class PrefillReplica:
         self._finishing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._lost = False
+        self._terms = settings.terms
         self._speed = Speed()
         self._gang = await Gang.start(settings, metrics_directory)
         self._regrouping = Regrouping(
@@ -135,6 +137,13 @@ class PrefillReplica:
         """What `autoscaling.GangLoad` is made of; Serve asks by this name."""
         return self._speed.load(self._scheduler.tokens_to_go)
 
+    async def standing(self, name: str, terms: HandOffTerms) -> Standing:
+        """How this gang stands to an order of that name and those terms."""
+        if name in self._jobs:
+            return Standing.HAS_IT
+        takes_it = terms == self._terms and not self._lost
+        return Standing.COULD_TAKE_IT if takes_it else Standing.CANNOT
+
     async def prefill(
         self, order: PrefillOrder
     ) -> AsyncGenerator[Progress | Prefilled | None, None]:
@@ -146,6 +155,8 @@ class PrefillReplica:
         """
         if self._lost:
             raise NotUpError(_LOST)
+        if order.terms != self._terms:
+            raise NotUpError(_OTHER)
         job = _Job(order, ray.put(order.request.prompt), asyncio.Queue())
         self._jobs[job.name] = job
         following = detached(self._follow(job))

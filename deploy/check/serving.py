@@ -126,20 +126,26 @@ def _replica_cpus(config: dict[str, Any]) -> dict[str, float]:
 
 
 def _of_ending(service: Manifest, settings: Settings) -> Iterator[str]:
-    """Accepted requests must have the time that the settings promise them."""
-    drain = settings.shutdown.drain_seconds
-    needed = drain + _STOP_SECONDS
+    """Accepted requests must have the time that the settings promise them.
+
+    Of a worker pod, which may have an ingress whose requests are handed over to other pods.
+    """
+    shutdown = settings.shutdown
+    drain, ends = shutdown.drain_seconds, shutdown.ingress_seconds
     for pod in pods_of(service):
         grace = pod.spec.get("terminationGracePeriodSeconds", 30)
+        needed = (drain if pod.name == "head" else ends) + _STOP_SECONDS
         if grace < needed:
             yield (
                 f"{pod.name}: terminationGracePeriodSeconds ({grace}) cuts off what "
-                f"shutdown.drain_seconds ({drain:g}) lets finish; make it {needed:g} or more, or "
-                "lower drain_seconds"
+                f"shutdown.drain_seconds ({drain:g}) and hand_over_seconds "
+                f"({shutdown.hand_over_seconds:g}) let finish; make it {needed:g} or more, or "
+                "lower these"
             )
         if pod.name != "head":
-            yield from _of_drain(pod, drain)
+            yield from _of_drain(pod, ends)
     kept = service["spec"].get("rayClusterDeletionDelaySeconds", 60)
+    needed = drain + _STOP_SECONDS
     if kept < needed:
         yield (
             f"rayClusterDeletionDelaySeconds ({kept}) ends the old cluster of an upgrade before "
@@ -147,14 +153,14 @@ def _of_ending(service: Manifest, settings: Settings) -> Iterator[str]:
         )
 
 
-def _of_drain(pod: Pod, drain: float) -> Iterator[str]:
+def _of_drain(pod: Pod, seconds: float) -> Iterator[str]:
     hook = pod.main.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
     if hook[:2] != ["longreach", "drain"]:
         yield f"{pod.name}: ends while requests are under way; set preStop to `longreach drain`"
-    elif f"--seconds={drain:g}" not in hook:
+    elif f"--seconds={seconds:g}" not in hook:
         yield (
-            f"{pod.name}: preStop drains for other than shutdown.drain_seconds; set "
-            f"--seconds={drain:g}"
+            f"{pod.name}: preStop drains for other than shutdown.drain_seconds and "
+            f"hand_over_seconds together; set --seconds={seconds:g}"
         )
 
 

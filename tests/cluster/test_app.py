@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,14 @@ import pytest
 import ray
 from ray import serve
 
-from longreach.cluster.app import LocalCluster, check_room, prefill_names, start, startup_failure
+from longreach.cluster.app import (
+    LocalCluster,
+    check_room,
+    prefill_names,
+    remove,
+    start,
+    startup_failure,
+)
 from longreach.cluster.local_ray import LocalRay
 from longreach.cluster.port_claim import PortInUseError
 from longreach.cluster.settings import PrefillSettings, Settings
@@ -72,6 +80,33 @@ def test_draining_may_take_longer_than_serve_waits(
     monkeypatch.setattr(serve, "delete", delete)
     make_cluster(calls, tmp_path, claim).stop()
     assert calls == ["serve.run_many", *["serve.delete"] * 3, "ray.stop"]
+
+
+def test_where_the_whole_cluster_stops_nobody_waits_for_what_could_go_on(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode replicas and ingresses would, for gangs that come in place of others."""
+    ended = threading.Event()
+    names = {
+        "SERVE_REPLICA::longreach#ingress#1": "serve",
+        "SERVE_REPLICA::other#ingress#2": "serve",
+    }
+    names |= {"SERVE_REPLICA::longreach#decode#3": "elsewhere", "longreach-decode-4": "serve"}
+
+    def delete(name: str) -> None:
+        assert ended.wait(10)
+
+    def kill(actor: str) -> None:
+        calls.append(actor)
+        ended.set()
+
+    listed = [{"name": name, "namespace": namespace} for name, namespace in names.items()]
+    monkeypatch.setattr(serve, "delete", delete)
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: listed)
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: name)
+    monkeypatch.setattr(ray, "kill", kill)
+    remove(drain_seconds=0.05)
+    assert calls == ["serve.run_many", "SERVE_REPLICA::longreach#ingress#1"]
 
 
 def test_a_cluster_that_cannot_announce_its_end_still_drains(

@@ -12,10 +12,10 @@ from ray.serve.config import HTTPOptions
 from typer.testing import CliRunner
 
 from longreach.cluster import nodes
-from longreach.cluster.app import build_application
+from longreach.cluster.app import build, build_application
 from longreach.cluster.cli.main import app
 from longreach.cluster.deployed import check_listens, deploy_at
-from longreach.cluster.settings import IngressSettings
+from longreach.cluster.settings import IngressSettings, parse_settings
 from longreach.engine.errors import CheckpointError, ConfigurationError, UnavailableError
 
 from .conftest import make_settings
@@ -34,12 +34,29 @@ def built(arguments: dict[str, Any], folder: Path) -> list[str]:
 
 def names(bound: Any) -> list[str]:
     """Of the deployments in what was bound, however deep."""
+    return [deployment.name for deployment in deployments(bound)]
+
+
+def deployments(bound: Any) -> list[Any]:
+    """In what was bound, however deep."""
     if isinstance(bound, list | tuple):
-        return [name for each in bound for name in names(each)]
+        return [found for each in bound for found in deployments(each)]
     if not isinstance(bound, serve.Application):
         return []
     deployment = bound._bound_deployment
-    return [deployment.name, *names(deployment.init_args)]
+    return [deployment, *deployments(deployment.init_args)]
+
+
+def test_who_waits_for_others_is_given_more_time_to_go(tmp_path: Path) -> None:
+    """Else Serve would kill the ingress together with the gang whose prompts are to go on."""
+    shutdown = {"drain_seconds": 20.0, "hand_over_seconds": 300.0}
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"shutdown": shutdown}
+    application = build(parse_settings(config), tmp_path)
+    seconds = {
+        each.name: each._deployment_config.graceful_shutdown_timeout_s
+        for each in deployments(application)
+    }
+    assert seconds == {"ingress": 320, "decode": 200, "prefill-short": 20, "prefill-long": 20}
 
 
 def test_serve_builds_it_from_a_configuration(tmp_path: Path) -> None:

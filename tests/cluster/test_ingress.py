@@ -82,7 +82,8 @@ class Replica:
     def options(self, **ignored: Any) -> "Replica":
         return self
 
-    def remote(self, request: GenerationRequest, listener: str) -> "Replica":
+    def remote(self, request: GenerationRequest, listener: str, model: str) -> "Replica":
+        assert model == "pocket"
         self.begin(request, listener, self._events)
         return self
 
@@ -127,7 +128,9 @@ class Leases:
 
 
 def make_backend(replica: "Replica", folder: Path, retries: int = 2) -> DecodeBackend:
-    return DecodeBackend(cast(Any, replica), retries, Metrics(folder, "ingress", "pocket"))
+    return DecodeBackend(
+        cast(Any, replica), "pocket", retries, Metrics(folder, "ingress", "pocket")
+    )
 
 
 async def settle() -> None:
@@ -185,7 +188,7 @@ class Dying(Replica):
         self._fates = iter(fates)
         self.asked: list[GenerationRequest] = []
 
-    def remote(self, request: GenerationRequest, listener: str) -> "Dying":
+    def remote(self, request: GenerationRequest, listener: str, model: str) -> "Dying":
         self.asked.append(request)
         events, self._error = next(self._fates)
         self.worker.heard.clear()

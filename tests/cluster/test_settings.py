@@ -61,6 +61,29 @@ def test_pages_are_alike_where_processes_compute_in_types_of_their_own(raw: dict
     assert parse_settings(raw).model.pages_kept_as == "auto"
 
 
+def test_who_waits_for_others_may_take_longer_to_go(raw: dict[str, Any]) -> None:
+    raw["shutdown"] = {"drain_seconds": 100.0}
+    shutdown = parse_settings(raw).shutdown
+    assert shutdown.drain_seconds < shutdown.decode_seconds < shutdown.ingress_seconds
+    raw["shutdown"]["hand_over_seconds"] = 10.0
+    shutdown = parse_settings(raw).shutdown
+    assert (shutdown.decode_seconds, shutdown.ingress_seconds) == (110.0, 110.0)
+    settings = parse_settings(raw)
+    assert settings.gangs[0].others_seconds == shutdown.decode_seconds
+    assert settings.gangs[0].terms == settings.worker.terms
+
+
+def test_what_is_begun_again_nowhere_is_not_handed_over(raw: dict[str, Any]) -> None:
+    raw["limits"]["retries"] = 0
+    assert parse_settings(raw).shutdown.hand_over_seconds
+    raw["shutdown"] = {"hand_over_seconds": 0.0}
+    shutdown = parse_settings(raw).shutdown
+    assert shutdown.drain_seconds == shutdown.decode_seconds == shutdown.ingress_seconds
+    raw["shutdown"] = {"hand_over_seconds": 10.0}
+    with pytest.raises(ConfigurationError, match=r"limits\.retries 0"):
+        parse_settings(raw)
+
+
 def test_weights_of_8_bits_on_gpus_want_bfloat16(raw: dict[str, Any]) -> None:
     raw["model"] |= {"weights": "fp8", "dtype": "float16"}
     assert parse_settings(raw).model.weights == "fp8"

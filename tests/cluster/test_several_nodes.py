@@ -88,11 +88,7 @@ class Nodes:
         return node
 
     def kill(self, label: str, node: Any) -> None:
-        """End every process of a node at once, as a host that loses its power does."""
-        raylet = raylet_of(node)
-        for process in (*raylet.children(recursive=True), raylet):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_all_of(node)
         self.by_label[label].remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
@@ -100,6 +96,14 @@ class Nodes:
 def raylet_of(node: Any) -> psutil.Process:
     (info,) = node.all_processes["raylet"]
     return psutil.Process(info.process.pid)
+
+
+def kill_all_of(node: Any) -> None:
+    """End every process of a node at once, as a host that loses its power does."""
+    raylet = raylet_of(node)
+    for process in (*raylet.children(recursive=True), raylet):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,8 @@ def test_what_is_deployed_is_accepted(made: dict[str, Any]) -> None:
         # An end that cuts off what is under way.
         (configured(on_cpus(), "shutdown", drain_seconds=640.0), "terminationGracePeriodSeconds"),
         (configured(on_cpus(), "shutdown", drain_seconds=640.0), "rayClusterDeletionDelaySeconds"),
-        (configured(on_cpus(), "shutdown", drain_seconds=500.0), "--seconds=500"),
+        (configured(on_cpus(), "shutdown", hand_over_seconds=1261.0), "make it 1891 or more"),
+        (configured(on_cpus(), "shutdown", hand_over_seconds=500.0), "--seconds=1100"),
         # What is said twice, and otherwise.
         (configured(on_cpus(), "limits", max_body_bytes=1 << 20), "LONGREACH_FRONT_LIMITS"),
         (configured(on_cpus(), "ingress", port=8001), "http_options"),

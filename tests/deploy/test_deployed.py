@@ -27,14 +27,12 @@ DRAIN = """
 import sys, time, ray
 from pathlib import Path
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from longreach.cluster import draining, nodes
+from longreach.cluster import draining
 ray.init(address=sys.argv[1], log_to_driver=False)
 
 @ray.remote(num_cpus=0)
 def drain(directory):
-    deadline = time.time() + 90
-    draining.announce(deadline)
-    return draining.wait_until_idle(nodes.metrics_of_node(directory), deadline)
+    return draining.leave(directory, time.time() + 90)
 
 here = NodeAffinitySchedulingStrategy(sys.argv[2], soft=False)
 print("idle", ray.get(drain.options(scheduling_strategy=here).remote(Path(sys.argv[3]))))

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 
+from longreach.cluster.decode import other_gangs
 from longreach.cluster.decode.request_life import RequestLife, State
-from longreach.cluster.messages import AnswerOrder, ComputedHere, PrefillOrder
+from longreach.cluster.messages import AnswerOrder, ComputedHere, PrefillOrder, Standing
 from longreach.cluster.metrics import Metrics, render
 from longreach.cluster.recovery import Recovery
+from longreach.cluster.settings import HandOffTerms, ModelSettings
 from longreach.engine.errors import (
     LongreachError,
     LostError,
@@ -33,6 +35,7 @@ from longreach.engine.messages import (
     Timings,
 )
 
+TERMS = HandOffTerms(ModelSettings(path="pocket", name="a model"), "object_store")
 PREFILLED = Prefilled(np.zeros(3, dtype=np.float32), 0.5, 1.0, 0.25, {"linear": 0.1})
 
 
@@ -88,10 +91,19 @@ async def ready(value: Any) -> Any:
 class Stage:
     """Everything around one life."""
 
-    def __init__(self, folder: Path, at_the_worker: bool = False, retries: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        at_the_worker: bool = False,
+        retries: int = 2,
+        scored: int | None = None,
+    ) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.states: list[State] = []
         self.prefill_events: list[Any] = [None, Progress(1, 2), PREFILLED]
+        self.standings: dict[
+            str, list[Standing]
+        ] = {}  # of all gangs, to an order; of one that has it
         self.later_events: list[list[Any]] = []  # what the gangs say that come after the first
         self.reservation: Any = None  # what goes wrong with it
         self.worker_is_gone = False
@@ -101,7 +113,8 @@ class Stage:
         self.waits = False
         self.streams: list[Stream] = []
         prompt = np.zeros(2, dtype=np.int32)
-        request = GenerationRequest("a", prompt, SamplingParameters(max_tokens=1), arrived=0.0)
+        sampling = SamplingParameters(max_tokens=1, prompt_logprobs=scored)
+        request = GenerationRequest("a", prompt, sampling, arrived=0.0)
         worker = SimpleNamespace(
             reserve=Remote(self.calls, "reserve", lambda: Promise("a destination")),
             go_on=Remote(self.calls, "go_on", self._go_on),
@@ -110,13 +123,19 @@ class Stage:
             generate=Remote(self.calls, "generate", self._generate),
             release=Remote(self.calls, "release"),
         )
-        prefill = SimpleNamespace(prefill=Remote(self.calls, "prefill", self._prefill))
+        prefill = SimpleNamespace(
+            prefill=Remote(self.calls, "prefill", self._prefill), broadcast=self._broadcast
+        )
         gang = None if at_the_worker else cast(Any, prefill)
         sink = Metrics(folder, "decode", "a model")
-        self.life = RequestLife(request, worker, gang, Recovery(retries), sink, "an ingress")
+        self.life = RequestLife(request, worker, TERMS, gang, Recovery(retries), sink, "an ingress")
 
     def _go_on(self) -> "Promise":
         return Promise(LostError("the worker died") if self.worker_is_gone else "the rest")
+
+    def _broadcast(self, method: str, name: str, terms: HandOffTerms) -> Any:
+        said = self.standings.get(name, [Standing.HAS_IT])
+        return SimpleNamespace(results_async=lambda timeout_s: ready(said))
 
     def _prefill(self) -> Stream:
         said = self.later_events.pop(0) if self.streams else self.prefill_events
@@ -125,6 +144,9 @@ class Stage:
             for event in said:
                 if isinstance(event, Exception):
                     raise event
+                if isinstance(event, asyncio.Event):
+                    await asyncio.sleep(0.02)  # some looks at the other gangs
+                    continue
                 yield event
             if self.waits:
                 await asyncio.Event().wait()
@@ -298,6 +320,37 @@ def test_another_gang_goes_on_where_the_pages_of_the_first_are(
         "reserve", "until_released", "prefill", "go_on", "cancel", "prefill", "cancel", "answer",
         "release",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("retries", "scored", "moves"),
+    [(0, None, False), (1, None, True), (2, None, True), (2, 1, False)],
+)
+def test_a_prompt_leaves_a_gang_that_is_asked_to_go_behind_a_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retries: int, scored: int | None, moves: bool
+) -> None:
+    """And no death is counted; where nothing is begun again, the gang finishes it.
+
+    Nor are scores of finished chunks kept.
+    """
+    monkeypatch.setattr(other_gangs, "_LOOK_SECONDS", 0.0)
+    stage = Stage(tmp_path, retries=retries, scored=scored)
+    a_while = asyncio.Event()
+    stage.standings["a"] = stage.standings["a-order-1"] = [Standing.COULD_TAKE_IT]
+    stage.prefill_events = [None, a_while, None, a_while, Progress(1, 9), Progress(2, 9), PREFILLED]
+    stage.later_events = [
+        [None, a_while, Progress(1, 9), PREFILLED],
+        [None, a_while, Progress(4, 9), PREFILLED],
+    ]
+    said = play(stage)
+    if not moves:
+        assert said == [Progress(1, 9), Progress(2, 9)]
+        assert (len(orders(stage)), recoveries(stage)) == (1, 0)
+        return
+    assert said == [Progress(1, 9), Progress(1, 9), Progress(4, 9)]
+    assert [order.request.computed for order in orders(stage)] == [0, 1, 1]
+    assert all(order.terms == TERMS for order in orders(stage))
+    assert recoveries(stage) == 2
 
 
 def test_a_prompt_that_kills_gangs_is_refused(tmp_path: Path) -> None:

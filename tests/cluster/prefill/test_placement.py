@@ -32,14 +32,14 @@ class FakeGroup:
         return made
 
 
-@pytest.mark.parametrize(("room_after", "drain_seconds"), [(0.3, 10.0), (None, 0.0)])
+@pytest.mark.parametrize(("room_after", "others_seconds"), [(0.3, 10.0), (None, 0.0)])
 def test_a_gang_waits_for_the_one_that_it_replaces(
-    monkeypatch: pytest.MonkeyPatch, room_after: float | None, drain_seconds: float
+    monkeypatch: pytest.MonkeyPatch, room_after: float | None, others_seconds: float
 ) -> None:
     removed: list[Any] = []
     monkeypatch.setattr(placement, "_PLACEMENT_SECONDS", 0.05)
     monkeypatch.setattr(placement, "remove_placement_group", removed.append)
-    settings = replace(make_settings(1).gangs[0], drain_seconds=drain_seconds)
+    settings = replace(make_settings(1).gangs[0], others_seconds=others_seconds)
     group = cast(Any, FakeGroup(room_after))
     placed = placement._placed(group, settings)
     if room_after is not None:
@@ -64,7 +64,7 @@ def test_ranks_are_placed_on_nodes_that_have_the_labels(
     monkeypatch.setattr(placement, "_PLACEMENT_SECONDS", 0.05)
     monkeypatch.setattr(placement, "placement_group", placement_group)
     monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
-    settings = replace(make_settings(1).gangs[0], drain_seconds=0.0)
+    settings = replace(make_settings(1).gangs[0], others_seconds=0.0)
     placed = replace(settings, prefill=settings.prefill.model_copy(update={"nodes": nodes}))
     with pytest.raises(ConfigurationError) as refused:
         asyncio.run(Placement.reserve(placed, tmp_path))

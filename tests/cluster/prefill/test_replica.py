@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from longreach.cluster.messages import PrefillOrder
+from longreach.cluster.messages import PrefillOrder, Standing
 from longreach.cluster.metrics import render
 from longreach.cluster.prefill.gang import ChunkUnderWay, Gang, OfPrompt
 from longreach.cluster.prefill.rank import RankResult
@@ -22,6 +22,7 @@ from longreach.cluster.prefill.scheduler import Chunk
 from longreach.engine.errors import (
     ChunkOutOfMemoryError,
     LostError,
+    NotUpError,
     TransferError,
     UnavailableError,
 )
@@ -150,7 +151,8 @@ class FakeWorker:
         self.is_released.set()
 
     def order(self, request: GenerationRequest) -> PrefillOrder:
-        return PrefillOrder(request, cast(Any, self._pages()), cast(Any, self._release()))
+        terms = make_settings(1).worker.terms
+        return PrefillOrder(request, cast(Any, self._pages()), cast(Any, self._release()), terms)
 
     def _pages(self) -> "Promise":
         return Promise(self.has_pages, lambda: Destination("a", self.done))
@@ -236,6 +238,32 @@ def test_a_prompt_is_computed_chunk_by_chunk(play: Any, gang: FakeGang) -> None:
     assert events[:2] == [None, Progress(CHUNK_TOKENS, CHUNK_TOKENS + 1)]
     assert isinstance(events[2], Prefilled)
     assert gang.released == ["a"]
+
+
+def test_a_gang_of_other_settings_takes_nothing_from_a_worker(play: Any, gang: FakeGang) -> None:
+    """While a configuration takes the place of another, an old replica may ask a new gang."""
+
+    async def scenario(replica: PrefillReplica) -> list[Standing]:
+        order = FakeWorker().order(
+            GenerationRequest(
+                "a", np.zeros(9, dtype=np.int32), SamplingParameters(max_tokens=1), arrived=0.0
+            )
+        )
+        narrow = order.terms.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
+        for terms in (replace(order.terms, model=narrow), replace(order.terms, transport="nixl")):
+            with pytest.raises(NotUpError):
+                await anext(replica.prefill(replace(order, terms=terms)))
+            assert await replica.standing("a", terms) is Standing.CANNOT
+        said = [await replica.standing("a", order.terms)]
+        taken = replica.prefill(order)
+        await anext(taken)
+        said.append(await replica.standing("a", order.terms))
+        await taken.aclose()
+        replica._lose(RuntimeError("a rank died"))
+        return [*said, await replica.standing("b", order.terms)]
+
+    assert play(scenario) == [Standing.COULD_TAKE_IT, Standing.HAS_IT, Standing.CANNOT]
+    assert not gang.computed
 
 
 def test_chunks_under_way_say_what_they_did_in_order(play: Any, gang: FakeGang) -> None:
