@@ -19,9 +19,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from .short_prompts import Client, Line, write
+from .token_client import Client, Line, command_line, report
 
 _SETTLE_SECONDS = 2.0
 """Until all streams generate."""
@@ -149,9 +148,7 @@ async def _run(options: argparse.Namespace) -> list[Line]:
 
 def main() -> None:
     """Measure, print, and write down."""
-    parser = argparse.ArgumentParser(description="What a long prompt and others cost each other.")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--engine", default="longreach")
+    parser = command_line("What a long prompt and others cost each other.")
     parser.add_argument("--long", type=int, default=1_000_000)
     parser.add_argument("--short", type=int, default=1024)
     parser.add_argument("--streams", type=int, default=16)
@@ -159,14 +156,8 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--undisturbed", type=float, default=4.0, help="seconds")
-    parser.add_argument("--vocabulary", type=int, default=256)
-    parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    lines = asyncio.run(_run(options))
-    for line in lines:
-        print(f"{line.what:<60} {line.value:10.3f} {line.unit}")
-    if options.csv is not None:
-        write(lines, options.engine, options.csv)
+    report(asyncio.run(_run(options)), options)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from abc import abstractmethod
 import torch
 
 from ..errors import GenerationError
-from ..kv.hand_off import RequestPages
 from ..messages import Delta, GenerationRequest, Progress
+from .arriving import ArrivingPages
 from .grammar import Constraint
 from .sampler import Logits
 
@@ -17,7 +17,7 @@ Progress is of prompts that the engine computes itself: after each part of them,
 """
 
 
-class DecodeEngine(RequestPages):
+class DecodeEngine(ArrivingPages):
     """Generates for many requests at once, out of pages that prefill hands over, or on its own.
 
     A request's life here: `reserve`, `receive` for every page of its prompt, `start`, then `step`

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...kernels.page_size import PAGE_TOKENS
+from ...kernels.pages import BlockTable
 from ..errors import (
     CacheTooSmallError,
     GenerationError,
@@ -25,14 +26,12 @@ from ..errors import (
     InvalidRequestError,
     OutOfMemoryError,
     OutOfPagesError,
-    ReceiveOutOfMemoryError,
-    RefusedPagesError,
     StartOutOfMemoryError,
     StepOutOfMemoryError,
     TransferError,
 )
-from ..kv.hand_off import Place, held_at
-from ..kv.pages import HeldPages, PagePool, Pages
+from ..kv.arrivals import Arrivals
+from ..kv.pages import PagePool
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import ChosenToken, GenerationRequest, Progress
 from ..model.qwen2 import Qwen2
@@ -198,29 +197,11 @@ class Decoder(DecodeEngine):
             raise InvalidRequestError(f"request {request_id} has no pages; reserve them first")
         return reservation.block_tables[0].pages.tolist()
 
-    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
-        reservation = self._receiving(request_id)
-        with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
-            table = reservation.block_tables[0].on(self._pool.memory.device)
-            table = table[place.first_page : place.first_page + len(pages)]
-            try:
-                self._pool.put(place.layer, table.long(), place.first_kv_head, pages)
-            except TransferError as error:
-                raise RefusedPagesError(request_id, str(place), error) from error
-        reservation.arrivals.note(place, len(pages), pages.values.shape[1])
+    def arrivals_of(self, request_id: str) -> Arrivals:
+        return self._receiving(request_id).arrivals
 
-    def note_arrival(
-        self, request_id: str, place: Place, num_pages: int, num_kv_heads: int
-    ) -> None:
-        self._receiving(request_id).arrivals.note(place, num_pages, num_kv_heads)
-
-    def complete_tokens(self, request_id: str) -> int:
-        return self._receiving(request_id).arrivals.complete_tokens
-
-    def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
-        pages = self._receiving(request_id).block_tables[0].pages
-        own = place.first_kv_head
-        return held_at(self._pool, request_id, place, own, pages, num_pages, num_kv_heads)
+    def table_of(self, request_id: str) -> BlockTable:
+        return self._receiving(request_id).block_tables[0]
 
     def _receiving(self, request_id: str) -> Reservation:
         reservation = self._reservations.get(request_id)

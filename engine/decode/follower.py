@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.pages import BlockTable
-from ..errors import ReceiveOutOfMemoryError, RefusedPagesError, TransferError
+from ..errors import TransferError
 from ..kv.arrivals import Arrivals
-from ..kv.hand_off import Place, RequestPages, held_at
-from ..kv.pages import HeldPages, PagePool, Pages, SetAside
-from ..memory.out_of_memory import out_of_memory_raises
+from ..kv.pages import PagePool, SetAside
+from .arriving import ArrivingPages
 from .orders import (
     BringBackOrder,
     Channel,
@@ -93,7 +92,7 @@ class _Expected:
     arrivals: Arrivals
 
 
-class FollowerPages(RequestPages):
+class FollowerPages(ArrivingPages):
     """Where pages of prompts come on a follower; which pages they are, the leader has decided.
 
     Args:
@@ -127,40 +126,14 @@ class FollowerPages(RequestPages):
         """No pages of a request come any more; unknown ones are no error."""
         self._expected.pop(request_id, None)
 
-    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
-        expected = self._expecting(request_id)
-        with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
-            table = expected.table.on(self._pool.memory.device)
-            table = table[place.first_page : place.first_page + len(pages)]
-            try:
-                self._pool.put(place.layer, table.long(), self._own_head(place), pages)
-            except TransferError as error:
-                raise RefusedPagesError(request_id, str(place), error) from error
-        self.note_arrival(request_id, place, len(pages), pages.values.shape[1])
+    def arrivals_of(self, request_id: str) -> Arrivals:
+        return self._expecting(request_id).arrivals
 
-    def note_arrival(
-        self, request_id: str, place: Place, num_pages: int, num_kv_heads: int
-    ) -> None:
-        own = Place(place.layer, place.first_page, self._own_head(place))
-        self._expecting(request_id).arrivals.note(own, num_pages, num_kv_heads)
-
-    def complete_tokens(self, request_id: str) -> int:
-        return self._expecting(request_id).arrivals.complete_tokens
-
-    def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
-        pages = self._expecting(request_id).table.pages
-        own = self._own_head(place)
-        return held_at(self._pool, request_id, place, own, pages, num_pages, num_kv_heads)
+    def table_of(self, request_id: str) -> BlockTable:
+        return self._expecting(request_id).table
 
     def _expecting(self, request_id: str) -> _Expected:
         expected = self._expected.get(request_id)
         if expected is None:
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
         return expected
-
-    def _own_head(self, place: Place) -> int:
-        """Of this rank's, the first one of pages at a place."""
-        own = place.first_kv_head - self._first_kv_head
-        if not 0 <= own < self._pool.geometry.num_kv_heads:
-            raise TransferError(f"this rank has no head {place.first_kv_head}")
-        return own

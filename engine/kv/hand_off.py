@@ -14,10 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ..errors import TransferError
 from .pages import HeldPages, PageMemory, Pages
 
 
@@ -96,31 +92,6 @@ class Sender(ABC):
     @abstractmethod
     def open(self, destination: Destination) -> HandOff:
         """Begin to hand one request's pages off."""
-
-
-def held_at(
-    pool: PageMemory,
-    request_id: str,
-    place: Place,
-    own_head: int,
-    pages: npt.NDArray[np.int64],
-    num_pages: int,
-    num_kv_heads: int,
-) -> HeldPages:
-    """A request's pages at a place, of some KV heads of the pool.
-
-    Args:
-        own_head: the first of its heads, as the pool counts them.
-        pages: all that the request has, by their numbers.
-
-    Raises:
-        TransferError: it has none there.
-    """
-    numbers = pages[place.first_page : place.first_page + num_pages]
-    held = pool.held(place.layer, numbers).heads(own_head, num_kv_heads)
-    if (len(held), held.layer.values.shape[1]) != (num_pages, num_kv_heads):
-        raise TransferError(f"request {request_id} has no such pages at {place}")
-    return held
 
 
 class RequestPages(ABC):

@@ -55,6 +55,13 @@ class Config:
         """Most tokens of a prompt and its answer."""
         return int(self.values["limits"]["max_model_len"])
 
+    @property
+    def own_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that decode workers compute themselves, without a gang."""
+        decode = self.values["decode"]
+        by_default = 8_192 if decode.get("gpus") else 2_048
+        return int(decode.get("prefill_up_to", by_default))
+
     def pages(self, role: str) -> int:
         """KV pages of one pool of a role, "prefill" or "decode"."""
         return -(-int(self.values[role]["kv_cache_tokens"]) // PAGE_TOKENS)

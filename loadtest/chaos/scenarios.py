@@ -32,7 +32,9 @@ _END_SECONDS = 60.0
 _SLOW_SECONDS = 30.0
 _SLOW_READERS = 16
 _SLOW_SENDERS = 200
+_PROBE_SECONDS = 15.0
 _FATAL = (Kind.GCS, Kind.RAYLET)
+_OF_GANGS = (Kind.RANK, Kind.PREFILL_REPLICA)
 _OUTLIVED = (Kind.RANK, Kind.PREFILL_REPLICA, Kind.DECODE_WORKER, Kind.DECODE_REPLICA)
 """Whose death no request may notice but by waiting: its client's connection is elsewhere."""
 _RANDOM_KILLS = 20
@@ -200,7 +202,7 @@ def _break(
         victim = cluster.tree.wait_for(kind, _RECOVERY_SECONDS)[0]
         broken_at = time.monotonic()
         send(victim, number)
-        recovery = _recovery(cluster, workload, broken_at)
+        recovery = _recovery(cluster, workload, broken_at, tokens_for(kind, cluster, workload))
     # Ray's own end of a process that does not listen takes some seconds more than its replacement.
     _, missed_by_nobody = psutil.wait_procs([victim], timeout=_END_SECONDS)
     # What nobody has missed goes on, so that the next scenario begins with a whole cluster.
@@ -209,15 +211,25 @@ def _break(
     return Measured(workload.tally([each.result() for each in asked]), *recovery, besides=besides)
 
 
+def tokens_for(kind: Kind, cluster: Cluster, workload: Workload) -> int:
+    """Of a prompt that is not answered without such a process; short ones never reach a gang."""
+    least = cluster.config.own_prompt_tokens if kind in _OF_GANGS else 0
+    return next((size for size in workload.sizes if size > least), workload.sizes[-1])
+
+
 def _recovery(
-    cluster: Cluster, workload: Workload, since: float
+    cluster: Cluster, workload: Workload, since: float, tokens: int | None = None
 ) -> tuple[float | None, float | None]:
-    """Seconds until a request is answered right, and until `/ready` says so after that."""
+    """Seconds until a request is answered right, and until `/ready` says so after that.
+
+    Args:
+        tokens: of its prompt, where not the shortest.
+    """
+    tokens = workload.sizes[0] if tokens is None else tokens
     deadline = since + _RECOVERY_SECONDS
-    shortest = workload.sizes[0]
     served = None
     while served is None and time.monotonic() < deadline and not cluster.has_ended():
-        if workload.client.ask(workload.maker.make(shortest), 15.0).is_right:
+        if workload.client.ask(workload.maker.make(tokens), _PROBE_SECONDS).is_right:
             served = time.monotonic() - since
         else:
             time.sleep(_POLL_SECONDS)
@@ -398,7 +410,8 @@ def _kill_at_random(cluster: Cluster, workload: Workload) -> Measured:
             killed[kind] += 1
             time.sleep(max(broken_at + _SECONDS_A_KILL - time.monotonic(), 0.0))
     outcomes = [outcome for each in beside for outcome in each.outcomes]
-    recovery = _recovery(cluster, workload, broken_at)
+    tokens = tokens_for(Kind.RANK, cluster, workload)
+    recovery = _recovery(cluster, workload, broken_at, tokens)
     tally = workload.tally(outcomes)
     kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(killed.items()))
     slowest = f"slowest over alone {tally.slowest_over_alone:.1f} s"

@@ -26,17 +26,14 @@ from ...engine.errors import (
     GenerationError,
     InvalidRequestError,
     OutOfPagesError,
-    ReceiveOutOfMemoryError,
-    RefusedPagesError,
     TransferError,
 )
 from ...engine.kv.arrivals import Arrivals
-from ...engine.kv.hand_off import Place, held_at
-from ...engine.kv.pages import HeldPages, PageMemory, Pages
-from ...engine.memory.out_of_memory import out_of_memory_raises
+from ...engine.kv.pages import PageMemory
 from ...engine.messages import Delta, GenerationRequest, Progress
 from ...engine.model.config import ModelConfig
 from ...kernels.page_size import PAGE_TOKENS, pages_for
+from ...kernels.pages import BlockTable
 from .core import Core, Generated, NewSequence
 from .held_to import HeldTo
 from .room import Room
@@ -185,29 +182,19 @@ class VllmDecoder(DecodeEngine):
         taken = self._take(request, Room.apart(request), is_handed_off=False)
         self._start(taken, constraint)
 
-    def receive(self, request_id: str, place: Place, pages: Pages) -> None:
-        taken = self._receiving(request_id)
-        with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
-            table = _part(self._table(request_id, taken), place, len(pages))
-            try:
-                on_device = torch.from_numpy(table).to(self.device)
-                self.pool.put(place.layer, on_device, place.first_kv_head, pages)
-            except TransferError as error:
-                raise RefusedPagesError(request_id, str(place), error) from error
-        taken.arrivals.note(place, len(pages), pages.values.shape[1])
+    def arrivals_of(self, request_id: str) -> Arrivals:
+        return self._receiving(request_id).arrivals
 
-    def note_arrival(
-        self, request_id: str, place: Place, num_pages: int, num_kv_heads: int
-    ) -> None:
-        self._receiving(request_id).arrivals.note(place, num_pages, num_kv_heads)
-
-    def complete_tokens(self, request_id: str) -> int:
-        return self._receiving(request_id).arrivals.complete_tokens
-
-    def held(self, request_id: str, place: Place, num_pages: int, num_kv_heads: int) -> HeldPages:
-        pages = self._table(request_id, self._receiving(request_id))
-        own = place.first_kv_head
-        return held_at(self.pool, request_id, place, own, pages, num_pages, num_kv_heads)
+    def table_of(self, request_id: str) -> BlockTable:
+        """As the contract says; waits for vLLM, which gives pages with its next step."""
+        try:
+            return BlockTable(self._receiving(request_id).table.result(_PAGES_SECONDS))
+        except CancelledError as error:
+            raise TransferError(f"request {request_id} takes no pages; it was cancelled") from error
+        except TimeoutError as error:
+            raise TransferError(
+                f"vLLM gave request {request_id} no pages in {_PAGES_SECONDS:g} s"
+            ) from error
 
     def start(
         self, request_id: str, logits: Logits, constraint: Constraint | None = None
@@ -393,17 +380,6 @@ class VllmDecoder(DecodeEngine):
             raise TransferError(f"request {request_id} takes no pages; it was cancelled or has all")
         return taken
 
-    def _table(self, request_id: str, taken: _Taken) -> Table:
-        """Where a request's pages are; vLLM says so with its next step."""
-        try:
-            return taken.table.result(_PAGES_SECONDS)
-        except CancelledError as error:
-            raise TransferError(f"request {request_id} takes no pages; it was cancelled") from error
-        except TimeoutError as error:
-            raise TransferError(
-                f"vLLM gave request {request_id} no pages in {_PAGES_SECONDS:g} s"
-            ) from error
-
 
 def _first_name(request_id: str) -> str:
     return f"{request_id}/0"
@@ -411,10 +387,6 @@ def _first_name(request_id: str) -> str:
 
 def _waits_for_pages(taken: _Taken) -> bool:
     return taken.done is None and not taken.table.done()
-
-
-def _part(table: Table, place: Place, num_pages: int) -> Table:
-    return table[place.first_page : place.first_page + num_pages]
 
 
 def _deltas(answer: Answer, generated: Generated, is_whole: bool) -> Sequence[Delta]:

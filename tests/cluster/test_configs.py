@@ -17,6 +17,8 @@ GPUS = {
     "four-gpus-qwen2.5-7b": 84e9,
     "three-gpus-qwen2.5-14b": 149e9,
     "four-gpus-qwen2.5-14b": 149e9,
+    "eight-gpus-qwen2.5-7b": 84e9,
+    "eight-gpus-qwen2.5-14b": 149e9,
     "one-gpu-vllm": 84e9,
     "four-gpus-vllm": 84e9,
 }

@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
+        text = body["messages"][0]["content"] if "messages" in body else str(body["prompt"])
         if not body.get("stream"):
             usage = {"prompt_tokens": tokens_of(text), "completion_tokens": 1}
             self._send(json.dumps({"choices": [], "usage": usage}))
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream(self, text: str, answer: str) -> None:
         """Two texts of three tokens together, and usage, each with a gap before it."""
-        key = re.findall(r"The pass key is (\d+)", text)[0]
+        key = (re.findall(r"The pass key is (\d+)", text) or ["1234"])[0]
         said = key if answer != "wrong" else str(int(key) + 1)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

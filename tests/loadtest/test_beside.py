@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from longreach.loadtest.beside import Sizes, Stream, measure
-from longreach.loadtest.short_prompts import Client, Line
+from longreach.loadtest.token_client import Client, Line
 
 SIZES = Sizes(long=1000, short=10, streams=2, answer=1000, pause=0.005, rounds=2)
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from longreach.cluster.settings import DecodeSettings
 from longreach.loadtest.chaos.client import Client, Outcome, parse_metrics
+from longreach.loadtest.chaos.cluster import Config, attach
 from longreach.loadtest.chaos.load import LONG_ANSWER, Moment, Workload, leave_at_random
 from longreach.loadtest.chaos.picture import draw
 from longreach.loadtest.chaos.processes import (
@@ -23,7 +25,13 @@ from longreach.loadtest.chaos.processes import (
     reset_peak_memory,
 )
 from longreach.loadtest.chaos.report import COLUMNS, Row, write
-from longreach.loadtest.chaos.scenarios import Measured, Scenario, all_scenarios, choose
+from longreach.loadtest.chaos.scenarios import (
+    Measured,
+    Scenario,
+    all_scenarios,
+    choose,
+    tokens_for,
+)
 from longreach.loadtest.chaos.suite import CannotRunError, Plan, check, run
 from longreach.loadtest.prompts import PromptMaker, TextSize
 
@@ -47,6 +55,28 @@ def plan(port: int, tmp_path: Path) -> Plan:
         f"prefill: {{kv_cache_tokens: {128 * PAGES}}}\ndecode: {{kv_cache_tokens: {128 * PAGES}}}\n"
     )
     return Plan(config, os.getpid(), (200, 400), 2.0, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("decode", "own"),
+    [({}, 2_048), ({"gpus": 1}, 8_192), ({"gpus": 0.0}, 2_048), ({"prefill_up_to": 300}, 300)],
+)
+def test_it_knows_which_prompts_a_gang_computes(decode: dict[str, float], own: int) -> None:
+    assert Config({"decode": decode}).own_prompt_tokens == own
+    assert DecodeSettings.model_validate({"kv_cache_tokens": 1, **decode}).longest_own_prompt == own
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [(Kind.RANK, 400), (Kind.PREFILL_REPLICA, 400), (Kind.DECODE_WORKER, 200), (Kind.PROXY, 200)],
+)
+def test_that_it_serves_again_is_asked_of_what_was_broken(
+    workload: Workload, plan: Plan, kind: Kind, asked: int
+) -> None:
+    """A prompt that decode workers compute themselves says nothing of a gang."""
+    cluster = attach(plan.config, os.getpid())
+    cluster.config.values["decode"]["prefill_up_to"] = 300
+    assert tokens_for(kind, cluster, workload) == asked
 
 
 @pytest.mark.parametrize(

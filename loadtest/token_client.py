@@ -1,0 +1,110 @@
+"""A client that sends prompts of random token ids, and the figures that come of it."""
+
+import argparse
+import csv
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from .endpoint import Endpoint
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure."""
+
+    what: str
+    value: float
+    unit: str
+
+
+class AnswerError(Exception):
+    """An answer that had begun ended with an error; with what the endpoint said of it."""
+
+
+class Client:
+    """Sends one endpoint prompts, each another.
+
+    Args:
+        vocabulary: ids below it are sent.
+        every_token: have an event of a stream for each token, with or without text.
+    """
+
+    def __init__(
+        self, base_url: str, at_once: int, vocabulary: int, every_token: bool = False
+    ) -> None:
+        limits = httpx.Limits(max_connections=at_once)
+        self._model = Endpoint(base_url).model
+        self._client = httpx.AsyncClient(base_url=base_url, timeout=600, limits=limits)
+        self._vocabulary = vocabulary
+        self._streamed = {"stream": True, **({"logprobs": 0} if every_token else {})}
+        self._random = random.Random(0)
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *ignored: object) -> None:
+        await self._client.aclose()
+
+    async def ask(self, tokens: int) -> float:
+        """Seconds until the whole answer of one token is there."""
+        body = self._body(tokens, 1)
+        started = time.perf_counter()
+        (await self._client.post("/v1/completions", json=body)).raise_for_status()
+        return time.perf_counter() - started
+
+    async def listen(self, tokens: int, answer: int, came: list[tuple[float, int]]) -> None:
+        """Note every event of an answer as it comes: its moment, and how many tokens it has.
+
+        Without `every_token` nobody says how many: each event counts for one.
+
+        Raises:
+            AnswerError: an event says so.
+        """
+        body = {**self._body(tokens, answer), **self._streamed}
+        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if error := event.get("error"):
+                    raise AnswerError(error.get("message", error))
+                if choices := event.get("choices"):
+                    scored = choices[0].get("logprobs") or {}
+                    came.append((time.perf_counter(), len(scored.get("tokens") or [None])))
+
+    def _body(self, tokens: int, answer: int) -> dict[str, object]:
+        prompt = [self._random.randrange(self._vocabulary) for _ in range(tokens)]
+        return {
+            "model": self._model, "prompt": prompt, "max_tokens": answer, "temperature": 0,
+            "ignore_eos": True,
+        }  # fmt: skip
+
+
+def command_line(says: str) -> argparse.ArgumentParser:
+    """What every command has that asks by a `Client` and has figures to write down."""
+    parser = argparse.ArgumentParser(description=says)
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
+    parser.add_argument("--engine", default="longreach", help="its name beside the figures")
+    parser.add_argument("--vocabulary", type=int, default=256, help="token ids below it are sent")
+    parser.add_argument("--csv", type=Path, help="append the figures to a file")
+    return parser
+
+
+def report(lines: Sequence[Line], options: argparse.Namespace) -> None:
+    """Print figures as a table, and append them to `--csv`: what, engine, value, unit."""
+    for line in lines:
+        print(f"{line.what:<60} {line.value:10.4g} {line.unit}")
+    if options.csv is None:
+        return
+    with options.csv.open("a", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerows(
+            [line.what, options.engine, f"{line.value:.4g}", line.unit] for line in lines
+        )
