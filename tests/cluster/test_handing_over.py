@@ -214,4 +214,4 @@ def test_a_node_that_is_to_go_hands_its_prompts_over_before_it_does(going: Going
         going.cluster.remove_node(leaving, allow_graceful=False)
 
     _, again = going.while_asked(notice)
-    assert again <= 4 * CHUNK_TOKENS, "one for the gang, and one for the decode replica"
+    assert again <= 4 * CHUNK_TOKENS, "of each prompt, one for the gang and one for the worker"
