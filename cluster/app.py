@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -280,7 +280,8 @@ def remove(drain_seconds: float) -> None:
 
 def _cut_off() -> None:
     """End every replica. Some would wait for those that come in place of others, and none comes."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
+    # What Ray says that it returns are names alone.
+    for actor in cast(Any, ray.util.list_named_actors(all_namespaces=True)):
         name = actor["name"]
         if actor["namespace"] == SERVE_NAMESPACE and name.startswith(_REPLICAS):
             with suppress(ValueError, RayError):  # it has ended meanwhile

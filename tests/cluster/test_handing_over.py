@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ReplicaState
 
 from longreach.cluster import settings as settings_module
 from longreach.cluster.app import APP_NAME, LOGGING, build
@@ -134,7 +135,8 @@ class Going:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         of = DeploymentID(name=deployment, app_name=APP_NAME)
         ray.get(controller.update_deployment_replicas.remote(of, replicas))
-        wait_for(lambda: states(deployment) == {"RUNNING": replicas}, SECONDS, "that many are up")
+        wanted = {ReplicaState.RUNNING: replicas}
+        wait_for(lambda: states(deployment) == wanted, SECONDS, f"{replicas} of {deployment}")
 
     def add_node(self, address: str) -> Any:
         return self.cluster.add_node(
@@ -142,9 +144,9 @@ class Going:
         )
 
 
-def states(deployment: str) -> dict[str, int]:
+def states(deployment: str) -> dict[ReplicaState, int]:
     """How many replicas are in which of Serve's states; those that are asked to go are STOPPING."""
-    return dict(serve.status().applications[APP_NAME].deployments[deployment].replica_states)
+    return serve.status().applications[APP_NAME].deployments[deployment].replica_states
 
 
 @pytest.fixture(scope="module")
