@@ -18,10 +18,9 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.schema import ReplicaState
 
 from longreach.cluster import settings as settings_module
 from longreach.cluster.app import APP_NAME, LOGGING, build
