@@ -2,16 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 from prometheus_client.metrics_core import Metric as Family
-from ray import _raylet, serve
+from ray import _raylet
 from ray.core.generated import autoscaler_pb2
-from ray.serve.schema import ProxyStatus
 
 from ..engine.errors import UnavailableError
 from .handlers import handlers_kept
@@ -61,10 +59,8 @@ def drain_this_node(directory: Path, seconds: float) -> bool:
 
 def leave(directory: Path, deadline: float) -> bool:
     """As `drain_this_node`, from a process of Ray's, until a time in seconds since 1970."""
-    node_id = ray.get_runtime_context().get_node_id()
-    announce(deadline, node_id)
-    has_clients = partial(proxy_has_clients, node_id)
-    return wait_until_idle(metrics_of_node(directory), deadline, has_clients)
+    announce(deadline, ray.get_runtime_context().get_node_id())
+    return wait_until_idle(metrics_of_node(directory), deadline)
 
 
 def announce(deadline: float, node_id: str) -> None:
@@ -84,33 +80,18 @@ def announce(deadline: float, node_id: str) -> None:
         raise UnavailableError(f"Ray does not let the node go: {why}")
 
 
-def proxy_has_clients(node_id: str) -> bool:
-    """Whether Serve's proxy on a node that goes has clients, whose ingress may be on any node.
-
-    Serve ends such a proxy when it has none.
-    """
-    return serve.status().proxies.get(node_id) is ProxyStatus.DRAINING
-
-
-def wait_until_idle(
-    folder: Path,
-    deadline: float,
-    has_clients: Callable[[], bool],
-    look_seconds: float = _LOOK_SECONDS,
-) -> bool:
+def wait_until_idle(folder: Path, deadline: float, look_seconds: float = _LOOK_SECONDS) -> bool:
     """Return True once nothing has been under way on this node for some looks; False at the end.
 
     Args:
         folder: with the figures of this node.
         deadline: in seconds since 1970.
-        has_clients: whether clients are connected to this node.
     """
     quiet = 0
     while quiet < _QUIET_LOOKS:
         if time.time() >= deadline:
             return False
-        busy = under_way(FolderCollector(folder).collect()) or has_clients()
-        quiet = 0 if busy else quiet + 1
+        quiet = 0 if under_way(FolderCollector(folder).collect()) else quiet + 1
         time.sleep(look_seconds)
     return True
 

@@ -2,20 +2,12 @@
 
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-from ray import serve
-from ray.serve.schema import ProxyStatus, ServeStatus
 
 from longreach.cluster import metrics as m
-from longreach.cluster.draining import proxy_has_clients, wait_until_idle
-
-
-def nobody() -> bool:
-    """No client is connected."""
-    return False
+from longreach.cluster.draining import wait_until_idle
 
 
 @pytest.mark.parametrize(
@@ -33,28 +25,13 @@ def test_it_waits_for_what_any_role_has_under_way(
 ) -> None:
     with m.Metrics(tmp_path, role="decode", model_name="pocket") as decode:
         decode.set(gauge, value)
-        assert not wait_until_idle(tmp_path, time.time() + 0.2, nobody, look_seconds=0.01)
+        assert not wait_until_idle(tmp_path, time.time() + 0.2, look_seconds=0.01)
         threading.Timer(0.3, decode.set, (gauge, 0)).start()
         began = time.time()
-        assert wait_until_idle(tmp_path, began + 10, nobody, look_seconds=0.01)
+        assert wait_until_idle(tmp_path, began + 10, look_seconds=0.01)
         assert time.time() - began >= 0.3
 
 
 def test_a_node_without_figures_is_idle_and_one_in_time_trouble_is_not(tmp_path: Path) -> None:
-    assert wait_until_idle(tmp_path / "none", time.time() + 10, nobody, look_seconds=0.001)
-    assert not wait_until_idle(tmp_path / "none", time.time() - 1, nobody)
-
-
-def test_it_waits_for_clients_whose_ingress_is_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Serve ends a node's proxy when it has none; that of another node is of no concern."""
-    proxies = {"this": ProxyStatus.DRAINING, "other": ProxyStatus.DRAINING}
-    monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies=proxies))
-    connected = partial(proxy_has_clients, "this")
-    assert not wait_until_idle(tmp_path, time.time() + 0.2, connected, look_seconds=0.01)
-    del proxies["this"]
-    assert wait_until_idle(tmp_path, time.time() + 10, connected, look_seconds=0.01)
-    # The head keeps its proxy.
-    proxies["this"] = ProxyStatus.HEALTHY
-    assert wait_until_idle(tmp_path, time.time() + 10, connected, look_seconds=0.01)
+    assert wait_until_idle(tmp_path / "none", time.time() + 10, look_seconds=0.001)
+    assert not wait_until_idle(tmp_path / "none", time.time() - 1)
