@@ -61,6 +61,16 @@ def test_vllm_has_an_environment_of_its_own(tmp_path: Path) -> None:
     assert pinned[0].partition("==")[2].startswith(f"{newest}.")
 
 
+def test_slow_tests_have_a_target_of_their_own_and_ci_runs_it(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    assert "not slow" in pytestconfig.getini("addopts")[-1]
+    (tmp_path / ".installed-dev").touch()
+    (tmp_path / ".installed").touch()
+    assert "-m pytest -m slow -k name" in would_run("test-slow", f"VENV={tmp_path}", "ARGS=-k name")
+    assert "make test-slow ||" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_every_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert all("==" in line for line in lines)
