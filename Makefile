@@ -48,7 +48,7 @@ run: $(INSTALLED)
 	@$(BIN)/longreach demo $(CONFIG) --tokens $(TOKENS) $(if $(EXIT),--exit)
 
 test: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --no-loadscope-reorder $(ARGS)
 
 test-slow: $(INSTALLED_DEV)
 	@$(BIN)/python -m pytest -m slow $(ARGS)
