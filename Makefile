@@ -17,7 +17,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CHECKED := cluster deploy engine kernels lab loadtest plugins tests
 
 KUBECTL := $(VENV)/kubectl
-.PHONY: help run test test-clients test-vllm lint format house check-deploy check-deployed \
+.PHONY: help run test test-slow test-clients test-vllm lint format house check-deploy check-deployed \
 	check-dashboards check-autoscaling check-images check-nodes check-proxies check-proxied-clusters load install clean
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo '                                stays up until Ctrl-C'
 	@echo 'make run TOKENS=65536 EXIT=1    a short one that ends by itself; fails if the answer is wrong'
 	@echo 'make test                       the test suite (ARGS="-k name" to choose)'
+	@echo 'make test-slow                  deaths beyond the first of their kind, and long dense prompts'
 	@echo 'make lint                       ruff and basedpyright'
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'
@@ -47,7 +48,10 @@ run: $(INSTALLED)
 	@$(BIN)/longreach demo $(CONFIG) --tokens $(TOKENS) $(if $(EXIT),--exit)
 
 test: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --no-loadscope-reorder $(ARGS)
+
+test-slow: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	@$(BIN)/ruff check .

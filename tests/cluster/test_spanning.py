@@ -150,6 +150,7 @@ def test_two_ranks_say_what_one_says(cluster: Cluster, tokens: int) -> None:
     wait_until_no_page_is_held(cluster.http)
 
 
+@pytest.mark.slow
 def test_a_gang_that_dies_has_its_pages_back_from_both_ranks(cluster: Cluster) -> None:
     body = ask_body(cluster.prompt(14_000), max_tokens=8, ignore_eos=True)
     before, back = (
@@ -169,6 +170,7 @@ def test_a_gang_that_dies_has_its_pages_back_from_both_ranks(cluster: Cluster) -
     wait_until_no_page_is_held(cluster.http)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("actor", RANKS)
 def test_a_rank_that_dies_in_mid_answer_costs_a_pause(cluster: Cluster, actor: str) -> None:
     """It takes the other along; both are replaced, and the text is as if nothing had happened."""

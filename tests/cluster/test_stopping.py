@@ -23,7 +23,8 @@ def test_stopping_lets_accepted_requests_finish_and_leaves_nothing(
 
     def ask(tokens: int) -> httpx.Response:
         fields = {"max_tokens": 4096, "n": 8, "logit_bias": {str(eos): 100}}
-        return http.post("/v1/completions", json=ask_body(make_prompt(tokenizer, tokens), **fields))
+        body = ask_body(make_prompt(tokenizer, tokens), **fields)
+        return http.post("/v1/completions", json=body, timeout=300)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, LONG)

@@ -139,6 +139,7 @@ def test_the_end_of_the_long_prompts_gang_does_short_ones_no_harm(
     cluster_at_rest.wait_until_ready()
 
 
+@pytest.mark.slow
 def test_the_end_of_the_short_prompts_gang_does_a_long_one_no_harm(
     cluster_at_rest: Cluster,
 ) -> None:

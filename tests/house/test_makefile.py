@@ -1,5 +1,6 @@
 """What `make` would run."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from longreach.plugins.vllm.checks import TESTED
+
+from ..conftest import CLUSTERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +62,26 @@ def test_vllm_has_an_environment_of_its_own(tmp_path: Path) -> None:
     assert pinned[2].replace("[serve]", "") in (ROOT / "constraints.txt").read_text().splitlines()
     newest = TESTED[1]
     assert pinned[0].partition("==")[2].startswith(f"{newest}.")
+
+
+def test_slow_tests_have_a_target_of_their_own_and_ci_runs_it(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    assert "not slow" in pytestconfig.getini("addopts")[-1]
+    (tmp_path / ".installed-dev").touch()
+    (tmp_path / ".installed").touch()
+    assert "-m pytest -m slow -k name" in would_run("test-slow", f"VENV={tmp_path}", "ARGS=-k name")
+    assert "make test-slow ||" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_whoever_uses_the_shared_cluster_is_named_for_its_worker() -> None:
+    """Of the tests that `make test` shares out, or a second worker would start another."""
+    assert all((ROOT / name).is_file() for name in CLUSTERS)
+    uses = re.compile(r"\b(cluster: LocalCluster|http: httpx\.Client|client: openai\.OpenAI)\b")
+    files = [*(ROOT / "tests" / "cluster").glob("test_*.py")]
+    found = {str(file.relative_to(ROOT)) for file in files if uses.search(file.read_text())}
+    assert "tests/cluster/test_cluster.py" in found
+    assert found <= set(CLUSTERS)
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -47,16 +47,22 @@ def test_dense_attention(length: int, blocks: tuple[int, ...], dual: bool) -> No
     torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
+SIZES = [
+    (1, (0,), 1, 1, 64),
+    (63, (0,), 5, 1, 128),
+    (111, (0,), 4, 2, 64),
+    (247, (0, 1), 2, 1, 64),
+    (1000, (2, 7), 7, 1, 64),
+]
+CHUNKS = [(200, 77), (384, 128), None]
+
+
 @pytest.mark.parametrize(
-    ("length", "blocks", "heads", "kv_heads", "head_dim"),
+    ("length", "blocks", "heads", "kv_heads", "head_dim", "chunk"),
     [
-        (1, (0,), 1, 1, 64),
-        (63, (0,), 5, 1, 128),
-        (111, (0,), 4, 2, 64),
-        (247, (0, 1), 2, 1, 64),
-        (1000, (2, 7), 7, 1, 64),
-        (4097, (17, 32), 1, 1, 64),
+        *((*sizes, chunk) for sizes in SIZES for chunk in CHUNKS),
+        # Far from the first key, over many borders of chunks that lie within pages.
+        (4097, (17, 32), 1, 1, 64, (200, 77)),
     ],
 )
 def test_triton_prefill(

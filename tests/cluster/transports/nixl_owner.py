@@ -1,14 +1,15 @@
-"""A process whose pages others read by NIXL. It imports little, as many of them are started."""
+"""A process whose pages others read by NIXL, over TCP."""
 
 import os
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import torch
 
 from longreach.cluster.transports.nixl import NixlAgent, NixlPool
 from longreach.engine.kv.pages import PageGeometry, PagePool
+
+from ...processes import forking
 
 LAYERS, OWN_HEADS = 3, 2
 SECONDS = 120.0
@@ -43,6 +44,7 @@ class Case:
 def own(case: Case, heads: int, connection: Connection) -> None:
     """A rank that has pages and does nothing about them."""
     torch.set_num_threads(1)
+    os.environ["UCX_TLS"] = "tcp"  # as the test's own, which whoever forked this need not have
     pool = case.make_pool(heads)
     case.fill(pool)
     agent = NixlAgent(pool)
@@ -54,8 +56,7 @@ class Owner:
     """The other process, and the pool that it lets others read."""
 
     def __init__(self, case: Case, heads: int = OWN_HEADS) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context = forking()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=own, args=(case, heads, theirs), daemon=True)
         self.process.start()

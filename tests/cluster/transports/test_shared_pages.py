@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing
 from torch.multiprocessing.spawn import spawn
 
 from longreach.cluster.transports import shared_pages
@@ -27,6 +26,8 @@ from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.host_copies import HostCopies
 from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, Pages, page_index
+
+from ...processes import forking
 
 LAYERS, HEADS, RANK_HEADS = 3, 5, 2
 """The owner is one of several ranks: it has some of the heads that the reader has."""
@@ -122,7 +123,7 @@ class Owner:
     """The other process, and the pool that it shares."""
 
     def __init__(self, case: Case) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         self.connection, theirs = context.Pipe()
         queue = context.Queue()
         self.process = context.Process(target=own, args=(case, theirs, queue), daemon=True)

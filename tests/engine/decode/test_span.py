@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
@@ -25,6 +24,7 @@ from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
 from longreach.lab.pocket.tokenizer import build_tokenizer
 
+from ...processes import run_ranks
 from ..checkpoints import DUAL_CHUNK, make_checkpoint
 from .test_decode import make_prompt, make_request, tokens_by_choice
 
@@ -126,7 +126,7 @@ def test_several_ranks_say_what_one_does(
     model = Qwen2.load(folder, Mesh.single(), torch.float32, CPU)
     pool = poisoned(PagePool(model.pages_kept_as(kept), PAGES, CPU))
     alone = work(model, pool, make_step(model, pool, MAX_BATCH, LIMITS))
-    spawn(rank_main, (ranks, folder, kept, tmp_path), nprocs=ranks)
+    run_ranks(rank_main, (ranks, folder, kept, tmp_path), ranks)
     said: Said = torch.load(tmp_path / "said.pt", weights_only=False)
     assert said.tokens == alone.tokens
     assert said.preemptions == alone.preemptions > 0

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
@@ -28,6 +27,7 @@ from longreach.kernels.matvec import triton_matvec
 from longreach.lab.pocket.tokenizer import build_tokenizer
 
 from ...kernels import conftest  # noqa: F401  # mends Triton's interpreter
+from ...processes import run_ranks
 from ..checkpoints import DUAL_CHUNK, make_checkpoint
 from .test_decode import make_prompt, make_request
 
@@ -111,7 +111,7 @@ def follow(mesh: Mesh, folder: Path, listener: Listener, device: torch.device) -
 def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", DUAL_CHUNK, layers=1)
     for ranks in (1, 2):
-        spawn(rank_main, (ranks, folder, tmp_path), nprocs=ranks)
+        run_ranks(rank_main, (ranks, folder, tmp_path), ranks)
     alone, both = (
         torch.load(tmp_path / f"said-{ranks}.pt", weights_only=False) for ranks in (1, 2)
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.decode.detokenizer import TokenBytes
@@ -26,6 +25,7 @@ from longreach.engine.parallel.mesh import Mesh
 from longreach.kernels.pages import BlockTable
 from longreach.lab.pocket.tokenizer import build_tokenizer
 
+from ...processes import run_ranks
 from ..checkpoints import DUAL_CHUNK, make_checkpoint
 from ..decode.test_decode import make_prompt, make_request, tokens_by_choice
 
@@ -161,7 +161,7 @@ def test_any_mesh_hands_off_to_any_number_of_decode_ranks(
     local, alone = LocalPrefill(folder, 1024), Recording()
     logits = prefill(local, alone)
     expected = lead(Mesh.single(), folder, "", alone.pushed, logits)
-    spawn(rank_main, (mesh, ranks, folder, tmp_path), nprocs=2)
+    run_ranks(rank_main, (mesh, ranks, folder, tmp_path), 2)
     assert torch.load(tmp_path / "tokens.pt", weights_only=False) == expected
     pushed = [torch.load(tmp_path / f"pushed-{rank}.pt", weights_only=False) for rank in (0, 1)]
     for number, kv_heads in enumerate(parts_of(ranks)):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.errors import CheckpointError
 from longreach.engine.kv.pages import PageGeometry, PagePool
@@ -20,6 +19,8 @@ from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.prefill.sparsity import SparsityConfig
 from longreach.engine.text.tokenizer import Tokenizer
 from longreach.kernels.page_size import PAGE_TOKENS, pages_for
+
+from ...processes import run_ranks
 
 CPU = torch.device("cpu")
 LENGTH = 700
@@ -92,7 +93,7 @@ def rank_main(rank: int, tensor: int, sequence: int, output: Path) -> None:
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(2, 1), (1, 2)])
 def test_every_mesh_has_the_same_random_model(tensor: int, sequence: int, tmp_path: Path) -> None:
-    spawn(rank_main, (tensor, sequence, tmp_path), nprocs=2)
+    run_ranks(rank_main, (tensor, sequence, tmp_path), 2)
     expected = logits_of(Mesh.single())
     assert expected.std() > 0.1
     for rank in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from longreach.engine.errors import LeftMeshError
 from longreach.engine.kv.formats import KVCacheDtype
@@ -20,6 +20,7 @@ from longreach.engine.kv.pages import HeldPages
 from longreach.engine.local import LocalPrefill
 from longreach.engine.parallel.mesh import Mesh
 
+from ...processes import forking
 from ..checkpoints import DUAL_CHUNK, make_checkpoint
 from .test_mesh import RecordingSender
 
@@ -173,7 +174,7 @@ def finish(local: LocalPrefill, rank: int, case: Case, takes: bool) -> None:
 
 def run(case: Case) -> list[Tensor]:
     """The logits of all ranks that are there in the end."""
-    context, size = multiprocessing.get_context("spawn"), case.mesh[0] * case.mesh[1]
+    context, size = forking(), case.mesh[0] * case.mesh[1]
     ranks = [context.Process(target=rank_main, args=(rank, case)) for rank in range(size)]
     ranks += [context.Process(target=newcomer_main, args=(rank, case)) for rank in case.dying]
     for rank in ranks:

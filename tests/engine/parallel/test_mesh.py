@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from longreach.engine.errors import (
     ConfigurationError,
@@ -27,6 +26,7 @@ from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.prefiller import Prefiller
 from longreach.engine.prefill.sparsity import SparsityConfig
 
+from ...processes import run_ranks
 from ..checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint
 
 LENGTHS = (1, 128, 700, 1000)
@@ -123,7 +123,7 @@ def test_what_is_computed_at_once_changes_no_selection(
     expected = run_windows(checkpoint, Mesh.single())
     every = [expected]
     if ranks > 1:
-        spawn(windows_main, (ranks, checkpoint, tmp_path), nprocs=ranks)
+        run_ranks(windows_main, (ranks, checkpoint, tmp_path), ranks)
         every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for found in every:
         for number, logits in enumerate(found):
@@ -159,7 +159,7 @@ def test_every_mesh_is_one_process(
 ) -> None:
     expected = run_all(LocalPrefill(checkpoint, 1024, kv_cache_dtype=kept))
     ranks = meshes[0][0] * meshes[0][1]
-    spawn(rank_main, (meshes, checkpoint, tmp_path, kept), nprocs=ranks)
+    run_ranks(rank_main, (meshes, checkpoint, tmp_path, kept), ranks)
     for tensor, sequence in meshes:
         results = [torch.load(tmp_path / f"{tensor}x{sequence}-{rank}.pt") for rank in range(ranks)]
         for key, (logits, pushed) in expected.items():
@@ -242,7 +242,7 @@ def test_a_prompt_goes_on_behind_pages_that_are_fetched_or_were_left(
         local = LocalPrefill(checkpoint, 1024)
         results = [(run_fetched(local, source), run_moved(local))]
     else:
-        spawn(going_on_main, (mesh, checkpoint, source, tmp_path), nprocs=ranks)
+        run_ranks(going_on_main, (mesh, checkpoint, source, tmp_path), ranks)
         results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for fetched, (moved, _) in results:
         # As above: ranks add up in another order, in float32, through all layers.

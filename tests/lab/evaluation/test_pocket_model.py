@@ -47,12 +47,12 @@ def right() -> Right:
     [
         ("pass-key", 2048, 3),
         ("pass-key", 8192, 1),
-        ("pass-key", 32768, 1),
+        pytest.param("pass-key", 32768, 1, marks=pytest.mark.slow),
         ("key-value", 2048, 3),
         ("key-value", 8192, 1),
         ("one-of-12-facts", 2048, 3),
         ("one-of-12-facts", 8192, 8),
-        ("one-of-12-facts", 32768, 1),
+        pytest.param("one-of-12-facts", 32768, 1, marks=pytest.mark.slow),
     ],
 )
 def test_facts_are_found_under_dual_chunk_attention(right, name, tokens, prompts) -> None:

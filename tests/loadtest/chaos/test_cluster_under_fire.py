@@ -1,7 +1,8 @@
 """The chaos suite's short version, on a cluster that is started as a user starts it.
 
 One kill a kind, a storm of clients that leave, and an end at SIGTERM. What is asserted are values
-that every cluster must show, and no times that a busy machine would miss.
+that every cluster must show, and no times that a busy machine would miss. A few of them are met by
+`make test`, on one cluster; the others, which are marked `slow`, by `make test-slow`.
 """
 
 from collections.abc import Mapping
@@ -14,18 +15,26 @@ from longreach.loadtest.chaos.suite import Plan, Result, run
 
 from ...prometheus import free_port
 
-OUTLIVED = (
+
+def slow(*scenarios: str) -> list[object]:
+    """For `parametrize`."""
+    return [pytest.param(each, marks=pytest.mark.slow) for each in scenarios]
+
+
+OUTLIVED = [
     "kill-rank-prefill",
-    "kill-prefill-replica-hand-off",
-    "kill-decode-worker-decode",
-    "kill-decode-replica-decode",
-)
-REPLACED = (
+    *slow(
+        "kill-prefill-replica-hand-off",
+        "kill-decode-worker-decode",
+        "kill-decode-replica-decode",
+    ),
+]
+REPLACED = slow(
     "kill-ingress-decode",
     "kill-proxy-idle",
     "kill-controller-idle",
 )
-FATAL = ("kill-gcs-idle", "kill-raylet-decode")
+FATAL = slow("kill-gcs-idle", "kill-raylet-decode")
 
 CONFIG = {
     "model": {"path": "pocket", "name": "longreach-pocket", "dtype": "float32"},
@@ -42,17 +51,26 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Result]:
-    """Of every scenario, by its name."""
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Result]:
+    """Of every scenario that a test of this run is about, by its name."""
     path = tmp_path_factory.mktemp("chaos") / "cluster.yaml"
     path.write_text(yaml.safe_dump({**CONFIG, "ingress": {"port": free_port()}}))
     plan = Plan(path, pid=None, sizes=(1_000, 3_000), timeout=120.0, seed=1)
-    scenarios = choose(["storm-200", *OUTLIVED, *REPLACED, "sigterm", *FATAL])
-    return {each.row.scenario: each for each in run(plan, scenarios, "test")}
+    names = [
+        str(item.callspec.params["name"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+    ]
+    return {each.row.scenario: each for each in run(plan, choose(names), "test")}
 
 
-def test_clients_that_leave_cost_honest_ones_nothing(results: Mapping[str, Result]) -> None:
-    row = results["storm-200"].row
+@pytest.mark.parametrize("name", ["storm-200"])
+def test_clients_that_leave_cost_honest_ones_nothing(
+    results: Mapping[str, Result], name: str
+) -> None:
+    row = results[name].row
     assert row.requests > 0
     assert (row.lost, row.wrong, row.hung, row.leaked_pages) == (0, 0, 0, 0)
 
@@ -76,8 +94,11 @@ def test_what_is_killed_is_replaced(results: Mapping[str, Result], name: str) ->
     assert row.ready_again_s is not None
 
 
-def test_sigterm_lets_requests_finish_and_leaves_nothing(results: Mapping[str, Result]) -> None:
-    result = results["sigterm"]
+@pytest.mark.parametrize("name", ["sigterm"])
+def test_sigterm_lets_requests_finish_and_leaves_nothing(
+    results: Mapping[str, Result], name: str
+) -> None:
+    result = results[name]
     assert (result.row.requests, result.row.lost, result.row.wrong) == (3, 0, 0)
     assert result.measured.ending is not None
     assert result.measured.ending.status == 0
