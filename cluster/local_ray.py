@@ -56,7 +56,7 @@ class LocalRay:
             UnavailableError: Ray would answer strangers, or other machines.
         """
         adopt_orphans()
-        _require_tokens()
+        _set_up_ray()
         # With Ray's own handler, SIGTERM ends this process after three seconds, whatever it does.
         with handlers_kept(), _on_loopback():
             context = cast(Any, ray.init)(
@@ -112,12 +112,15 @@ def _is_gone(process: psutil.Process) -> bool:
         return True
 
 
-def _require_tokens() -> None:
+def _set_up_ray() -> None:
     """Have Ray's processes serve nobody without the token, which Ray makes if there is none.
 
-    The environment is the only place where Ray looks, and this process may have read it already.
+    And have actors not stand behind whatever else runs on the machine, as Ray does by default: a
+    busy client beside them made `/health` wait for half a second. The environment is the only
+    place where Ray looks, and this process may have read it already.
     """
     os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_worker_niceness"] = "0"
     cast(Any, _raylet).Config.initialize("")
 
 

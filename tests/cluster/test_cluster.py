@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
@@ -39,6 +40,12 @@ from .conftest import (
     wait_for,
     wait_until_no_page_is_held,
 )
+
+
+def test_who_answers_clients_does_not_stand_behind_them(cluster: LocalCluster) -> None:
+    """As Ray has its actors do by default: with few cores, a busy client would be served late."""
+    for actor in ("ProxyActor", "ServeReplica:longreach:ingress", "DecodeWorker"):
+        assert {psutil.Process(pid).nice() for pid in actor_pids(actor)} == {os.nice(0)}
 
 
 def test_a_key_hidden_in_a_long_document_is_found(cluster: LocalCluster) -> None:
