@@ -120,7 +120,7 @@ def _set_up_ray() -> None:
     place where Ray looks, and this process may have read it already.
     """
     os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # as Ray spells it
     cast(Any, _raylet).Config.initialize("")
 
 
