@@ -142,10 +142,12 @@ class Client(Endpoint):
         )
         return head.encode() + content
 
-    def post_text(self, text: str, timeout: float) -> tuple[int | None, float]:
-        """Post a completion of this text; its status, None without one, and the seconds it took."""
-        body = {"model": self.model, "prompt": text, "max_tokens": 1}
-        content = json.dumps(body).encode()
+    def completion_body(self, text: str) -> bytes:
+        """What asks for a completion of this text. Made apart: of megabytes it takes a while."""
+        return json.dumps({"model": self.model, "prompt": text, "max_tokens": 1}).encode()
+
+    def post(self, content: bytes, timeout: float) -> tuple[int | None, float]:
+        """Post a completion's body; its status, None without one, and the seconds it took."""
         started = time.monotonic()
         try:
             answer = httpx.post(

@@ -326,10 +326,10 @@ def _send_slowly(cluster: Cluster, workload: Workload) -> Measured:
 def _post_large_bodies(cluster: Cluster, workload: Workload) -> Measured:
     """Each must be refused with 400 as too long; whatever else it gets counts as lost."""
     [ingress, *_] = cluster.tree.wait_for(Kind.INGRESS, _RECOVERY_SECONDS)
-    text = "word " * (_BODY_BYTES // 5)
+    body = workload.client.completion_body("word " * (_BODY_BYTES // 5))
     reset_peak_memory(ingress)
     with Beside(workload, workload.sizes[:1]) as beside, ThreadPoolExecutor(_BODIES) as pool:
-        answers = list(pool.map(lambda _: workload.client.post_text(text, 120), range(_BODIES)))
+        answers = list(pool.map(lambda _: workload.client.post(body, 120), range(_BODIES)))
     peak = peak_memory(ingress)
     refused = sum(status == 400 for status, _ in answers)
     slowest = max(seconds for _, seconds in answers)
