@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 _ENDED_REMEMBERED = 4096
 _DRAIN_SECONDS = 20.0
 _RELEASED = "the request was released; send it again"

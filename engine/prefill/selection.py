@@ -179,6 +179,7 @@ class ChunkSelector:
             chosen = torch.cat((chosen.columns, distances), 1)
         with self._stages.time("communication"):
             every = mesh.gather_over_sequence_ranks(chosen).flatten(0, 1)[: len(lines)]
+        with self._stages.time("selection"):
             end = self._windows[-1].end
             return Selections.received(every[:, :width], every[:, width:], end)
 

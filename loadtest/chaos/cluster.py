@@ -59,8 +59,9 @@ class Config:
     def own_prompt_tokens(self) -> int:
         """Tokens of the longest prompt that decode workers compute themselves, without a gang."""
         decode = self.values["decode"]
+        asked = decode.get("prefill_up_to")
         by_default = 8_192 if decode.get("gpus") else 2_048
-        return int(decode.get("prefill_up_to", by_default))
+        return by_default if asked is None else int(asked)
 
     def pages(self, role: str) -> int:
         """KV pages of one pool of a role, "prefill" or "decode"."""

@@ -59,9 +59,16 @@ def plan(port: int, tmp_path: Path) -> Plan:
 
 @pytest.mark.parametrize(
     ("decode", "own"),
-    [({}, 2_048), ({"gpus": 1}, 8_192), ({"gpus": 0.0}, 2_048), ({"prefill_up_to": 300}, 300)],
+    [
+        ({}, 2_048),
+        ({"gpus": 1}, 8_192),
+        ({"gpus": 0.0}, 2_048),
+        ({"prefill_up_to": 300}, 300),
+        ({"prefill_up_to": None}, 2_048),
+        ({"prefill_up_to": 0}, 0),
+    ],
 )
-def test_it_knows_which_prompts_a_gang_computes(decode: dict[str, float], own: int) -> None:
+def test_it_knows_which_prompts_a_gang_computes(decode: dict[str, float | None], own: int) -> None:
     assert Config({"decode": decode}).own_prompt_tokens == own
     assert DecodeSettings.model_validate({"kv_cache_tokens": 1, **decode}).longest_own_prompt == own
 
