@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve._private.common import DeploymentID, ReplicaState
@@ -26,11 +25,11 @@ from longreach.cluster import settings as settings_module
 from longreach.cluster.app import APP_NAME, LOGGING, build
 from longreach.cluster.draining import announce
 from longreach.cluster.ingress import front_of
-from longreach.cluster.metrics import render
 from longreach.cluster.readiness import is_ready
 from longreach.cluster.settings import Settings, parse_settings
 from longreach.engine.text.tokenizer import Tokenizer
 
+from ..figures import counted
 from ..prometheus import free_port
 from .conftest import MODEL, ask_body, make_prompt, wait_for
 from .test_several_nodes import kill_all_of
@@ -122,13 +121,7 @@ class Going:
 
     def counted(self, name: str) -> float:
         """Of all nodes together, those that are gone too."""
-        return sum(
-            sample.value
-            for folder in self.figures.iterdir()
-            for family in text_string_to_metric_families(render(folder).decode())
-            for sample in family.samples
-            if sample.name == name
-        )
+        return counted(self.figures, name)
 
     def scale(self, deployment: str, replicas: int) -> None:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)

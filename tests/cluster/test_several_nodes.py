@@ -15,18 +15,17 @@ import httpx
 import psutil
 import pytest
 import ray
-from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from longreach.cluster.app import LOGGING, deploy
 from longreach.cluster.ingress import front_of
-from longreach.cluster.metrics import render
 from longreach.cluster.readiness import is_ready
 from longreach.cluster.settings import parse_settings
 from longreach.engine.text.tokenizer import Tokenizer
 
+from ..figures import counted
 from ..prometheus import free_port
 from .conftest import MODEL, actor_pids, ask_body, make_prompt, wait_for
 
@@ -73,14 +72,7 @@ class Nodes:
 
     def counted(self, name: str) -> float:
         """Of all nodes together, those that died too."""
-        folders = list(self.figures.iterdir()) if self.figures.exists() else []
-        return sum(
-            sample.value
-            for folder in folders
-            for family in text_string_to_metric_families(render(folder).decode())
-            for sample in family.samples
-            if sample.name == name
-        )
+        return counted(self.figures, name)
 
     def where(self, label: str, actor: str) -> Any:
         """The node with this label on which an actor lives."""

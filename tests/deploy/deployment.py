@@ -14,12 +14,11 @@ from typing import Any
 
 import httpx
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from longreach.cluster.metrics import render
 from longreach.deploy.check import serving
 from longreach.deploy.check.kubectl import Kubectl, unpacked
 
+from ..figures import counted
 from ..prometheus import free_port
 from .ray_nodes import RayCluster, ray_cluster
 
@@ -83,13 +82,7 @@ class Deployment:
 
     def counted(self, name: str) -> float:
         """Of all nodes together, as Prometheus would add up what their exporters say."""
-        return sum(
-            sample.value
-            for node in self.figures.iterdir()
-            for family in text_string_to_metric_families(render(node).decode())
-            for sample in family.samples
-            if sample.name == name and sample.labels.get("outcome", "success") == "success"
-        )
+        return counted(self.figures, name)
 
 
 @contextmanager

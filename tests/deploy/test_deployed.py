@@ -12,13 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from longreach.cluster.cli.demo import DemoOptions, ask_for_hidden_key
-from longreach.cluster.metrics import render
 from longreach.deploy.check import serving
 
+from ..figures import samples_on
 from .deployment import KEY, Deployment, deployed_overlay
 
 pytestmark = pytest.mark.live
@@ -67,8 +66,7 @@ def test_what_all_nodes_count_is_what_was_sent(deployment: Deployment) -> None:
 
 
 def roles_on(node: Path) -> set[str]:
-    families = text_string_to_metric_families(render(node).decode())
-    return {sample.labels["role"] for family in families for sample in family.samples}
+    return {sample.labels["role"] for sample in samples_on(node)}
 
 
 def test_a_change_and_its_rollback_lose_no_request(deployment: Deployment) -> None:
