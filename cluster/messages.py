@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from ..engine.kv.destination import Destination
 from ..engine.messages import GenerationRequest, PromptScores, Timings
 from .settings import HandOffTerms
 
@@ -88,3 +89,19 @@ class Taken:
 
     worker_id: str
     worker: Any
+
+
+@dataclass(frozen=True)
+class WorkerDestination(Destination):
+    """A request's pages in the worker behind an actor's handle; `epoch` goes with every message."""
+
+    worker: Any
+    epoch: int
+
+    def deliver(self, message: Any) -> ray.ObjectRef:
+        """Send one message; the reference is ready when its pages have arrived."""
+        return self.worker.deliver.remote(self.request_id, self.epoch, message)
+
+    def ask_back(self, message: Any) -> ray.ObjectRef:
+        """Ask for pages; the reference becomes what the worker's `Receiver` answers."""
+        return self.worker.send_back.remote(self.request_id, self.epoch, message)

@@ -8,12 +8,12 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from ...engine.kv.hand_off import Destination, Place, RequestPages
-from ...engine.kv.parted import Part, PartedDestination
+from ...engine.kv.destination import Destination, Part, PartedDestination
+from ...engine.kv.hand_off import Place, RequestPages
 from ...kernels.page_size import pages_for
 from ..call_errors import CallError, as_ours
+from ..messages import WorkerDestination
 from ..tasks import as_nobody, tell
-from ..transports.actor_messages import WorkerDestination
 
 
 class FurtherRanks:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ...engine.decode.contract import DecodeEngine, Output
     from ...engine.decode.grammar import Constraint
     from ...engine.decode.sampler import Logits
-    from ...engine.kv.hand_off import Destination
+    from ...engine.kv.destination import Destination
 
 logger = logging.getLogger(__name__)
 

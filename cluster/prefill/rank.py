@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-    from ...engine.kv.hand_off import Destination, HandOff, Sender
+    from ...engine.kv.destination import Destination
+    from ...engine.kv.hand_off import HandOff, Sender
     from ...engine.milestones import Milestone
     from ...engine.parallel.mesh import Mesh
     from ...engine.prefill.chunk import ChunkResult

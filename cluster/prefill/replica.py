@@ -41,7 +41,7 @@ from .scheduler import Chunk, ChunkScheduler
 from .speed import Speed
 
 if TYPE_CHECKING:
-    from ...engine.kv.hand_off import Destination
+    from ...engine.kv.destination import Destination
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,8 @@ class PrefillReplica:
         done = self._scheduler.left_behind(before.name)
         prompt, same = job.order.request.prompt, before.order.request.prompt
         lies_here = self._gang.holds(before.name)
-        if not lies_here or not done > destination.done or not np.array_equal(prompt, same):
+        helps = done and done >= destination.done
+        if not lies_here or not helps or not np.array_equal(prompt, same):
             return False
         del self._left[job.origin]
         self._scheduler.come_back(before.name, job.name)

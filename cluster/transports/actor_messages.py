@@ -9,28 +9,13 @@ import ray
 from ray.exceptions import RayError
 
 from ...engine.errors import TransferError
-from ...engine.kv.hand_off import Destination, HandOff, Place, Receiver
+from ...engine.kv.hand_off import HandOff, Place, Receiver
 from ...engine.kv.pages import HeldPages
+from ..messages import WorkerDestination
 from ..remedies import in_one_line
 
 ANSWER_SECONDS = 60.0
 """A worker that answers nothing for so long takes no more pages. A hung one is replaced before."""
-
-
-@dataclass(frozen=True)
-class WorkerDestination(Destination):
-    """A request's pages in the worker behind an actor's handle; `epoch` goes with every message."""
-
-    worker: Any
-    epoch: int
-
-    def deliver(self, message: Any) -> ray.ObjectRef:
-        """Send one message; the reference is ready when its pages have arrived."""
-        return self.worker.deliver.remote(self.request_id, self.epoch, message)
-
-    def ask_back(self, message: Any) -> ray.ObjectRef:
-        """Ask for pages; the reference becomes what the worker's `Receiver` answers."""
-        return self.worker.send_back.remote(self.request_id, self.epoch, message)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ import ray
 
 from ...engine.kv.hand_off import Place, RequestPages
 from ...engine.kv.pages import HeldPages
-from .actor_messages import WantedPages, WorkerDestination, WorkerHandOff, WorkerReceiver
+from ..messages import WorkerDestination
+from .actor_messages import WantedPages, WorkerHandOff, WorkerReceiver
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from ...engine.kv.background import hand_off_stream
-from ...engine.kv.hand_off import Destination, Place, RequestPages, Sender
+from ...engine.kv.destination import Destination
+from ...engine.kv.hand_off import Place, RequestPages, Sender
 from ...engine.kv.pages import HeldPages, Pages
-from .actor_messages import WorkerDestination
+from ..messages import WorkerDestination
 from .announced import AnnouncedReceiver, AnnouncedRun, Announcement, AnnouncingHandOff
 from .shared_pages import SharedPageReader, SharedPool
 

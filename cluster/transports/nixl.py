@@ -34,10 +34,11 @@ from ...engine.errors import (
     TransferError,
     in_one_line,
 )
+from ...engine.kv.destination import Destination
 from ...engine.kv.formats import dtype_name
-from ...engine.kv.hand_off import Destination, RequestPages, Sender
+from ...engine.kv.hand_off import RequestPages, Sender
 from ...engine.kv.pages import HeldPages, PageMemory
-from .actor_messages import WorkerDestination
+from ..messages import WorkerDestination
 from .announced import AnnouncedReceiver, AnnouncedRun, Announcement, AnnouncingHandOff
 
 _MODULES = ("nixl_cu12", "nixl_cu13")

@@ -11,11 +11,13 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ...engine.kv.hand_off import Destination, Place, RequestPages, Sender
+from ...engine.kv.destination import Destination
+from ...engine.kv.hand_off import Place, RequestPages, Sender
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
+from ..messages import WorkerDestination
 from ..remedies import in_one_line
-from .actor_messages import WantedPages, WorkerDestination, WorkerHandOff, WorkerReceiver
+from .actor_messages import WantedPages, WorkerHandOff, WorkerReceiver
 
 _MESSAGE_BYTES = 1 << 20
 

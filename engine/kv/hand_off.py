@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .destination import Destination
 from .pages import HeldPages, PageMemory, Pages
 
 
@@ -27,17 +28,6 @@ class Place:
     layer: int
     first_page: int
     first_kv_head: int
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where one request's pages go. Picklable; what else it holds is its transport's own.
-
-    `done` tokens of the prompt, or more, lie there already: whole pages, of all layers and heads.
-    """
-
-    request_id: str
-    done: int
 
 
 class HandOff(ABC):

@@ -6,25 +6,11 @@ own way by the same transport. So any mesh hands off to any other.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from .hand_off import Destination, HandOff, Place, Sender
+from .destination import Destination, PartedDestination
+from .hand_off import HandOff, Place, Sender
 from .pages import HeldPages
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where the pages of some KV heads of the model go."""
-
-    kv_heads: range
-    destination: Destination
-
-
-@dataclass(frozen=True)
-class PartedDestination(Destination):
-    """Together, `parts` have every KV head once. `done` is what all of them have."""
-
-    parts: tuple[Part, ...]
 
 
 class PartedSender(Sender):

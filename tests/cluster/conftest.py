@@ -135,6 +135,11 @@ def actor_pids(name: str, ancestor: int | None = None) -> list[int]:
     return found
 
 
+def has_torch(pid: int) -> bool:
+    """Whether a process has loaded it, by whatever way."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def _descends_from(ancestor: int, pid: int) -> bool:
     while pid > 1:
         if pid == ancestor:

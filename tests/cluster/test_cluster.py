@@ -34,6 +34,7 @@ from .conftest import (
     ask_body,
     computed,
     gangs_with,
+    has_torch,
     make_prompt,
     make_settings,
     scrape,
@@ -421,6 +422,9 @@ def test_a_dead_process_costs_its_requests_a_pause_and_is_replaced(
     # And what took its place serves.
     assert http.post("/v1/completions", json=body).json()["choices"] == expected
     wait_until_no_page_is_held(http)
+    # Loading it would stop a replica for seconds, with a prompt under way.
+    assert [has_torch(pid) for pid in actor_pids("ServeReplica:longreach:")] == [False] * 3
+    assert all(has_torch(pid) for pid in actor_pids("PrefillRank"))
 
 
 def ranks_together(http: httpx.Client) -> float:

@@ -12,7 +12,7 @@ from longreach.cluster.prefill.rank import Meeting, PrefillRank
 from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings, check_model
 from longreach.engine.decode.decoder import Decoder
-from longreach.engine.kv.hand_off import Destination
+from longreach.engine.kv.destination import Destination
 from longreach.engine.local import DirectHandOff
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
 from longreach.engine.model import files as models

@@ -11,10 +11,10 @@ import torch
 from ray.exceptions import RayTaskError
 
 from longreach.cluster.cli import main as command_line
+from longreach.cluster.messages import WorkerDestination
 from longreach.cluster.remedies import remedied, remedy_of
 from longreach.cluster.rest.errors import as_rest_error
 from longreach.cluster.settings import Settings
-from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender
 from longreach.engine import errors
 from longreach.engine.errors import FactualError, LongreachError, MemoryNeeds

@@ -1,11 +1,14 @@
 """No circle, no arrow upward, and no more in a process than it needs. Read from the source."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from longreach.cluster.messages import WorkerDestination
+from longreach.engine.kv.destination import Part, PartedDestination
 from longreach.lab.house.imports import House, circles, direct
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +119,13 @@ def test_ranks_and_workers_load_no_more_than_that(house: House, name: str) -> No
 def test_replicas_load_no_torch(name: str) -> None:
     unwanted = NEVER_SERVES | {"torch", "tokenizers", "longreach.lab", "longreach.cluster.rest"}
     assert loaded(f"import longreach.{name}", unwanted) == set()
+
+
+def test_destinations_pass_through_replicas_without_torch() -> None:
+    """Loading it there stops everything for seconds: in the first long prompt, and after a loss."""
+    whole = PartedDestination("a", 0, (Part(range(2), WorkerDestination("a", 0, None, 1)),))
+    program = f"import pickle\nprint(pickle.loads({pickle.dumps(whole)!r}).parts[0])"
+    assert loaded(program, {"torch", "ray"}) == {"ray"}
 
 
 def test_reading_a_configuration_loads_little() -> None:

@@ -16,15 +16,16 @@ from ray.exceptions import ActorDiedError
 from longreach.cluster.decode.follower import DecodeFollower
 from longreach.cluster.decode.meeting import WorkerMeeting
 from longreach.cluster.decode.worker import DecodeWorker
-from longreach.cluster.transports.actor_messages import WantedPages, WorkerDestination
+from longreach.cluster.messages import WorkerDestination
+from longreach.cluster.transports.actor_messages import WantedPages
 from longreach.cluster.transports.object_store import PageRun
 from longreach.engine.decode.follower import Follower, FollowerPages
 from longreach.engine.decode.orders import CopyOrder
 from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.errors import LostError, TransferError, UnavailableError
+from longreach.engine.kv.destination import PartedDestination
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import PageGeometry, PagePool, Pages
-from longreach.engine.kv.parted import PartedDestination
 
 from ..conftest import make_settings
 from .test_worker import Answer, engine_of, make_request

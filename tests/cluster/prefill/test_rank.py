@@ -10,12 +10,13 @@ import pytest
 import ray
 import torch
 
+from longreach.cluster.messages import WorkerDestination
 from longreach.cluster.prefill.rank import Meeting, PrefillRank, RankResult
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.engine.errors import ChunkOutOfMemoryError, LeftMeshError
 from longreach.engine.kv import background
-from longreach.engine.kv.hand_off import Destination, HandOff, Place
+from longreach.engine.kv.destination import Destination
+from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages
 from longreach.engine.messages import Tokens
 from longreach.kernels import dual_chunk

@@ -26,7 +26,7 @@ from longreach.engine.errors import (
     TransferError,
     UnavailableError,
 )
-from longreach.engine.kv.hand_off import Destination
+from longreach.engine.kv.destination import Destination
 from longreach.engine.messages import GenerationRequest, Prefilled, Progress, SamplingParameters
 
 from ..conftest import CHUNK_TOKENS, make_settings
@@ -430,11 +430,15 @@ def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks
     assert isinstance(after, list)
 
 
+@pytest.mark.parametrize("arrived", [0, 2 * CHUNK_TOKENS])
 @pytest.mark.parametrize("found_by", ["chunk", "pulse"])
 def test_a_prompt_goes_on_with_the_ranks_that_are_left(
-    play: Any, gang: FakeGang, tmp_path: Path, found_by: str
+    play: Any, gang: FakeGang, tmp_path: Path, found_by: str, arrived: int
 ) -> None:
-    """Behind its last whole chunk. Whoever has not begun hears nothing of it."""
+    """Behind its last whole chunk, with the pages that lie here, whatever lies at the worker.
+
+    Whoever has not begun hears nothing of it.
+    """
     gang.lost = [1]
 
     def outcome(chunk: Chunk) -> None:
@@ -457,7 +461,10 @@ def test_a_prompt_goes_on_with_the_ranks_that_are_left(
         await waiting
         await replica.check_health()
         assert not gang.killed
-        return await prefill(replica, "a", 5 * CHUNK_TOKENS, number=1, computed=2 * CHUNK_TOKENS)
+        there = FakeWorker(arrived)
+        return await prefill(
+            replica, "a", 5 * CHUNK_TOKENS, there, number=1, computed=2 * CHUNK_TOKENS
+        )
 
     *_, prefilled = play(scenario)
     assert isinstance(prefilled, Prefilled)

@@ -19,7 +19,7 @@ from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
 from longreach.engine.decode.decoder import Decoder
 from longreach.engine.errors import TransferError
-from longreach.engine.kv.hand_off import Destination
+from longreach.engine.kv.destination import Destination
 from longreach.engine.messages import GenerationRequest, SamplingParameters, Tokens
 
 from ..conftest import gangs_with, make_settings

@@ -15,8 +15,8 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError
 
+from longreach.cluster.messages import WorkerDestination
 from longreach.cluster.settings import Settings
-from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.announced import Announcement
 from longreach.cluster.transports.cuda_ipc import CudaIpcReceiver, CudaIpcSender
 from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPool

@@ -10,8 +10,8 @@ import ray
 import torch
 from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
+from longreach.cluster.messages import WorkerDestination
 from longreach.cluster.transports import actor_messages
-from longreach.cluster.transports.actor_messages import WorkerDestination
 from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
 from longreach.engine.errors import TransferError
 from longreach.engine.kv.hand_off import Place

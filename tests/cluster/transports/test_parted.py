@@ -14,7 +14,7 @@ from longreach.cluster.prefill.scheduler import Chunk
 from longreach.cluster.settings import Settings
 from longreach.cluster.transports import make_receiver
 from longreach.engine.decode.follower import FollowerPages
-from longreach.engine.kv.hand_off import Destination
+from longreach.engine.kv.destination import Destination
 from longreach.engine.kv.pages import PageGeometry, PagePool
 from longreach.kernels.page_size import pages_for
 from longreach.kernels.pages import BlockTable

@@ -15,9 +15,10 @@ from longreach.engine.decode.follower import Follower, FollowerPages
 from longreach.engine.decode.leader import Followers, LeadingPool, LeadingStep
 from longreach.engine.decode.make_step import make_step
 from longreach.engine.errors import RefusedPagesError, TransferError
-from longreach.engine.kv.hand_off import Destination, HandOff, Place, Sender
+from longreach.engine.kv.destination import Destination, Part, PartedDestination
+from longreach.engine.kv.hand_off import HandOff, Place, Sender
 from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, Pages
-from longreach.engine.kv.parted import Part, PartedDestination, PartedHandOff, PartedSender
+from longreach.engine.kv.parted import PartedHandOff, PartedSender
 from longreach.engine.local import DirectHandOff, LocalPrefill
 from longreach.engine.messages import Delta
 from longreach.engine.model.qwen2 import Qwen2
