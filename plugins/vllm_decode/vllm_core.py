@@ -116,7 +116,9 @@ class VllmCore(Core):
 
     @property
     def is_settling(self) -> bool:
-        return bool(self._core.batch_queue) or self._scheduler.has_finished_requests()
+        # A queue holds batches of no tokens as well, for as long as a sequence waits for its pages.
+        computing = any(each[1].total_num_scheduled_tokens for each in self._core.batch_queue or ())
+        return computing or self._scheduler.has_finished_requests()
 
     @property
     def num_preemptions(self) -> int:
