@@ -137,12 +137,10 @@ class PrefillReplica:
         """What `autoscaling.GangLoad` is made of; Serve asks by this name."""
         return self._speed.load(self._scheduler.tokens_to_go)
 
-    async def standing(self, name: str, terms: HandOffTerms) -> Standing:
-        """How this gang stands to an order of that name and those terms."""
-        if name in self._jobs:
-            return Standing.HAS_IT
-        takes_it = terms == self._terms and not self._lost
-        return Standing.COULD_TAKE_IT if takes_it else Standing.CANNOT
+    async def standing(self, names: list[str], terms: HandOffTerms) -> Standing:
+        """How this gang stands to orders of those names and terms."""
+        takes_others = terms == self._terms and not self._lost
+        return Standing(frozenset(names) & self._jobs.keys(), takes_others)
 
     async def prefill(
         self, order: PrefillOrder

@@ -253,16 +253,20 @@ def test_a_gang_of_other_settings_takes_nothing_from_a_worker(play: Any, gang: F
         for terms in (replace(order.terms, model=narrow), replace(order.terms, transport="nixl")):
             with pytest.raises(NotUpError):
                 await anext(replica.prefill(replace(order, terms=terms)))
-            assert await replica.standing("a", terms) is Standing.CANNOT
-        said = [await replica.standing("a", order.terms)]
+            assert await replica.standing(["a"], terms) == Standing(frozenset(), False)
+        said = [await replica.standing(["a", "b"], order.terms)]
         taken = replica.prefill(order)
         await anext(taken)
-        said.append(await replica.standing("a", order.terms))
+        said.append(await replica.standing(["a", "b"], order.terms))
         await taken.aclose()
         replica._lose(RuntimeError("a rank died"))
-        return [*said, await replica.standing("b", order.terms)]
+        return [*said, await replica.standing(["b"], order.terms)]
 
-    assert play(scenario) == [Standing.COULD_TAKE_IT, Standing.HAS_IT, Standing.CANNOT]
+    assert play(scenario) == [
+        Standing(frozenset(), takes_others=True),
+        Standing(frozenset("a"), takes_others=True),
+        Standing(frozenset(), takes_others=False),
+    ]
     assert not gang.computed
 
 
