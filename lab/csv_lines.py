@@ -26,10 +26,9 @@ def append(path: Path, lines: "Sequence[DataclassInstance]") -> None:
             writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _columns(line: "DataclassInstance") -> dict[str, Any]:
+def _columns(line: Any) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for field in fields(line):
         value = getattr(line, field.name)
-        nested = is_dataclass(value) and not isinstance(value, type)
-        columns.update(_columns(value) if nested else {field.name: value})
+        columns.update(_columns(value) if is_dataclass(value) else {field.name: value})
     return columns
