@@ -719,6 +719,39 @@ def test_pages_that_could_not_be_fetched_are_never_used(play: Any, gang: FakeGan
     assert gang.came_back == []
 
 
+@pytest.mark.parametrize("later", [[], ["b"], ["b", "c"]])
+def test_pages_are_not_used_that_are_being_fetched_when_a_later_attempt_takes_them(
+    play: Any, gang: FakeGang, later: list[str]
+) -> None:
+    """The decode worker dies under the fetch, and the request comes again, before it has failed."""
+    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
+    dying = FakeWorker(done=CHUNK_TOKENS)
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.may_compute.clear()
+        asked = [asyncio.create_task(prefill(replica, "a", TOKENS, dying))]
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        dying.die()
+        for number, name in enumerate(later):
+            asked.append(asyncio.create_task(prefill(replica, name, TOKENS, first_id="a")))
+            while len(gang.came_back) == number:
+                await asyncio.sleep(0.001)
+        gang.may_compute.set()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        assert gang.released == [(later or ["a"])[-1]]
+        gang.outcome = lambda chunk: None
+        return [*outcomes, await prefill(replica, "last", TOKENS, first_id="a")]
+
+    *before, last, anew = play(scenario)
+    assert isinstance(last, TransferError if later else LostError)
+    assert all(isinstance(each, (LostError, UnavailableError)) for each in before)
+    assert isinstance(anew[-1], Prefilled)
+    assert dealt(gang, "last")[0] == (0, False)
+
+
 @pytest.mark.parametrize("ends", ["in prefill", "after prefill"])
 def test_a_prompt_whose_worker_died_goes_on_with_the_pages_that_it_left(
     play: Any, gang: FakeGang, tmp_path: Path, ends: str
