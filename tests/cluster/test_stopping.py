@@ -10,7 +10,7 @@ from longreach.engine.text.tokenizer import Tokenizer
 
 from .conftest import actor_pids, ask_body, make_prompt, scrape, wait_for
 
-ANSWER_TOKENS = 200
+ANSWER_TOKENS = 120
 """Which take long enough for something to happen meanwhile."""
 PROMPTS, CHOICES = 4, 8
 """Of the first request; as many answers as are generated at once."""
