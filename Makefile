@@ -81,7 +81,7 @@ check-images: $(INSTALLED_DEV)
 	@$(BIN)/python -m longreach.deploy.check.trial
 
 check-nodes: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py \
+	@$(BIN)/python -m pytest -m live tests/cluster/test_draining.py tests/cluster/test_several_nodes.py \
 		tests/cluster/test_handing_over.py $(ARGS)
 
 check-proxies: $(INSTALLED_DEV)
