@@ -13,6 +13,7 @@ from ...engine.decode.contract import DecodeEngine
 from ...engine.decode.decoder import Decoder
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.errors import NoVllmError
+from ...engine.figures import Figures
 from ...engine.kv.pages import PageGeometry, PagePool
 from ...engine.model.compute_type import compute_dtype
 from ...engine.model.config import ModelConfig
@@ -27,10 +28,13 @@ from .spanning import device_of, load_shard, make_leader
 GROUP = "longreach.decode_engines"
 
 
-def make_engine(settings: WorkerSettings, meeting: WorkerMeeting | None = None) -> DecodeEngine:
+def make_engine(
+    settings: WorkerSettings, figures: Figures, meeting: WorkerMeeting | None = None
+) -> DecodeEngine:
     """Load the model, and allocate all pages.
 
     Args:
+        figures: keeps what an engine that is not Longreach's own counts by names of its own.
         meeting: of a worker's ranks, of which this one leads; None where it is alone.
 
     Raises:
@@ -44,10 +48,12 @@ def make_engine(settings: WorkerSettings, meeting: WorkerMeeting | None = None) 
     with room_for_decode(settings, device):
         if settings.decode.engine == "native":
             return _make_decoder(settings, device)
-        return _start_another(settings, device)
+        return _start_another(settings, figures, device)
 
 
-def _start_another(settings: WorkerSettings, device: torch.device) -> DecodeEngine:
+def _start_another(
+    settings: WorkerSettings, figures: Figures, device: torch.device
+) -> DecodeEngine:
     declared = list(entry_points(group=GROUP, name=settings.decode.engine))
     if not declared:
         raise NoVllmError("nothing that is installed declares it as an engine")
@@ -62,6 +68,7 @@ def _start_another(settings: WorkerSettings, device: torch.device) -> DecodeEngi
         pages_for(decode.kv_cache_tokens),
         decode.largest_batch,
         own_prompts(decode),
+        figures,
         on_gpu=device.type == "cuda",
     )
 

@@ -3,6 +3,7 @@
 from ...engine.decode.detokenizer import TokenBytes
 from ...engine.decode.step import PromptLimits
 from ...engine.errors import NoVllmError, in_one_line
+from ...engine.figures import Figures
 from ...engine.kv.formats import dtype_name
 from ...engine.kv.pages import PageGeometry
 from ...engine.model.config import ModelConfig
@@ -18,12 +19,14 @@ def start(
     num_pages: int,
     max_batch: int,
     prompts: PromptLimits,
+    figures: Figures,
     on_gpu: bool,
 ) -> VllmDecoder:
     """Load a model into vLLM, in this process, and allocate all pages.
 
     Args:
         pages: of the model, kept in the type that vLLM then computes in as well.
+        figures: keeps vLLM's own metrics.
 
     Raises:
         NoVllmError: vLLM cannot be imported.
@@ -50,4 +53,6 @@ def start(
         enforce_eager=not on_gpu,
     )
     token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
-    return VllmDecoder(VllmCore(arguments), config, token_bytes, max_batch, prompts.longest)
+    return VllmDecoder(
+        VllmCore(arguments, figures), config, token_bytes, max_batch, prompts.longest
+    )

@@ -23,6 +23,7 @@ from vllm.v1.structured_output.backend_types import (
     StructuredOutputGrammar,
 )
 
+from ...engine.figures import Figures
 from ...engine.kv.pages import PageMemory
 from ...engine.messages import ChosenToken, TokenLogprob
 from ...kernels.page_size import PAGE_TOKENS
@@ -30,6 +31,7 @@ from ..vllm.backend import as_pages
 from ..vllm.first_runner import take_draws_back_on_cpus
 from .connector import HANDED_OFF, HandOffConnector
 from .core import Core, Generated, NewSequence
+from .figures import VllmFigures
 from .held_to import HeldTo
 from .layers import LayeredMemory
 
@@ -76,16 +78,17 @@ class VllmCore(Core):
 
     Args:
         arguments: of `engine_arguments`.
+        figures: keeps vLLM's own metrics.
 
     Raises:
         OtherPagesError: its blocks are not laid out as pages are.
     """
 
-    def __init__(self, arguments: EngineArgs) -> None:
+    def __init__(self, arguments: EngineArgs, figures: Figures) -> None:
         # On CPUs vLLM starts a process for its worker unless this says that it has to do without.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         config = arguments.create_engine_config()
-        self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         if config.device_config.device_type == "cpu":
             take_draws_back_on_cpus()
         self._scheduler: Any = self._core.scheduler
@@ -97,6 +100,7 @@ class VllmCore(Core):
         self._memory = LayeredMemory(list(_layers(working.caches, config)))
         manager = self._core.structured_output_manager
         manager.backend = _Masks(config, None, config.model_config.get_vocab_size())
+        self._figures = VllmFigures(config, figures)
         self._sequences: dict[str, Request] = {}
         self._shared: dict[str, list[Any]] = {}
         self._begun: set[str] = set()
@@ -138,6 +142,7 @@ class VllmCore(Core):
         if sequence.shared:
             self._shared[sequence.name] = []
         self._core.add_request(request)
+        self._figures.began(request)
 
     def pages_of(self, name: str) -> list[int]:
         blocks = self._scheduling.blocks.get(name, ())
@@ -183,11 +188,16 @@ class VllmCore(Core):
             self._forget(name)
         self._core.abort_requests(list(names))
 
+    def end(self, name: str) -> None:
+        self._figures.ended(name)
+        self.abort([name])
+
     def step(self) -> list[Generated]:
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         if not outputs or 0 not in outputs:
             return []
+        self._figures.stepped(outputs[0])
         return [self._generated(each) for each in outputs[0].outputs]
 
     def _hasher(self, sequence: NewSequence) -> Hasher | None:
@@ -209,6 +219,7 @@ class VllmCore(Core):
 
     def _forget(self, name: str) -> None:
         request = self._sequences.pop(name, None)
+        self._figures.left(name)
         self._begun.discard(name)
         self._scheduling.forget(name)
         if request is not None:

@@ -18,6 +18,8 @@ from longreach.kernels.page_size import PAGE_TOKENS
 from ..conftest import make_settings
 
 SETTINGS = make_settings(1)
+KEPT: Any = object()
+"""Whoever keeps figures; nothing is told here."""
 SMALL = {"kv_cache_tokens": 1024, "prefill_up_to": 512, "max_batch": 3}
 
 
@@ -28,7 +30,7 @@ def worker_settings(engine: str, **model: Any) -> Any:
 
 
 def test_the_own_one_is_made_unless_another_is_asked_for() -> None:
-    engine = make_engine(worker_settings("native"))
+    engine = make_engine(worker_settings("native"), KEPT)
     assert isinstance(engine, Decoder)
 
 
@@ -58,16 +60,17 @@ def test_another_one_is_started_by_whoever_declares_it(
         return [Entry()]
 
     monkeypatch.setattr(engines, "entry_points", declared)
-    assert make_engine(worker_settings("vllm", **model)) == "the engine"
-    files, pages, num_pages, max_batch, prompts, on_gpu = asked
+    assert make_engine(worker_settings("vllm", **model), KEPT) == "the engine"
+    files, pages, num_pages, max_batch, prompts, figures, on_gpu = asked
     assert files == ModelFiles.of("pocket")
     assert pages == PageGeometry(pages.num_layers, pages.num_kv_heads, pages.head_dim, kept)
     assert (num_pages, max_batch, on_gpu) == (1024 // PAGE_TOKENS, 3, False)
     assert prompts == PromptLimits(512, 512)
+    assert figures is KEPT
 
 
 def test_one_that_nobody_declares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "entry_points", lambda group, name: [])
     with pytest.raises(NoVllmError) as refused:
-        make_engine(worker_settings("vllm"))
+        make_engine(worker_settings("vllm"), KEPT)
     assert "set decode.engine: native" in str(remedied(refused.value))

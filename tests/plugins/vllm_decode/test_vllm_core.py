@@ -10,29 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.decode.step import PromptLimits
 from longreach.engine.kv.hand_off import Place
-from longreach.engine.kv.pages import PageGeometry, Pages
+from longreach.engine.kv.pages import Pages
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
-from longreach.engine.model.config import ModelConfig
-from longreach.engine.model.files import ModelFiles
-from longreach.engine.model.pocket import CHECKPOINT
 from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 from longreach.plugins.vllm_decode.decoder import VllmDecoder
 
+from .conftest import PAGES
+
 pytestmark = pytest.mark.live
 
-PAGES, TOKENS = 64, 300
+TOKENS = 300
 NO_LOGITS = np.zeros(1, dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def decoder() -> VllmDecoder:
-    from longreach.plugins.vllm_decode.start import start
-
-    config = ModelConfig.from_folder(CHECKPOINT)
-    pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
-    return start(ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256), on_gpu=False)
 
 
 def request(name: str, **sampling: Any) -> GenerationRequest:
