@@ -31,5 +31,5 @@ def decoder(figures: Path) -> VllmDecoder:
     pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
     return start(
         ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256),
-        Metrics(figures, "decode", "pocket"), on_gpu=False,
+        Metrics(figures, "decode", "pocket"), None, on_gpu=False,
     )  # fmt: skip
