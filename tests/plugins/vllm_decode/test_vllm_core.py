@@ -11,47 +11,36 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.decode.step import PromptLimits
 from longreach.engine.kv.hand_off import Place
-from longreach.engine.kv.pages import PageGeometry, Pages
+from longreach.engine.kv.pages import Pages
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
-from longreach.engine.model.config import ModelConfig
-from longreach.engine.model.files import ModelFiles
-from longreach.engine.model.pocket import CHECKPOINT
 from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 from longreach.plugins.vllm_decode.decoder import VllmDecoder
+
+from .conftest import PAGES
 
 if TYPE_CHECKING:
     from longreach.plugins.vllm_decode.vllm_core import VllmCore
 
 pytestmark = pytest.mark.live
 
-PAGES, TOKENS = 64, 300
+TOKENS = 300
 NO_LOGITS = np.zeros(1, dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def started() -> VllmDecoder:
-    from longreach.plugins.vllm_decode.start import start
-
-    config = ModelConfig.from_folder(CHECKPOINT)
-    pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
-    return start(ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256), on_gpu=False)
 
 
 @pytest.fixture(params=["steps", "queue"])
 def decoder(
-    started: VllmDecoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    decoder: VllmDecoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> VllmDecoder:
     """As vLLM runs on CPUs, and with a queue of batches as on GPUs, where the next is launched
     before the last is heard of.
     """
     if request.param == "queue":
-        core: Any = cast("VllmCore", started._core)._core
+        core: Any = cast("VllmCore", decoder._core)._core
         monkeypatch.setattr(core, "batch_queue", deque(maxlen=2))
         monkeypatch.setattr(core, "batch_queue_size", 2)
         monkeypatch.setattr(core, "step_fn", core.step_with_batch_queue)
-    return started
+    return decoder
 
 
 def test_nothing_is_done_for_whoever_waits_for_its_pages(decoder: VllmDecoder) -> None:
