@@ -471,11 +471,6 @@ class Settings(_Section):
     def _problems_with_vllm(self) -> Iterator[str]:
         """What only Longreach's own engine does."""
         instead = "or set decode.engine: native"
-        if self.decode.tensor_parallel > 1:
-            yield (
-                f"decode.tensor_parallel ({self.decode.tensor_parallel}) is not for decode.engine "
-                f"vllm, which has one process here; leave it out, {instead}"
-            )
         if self.model.weights == "fp8":
             yield (
                 "model.weights fp8 is not for decode.engine vllm, which rounds weights in another "

@@ -30,7 +30,7 @@ from .meeting import WorkerMeeting
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-    from ...engine.decode.follower import Follower, FollowerPages
+    from ...engine.decode.follower import FollowerPages, FollowingRank
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +104,14 @@ class DecodeFollower:
         self._following = loop.run_in_executor(self._thread, follow)
         self._following.add_done_callback(self._stopped)
 
-    def _load(self, meeting: WorkerMeeting) -> tuple["Follower", "FollowerPages", Any]:
+    def _load(self, meeting: WorkerMeeting) -> tuple["FollowingRank", "FollowerPages", Any]:
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-        from .spanning import make_follower
+        from .engines import make_following_rank
 
         store = self._store or TCPStore(*meeting.store)
         with reading_here():
-            return make_follower(self._settings, self._rank, store, self._channel)
+            return make_following_rank(self._settings, self._rank, store, self._channel)
 
     def _stopped(self, following: "asyncio.Future[None]") -> None:
         """Orders have ended: with the leader's process, or because one failed here."""

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
+from ...engine.errors import TransferError, UnavailableError
 from ...engine.kv.destination import Destination, Part, PartedDestination
 from ...engine.kv.hand_off import Place, RequestPages
 from ...kernels.page_size import pages_for
@@ -36,7 +37,13 @@ class FurtherRanks:
         if not self._handles:
             return
         place = Place(0, 0, self._pages.first_kv_head)
-        held = self._pages.held(request_id, place, pages_for(prompt_tokens), 1)
+        try:
+            # Some engines say with their next step which pages they are, and that is awaited here.
+            held = await asyncio.to_thread(
+                self._pages.held, request_id, place, pages_for(prompt_tokens), 1
+            )
+        except TransferError as error:  # released meanwhile
+            raise UnavailableError("the request was released; send it again") from error
         await _all(
             [as_nobody(each.expect.remote, request_id, held.numbers) for each in self._handles]
         )

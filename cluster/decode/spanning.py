@@ -49,6 +49,11 @@ def load_shard(
     return shard, shard.pages_kept_as(model.pages_kept_as)
 
 
+def followers_at(meeting: WorkerMeeting) -> Followers:
+    """The other ranks, as the leader gives them orders."""
+    return Followers([Client(each, authkey=meeting.key) for each in meeting.channels])
+
+
 def make_leader(settings: WorkerSettings, meeting: WorkerMeeting) -> Decoder:
     """Rank 0: meet the others, load, and allocate all pages; collective.
 
@@ -58,7 +63,7 @@ def make_leader(settings: WorkerSettings, meeting: WorkerMeeting) -> Decoder:
     check_decode_ranks(decode, ModelConfig.from_folder(settings.model.folder))
     with room_for_decode(settings, device):
         mesh = _join(settings, 0, TCPStore(*meeting.store))
-        followers = Followers([Client(each, authkey=meeting.key) for each in meeting.channels])
+        followers = followers_at(meeting)
         model, geometry = load_shard(settings, mesh, device)
         pool = LeadingPool(geometry, pages_for(decode.kv_cache_tokens), device, followers)
         prompts = own_prompts(decode)

@@ -106,7 +106,7 @@ class DecodeWorker:
         self._sink = Metrics(metrics_of_node(metrics_directory), "decode", settings.model.name)
         ProcessFigures(self._sink).start()
         with reading_here():
-            self._engine: DecodeEngine = make_engine(settings, meeting)
+            self._engine: DecodeEngine = make_engine(settings, self._sink, meeting)
         self._pulse = Pulse()
         self._failed = False
         self._requests: dict[str, _Request] = {}

@@ -9,6 +9,7 @@ imported, which Ray does before any of our code runs. So the files are opened he
 nothing depends on the environment, on import order or on a process-wide registry.
 """
 
+from ...engine.figures import Counter, Gauge, Histogram, Metric
 from .exposition import CONTENT_TYPE, render
 from .process import ProcessFigures
 from .vocabulary import (
@@ -53,10 +54,6 @@ from .vocabulary import (
     REQUESTS,
     TIME_TO_FIRST_TOKEN,
     VOCABULARY,
-    Counter,
-    Gauge,
-    Histogram,
-    Metric,
     Role,
     prompt_class,
 )

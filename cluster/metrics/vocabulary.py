@@ -3,8 +3,9 @@
 docs/metrics.md is this list; a test holds the two together.
 """
 
-from dataclasses import dataclass
 from typing import Literal
+
+from ...engine.figures import Counter, Gauge, Histogram, Metric
 
 Role = Literal["ingress", "prefill", "decode"]
 COMMON_LABELS = ("model_name", "role")
@@ -16,37 +17,6 @@ def prompt_class(prompt_tokens: int) -> str:
     """The label of the smallest class that holds a prompt: 8k, 32k, 128k, 512k or 1m."""
     return next((name for limit, name in _PROMPT_CLASSES if prompt_tokens <= limit), "1m")
 
-
-@dataclass(frozen=True)
-class Counter:
-    """Something that only grows. `labels` come on top of COMMON_LABELS."""
-
-    name: str
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Gauge:
-    """Something measured now. `merge` says how the figures of several processes become one."""
-
-    name: str
-    help: str
-    labels: tuple[str, ...] = ()
-    merge: Literal["sum", "max"] = "sum"
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A distribution; `buckets` are upper bounds, without the infinite one."""
-
-    name: str
-    help: str
-    buckets: tuple[float, ...]
-    labels: tuple[str, ...] = ()
-
-
-Metric = Counter | Gauge | Histogram
 
 # From an ingress's overhead to a million tokens on a small machine: twice as wide at each step, and
 # finer from one to ten minutes, where the limits on long prompts lie.

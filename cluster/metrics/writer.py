@@ -9,11 +9,12 @@ from types import TracebackType
 from prometheus_client.mmap_dict import mmap_key
 from prometheus_client.utils import floatToGoString
 
+from ...engine.figures import Counter, Figures, Gauge, Histogram, Metric
 from .sheet import Sheet
-from .vocabulary import Counter, Gauge, Histogram, Metric, Role
+from .vocabulary import Role
 
 
-class Metrics:
+class Metrics(Figures):
     """One writer of figures. Safe to use from several threads, not across a fork.
 
         metrics = Metrics(directory, role="decode", model_name="longreach-pocket")

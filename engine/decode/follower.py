@@ -4,7 +4,7 @@ It has its shard of the model, and its KV heads of all pages. Steps come as orde
 pages of prompts come from prefill ranks, as they come to the leader, each rank's own heads.
 """
 
-import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from ...kernels.pages import BlockTable
 from ..errors import TransferError
 from ..kv.arrivals import Arrivals
-from ..kv.pages import PagePool, SetAside
+from ..kv.pages import PageMemory, PagePool, SetAside
 from .arriving import ArrivingPages
 from .orders import (
     BringBackOrder,
@@ -25,6 +25,7 @@ from .orders import (
     SetAsideOrder,
     StepOrder,
     TablesThatCame,
+    orders_from,
 )
 from .step import DecodeStep, StepUnderWay
 
@@ -32,7 +33,18 @@ Piece = Callable[[], AbstractContextManager[None]]
 """Around each order that is carried out."""
 
 
-class Follower:
+class FollowingRank(ABC):
+    """Another rank of an engine that spans several devices: does what the leading one says."""
+
+    @abstractmethod
+    def follow(self, channel: Channel, piece: Piece = nullcontext) -> None:
+        """Carry out what comes; returns when the leader has closed the channel, or is gone.
+
+        Raises: whatever an order raises. The leader may wait for this rank in a collective then.
+        """
+
+
+class Follower(FollowingRank):
     """Carries orders out, on one thread.
 
     Args:
@@ -52,17 +64,9 @@ class Follower:
         return len(self._aside)
 
     def follow(self, channel: Channel, piece: Piece = nullcontext) -> None:
-        """Carry out what comes; returns when the leader has closed the channel, or is gone.
-
-        Raises: whatever an order raises. The leader may wait for this rank in a collective then.
-        """
-        while True:
-            try:
-                message = channel.recv_bytes()
-            except (EOFError, ConnectionError):
-                return
+        for order in orders_from(channel):
             with piece():
-                self.carry_out(pickle.loads(message))
+                self.carry_out(order)
 
     @torch.inference_mode()
     def carry_out(self, order: Order) -> None:
@@ -100,12 +104,12 @@ class FollowerPages(ArrivingPages):
         first_kv_head: of the model, the first one of them.
     """
 
-    def __init__(self, pool: PagePool, first_kv_head: int) -> None:
+    def __init__(self, pool: PageMemory, first_kv_head: int) -> None:
         self._pool, self._first_kv_head = pool, first_kv_head
         self._expected: dict[str, _Expected] = {}
 
     @property
-    def pool(self) -> PagePool:
+    def pool(self) -> PageMemory:
         return self._pool
 
     @property

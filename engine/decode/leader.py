@@ -7,6 +7,7 @@ same. It need not know.
 import itertools
 import pickle
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,13 +19,14 @@ from .orders import (
     Channel,
     CopyOrder,
     ForgetOrder,
-    Order,
     PieceOrder,
     SetAsideOrder,
     StepOrder,
     TablesToSend,
 )
 from .step import DecodeStep, PromptPiece, StepRow, StepUnderWay
+
+_GONE = "a rank of the decode worker is gone; send the request again"
 
 
 class Followers:
@@ -33,8 +35,11 @@ class Followers:
     def __init__(self, channels: Sequence[Channel]) -> None:
         self._channels = channels
 
-    def tell(self, order: Order) -> None:
+    def tell(self, order: Any) -> None:
         """Have all of them carry an order out, after those before it; waits for nobody.
+
+        Args:
+            order: an `Order`, or what another engine's followers understand.
 
         Raises:
             LostError: one of them is gone.
@@ -44,9 +49,18 @@ class Followers:
             for channel in self._channels:
                 channel.send_bytes(message)
         except OSError as error:
-            raise LostError(
-                "a rank of the decode worker is gone; send the request again"
-            ) from error
+            raise LostError(_GONE) from error
+
+    def answers(self) -> list[Any]:
+        """What each of them answers to the last order, if it is one that is answered.
+
+        Raises:
+            LostError: one of them is gone.
+        """
+        try:
+            return [pickle.loads(channel.recv_bytes()) for channel in self._channels]
+        except (OSError, EOFError) as error:
+            raise LostError(_GONE) from error
 
     def close(self) -> None:
         """Let them end, after what they were told."""

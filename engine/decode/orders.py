@@ -6,9 +6,10 @@ are collective: the leader gives the order and runs the same step. An order is a
 that travel from process to process while the leader fills its own inputs.
 """
 
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,16 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Let the other end know that nothing more comes."""
+
+
+def orders_from(channel: Channel) -> Iterator[Any]:
+    """What comes, until the leader has closed the channel, or is gone."""
+    while True:
+        try:
+            message = channel.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        yield pickle.loads(message)
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,7 @@
 
 `decoder.VllmDecoder` is the engine, behind the contract of `engine.decode.contract`; it knows vLLM
 by `core.Core` alone, and so is tested without one. `vllm_core` is vLLM behind that, in this
-process, and `connector` what vLLM is told of pages that come from elsewhere. See docs/vllm.md.
+process, and `connector` what vLLM is told of pages that come from elsewhere. Over several devices
+`executor` has further ranks do what it asks of its worker, and `follow` is one of them. See
+docs/vllm.md.
 """

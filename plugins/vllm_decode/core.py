@@ -97,7 +97,11 @@ class Core(Protocol):
         ...
 
     def abort(self, names: Sequence[str]) -> None:
-        """End sequences; those that have ended, or are unknown, are no error."""
+        """End sequences that nobody waits for; others than those that are here are no error."""
+        ...
+
+    def end(self, name: str) -> None:
+        """A sequence has said all that it is to say; one that has ended already is no error."""
         ...
 
     def step(self) -> list[Generated]:

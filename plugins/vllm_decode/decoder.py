@@ -364,7 +364,7 @@ class VllmDecoder(DecodeEngine):
         del self._choices[choice.name]
         self._running -= 1
         # vLLM knows of ends by tokens and by length, and of no others.
-        self._core.abort([choice.name])
+        self._core.end(choice.name)
         if not taken.choices:
             name = taken.request.request_id
             self._core.let_go(_first_name(name))

@@ -1,6 +1,8 @@
 """vLLM's KV cache as pages: what a transport writes into, and reads from."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch import Tensor
 from ...engine.kv.pages import PageGeometry, PageMemory, Pages
 from ...kernels.page_size import PAGE_TOKENS
 from .errors import OtherPagesError
+
+_LAYER = re.compile(r"\blayers\.(\d+)\b")
 
 
 class LayeredMemory(PageMemory):
@@ -42,3 +46,19 @@ class LayeredMemory(PageMemory):
 
     def layer(self, layer: int) -> Pages:
         return Pages(self._slabs[layer][0])
+
+
+def layers_of(caches: dict[str, Tensor], config: Any) -> Iterable[Tensor]:
+    """vLLM's tensors in the order of layers, as pages of a rank's heads; `config` is vLLM's."""
+    from ..vllm.backend import as_pages
+
+    model, parallel = config.model_config, config.parallel_config
+
+    def number(name: str) -> int:
+        found = _LAYER.search(name)
+        assert found is not None
+        return int(found.group(1))
+
+    heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
+    for name in sorted(caches, key=number):
+        yield as_pages(caches[name], heads, size)

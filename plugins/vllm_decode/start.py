@@ -1,8 +1,10 @@
 """Starts vLLM for a decode worker."""
 
 from ...engine.decode.detokenizer import TokenBytes
+from ...engine.decode.leader import Followers
 from ...engine.decode.step import PromptLimits
 from ...engine.errors import NoVllmError, in_one_line
+from ...engine.figures import Figures
 from ...engine.kv.formats import dtype_name
 from ...engine.kv.pages import PageGeometry
 from ...engine.model.config import ModelConfig
@@ -18,12 +20,16 @@ def start(
     num_pages: int,
     max_batch: int,
     prompts: PromptLimits,
+    figures: Figures,
+    followers: Followers | None,
     on_gpu: bool,
 ) -> VllmDecoder:
     """Load a model into vLLM, in this process, and allocate all pages.
 
     Args:
-        pages: of the model, kept in the type that vLLM then computes in as well.
+        pages: of this rank's heads, kept in the type that vLLM then computes in as well.
+        figures: keeps vLLM's own metrics.
+        followers: the other ranks, where there are any.
 
     Raises:
         NoVllmError: vLLM cannot be imported.
@@ -40,6 +46,7 @@ def start(
     arguments = engine_arguments(
         num_pages,
         pages.bytes_per_page,
+        config.num_kv_heads // pages.num_kv_heads,
         model=str(files.folder),
         load_format="dummy" if files.random else "auto",
         dtype=dtype_name(pages.dtype),
@@ -50,4 +57,6 @@ def start(
         enforce_eager=not on_gpu,
     )
     token_bytes = TokenBytes(Tokenizer(files.tokenizer_folder).raw)
-    return VllmDecoder(VllmCore(arguments), config, token_bytes, max_batch, prompts.longest)
+    return VllmDecoder(
+        VllmCore(arguments, figures, followers), config, token_bytes, max_batch, prompts.longest
+    )

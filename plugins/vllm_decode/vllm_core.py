@@ -3,8 +3,8 @@
 """vLLM's engine core in this process: its scheduler, its worker, and one device."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -23,30 +23,33 @@ from vllm.v1.structured_output.backend_types import (
     StructuredOutputGrammar,
 )
 
+from ...engine.decode.leader import Followers
+from ...engine.figures import Figures
 from ...engine.kv.pages import PageMemory
 from ...engine.messages import ChosenToken, TokenLogprob
 from ...kernels.page_size import PAGE_TOKENS
-from ..vllm.backend import as_pages
 from ..vllm.first_runner import take_draws_back_on_cpus
 from .connector import HANDED_OFF, HandOffConnector
 from .core import Core, Generated, NewSequence
+from .executor import LeadingExecutor
+from .figures import VllmFigures
 from .held_to import HeldTo
-from .layers import LayeredMemory
+from .layers import LayeredMemory, layers_of
 
 Hasher = Callable[[Request], list[BlockHash]]
 """Names the pages that a sequence has filled since it was last called."""
 
-_LAYER = re.compile(r"\blayers\.(\d+)\b")
 _NULL_BLOCKS = 1
 """That vLLM keeps for itself: what a block table has where there is none."""
 
 
-def engine_arguments(num_pages: int, page_bytes: int, **options: Any) -> EngineArgs:
+def engine_arguments(num_pages: int, page_bytes: int, num_ranks: int, **options: Any) -> EngineArgs:
     """vLLM's options, of which some are as pages from elsewhere need them.
 
     Args:
         num_pages: that sequences may have.
-        page_bytes: of a page in all layers.
+        page_bytes: of a page in all layers, on each rank.
+        num_ranks: that the model is cut into.
     """
     return EngineArgs(
         # Tokens come in and go out: text is made elsewhere.
@@ -58,8 +61,11 @@ def engine_arguments(num_pages: int, page_bytes: int, **options: Any) -> EngineA
         # What is allocated is said above. This share vLLM only wants to see free.
         gpu_memory_utilization=0.01,
         enable_prefix_caching=True,
-        # Whoever writes its blocks must be in its process.
-        distributed_executor_backend="uni",
+        # Whoever writes a rank's blocks must be in its process.
+        distributed_executor_backend=LeadingExecutor if num_ranks > 1 else "uni",
+        tensor_parallel_size=num_ranks,
+        # It would have each process see the others' devices.
+        disable_custom_all_reduce=num_ranks > 1,
         disable_hybrid_kv_cache_manager=True,
         disable_log_stats=True,
         kv_transfer_config=KVTransferConfig(
@@ -76,16 +82,23 @@ class VllmCore(Core):
 
     Args:
         arguments: of `engine_arguments`.
+        figures: keeps vLLM's own metrics.
+        followers: the other ranks, where there are any.
 
     Raises:
         OtherPagesError: its blocks are not laid out as pages are.
     """
 
-    def __init__(self, arguments: EngineArgs) -> None:
+    def __init__(
+        self, arguments: EngineArgs, figures: Figures, followers: Followers | None = None
+    ) -> None:
         # On CPUs vLLM starts a process for its worker unless this says that it has to do without.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         config = arguments.create_engine_config()
-        self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        executor: Any = Executor.get_class(config)
+        if followers is not None:
+            executor = partial(executor, followers)
+        self._core = EngineCore(config, executor, log_stats=True)
         if config.device_config.device_type == "cpu":
             take_draws_back_on_cpus()
         self._scheduler: Any = self._core.scheduler
@@ -94,13 +107,17 @@ class VllmCore(Core):
         assert isinstance(scheduling, HandOffConnector)
         assert isinstance(working, HandOffConnector)
         self._scheduling, self._working = scheduling, working
-        self._memory = LayeredMemory(list(_layers(working.caches, config)))
+        self._memory = LayeredMemory(list(layers_of(working.caches, config)))
         manager = self._core.structured_output_manager
         manager.backend = _Masks(config, None, config.model_config.get_vocab_size())
+        self._figures = VllmFigures(config, figures)
         self._sequences: dict[str, Request] = {}
         self._shared: dict[str, list[Any]] = {}
         self._begun: set[str] = set()
         self._preempted = 0
+        leading = self._core.model_executor
+        if isinstance(leading, LeadingExecutor):
+            leading.is_ready()
 
     @property
     def memory(self) -> PageMemory:
@@ -116,7 +133,9 @@ class VllmCore(Core):
 
     @property
     def is_settling(self) -> bool:
-        return bool(self._core.batch_queue) or self._scheduler.has_finished_requests()
+        # A queue holds batches of no tokens as well, for as long as a sequence waits for its pages.
+        computing = any(each[1].total_num_scheduled_tokens for each in self._core.batch_queue or ())
+        return computing or self._scheduler.has_finished_requests()
 
     @property
     def num_preemptions(self) -> int:
@@ -138,6 +157,7 @@ class VllmCore(Core):
         if sequence.shared:
             self._shared[sequence.name] = []
         self._core.add_request(request)
+        self._figures.began(request)
 
     def pages_of(self, name: str) -> list[int]:
         blocks = self._scheduling.blocks.get(name, ())
@@ -183,11 +203,16 @@ class VllmCore(Core):
             self._forget(name)
         self._core.abort_requests(list(names))
 
+    def end(self, name: str) -> None:
+        self._figures.ended(name)
+        self.abort([name])
+
     def step(self) -> list[Generated]:
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         if not outputs or 0 not in outputs:
             return []
+        self._figures.stepped(outputs[0])
         return [self._generated(each) for each in outputs[0].outputs]
 
     def _hasher(self, sequence: NewSequence) -> Hasher | None:
@@ -209,6 +234,7 @@ class VllmCore(Core):
 
     def _forget(self, name: str) -> None:
         request = self._sequences.pop(name, None)
+        self._figures.left(name)
         self._begun.discard(name)
         self._scheduling.forget(name)
         if request is not None:
@@ -229,20 +255,6 @@ def _hashes_of_a_family(family: str, name: str, prompt_tokens: int) -> Hasher:
         return [BlockHash(sha256(repr(each).encode()).digest()) for each in owners]
 
     return hashes
-
-
-def _layers(caches: dict[str, torch.Tensor], config: Any) -> Iterable[torch.Tensor]:
-    """vLLM's tensors in the order of layers, as pages."""
-    model, parallel = config.model_config, config.parallel_config
-
-    def number(name: str) -> int:
-        found = _LAYER.search(name)
-        assert found is not None
-        return int(found.group(1))
-
-    heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
-    for name in sorted(caches, key=number):
-        yield as_pages(caches[name], heads, size)
 
 
 def _chosen(output: Any, most: int) -> Iterable[ChosenToken]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def join(settings: Settings) -> None:
 
 
 def make_decoder(settings: Settings) -> None:
-    make_engine(settings.worker)
+    make_engine(settings.worker, Mock())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_prefill_and_decode_make_up_the_same_weights(
     model = settings.model.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
     settings = settings.model_copy(update={"model": model})
     check_model(settings)
-    decoder = make_engine(settings.worker)
+    decoder = make_engine(settings.worker, Mock())
     assert isinstance(decoder, Decoder)
     monkeypatch.setattr(PrefillRank, "_open", lambda _, to: DirectHandOff(decoder, to.request_id))
     rank = PrefillRank(settings.gangs[0])

@@ -124,7 +124,6 @@ def test_a_random_shape_that_is_not_there_is_refused(raw: dict[str, Any]) -> Non
             "model.kv_cache_dtype bfloat16 beside model.dtype float32",
         ),
         ({"decode": {"prefill_up_to": 200_000}}, "lower decode.prefill_up_to"),
-        ({"decode": {"tensor_parallel": 2}}, "decode.tensor_parallel (2) is not for"),
         (
             {"limits": {"max_output_tokens": 4097}, "decode": {"kv_cache_tokens": 1_090_560}},
             "make it 1091584 or more",

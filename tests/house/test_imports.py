@@ -27,7 +27,7 @@ LAB_MAY_IMPORT = {"cluster.client"}
 """Besides: what asks an endpoint."""
 
 ENGINE = (
-    {"errors", "messages", "milestones", "stages"},
+    {"errors", "figures", "messages", "milestones", "stages"},
     {"fairness", "json_files", "parallel"},
     {"text", "kv"},
     {"model"},

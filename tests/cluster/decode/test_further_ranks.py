@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -25,7 +26,7 @@ from longreach.engine.decode.portable_step import PortableStep
 from longreach.engine.errors import LostError, TransferError, UnavailableError
 from longreach.engine.kv.destination import PartedDestination
 from longreach.engine.kv.hand_off import Place
-from longreach.engine.kv.pages import PageGeometry, PagePool, Pages
+from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, Pages
 
 from ..conftest import make_settings
 from .test_worker import Answer, engine_of, make_request
@@ -167,6 +168,39 @@ def test_a_request_that_is_released_while_it_gets_its_pages_is_expected_nowhere(
     run(work())
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_pages_that_an_engine_names_later_are_awaited_beside_everything(
+    worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """Such an engine names them with its next step, which the event loop has to begin."""
+
+    async def work() -> None:
+        follower, named = Recorded(), threading.Event()
+        await worker.start("own", [follower])
+        kept = worker._engine.held
+
+        def held(*given: Any) -> HeldPages:
+            assert named.wait(SECONDS)
+            if not comes:
+                raise TransferError("it was cancelled")
+            return kept(*given)
+
+        monkeypatch.setattr(worker._engine, "held", held)
+        reserving = asyncio.create_task(worker.reserve(make_request("a")))
+        await asyncio.sleep(0.1)
+        assert not reserving.done()
+        named.set()
+        if comes:
+            assert isinstance(await reserving, PartedDestination)
+            assert follower.names == ["expect"]
+        else:
+            with pytest.raises(UnavailableError):
+                await reserving
+            assert follower.names == []
+
+    run(work())
+
+
 def test_a_rank_that_is_gone_is_the_workers_end(worker: DecodeWorker) -> None:
     async def work() -> None:
         follower = Recorded()
@@ -210,6 +244,7 @@ def test_a_follower_takes_pages_of_one_gang_at_a_time(follower: Alone) -> None:
     async def work() -> None:
         await follower.join("own", NO_MEETING)
         pool = follower._pages.pool
+        assert isinstance(pool, PagePool)
         with pytest.raises(TransferError):
             await follower.deliver("a", 0, [page_of(9)])
         await follower.expect("a", np.array([5, 2]))
@@ -249,6 +284,7 @@ def test_a_follower_carries_orders_out_until_one_fails(follower: Alone) -> None:
     async def work() -> None:
         await follower.join("own", NO_MEETING)
         pool = follower._pages.pool
+        assert isinstance(pool, PagePool)
 
         follower.orders.send_bytes(pickle.dumps(CopyOrder(7, 3)))
         while pool.memory[0, 3].unique().tolist() != [7]:

@@ -88,6 +88,23 @@ def test_counts_outlive_a_killed_process_and_gauges_do_not(tmp_path: Path, start
     assert samples(tmp_path)["longreach_generation_tokens_total", ""] == 15
 
 
+def test_gauges_that_are_each_process_s_own_are_series_of_their_own(tmp_path: Path) -> None:
+    """And go with their process, so no series is left of those that were."""
+    fill = m.Gauge("engine:fill", "Share in use.", merge="all")
+
+    def told() -> list[float]:
+        return sorted(value for (name, _), value in samples(tmp_path).items() if name == fill.name)
+
+    with m.Metrics(tmp_path, role="decode", model_name="pocket") as first:
+        first.set(fill, 0.5)
+        with m.Metrics(tmp_path, role="decode", model_name="pocket") as second:
+            second.set(fill, 0.25)
+            first.set(fill, 0.75)
+            assert told() == [0.25, 0.75]
+        assert told() == [0.75]
+    assert told() == []
+
+
 def test_histogram_buckets_are_cumulative_and_complete(tmp_path: Path) -> None:
     with m.Metrics(tmp_path, role="prefill", model_name="pocket") as metrics:
         for seconds in (0.0004, 0.0005, 0.01, 3600.0):
@@ -178,8 +195,29 @@ def test_an_exporter_answers_for_every_folder_below_and_outlives_the_writers(
         thread.join()
 
 
-def scraped(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_names_of_engines_keep_their_colon_however_they_are_asked_for(
+    tmp_path: Path, host: str
+) -> None:
+    port = free_port()
+    server, thread = export(tmp_path, host, port)
+    said = m.Counter("engine:said_total", "Tokens.")
+    try:
+        with m.Metrics(tmp_path, role="decode", model_name="pocket") as metrics:
+            metrics.add(said, 3)
+            # As Prometheus asks.
+            asked = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+            assert scraped(port, host, Accept=asked) == {"engine:said_total": 3}
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def scraped(port: int, host: str = "127.0.0.1", **headers: str) -> dict[str, float]:
+    named = f"[{host}]" if ":" in host else host
+    asked = urllib.request.Request(f"http://{named}:{port}/metrics", headers=headers)
+    with urllib.request.urlopen(asked) as answer:
         text = answer.read().decode()
     families = text_string_to_metric_families(text)
     return {sample.name: sample.value for family in families for sample in family.samples}

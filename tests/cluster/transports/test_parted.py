@@ -30,8 +30,9 @@ class Rank:
     """One rank of a decode worker, as prefill ranks see it."""
 
     def __init__(self, settings: Settings, geometry: PageGeometry, head: int) -> None:
-        self.pages = FollowerPages(PagePool(geometry, 64, CPU), head)
-        self.pages.pool.memory.zero_()
+        pool = PagePool(geometry, 64, CPU)
+        pool.memory.zero_()
+        self.pages = FollowerPages(pool, head)
         self.pages.expect("a", TABLE)
         self.handle = Handle(deliver=self.deliver, send_back=self.send_back)
         host = ray.util.get_node_ip_address()

@@ -104,6 +104,9 @@ class ScriptedCore(Core):
                 self.aborted.append(name)
                 self._forget(name)
 
+    def end(self, name: str) -> None:
+        self.abort([name])
+
     def step(self) -> list[Generated]:
         out: list[Generated] = []
         for name, running in list(self.running.items()):

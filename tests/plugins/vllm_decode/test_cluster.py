@@ -1,16 +1,24 @@
 """A real cluster whose decode engine is vLLM, on a CPU: `make test-vllm`."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from longreach.cluster.app import LocalCluster, start
 from longreach.cluster.settings import parse_settings
+from longreach.engine.errors import UnavailableError
+from longreach.engine.messages import Tokens
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
 from longreach.lab.evaluation.tasks import NEEDLES
@@ -28,13 +36,16 @@ from ...cluster.conftest import (
 pytestmark = pytest.mark.live
 
 MODEL = "longreach-pocket"
-PORT, CHUNK_TOKENS = 8600, 2048
+RETRIES = 2
+PORT, CHUNK_TOKENS = 8540, 2048
 OWN = 1024
 """Prompts of up to so many tokens are computed by vLLM."""
 
 SETTINGS: dict[str, Any] = {
     "model": {"path": "pocket", "name": MODEL, "dtype": "float32"},
-    "limits": {"max_model_len": 65536, "max_output_tokens": 1024, "max_choices": 4},
+    "limits": {
+        "max_model_len": 65536, "max_output_tokens": 1024, "max_choices": 4, "retries": RETRIES,
+    },
     "prefill": {"chunk_tokens": CHUNK_TOKENS, "kv_cache_tokens": 131072, "cpus_per_rank": 0.5},
     "decode": {
         "engine": "vllm", "kv_cache_tokens": 98304, "cpus": 0.5, "prefill_up_to": OWN,
@@ -218,6 +229,120 @@ def test_whoever_leaves_leaves_no_block_behind(http: httpx.Client, tokenizer: To
     wait_until_no_page_is_held(http, 30)
 
 
+@dataclass(eq=False)
+class Breaking:
+    """Breaks hand-offs of one request: its worker refuses the gang's pages, as of one given up.
+
+    Args:
+        first_id: of the request's first attempt.
+        most: attempts whose hand-off is broken.
+    """
+
+    first_id: str
+    most: int
+    broken: int = 0
+
+    def run(self) -> None:
+        names = (f"{self.first_id}-again-{n}" if n else self.first_id for n in range(self.most))
+        for name in names:
+            wait_for(lambda each=name: self._breaks(each), 60, f"{name} begins")
+            self.broken += 1
+            # As often as it takes: where pages go may only be said after this.
+            wait_for(lambda each=name: not self._breaks(each), 60, f"{name} ends")
+
+    def _breaks(self, name: str) -> bool:
+        """Whether the request is there, whose pages are refused from now on."""
+        time.sleep(0.1)
+        named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+        [worker] = [
+            ray.get_actor(each["name"], each["namespace"])
+            for each in named
+            if each["name"].startswith("longreach-decode-")
+        ]
+        try:
+            ray.get(worker.go_on.remote(name))
+        except UnavailableError:
+            return False
+        return True
+
+
+def said_while_breaking(http: httpx.Client, prompt: Tokens, most: int) -> tuple[str, Any, int]:
+    """An answer's text, or the error in place of its end; and how many attempts were broken."""
+    text, error = "", None
+    breaking: Breaking | None = None
+    running: Future[None] | None = None
+    body = ask_body(prompt, max_tokens=6, stream=True, return_progress=True)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        http.stream("POST", "/v1/completions", json=body, timeout=240) as response,
+    ):
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                error = event["error"]
+                continue
+            if breaking is None:
+                breaking = Breaking(event["id"], most)
+                running = pool.submit(breaking.run)
+            text += "".join(choice["text"] for choice in event["choices"])
+        assert breaking is not None
+        assert running is not None
+        running.result(60)
+    return text, error, breaking.broken
+
+
+def vllm_usage(http: httpx.Client) -> list[float]:
+    """Share of its blocks that each vLLM says are in use."""
+    return [v for key, v in scrape(http).items() if key[0] == "vllm:kv_cache_usage_perc"]
+
+
+@pytest.mark.parametrize("most", [1, RETRIES + 1])
+def test_hand_offs_that_break_are_begun_again_and_end_clearly(
+    http: httpx.Client, tokenizer: Tokenizer, most: int
+) -> None:
+    """And one beside goes on, and vLLM holds no block."""
+    prompt = make_prompt(tokenizer, 20_000)
+    calm = http.post("/v1/completions", json=ask_body(prompt, max_tokens=6), timeout=240).json()
+    failures = ("longreach_handoff_failures_total", "prefill")
+    before = scrape(http)[failures]
+    beside = ask_body(make_prompt(tokenizer, 600), max_tokens=800, ignore_eos=True)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(http.post, "/v1/completions", json=beside, timeout=240)
+        text, error, broken = said_while_breaking(http, prompt, most)
+        assert asking.result(240).json()["usage"]["completion_tokens"] == 800
+    assert broken == most
+    assert scrape(http)[failures] >= before + most
+    if most <= RETRIES:
+        assert error is None
+        assert text == calm["choices"][0]["text"]
+    else:
+        assert text == ""
+        assert error["code"] == "poisonous"
+    wait_until_no_page_is_held(http, 30)
+    assert vllm_usage(http) == [0.0]
+
+
+def test_vllms_own_metrics_stand_beside_ours(http: httpx.Client, tokenizer: Tokenizer) -> None:
+    def counted() -> dict[tuple[str, ...], float]:
+        return {(name, *rest): value for (name, *rest), value in scrape(http).items()}
+
+    names = {"vllm:generation_tokens_total": 8.0, "vllm:prompt_tokens_total": 700.0}
+    before = counted()
+    body = ask_body(make_prompt(tokenizer, 700), max_tokens=8, ignore_eos=True)
+    assert http.post("/v1/completions", json=body).status_code == 200
+    wait_until_no_page_is_held(http)
+    after = counted()
+    for name, grown in names.items():
+        key = (name, "0", "decode")
+        assert after[key] == before.get(key, 0.0) + grown
+    ours = ("longreach_generation_tokens_total", "ingress")
+    assert after[ours] == before.get(ours, 0.0) + 8
+    families = {family.name for family in text_string_to_metric_families(http.get("/metrics").text)}
+    assert len({name for name in families if name.startswith("vllm:")}) > 30
+
+
 def test_a_gang_that_dies_costs_no_answer(http: httpx.Client, tokenizer: Tokenizer) -> None:
     """Another rank goes on behind the pages that had come, which it reads out of vLLM's blocks."""
     prompt = make_prompt(tokenizer, 40_000)
@@ -229,13 +354,8 @@ def test_a_gang_that_dies_costs_no_answer(http: httpx.Client, tokenizer: Tokeniz
     def disturb() -> None:
         wait_for(lambda: computed(http) > 0, 30, "a prompt that is computed")
         time.sleep(2)
-        import os
-        import signal
-
         [pid] = actor_pids("PrefillRank")
         os.kill(pid, signal.SIGKILL)
-
-    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(http.post, "/v1/completions", json=body, timeout=240)
@@ -251,9 +371,6 @@ def test_a_worker_that_dies_in_mid_answer_goes_on_with_the_same_text(
     http: httpx.Client, tokenizer: Tokenizer
 ) -> None:
     """Sampled, with a seed: what the client has is generated again in silence."""
-    import os
-    import signal
-
     prompt = make_prompt(tokenizer, 3000)
     body = ask_body(
         prompt, max_tokens=400, temperature=1.2, seed=3, ignore_eos=True, frequency_penalty=0.5

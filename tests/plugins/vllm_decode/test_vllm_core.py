@@ -4,38 +4,61 @@ What a cluster does not do on purpose: leaving at each moment of a request.
 """
 
 import time
-from typing import Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from longreach.engine.decode.step import PromptLimits
 from longreach.engine.kv.hand_off import Place
-from longreach.engine.kv.pages import PageGeometry, Pages
+from longreach.engine.kv.pages import Pages
 from longreach.engine.messages import Delta, GenerationRequest, SamplingParameters
-from longreach.engine.model.config import ModelConfig
-from longreach.engine.model.files import ModelFiles
-from longreach.engine.model.pocket import CHECKPOINT
 from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 from longreach.plugins.vllm_decode.decoder import VllmDecoder
 
+from .conftest import PAGES
+
+if TYPE_CHECKING:
+    from longreach.plugins.vllm_decode.vllm_core import VllmCore
+
 pytestmark = pytest.mark.live
 
-PAGES, TOKENS = 64, 300
+TOKENS = 300
 NO_LOGITS = np.zeros(1, dtype=np.float32)
 
 
-@pytest.fixture(scope="module")
-def decoder() -> VllmDecoder:
-    from longreach.plugins.vllm_decode.start import start
+@pytest.fixture(params=["steps", "queue"])
+def decoder(
+    decoder: VllmDecoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> VllmDecoder:
+    """As vLLM runs on CPUs, and with a queue of batches as on GPUs, where the next is launched
+    before the last is heard of.
+    """
+    if request.param == "queue":
+        core: Any = cast("VllmCore", decoder._core)._core
+        monkeypatch.setattr(core, "batch_queue", deque(maxlen=2))
+        monkeypatch.setattr(core, "batch_queue_size", 2)
+        monkeypatch.setattr(core, "step_fn", core.step_with_batch_queue)
+    return decoder
 
-    config = ModelConfig.from_folder(CHECKPOINT)
-    pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
-    return start(ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256), on_gpu=False)
+
+def test_nothing_is_done_for_whoever_waits_for_its_pages(decoder: VllmDecoder) -> None:
+    """Steps would keep the thread that puts the pages in their place from its work."""
+    decoder.reserve(ask("waits"))
+    for _ in range(5):
+        if not decoder.has_work:
+            break
+        decoder.step()
+    assert not decoder.has_work
+    hand_over(decoder, "waits")
+    assert not decoder.has_work
+    decoder.start("waits", NO_LOGITS)
+    assert drain(decoder) == 20
+    assert decoder.usage == 0.0
 
 
-def request(name: str, **sampling: Any) -> GenerationRequest:
+def ask(name: str, **sampling: Any) -> GenerationRequest:
     asked = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
     prompt = np.arange(TOKENS, dtype=np.int32) % 250
     return GenerationRequest(name, prompt, SamplingParameters(**asked), time.time())
@@ -68,8 +91,8 @@ def test_whoever_leaves_at_whatever_moment_leaves_no_block(
 ) -> None:
     """With a second request beside it, which has all of its tokens."""
     name = f"left-{steps}-{start}-{choices}"
-    decoder.reserve(request(name, choices=choices))
-    decoder.admit(request(f"{name}-beside"))
+    decoder.reserve(ask(name, choices=choices))
+    decoder.admit(ask(f"{name}-beside"))
     for number in range(steps):
         decoder.step()
         if number + 1 == start:
@@ -84,9 +107,24 @@ def test_whoever_leaves_at_whatever_moment_leaves_no_block(
     assert not decoder.has_work
 
 
+def test_whoever_leaves_beside_one_that_waits_leaves_no_block(decoder: VllmDecoder) -> None:
+    """vLLM frees blocks that are written from elsewhere a step later, and nobody else makes one."""
+    decoder.reserve(ask("waits"))
+    decoder.reserve(ask("leaves"))
+    for _ in range(3):
+        decoder.step()
+    both = decoder.usage
+    decoder.cancel("leaves")
+    drain(decoder)
+    assert decoder.usage == both / 2 > 0
+    decoder.cancel("waits")
+    drain(decoder)
+    assert decoder.usage == 0.0
+
+
 def test_choices_find_the_prompt_that_the_first_one_has(decoder: VllmDecoder) -> None:
     """They never take more pages than were counted for them: 2 of the prompt's are shared."""
-    decoder.reserve(request("many", choices=3))
+    decoder.reserve(ask("many", choices=3))
     decoder.step()
     hand_over(decoder, "many")
     decoder.start("many", NO_LOGITS)
