@@ -474,7 +474,7 @@ def test_a_redeploy_serves_new_settings_and_loses_no_request(
     limits = settings.limits.model_copy(update={"max_logprobs": 3})
     prefill = gangs_with(settings, chunk_tokens=2 * CHUNK_TOKENS)
     changed = settings.model_copy(update={"limits": limits, "prefill": prefill})
-    short, medium = make_prompt(tokenizer, 2 * CHUNK_TOKENS), make_prompt(tokenizer, 20_000)
+    short, medium = make_prompt(tokenizer, 2 * CHUNK_TOKENS), make_prompt(tokenizer, 14_000)
 
     def ask(prompt: Tokens, **fields: int) -> httpx.Response:
         return http.post("/v1/completions", json=ask_body(prompt, **fields))

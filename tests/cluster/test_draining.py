@@ -65,7 +65,7 @@ def test_a_node_without_figures_is_idle_and_one_in_time_trouble_is_not(tmp_path:
 @pytest.mark.parametrize(
     ("said", "has"),
     [
-        (2, True),
+        (1, True),
         (0, False),
         (GetTimeoutError(), True),  # it hangs, or has much to do
         (RayActorError(), False),
