@@ -8,6 +8,7 @@ now and then whether its mesh was left.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -79,11 +80,10 @@ class Communicator:
 
     def _wait(self, work: dist.Work) -> None:
         while not work.is_completed():
-            try:
+            # Time that is up raises as a failure does, and the work may have ended since. If it
+            # failed, waiting for what has ended says so again.
+            with suppress(RuntimeError):
                 work.wait(_LOOK)
-            except RuntimeError:
-                if work.is_completed():
-                    raise
             if self.left.is_set() and not work.is_completed():
                 _abandoned.append((work, self.group))
                 raise LeftMeshError
