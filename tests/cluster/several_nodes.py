@@ -61,11 +61,10 @@ class Nodes:
     url: str
     figures: Path
 
-    def ask(self, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=SECONDS)
-
-    def chat(self, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=SECONDS)
+    def ask(
+        self, body: dict[str, Any], path: str = "completions", seconds: float = SECONDS
+    ) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=seconds)
 
     def counted(self, name: str) -> float:
         """Of all nodes together, those that died too."""

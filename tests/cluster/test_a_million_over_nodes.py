@@ -13,11 +13,12 @@ from longreach.engine.text.tokenizer import Tokenizer
 from longreach.lab.evaluation.tasks import NEEDLES
 
 from .conftest import MODEL, wait_for
-from .several_nodes import ACTORS, CONFIGURATION, SECONDS, started
+from .several_nodes import ACTORS, CONFIGURATION, started
 
 pytestmark = pytest.mark.live
 
 PROMPT_TOKENS, CHUNK_TOKENS = 1_000_000, 32_768
+SECONDS = 1800.0
 NEEDLE = NEEDLES[0]
 ROOM = 2**20 + 8192
 MILLION = CONFIGURATION | {
@@ -46,7 +47,7 @@ def test_a_node_that_dies_in_a_million_tokens_costs_a_pause_and_a_chunk(
     computed, again = "longreach_prefill_tokens_total", "longreach_prefill_tokens_again_total"
     with started(MILLION, ("ingress", "decode", "prefill", "prefill"), tmp_path) as nodes:
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(nodes.chat, body)
+            asked = pool.submit(nodes.ask, body, "chat/completions", SECONDS)
             wait_for(lambda: nodes.counted(computed) >= PROMPT_TOKENS / 2, SECONDS, "half of it")
             nodes.kill("prefill", nodes.where("prefill", ACTORS["prefill"]))
             answer = asked.result(SECONDS)
