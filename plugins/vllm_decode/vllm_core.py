@@ -133,7 +133,9 @@ class VllmCore(Core):
 
     @property
     def is_settling(self) -> bool:
-        return bool(self._core.batch_queue) or self._scheduler.has_finished_requests()
+        # A queue holds batches of no tokens as well, for as long as a sequence waits for its pages.
+        computing = any(each[1].total_num_scheduled_tokens for each in self._core.batch_queue or ())
+        return computing or self._scheduler.has_finished_requests()
 
     @property
     def num_preemptions(self) -> int:
@@ -209,6 +211,8 @@ class VllmCore(Core):
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         if not outputs or 0 not in outputs:
+            # Of a step that is under way nothing has come yet, but blocks may have been allocated.
+            self._figures.stand(self._scheduler.make_stats())
             return []
         self._figures.stepped(outputs[0])
         return [self._generated(each) for each in outputs[0].outputs]

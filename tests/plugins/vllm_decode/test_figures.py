@@ -14,7 +14,7 @@ from longreach.engine.messages import Delta, GenerationRequest, SamplingParamete
 from longreach.plugins.vllm_decode.decoder import VllmDecoder
 
 from ...prometheus import free_port, prometheus_server, wait_for_value
-from .test_vllm_core import NO_LOGITS, TOKENS, drain, hand_over, request
+from .test_vllm_core import NO_LOGITS, TOKENS, ask, drain, hand_over
 
 pytestmark = pytest.mark.live
 
@@ -32,6 +32,7 @@ def scraped(folder: Path) -> Samples:
             assert key not in found, "two series look the same"
             found[key] = sample.value
             assert sample.labels.get("engine", "0") == "0"
+            assert ("pid" in sample.labels) == (family.type == "gauge")
             assert sample.labels["model_name"] == "pocket"
     return found
 
@@ -48,7 +49,7 @@ class Grown:
 
 def test_a_request_shows_in_vllms_counts(decoder: VllmDecoder, figures: Path) -> None:
     grown = Grown(figures)
-    decoder.admit(request("counted", max_tokens=20))
+    decoder.admit(ask("counted", max_tokens=20))
     assert drain(decoder) == 20
     assert grown("vllm:generation_tokens_total") == 20
     assert grown("vllm:prompt_tokens_total") == TOKENS
@@ -68,12 +69,13 @@ def test_a_request_shows_in_vllms_counts(decoder: VllmDecoder, figures: Path) ->
 def test_tokens_that_a_gang_computed_are_no_work_of_vllms(
     decoder: VllmDecoder, figures: Path
 ) -> None:
-    grown = Grown(figures)
-    decoder.reserve(request("handed", max_tokens=5))
+    # An id never comes twice: its pages would be found.
+    name, grown = f"handed-{time.time()}", Grown(figures)
+    decoder.reserve(ask(name, max_tokens=5))
     decoder.step()
     assert scraped(figures)["vllm:kv_cache_usage_perc",] > 0
-    hand_over(decoder, "handed")
-    decoder.start("handed", NO_LOGITS)
+    hand_over(decoder, name)
+    decoder.start(name, NO_LOGITS)
     assert drain(decoder) == 5
     assert grown("vllm:generation_tokens_total") == 5
     assert grown("vllm:prompt_tokens_by_source_total", "external_kv_transfer") == TOKENS
@@ -85,16 +87,16 @@ def test_answers_that_end_here_are_successes_and_those_that_are_left_are_not(
 ) -> None:
     """vLLM knows nothing of stop strings."""
     grown = Grown(figures)
-    decoder.admit(request("whole", max_tokens=60))
+    decoder.admit(ask("whole", max_tokens=60))
     outputs: list[Any] = []
     while decoder.has_work:
         outputs += decoder.step()
     said = "".join(output.text for _, output in outputs if isinstance(output, Delta))
     assert len(said) > 10
-    stopped = request("stopped", max_tokens=60, stop=(said[5:9],))
+    stopped = ask("stopped", max_tokens=60, stop=(said[5:9],))
     decoder.admit(stopped)
     assert 0 < drain(decoder) < 60
-    decoder.admit(request("left", max_tokens=60))
+    decoder.admit(ask("left", max_tokens=60))
     decoder.step()
     decoder.cancel("left")
     drain(decoder)

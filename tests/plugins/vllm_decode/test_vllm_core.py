@@ -24,7 +24,22 @@ TOKENS = 300
 NO_LOGITS = np.zeros(1, dtype=np.float32)
 
 
-def request(name: str, **sampling: Any) -> GenerationRequest:
+def test_nothing_is_done_for_whoever_waits_for_its_pages(decoder: VllmDecoder) -> None:
+    """Steps would keep the thread that puts the pages in their place from its work."""
+    decoder.reserve(ask("waits"))
+    for _ in range(5):
+        if not decoder.has_work:
+            break
+        decoder.step()
+    assert not decoder.has_work
+    hand_over(decoder, "waits")
+    assert not decoder.has_work
+    decoder.start("waits", NO_LOGITS)
+    assert drain(decoder) == 20
+    assert decoder.usage == 0.0
+
+
+def ask(name: str, **sampling: Any) -> GenerationRequest:
     asked = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
     prompt = np.arange(TOKENS, dtype=np.int32) % 250
     return GenerationRequest(name, prompt, SamplingParameters(**asked), time.time())
@@ -57,8 +72,8 @@ def test_whoever_leaves_at_whatever_moment_leaves_no_block(
 ) -> None:
     """With a second request beside it, which has all of its tokens."""
     name = f"left-{steps}-{start}-{choices}"
-    decoder.reserve(request(name, choices=choices))
-    decoder.admit(request(f"{name}-beside"))
+    decoder.reserve(ask(name, choices=choices))
+    decoder.admit(ask(f"{name}-beside"))
     for number in range(steps):
         decoder.step()
         if number + 1 == start:
@@ -73,9 +88,24 @@ def test_whoever_leaves_at_whatever_moment_leaves_no_block(
     assert not decoder.has_work
 
 
+def test_whoever_leaves_beside_one_that_waits_leaves_no_block(decoder: VllmDecoder) -> None:
+    """vLLM frees blocks that are written from elsewhere a step later, and nobody else makes one."""
+    decoder.reserve(ask("waits"))
+    decoder.reserve(ask("leaves"))
+    for _ in range(3):
+        decoder.step()
+    both = decoder.usage
+    decoder.cancel("leaves")
+    drain(decoder)
+    assert decoder.usage == both / 2 > 0
+    decoder.cancel("waits")
+    drain(decoder)
+    assert decoder.usage == 0.0
+
+
 def test_choices_find_the_prompt_that_the_first_one_has(decoder: VllmDecoder) -> None:
     """They never take more pages than were counted for them: 2 of the prompt's are shared."""
-    decoder.reserve(request("many", choices=3))
+    decoder.reserve(ask("many", choices=3))
     decoder.step()
     hand_over(decoder, "many")
     decoder.start("many", NO_LOGITS)
