@@ -18,7 +18,7 @@ CHECKED := cluster deploy engine kernels lab loadtest plugins tests
 
 KUBECTL := $(VENV)/kubectl
 .PHONY: help run test test-slow test-clients test-vllm lint format house check-deploy check-deployed \
-	check-dashboards check-autoscaling check-images check-nodes check-proxies check-proxied-clusters load install clean
+	check-dashboards check-autoscaling check-images check-nodes check-million check-proxies check-proxied-clusters load install clean
 
 help:
 	@echo 'make run                        start the cluster of $(CONFIG) and ask it about $(TOKENS) tokens;'
@@ -81,8 +81,11 @@ check-images: $(INSTALLED_DEV)
 	@$(BIN)/python -m longreach.deploy.check.trial
 
 check-nodes: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest -m live tests/cluster/test_several_nodes.py \
+	@$(BIN)/python -m pytest -m live tests/cluster/test_draining.py tests/cluster/test_several_nodes.py \
 		tests/cluster/test_handing_over.py $(ARGS)
+
+check-million: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest -m live tests/cluster/test_a_million_over_nodes.py $(ARGS)
 
 check-proxies: $(INSTALLED_DEV)
 	@$(BIN)/python -m pytest -m live tests/deploy/test_proxies.py $(ARGS)

@@ -1,17 +1,23 @@
-"""A node of a Ray cluster that is about to go: it gets no more work, and finishes what it has."""
+"""A node of a Ray cluster that is about to go: it gets no more work, and finishes what it has.
+
+Its proxy has clients whose requests other nodes may be working on, and these are waited for too.
+"""
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-from prometheus_client.metrics_core import Metric as Family
 from ray import _raylet
 from ray.core.generated import autoscaler_pb2
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.serve._private.constants import SERVE_NAMESPACE, SERVE_PROXY_NAME
+from ray.serve._private.utils import format_actor_name
 
 from ..engine.errors import UnavailableError
+from .front import depart
 from .handlers import handlers_kept
 from .metrics import (
     KV_CACHE_USAGE,
@@ -34,6 +40,7 @@ _GAUGES = (
 _QUIET_LOOKS = 5
 """So often nothing must be under way, one after the other: a request comes from role to role."""
 _LOOK_SECONDS = 1.0
+_ANSWER_SECONDS = 5.0
 
 
 def drain_this_node(directory: Path, seconds: float) -> bool:
@@ -59,8 +66,10 @@ def drain_this_node(directory: Path, seconds: float) -> bool:
 
 def leave(directory: Path, deadline: float) -> bool:
     """As `drain_this_node`, from a process of Ray's, until a time in seconds since 1970."""
-    announce(deadline, ray.get_runtime_context().get_node_id())
-    return wait_until_idle(metrics_of_node(directory), deadline)
+    node_id = ray.get_runtime_context().get_node_id()
+    announce(deadline, node_id)
+    folder = metrics_of_node(directory)
+    return wait_until_idle(lambda: has_clients(node_id) or has_work(folder), deadline)
 
 
 def announce(deadline: float, node_id: str) -> None:
@@ -80,27 +89,44 @@ def announce(deadline: float, node_id: str) -> None:
         raise UnavailableError(f"Ray does not let the node go: {why}")
 
 
-def wait_until_idle(folder: Path, deadline: float, look_seconds: float = _LOOK_SECONDS) -> bool:
+def wait_until_idle(
+    is_busy: Callable[[], bool], deadline: float, look_seconds: float = _LOOK_SECONDS
+) -> bool:
     """Return True once nothing has been under way on this node for some looks; False at the end.
 
     Args:
-        folder: with the figures of this node.
+        is_busy: whether something is, in one look.
         deadline: in seconds since 1970.
     """
     quiet = 0
     while quiet < _QUIET_LOOKS:
         if time.time() >= deadline:
             return False
-        quiet = 0 if under_way(FolderCollector(folder).collect()) else quiet + 1
+        quiet = 0 if is_busy() else quiet + 1
         time.sleep(look_seconds)
     return True
 
 
-def under_way(families: Iterable[Family]) -> float:
-    """0 where no role works on a request, lets one wait, or holds pages for one."""
-    return sum(
-        sample.value
-        for family in families
-        if family.name in {gauge.name for gauge in _GAUGES}
-        for sample in family.samples
-    )
+def has_work(folder: Path) -> bool:
+    """Whether a role works on a request, lets one wait, or holds pages for one.
+
+    Args:
+        folder: with the figures of a node.
+    """
+    names = {gauge.name for gauge in _GAUGES}
+    families = [each for each in FolderCollector(folder).collect() if each.name in names]
+    return any(sample.value for family in families for sample in family.samples)
+
+
+def has_clients(node_id: str) -> bool:
+    """Whether requests are under way at a node's proxy, which is asked to see its clients off."""
+    try:
+        # Named by Serve, which ends it when it has had nothing to do for a while.
+        name = format_actor_name(SERVE_PROXY_NAME, node_id)
+        proxy = ray.get_actor(name, namespace=SERVE_NAMESPACE)
+        asked = proxy.__ray_call__.remote(depart)
+        return cast(int, ray.get(asked, timeout=_ANSWER_SECONDS)) > 0
+    except (ValueError, RayActorError):
+        return False  # There is none, or none any more.
+    except GetTimeoutError:
+        return True  # It hangs, which Serve looks after, or has much to do.

@@ -82,7 +82,53 @@ def install() -> list[Middleware]:
         Middleware(Failures),
         Middleware(ReadableAnswers, origins=limits.origins),
         Middleware(RequestIds),
+        Middleware(Departure),
     ]
+
+
+class Departure:
+    """Counts the requests that are being read or answered, and has clients leave a proxy that goes.
+
+    All of a process, of which draining.py learns and to which it says it.
+    """
+
+    under_way: ClassVar[int] = 0
+    begun: ClassVar[bool] = False
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_foreign(scope):
+            await self._app(scope, receive, send)
+            return
+        Departure.under_way += 1
+        try:
+            await self._app(scope, receive, _with_last_answers(send))
+        finally:
+            Departure.under_way -= 1
+
+
+def _with_last_answers(send: Send) -> Send:
+    """From when the proxy is to go, each connection ends with its answer: its client comes again,
+    by a new one, to a proxy that stays.
+    """
+
+    async def send_last(message: Message) -> None:
+        if message["type"] == "http.response.start" and Departure.begun:
+            others = [(k, v) for k, v in message.get("headers", []) if k.lower() != b"connection"]
+            message = {**message, "headers": [*others, (b"connection", b"close")]}
+        await send(message)
+
+    return send_last
+
+
+def depart(_: object) -> int:
+    """Called in a proxy's process, with its actor: begin to have clients leave it, if that has not
+    begun; how many requests are under way.
+    """
+    Departure.begun = True
+    return Departure.under_way
 
 
 class FrontProtocol(H11Protocol):

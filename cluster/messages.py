@@ -1,7 +1,6 @@
 """What replicas say to each other about a request, beside the engine's own messages."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import ray
@@ -11,12 +10,15 @@ from ..engine.messages import GenerationRequest, PromptScores, Timings
 from .settings import HandOffTerms
 
 
-class Standing(Enum):
-    """How a gang stands to an order that some gang has taken."""
+@dataclass(frozen=True)
+class Standing:
+    """How a gang stands to orders that gangs have taken.
 
-    HAS_IT = "has it"
-    COULD_TAKE_IT = "could take it"
-    CANNOT = "cannot"
+    `has` are the names of those that it has itself; `takes_others`, whether it could take the rest.
+    """
+
+    has: frozenset[str]
+    takes_others: bool
 
 
 @dataclass(frozen=True)

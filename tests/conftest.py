@@ -11,15 +11,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CLUSTERS = (
+    "tests/cluster/served/test_spanning.py",
+    "tests/cluster/served/test_two_gangs.py",
     "tests/cluster/test_cluster.py",
     "tests/cluster/test_front.py",
     "tests/cluster/test_mixed_load.py",
-    "tests/cluster/test_spanning.py",
     "tests/cluster/test_stopping.py",
-    "tests/cluster/test_two_gangs.py",
     "tests/loadtest/chaos/test_cluster_under_fire.py",
 )
-"""Files whose tests need a cluster; those of `tests/cluster` share one."""
+"""Files whose tests need a cluster; those of `tests/cluster` share one, and those of `served`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

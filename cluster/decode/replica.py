@@ -28,6 +28,7 @@ from ..router import PrefillRouter
 from ..settings import WorkerSettings
 from ..streams import beating
 from ..tasks import as_nobody, forever
+from .other_gangs import OtherGangs
 from .ranks import WorkerProcesses
 from .request_life import RequestLife, State
 
@@ -61,6 +62,7 @@ class DecodeReplica:
         self._router = PrefillRouter(gangs)
         self._most_waiting, self._retries = most_waiting, retries
         self._terms = settings.terms
+        self._other_gangs = OtherGangs(self._terms)
         self._prefills_up_to = settings.decode.longest_own_prompt
         self._lives: set[RequestLife] = set()
         self._lost = False
@@ -126,7 +128,14 @@ class DecodeReplica:
             raise QueueFullError(waiting - 1)
         recovery = Recovery(self._retries)
         life = RequestLife(
-            request, self._worker, self._terms, prefill, recovery, self._sink, listener
+            request,
+            self._worker,
+            self._terms,
+            prefill,
+            self._other_gangs,
+            recovery,
+            self._sink,
+            listener,
         )
         self._lives.add(life)
         return life

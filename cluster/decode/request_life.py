@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from enum import Enum
 from typing import Any, cast
@@ -33,7 +33,7 @@ from ..recovery import Recovery
 from ..settings import HandOffTerms
 from ..streams import listening
 from ..tasks import as_nobody, tell
-from .other_gangs import OtherGangs
+from .other_gangs import OtherGangs, PromptAtGang
 
 _Stream = DeploymentResponseGenerator[Progress | Prefilled | None]
 
@@ -58,6 +58,7 @@ class RequestLife:
         terms: the worker's.
         prefill: the deployment that computes its prompt, with streamed answers; None where the
             worker does it itself.
+        others: of the decode replica, which looks after the gangs of all its prompts.
         recovery: from gangs that die under it.
         sink: of the decode replica.
         listener: the ingress that the worker answers to.
@@ -69,13 +70,14 @@ class RequestLife:
         worker: Any,
         terms: HandOffTerms,
         prefill: DeploymentHandle | None,
+        others: OtherGangs,
         recovery: Recovery,
         sink: Metrics,
         listener: str,
     ) -> None:
         self._request = request
         self._worker, self._terms, self.prefill = worker, terms, prefill
-        self._recovery, self._sink = recovery, sink
+        self._others, self._recovery, self._sink = others, recovery, sink
         self._listener, self._taken = listener, time.time()
         self.state = State.WAITING
         # Before anything is said to anybody: each message takes its time.
@@ -144,9 +146,10 @@ class RequestLife:
         )
         while True:
             stream = cast(_Stream, prefill.prefill.remote(order))
-            others = OtherGangs(prefill, order)
             try:
-                async with aclosing(self._prefilling(stream, others)) as events:
+                async with aclosing(
+                    self._prefilling(stream, PromptAtGang(prefill, order.name))
+                ) as events:
                     async for event in events:
                         yield event
                 return
@@ -157,31 +160,33 @@ class RequestLife:
                 order = await self._order_the_rest(order)
                 logger.warning("request %s asks another gang in %.1f s: %s", name, seconds, error)
             finally:
-                others.close()
                 stream.cancel()
             self._sink.add(metrics.REQUEST_RECOVERIES)
             await asyncio.sleep(seconds)
 
     async def _prefilling(
-        self, stream: _Stream, others: OtherGangs
+        self, stream: _Stream, prompt: PromptAtGang
     ) -> AsyncGenerator[Progress | Prefilled, None]:
         """What one gang says, to Prefilled, or until the prompt is to go on at another one."""
         await first_of(stream)
-        if self._recovery.begins_again and self._request.sampling.prompt_logprobs is None:
-            others.look()  # The scores of a prompt begin anew at another gang.
-        async for event in listening(stream):
-            if event is None:
-                continue
-            self.state = State.PREFILLING
-            if isinstance(event, Progress):
-                self._recovery.goes_on()
-                self._recovery.reach(event.done)
-            yield event
-            if isinstance(event, Progress) and others.are_to_go_on:
-                # Behind a chunk: its pages are on their way, and the next has only just begun.
-                raise LostError("the gang was asked to go, and another one goes on", begun=False)
-            if isinstance(event, Prefilled):
-                return
+        # The scores of a prompt begin anew at another gang.
+        may_go_on = self._recovery.begins_again and self._request.sampling.prompt_logprobs is None
+        with self._others.watching(prompt) if may_go_on else nullcontext():
+            async for event in listening(stream):
+                if event is None:
+                    continue
+                self.state = State.PREFILLING
+                if isinstance(event, Progress):
+                    self._recovery.goes_on()
+                    self._recovery.reach(event.done)
+                yield event
+                if isinstance(event, Progress) and prompt.is_to_go_on:
+                    # Behind a chunk: its pages are on their way, and the next has only just begun.
+                    raise LostError(
+                        "the gang was asked to go, and another one goes on", begun=False
+                    )
+                if isinstance(event, Prefilled):
+                    return
         raise LostError("prefill ended early; send the request again")
 
     def _failed(self, error: LongreachError) -> float:

@@ -55,13 +55,15 @@ class _Job:
     """One prompt under way; `events` ends with Prefilled or an error.
 
     `began`: when its first chunk did. From then on the ranks hold pages of it, also after its end,
-    until its request is over or somebody else needs them.
+    until its request is over or somebody else needs them. `heir`: the later attempt at its request
+    that has them now.
     """
 
     order: PrefillOrder
     prompt: ray.ObjectRef
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float | None = None
+    heir: "_Job | None" = None
     stages: dict[str, float] = field(default_factory=dict)
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -137,12 +139,10 @@ class PrefillReplica:
         """What `autoscaling.GangLoad` is made of; Serve asks by this name."""
         return self._speed.load(self._scheduler.tokens_to_go)
 
-    async def standing(self, name: str, terms: HandOffTerms) -> Standing:
-        """How this gang stands to an order of that name and those terms."""
-        if name in self._jobs:
-            return Standing.HAS_IT
-        takes_it = terms == self._terms and not self._lost
-        return Standing.COULD_TAKE_IT if takes_it else Standing.CANNOT
+    async def standing(self, names: list[str], terms: HandOffTerms) -> Standing:
+        """How this gang stands to orders of those names and terms."""
+        takes_others = terms == self._terms and not self._lost
+        return Standing(frozenset(names) & self._jobs.keys(), takes_others)
 
     async def prefill(
         self, order: PrefillOrder
@@ -213,6 +213,7 @@ class PrefillReplica:
         if not lies_here or not helps or not np.array_equal(prompt, same):
             return False
         del self._left[job.origin]
+        before.heir = job
         self._scheduler.come_back(before.name, job.name)
         self._gang.come_back(before.name, job.name, job.for_ranks, done)
         self._sink.add(metrics.PREFILL_TOKENS_BACK, done)
@@ -317,16 +318,17 @@ class PrefillReplica:
             return
         self._count(chunk, job, results)
         self._report()
+        failure = next((r.failure for r in results if r.failure is not None), None)
+        if chunk.is_back and failure is not None:
+            self._fail_fetch(job, failure)
+            return
         if self._jobs.get(chunk.request_id) is not job:
             return  # Its request is over.
         for stage, seconds in max(results, key=_busy_seconds).stages.items():
             job.stages[stage] = job.stages.get(stage, 0.0) + seconds
         job.scores += [result.scores for result in results if result.scores is not None]
-        failure = next((r.failure for r in results if r.failure is not None), None)
         if failure is not None:
             self._fail_hand_off(job, failure)
-            if chunk.is_back:
-                self._forget(job)  # Nobody knows what its pages hold.
         elif chunk.is_last:
             # Beside the next chunks: nobody else waits for the rest of this hand-off.
             task = detached(self._hand_off(job, results))
@@ -360,6 +362,15 @@ class PrefillReplica:
         if job.name in self._jobs:
             self._sink.add(metrics.HANDOFF_FAILURES)
         self._end(job, TransferError(why))
+
+    def _fail_fetch(self, job: _Job, why: str) -> None:
+        """End whoever has a prompt's pages by now, and have these freed: what they hold, nobody
+        knows, and they may be on their way to another decode worker.
+        """
+        while job.heir is not None:
+            job = job.heir
+        self._fail_hand_off(job, why)
+        self._forget(job)
 
     def _failed(self, chunk: Chunk, job: _Job, error: RayError) -> None:
         """End the one request that needed too much; raise if ranks have to meet again."""

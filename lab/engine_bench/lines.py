@@ -1,15 +1,13 @@
 """Lines of the table, for the terminal and for the CSV file."""
 
-import shutil
 import statistics
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...engine.errors import GB
-from ..kernel_bench.measure import environment
 from .baseline import VLLM_TPOT_MS, VLLM_TTFT_SECONDS, DenseBaseline
 from .ceilings import Ceilings
+from .environment import Environment
 from .running import BatchRun, PromptRun, settled
 from .work import Work
 
@@ -60,11 +58,7 @@ class Line:
     attention_speedup: float | None
     vllm_ttft: float | None
     vllm_tpot_ms: float | None
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
+    environment: Environment
 
     def text(self) -> str:
         """For the terminal; more lines than one."""
@@ -128,7 +122,7 @@ class Reporter:
     chunk_tokens: int
     baseline: DenseBaseline | None
     vllm: bool
-    named: Mapping[str, str]
+    environment: Environment
 
     def of_prompt(self, run: PromptRun) -> Line:
         """A prompt, and what was decoded after it."""
@@ -204,7 +198,7 @@ class Reporter:
             "matmul_tflops": self.ceilings.linear,
             "matmul_square_tflops": self.ceilings.square,
             "read_gbs": self.ceilings.read,
-            **self.named,
+            "environment": self.environment,
         }
         unknown = dict.fromkeys(Line.__dataclass_fields__)
         return Line(**{**unknown, **common, **measured})  # pyright: ignore[reportArgumentType]
@@ -219,17 +213,3 @@ def named(lengths: Sequence[int]) -> str:
         else:
             groups.append([1, length])
     return " + ".join(f"{count} x {length:,}" for count, length in groups)
-
-
-def run_environment(commit: str | None) -> dict[str, str]:
-    """The last columns of every line: the GPU, its driver, versions, and the code."""
-    return {"driver": _driver_version(), **environment(commit)}
-
-
-def _driver_version() -> str:
-    """Of the first GPU; "none" where nothing can say."""
-    if shutil.which("nvidia-smi") is None:
-        return "none"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.split("\n")[0].strip() or "none"

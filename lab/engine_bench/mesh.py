@@ -19,7 +19,7 @@ from ...engine.memory.fit import PrefillFit, Weights, free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
 from ..csv_lines import append
-from .lines import run_environment
+from .environment import Environment
 from .mesh_rank import MeshCase, RankRun, read_runs, run_rank
 from .options import Options
 from .subject import KV_CACHE_TYPES
@@ -67,11 +67,7 @@ class Line:
     communicators_gb: float
     backend: str
     gpus: int
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
+    environment: Environment
 
     def text(self) -> str:
         """A row of the table."""
@@ -165,7 +161,6 @@ def _line(
 ) -> Line:
     busy = sorted(ranks, key=_busy_seconds)
     ttft = max(run.seconds for run in ranks)
-    environment = run_environment(options.commit)
     on_gpus = torch.cuda.is_available()
     apart = on_gpus and torch.cuda.device_count() >= case.num_ranks
     return Line(
@@ -186,11 +181,7 @@ def _line(
         communicators_gb=max(run.communicator_bytes for run in ranks) / GB,
         backend="none" if case.num_ranks == 1 else "nccl" if apart else "gloo",
         gpus=case.num_ranks if apart else int(on_gpus),
-        gpu=environment["gpu"],
-        driver=environment["driver"],
-        torch=environment["torch"],
-        triton=environment["triton"],
-        commit=environment["commit"],
+        environment=Environment.of_this_run(options.commit),
     )
 
 

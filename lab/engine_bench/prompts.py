@@ -12,8 +12,9 @@ from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ..csv_lines import append
 from .baseline import VLLM_MODEL, VLLM_SOURCE, DenseBaseline
 from .ceilings import Ceilings
+from .environment import Environment
 from .fit import fit
-from .lines import Line, Reporter, run_environment
+from .lines import Line, Reporter
 from .options import Options
 from .remedies import remedied
 from .running import run_batch, run_prompt, warm_up
@@ -40,7 +41,7 @@ def measure(options: Options, device: torch.device) -> bool:
     wanted = [sum(_kv_tokens(n, options.decode) for n in batch) for batch in options.batches]
     cached = max(cached, min(most, max(wanted, default=0)))
 
-    named = run_environment(options.commit)
+    environment = Environment.of_this_run(options.commit)
     model = load(options.files, device, options.seed, options.kept)
     rows = min(options.chunk_tokens, longest or options.chunk_tokens)
     ceilings = Ceilings.measure(work, rows, model.dtype, device)
@@ -53,7 +54,7 @@ def measure(options: Options, device: torch.device) -> bool:
     bytes_per_token = subject.pool.geometry.bytes_per_page / PAGE_TOKENS
     reporter = Reporter(
         work, ceilings, options.name, options.weights, options.kv_cache, bytes_per_token,
-        options.chunk_tokens, baseline, options.name == VLLM_MODEL, named,
+        options.chunk_tokens, baseline, options.name == VLLM_MODEL, environment,
     )  # fmt: skip
     _say_what_is_measured(options, ceilings, subject)
     failed = False

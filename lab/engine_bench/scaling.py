@@ -25,8 +25,8 @@ from ...engine.prefill.sparsity import SparsityConfig
 from ...kernels.page_size import pages_for
 from ...kernels.sparse import Selections
 from ..csv_lines import append
+from .environment import Environment
 from .fit import fit
-from .lines import run_environment
 from .lone_rank import LoneRank, Recorded
 from .options import Options
 from .subject import page_geometry, synchronize
@@ -82,11 +82,7 @@ class Line:
     efficiency_modelled: float
     link_gbs_assumed: float
     latency_us_assumed: float
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
+    environment: Environment
 
     def text(self) -> str:
         """A row of the table."""
@@ -253,7 +249,7 @@ def _line(
         efficiency_modelled=speedup / gpus,
         link_gbs_assumed=options.link_gbs,
         latency_us_assumed=options.latency_us,
-        **run_environment(options.commit),
+        environment=Environment.of_this_run(options.commit),
     )
 
 

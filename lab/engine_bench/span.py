@@ -17,7 +17,7 @@ from ...engine.model.config import ModelConfig
 from ...kernels.page_size import PAGE_TOKENS
 from ..csv_lines import append
 from .ceilings import median_seconds
-from .lines import run_environment
+from .environment import Environment
 from .options import Options
 from .running import settled
 from .span_rank import SpanCase, SpanRun, read_runs, run_rank
@@ -44,11 +44,7 @@ class Line:
     logprobs_difference: float | None
     same_tokens: int | None
     free_gb: float
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
+    environment: Environment
 
     def text(self) -> str:
         """A row of the table."""
@@ -123,7 +119,6 @@ def _line(
     steps = settled(run.steps)
     low, *_, high = statistics.quantiles(steps, n=5)
     tpot = statistics.median(steps)
-    environment = run_environment(options.commit)
     difference, same = (None, None) if alone is None else _compared(run, alone[number])
     return Line(
         model=options.name,
@@ -140,11 +135,7 @@ def _line(
         logprobs_difference=difference,
         same_tokens=same,
         free_gb=run.free_bytes / GB,
-        gpu=environment["gpu"],
-        driver=environment["driver"],
-        torch=environment["torch"],
-        triton=environment["triton"],
-        commit=environment["commit"],
+        environment=Environment.of_this_run(options.commit),
     )
 
 

@@ -211,7 +211,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(
         ended[name] = time.monotonic()
 
     with ThreadPoolExecutor(2) as pool:
-        long = pool.submit(ask, "long", LONG // 3)
+        long = pool.submit(ask, "long", 8000)
         wait_for(lambda: computed(http) > 0, 30, "the long prompt's first chunk")
         pool.submit(ask, "short", 100).result()
         assert not long.done()
@@ -271,7 +271,7 @@ def test_a_client_that_leaves_during_decode_stops_it(
 
 
 def test_a_full_queue_says_when_to_come_back(http: httpx.Client, tokenizer: Tokenizer) -> None:
-    long, short = make_prompt(tokenizer, LONG // 3), make_prompt(tokenizer, 4000)
+    long, short = make_prompt(tokenizer, 8000), make_prompt(tokenizer, 2000)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(http.post, "/v1/completions", json=ask_body(long))
         wait_for(lambda: computed(http) > 0, 30, "the first prompt's first chunk")
@@ -362,7 +362,7 @@ def tokens_computed(http: httpx.Client) -> float:
     return scrape(http).get(("longreach_prefill_tokens_total", "prefill"), 0.0)
 
 
-SURVIVES = 12_000
+SURVIVES = 8 * CHUNK_TOKENS
 """Tokens of a prompt whose processes die."""
 
 
@@ -474,7 +474,7 @@ def test_a_redeploy_serves_new_settings_and_loses_no_request(
     limits = settings.limits.model_copy(update={"max_logprobs": 3})
     prefill = gangs_with(settings, chunk_tokens=2 * CHUNK_TOKENS)
     changed = settings.model_copy(update={"limits": limits, "prefill": prefill})
-    short, medium = make_prompt(tokenizer, 2 * CHUNK_TOKENS), make_prompt(tokenizer, 20_000)
+    short, medium = make_prompt(tokenizer, 2 * CHUNK_TOKENS), make_prompt(tokenizer, 14_000)
 
     def ask(prompt: Tokens, **fields: int) -> httpx.Response:
         return http.post("/v1/completions", json=ask_body(prompt, **fields))

@@ -32,7 +32,7 @@ from longreach.engine.text.tokenizer import Tokenizer
 from ..figures import counted
 from ..prometheus import free_port
 from .conftest import MODEL, ask_body, make_prompt, wait_for
-from .test_several_nodes import kill_all_of
+from .several_nodes import kill_all_of
 
 pytestmark = pytest.mark.live
 

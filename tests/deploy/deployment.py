@@ -74,9 +74,11 @@ class Deployment:
         except httpx.TransportError:
             return False
 
-    def ask(self, prompt: str, **fields: Any) -> httpx.Response:
+    def ask(self, prompt: str, client: httpx.Client | None = None, **fields: Any) -> httpx.Response:
+        """By a connection of its own, or by one that a client keeps."""
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 2, **fields}
-        answer = httpx.post(f"{self.url}/v1/completions", json=body, headers=HEADERS, timeout=300)
+        post = httpx.post if client is None else client.post
+        answer = post(f"{self.url}/v1/completions", json=body, headers=HEADERS, timeout=300)
         self.sent += answer.status_code == 200
         return answer
 

@@ -98,13 +98,16 @@ def test_longreach_serve_deploys_there_too(deployment: Deployment) -> None:
 def test_a_node_that_drains_finishes_its_work_and_the_others_go_on(
     deployment: Deployment,
 ) -> None:
+    """All proxies of a machine share a port. So the client keeps its connection, which is one to a
+    proxy that stays, once the one that goes has closed its own.
+    """
     node = next(each for each in deployment.figures.iterdir() if "decode" in roles_on(each))
     statuses = []
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, httpx.Client() as client:
         arguments = ("-c", DRAIN, deployment.ray.address, node.name, str(deployment.figures))
         drained = pool.submit(deployment.ray.run, "python", *arguments)
         while not drained.done():
-            statuses.append(deployment.ask("word").status_code)
+            statuses.append(deployment.ask("word", client).status_code)
         assert "idle True" in drained.result()
     assert set(statuses) == {200}
     assert deployment.ask("word " * 500).status_code == 200

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -66,16 +67,22 @@ def test_variables_are_filled_in() -> None:
     ],
 )
 def test_what_is_wrong_with_panels_is_told(
-    tmp_path: Path, result: list[dict[str, object]], said: str | None
+    result: list[dict[str, object]], said: str | None
 ) -> None:
     with answering(200, result) as (url, asked):
-        found = list(problems(Prometheus(url, "1m", VARIABLES), SPAN, ["longreach"], tmp_path))
+        found = list(problems(Prometheus(url, "1m", VARIABLES), SPAN, ["longreach"]))
     panels = [panel for board in BOARDS for panel in board.panels]
     wrong = sum(panel.source == "longreach" for panel in panels) if said else 0
     assert len(found) == wrong
     assert all(said is not None and said in each for each in found)
     assert len(asked) == sum(len(panel.queries) for panel in panels)
     assert not any("$" in query for query in asked)
+
+
+def test_each_board_has_a_picture(tmp_path: Path) -> None:
+    with answering(200, [series("1", "2")]) as (url, _):
+        found = list(problems(Prometheus(url, "1m", VARIABLES), SPAN, ["longreach"], tmp_path))
+    assert not found
     assert {path.stem for path in tmp_path.iterdir()} == {board.name for board in BOARDS}
 
 
@@ -93,8 +100,10 @@ def test_a_query_that_is_refused_and_a_server_that_is_none_are_told() -> None:
         Prometheus(url, "1m").over("up", SPAN)
 
 
-def test_a_picture_of_nothing_is_drawn_too(tmp_path: Path) -> None:
+def test_a_picture_of_nothing_and_of_no_numbers_is_drawn_too(tmp_path: Path) -> None:
     panel = Panel("one", "s", "", (Query("up", "up"),), red=2.0)
     apart = Series({}, (1000.0, 1001.0, 1008.0), (1.0, 3.0, 2.0))
-    draw("Title", [(panel, [Curve("up", apart)]), (panel, [])], SPAN, tmp_path / "new" / "a.png")
+    numbers = [Series({}, (1000.0,), (value,)) for value in (math.nan, math.inf)]
+    shown = [(panel, [Curve("up", each)]) for each in (apart, *numbers)]
+    draw("Title", [*shown, (panel, [])], SPAN, tmp_path / "new" / "a.png")
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")

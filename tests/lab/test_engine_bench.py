@@ -43,6 +43,7 @@ from longreach.lab.engine_bench.work import Work
 
 QWEN_7B = ModelConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
 QWEN_14B = ModelConfig.from_folder(known_shapes()["qwen2.5-14b-1m"])
+BENCHES = Path(__file__).parents[2] / "docs" / "bench"
 H200_BYTES, H100_BYTES = int(149e9), int(83e9)
 
 
@@ -174,8 +175,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:
+    """In the columns of the file of that name in the docs, to which lines are added."""
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        lines = list(csv.DictReader(file))
+    kept = (BENCHES / path.name).read_text("utf-8").splitlines()[0]
+    assert list(lines[0]) == kept.split(",")
+    return lines
 
 
 def arguments_of(folder: Path, path: Path) -> list[str]:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +14,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from longreach.cluster.decode import other_gangs
+from longreach.cluster.decode.other_gangs import OtherGangs
 from longreach.cluster.decode.request_life import RequestLife, State
 from longreach.cluster.messages import AnswerOrder, ComputedHere, PrefillOrder, Standing
 from longreach.cluster.metrics import Metrics, render
@@ -88,6 +89,14 @@ async def ready(value: Any) -> Any:
     return value
 
 
+@dataclass(eq=False)
+class Deployment:
+    """A handle of the gangs' deployment, which is the same as itself alone."""
+
+    prefill: Remote
+    broadcast: Callable[..., Any]
+
+
 class Stage:
     """Everything around one life."""
 
@@ -101,9 +110,7 @@ class Stage:
         self.calls: list[tuple[Any, ...]] = []
         self.states: list[State] = []
         self.prefill_events: list[Any] = [None, Progress(1, 2), PREFILLED]
-        self.standings: dict[
-            str, list[Standing]
-        ] = {}  # of all gangs, to an order; of one that has it
+        self.gone: set[str] = set()  # orders whose gang is not on Serve's list any more
         self.later_events: list[list[Any]] = []  # what the gangs say that come after the first
         self.reservation: Any = None  # what goes wrong with it
         self.worker_is_gone = False
@@ -123,19 +130,19 @@ class Stage:
             generate=Remote(self.calls, "generate", self._generate),
             release=Remote(self.calls, "release"),
         )
-        prefill = SimpleNamespace(
-            prefill=Remote(self.calls, "prefill", self._prefill), broadcast=self._broadcast
-        )
+        prefill = Deployment(Remote(self.calls, "prefill", self._prefill), self._broadcast)
         gang = None if at_the_worker else cast(Any, prefill)
         sink = Metrics(folder, "decode", "a model")
-        self.life = RequestLife(request, worker, TERMS, gang, Recovery(retries), sink, "an ingress")
+        self.life = RequestLife(
+            request, worker, TERMS, gang, OtherGangs(TERMS), Recovery(retries), sink, "an ingress"
+        )
 
     def _go_on(self) -> "Promise":
         return Promise(LostError("the worker died") if self.worker_is_gone else "the rest")
 
-    def _broadcast(self, method: str, name: str, terms: HandOffTerms) -> Any:
-        said = self.standings.get(name, [Standing.HAS_IT])
-        return SimpleNamespace(results_async=lambda timeout_s: ready(said))
+    def _broadcast(self, method: str, names: list[str], terms: HandOffTerms) -> Any:
+        said = Standing(frozenset(names) - self.gone, takes_others=True)
+        return SimpleNamespace(results_async=lambda timeout_s: ready([said]))
 
     def _prefill(self) -> Stream:
         said = self.later_events.pop(0) if self.streams else self.prefill_events
@@ -336,7 +343,7 @@ def test_a_prompt_leaves_a_gang_that_is_asked_to_go_behind_a_chunk(
     monkeypatch.setattr(other_gangs, "_LOOK_SECONDS", 0.0)
     stage = Stage(tmp_path, retries=retries, scored=scored)
     a_while = asyncio.Event()
-    stage.standings["a"] = stage.standings["a-order-1"] = [Standing.COULD_TAKE_IT]
+    stage.gone = {"a", "a-order-1"}
     stage.prefill_events = [None, a_while, None, a_while, Progress(1, 9), Progress(2, 9), PREFILLED]
     stage.later_events = [
         [None, a_while, Progress(1, 9), PREFILLED],

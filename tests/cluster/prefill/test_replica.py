@@ -253,16 +253,20 @@ def test_a_gang_of_other_settings_takes_nothing_from_a_worker(play: Any, gang: F
         for terms in (replace(order.terms, model=narrow), replace(order.terms, transport="nixl")):
             with pytest.raises(NotUpError):
                 await anext(replica.prefill(replace(order, terms=terms)))
-            assert await replica.standing("a", terms) is Standing.CANNOT
-        said = [await replica.standing("a", order.terms)]
+            assert await replica.standing(["a"], terms) == Standing(frozenset(), False)
+        said = [await replica.standing(["a", "b"], order.terms)]
         taken = replica.prefill(order)
         await anext(taken)
-        said.append(await replica.standing("a", order.terms))
+        said.append(await replica.standing(["a", "b"], order.terms))
         await taken.aclose()
         replica._lose(RuntimeError("a rank died"))
-        return [*said, await replica.standing("b", order.terms)]
+        return [*said, await replica.standing(["b"], order.terms)]
 
-    assert play(scenario) == [Standing.COULD_TAKE_IT, Standing.HAS_IT, Standing.CANNOT]
+    assert play(scenario) == [
+        Standing(frozenset(), takes_others=True),
+        Standing(frozenset("a"), takes_others=True),
+        Standing(frozenset(), takes_others=False),
+    ]
     assert not gang.computed
 
 
@@ -713,6 +717,39 @@ def test_pages_that_could_not_be_fetched_are_never_used(play: Any, gang: FakeGan
 
     play(scenario)
     assert gang.came_back == []
+
+
+@pytest.mark.parametrize("later", [[], ["b"], ["b", "c"]])
+def test_pages_are_not_used_that_are_being_fetched_when_a_later_attempt_takes_them(
+    play: Any, gang: FakeGang, later: list[str]
+) -> None:
+    """The decode worker dies under the fetch, and the request comes again, before it has failed."""
+    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
+    dying = FakeWorker(done=CHUNK_TOKENS)
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.may_compute.clear()
+        asked = [asyncio.create_task(prefill(replica, "a", TOKENS, dying))]
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        dying.die()
+        for number, name in enumerate(later):
+            asked.append(asyncio.create_task(prefill(replica, name, TOKENS, first_id="a")))
+            while len(gang.came_back) == number:
+                await asyncio.sleep(0.001)
+        gang.may_compute.set()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        assert gang.released == [(later or ["a"])[-1]]
+        gang.outcome = lambda chunk: None
+        return [*outcomes, await prefill(replica, "last", TOKENS, first_id="a")]
+
+    *before, last, anew = play(scenario)
+    assert isinstance(last, TransferError if later else LostError)
+    assert all(isinstance(each, (LostError, UnavailableError)) for each in before)
+    assert isinstance(anew[-1], Prefilled)
+    assert dealt(gang, "last")[0] == (0, False)
 
 
 @pytest.mark.parametrize("ends", ["in prefill", "after prefill"])

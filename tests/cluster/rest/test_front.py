@@ -8,10 +8,12 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longreach.cluster.front import (
+    Departure,
     FrontLimits,
     FrontProtocol,
     TakenBodies,
     controller_options,
+    depart,
     install,
 )
 
@@ -154,6 +156,30 @@ def test_a_client_that_leaves_stops_the_work(endpoint: Endpoint, port: int) -> N
         client.send(post("/v1/completions", PROMPT))
         wait_for(lambda: endpoint.backend.requests)
     wait_for(lambda: endpoint.backend.closed)
+
+
+def test_a_proxy_that_is_to_go_counts_its_requests_and_sees_its_clients_off(
+    endpoint: Endpoint, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose next requests come by new connections; those that are under way are answered."""
+    monkeypatch.setattr(Departure, "begun", False)
+    request = post("/v1/completions", PROMPT)
+    with Connection(port) as answered, Connection(port) as sending:
+        answered.send(request)
+        kept = answered.answer()
+        assert (kept.status, kept.all("connection")) == (200, [])
+        sending.send(request[:-1])
+        wait_for(lambda: Departure.under_way == 1)
+        endpoint.backend.prefill_seconds = 0.5
+        answered.send(request)
+        wait_for(lambda: Departure.under_way == 2)
+        assert depart(None) == 2
+        sending.send(request[-1:])
+        for client in (answered, sending):
+            last = client.answer()
+            assert (last.status, last.all("connection")) == (200, ["close"])
+            assert client.is_closed_within(5)
+    wait_for(lambda: depart(None) == 0)
 
 
 def said(status: int, kind: bytes, *bodies: bytes, whole: bool = True) -> list[Message]:
