@@ -67,7 +67,7 @@ def make_following_rank(
     """Another rank of a worker, its pages, and what its orders come by; as `make_engine`.
 
     Args:
-        store: that all ranks meet in.
+        store: that ranks of Longreach's own engine meet in; others meet by what their leader says.
         channel: where the leader connects.
     """
     decode = settings.decode

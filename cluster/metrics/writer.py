@@ -3,6 +3,8 @@
 import os
 import secrets
 import threading
+from bisect import bisect_left
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +14,14 @@ from prometheus_client.utils import floatToGoString
 from ...engine.figures import Counter, Figures, Gauge, Histogram, Metric
 from .sheet import Sheet
 from .vocabulary import Role
+
+
+@dataclass(frozen=True)
+class _HistogramKeys:
+    """The texts that name a histogram's series in a file; the last bucket is the infinite one."""
+
+    sum: str
+    buckets: tuple[str, ...]
 
 
 class Metrics(Figures):
@@ -43,6 +53,7 @@ class Metrics(Figures):
         self._closed = False
         self._sheets: dict[str, Sheet] = {}
         self._series: dict[tuple[str, str, tuple[tuple[str, str], ...]], str] = {}
+        self._histograms: dict[tuple[str, tuple[tuple[str, str], ...]], _HistogramKeys] = {}
         directory.mkdir(parents=True, exist_ok=True)
 
     def add(self, metric: Counter, amount: float = 1, **labels: str) -> None:
@@ -63,13 +74,11 @@ class Metrics(Figures):
 
     def observe(self, metric: Histogram, value: float, **labels: str) -> None:
         """Put one more value into a distribution."""
-        bound = next((bound for bound in metric.buckets if value <= bound), float("inf"))
         with self._lock:
             sheet = self._sheet("histogram")
-            if self._is_new(metric, labels):
-                self._open_buckets(sheet, metric, labels)
-            sheet.add(self._key(metric, metric.name, f"{metric.name}_sum", labels), value)
-            sheet.add(self._bucket_key(metric, bound, labels), 1)
+            keys = self._keys_of(sheet, metric, labels)
+            sheet.add(keys.sum, value)
+            sheet.add(keys.buckets[bisect_left(metric.buckets, value)], 1)
 
     def close(self) -> None:
         """Close the files: counts stay in the scrape, gauges leave it."""
@@ -97,13 +106,18 @@ class Metrics(Figures):
             self._sheets[kind] = Sheet(self._directory / f"{kind}_{self._identity}.db")
         return self._sheets[kind]
 
-    def _is_new(self, metric: Histogram, labels: dict[str, str]) -> bool:
-        return (metric.name, f"{metric.name}_sum", tuple(labels.items())) not in self._series
-
-    def _open_buckets(self, sheet: Sheet, metric: Histogram, labels: dict[str, str]) -> None:
-        """Write every bucket once, so that empty ones show as well."""
-        for bound in (*metric.buckets, float("inf")):
-            sheet.add(self._bucket_key(metric, bound, labels), 0)
+    def _keys_of(self, sheet: Sheet, metric: Histogram, labels: dict[str, str]) -> "_HistogramKeys":
+        """Made once for each series; every bucket is written then, so that empty ones show too."""
+        series = (metric.name, tuple(labels.items()))
+        keys = self._histograms.get(series)
+        if keys is None:
+            bounds = (*metric.buckets, float("inf"))
+            buckets = tuple(self._bucket_key(metric, bound, labels) for bound in bounds)
+            for each in buckets:
+                sheet.add(each, 0)
+            total = self._key(metric, metric.name, f"{metric.name}_sum", labels)
+            keys = self._histograms[series] = _HistogramKeys(total, buckets)
+        return keys
 
     def _bucket_key(self, metric: Histogram, bound: float, labels: dict[str, str]) -> str:
         bounded = {**labels, "le": floatToGoString(bound)}

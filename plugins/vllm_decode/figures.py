@@ -19,7 +19,12 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.loggers import PrometheusStatLogger
-from vllm.v1.metrics.stats import IterationStats, LoRARequestStates, RequestStateStats
+from vllm.v1.metrics.stats import (
+    IterationStats,
+    LoRARequestStates,
+    RequestStateStats,
+    SchedulerStats,
+)
 from vllm.v1.request import Request
 
 from ...engine.figures import Counter, Figures, Gauge, Histogram
@@ -70,6 +75,10 @@ class VllmFigures:
         told = outputs.outputs or iteration.finished_requests
         self._logger.record(outputs.scheduler_stats, iteration if told else None)
         self._iteration = IterationStats()
+
+    def stand(self, stats: SchedulerStats | None) -> None:
+        """How things stand after a step of which nothing came out."""
+        self._logger.record(stats, None)
 
     def ended(self, name: str, reason: FinishReason = FinishReason.STOP) -> None:
         """A sequence has said all that it is to say; told with the step under way, or the next."""

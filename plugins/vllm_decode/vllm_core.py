@@ -211,6 +211,8 @@ class VllmCore(Core):
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         if not outputs or 0 not in outputs:
+            # Of a step that is under way nothing has come yet, but blocks may have been allocated.
+            self._figures.stand(self._scheduler.make_stats())
             return []
         self._figures.stepped(outputs[0])
         return [self._generated(each) for each in outputs[0].outputs]

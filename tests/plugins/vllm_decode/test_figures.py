@@ -32,6 +32,7 @@ def scraped(folder: Path) -> Samples:
             assert key not in found, "two series look the same"
             found[key] = sample.value
             assert sample.labels.get("engine", "0") == "0"
+            assert ("pid" in sample.labels) == (family.type == "gauge")
             assert sample.labels["model_name"] == "pocket"
     return found
 
@@ -68,12 +69,13 @@ def test_a_request_shows_in_vllms_counts(decoder: VllmDecoder, figures: Path) ->
 def test_tokens_that_a_gang_computed_are_no_work_of_vllms(
     decoder: VllmDecoder, figures: Path
 ) -> None:
-    grown = Grown(figures)
-    decoder.reserve(ask("handed", max_tokens=5))
+    # An id never comes twice: its pages would be found.
+    name, grown = f"handed-{time.time()}", Grown(figures)
+    decoder.reserve(ask(name, max_tokens=5))
     decoder.step()
     assert scraped(figures)["vllm:kv_cache_usage_perc",] > 0
-    hand_over(decoder, "handed")
-    decoder.start("handed", NO_LOGITS)
+    hand_over(decoder, name)
+    decoder.start(name, NO_LOGITS)
     assert drain(decoder) == 5
     assert grown("vllm:generation_tokens_total") == 5
     assert grown("vllm:prompt_tokens_by_source_total", "external_kv_transfer") == TOKENS

@@ -4,8 +4,7 @@ What a cluster does not do on purpose: leaving at each moment of a request.
 """
 
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,28 +18,10 @@ from longreach.plugins.vllm_decode.decoder import VllmDecoder
 
 from .conftest import PAGES
 
-if TYPE_CHECKING:
-    from longreach.plugins.vllm_decode.vllm_core import VllmCore
-
 pytestmark = pytest.mark.live
 
 TOKENS = 300
 NO_LOGITS = np.zeros(1, dtype=np.float32)
-
-
-@pytest.fixture(params=["steps", "queue"])
-def decoder(
-    decoder: VllmDecoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> VllmDecoder:
-    """As vLLM runs on CPUs, and with a queue of batches as on GPUs, where the next is launched
-    before the last is heard of.
-    """
-    if request.param == "queue":
-        core: Any = cast("VllmCore", decoder._core)._core
-        monkeypatch.setattr(core, "batch_queue", deque(maxlen=2))
-        monkeypatch.setattr(core, "batch_queue_size", 2)
-        monkeypatch.setattr(core, "step_fn", core.step_with_batch_queue)
-    return decoder
 
 
 def test_nothing_is_done_for_whoever_waits_for_its_pages(decoder: VllmDecoder) -> None:
