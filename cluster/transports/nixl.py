@@ -45,6 +45,8 @@ _MODULES = ("nixl_cu12", "nixl_cu13")
 _AT_ONCE_BYTES = 32 << 20
 """Of one read. Where one host's memory is copied, Python's lock is held meanwhile."""
 
+_PROGRESS_MICROSECONDS = 100
+"""How long NIXL's thread sleeps for while nothing comes."""
 _SHORTEST_LOOK, _LONGEST_LOOK = 0.0001, 0.002
 """Seconds between two looks at a read."""
 
@@ -146,9 +148,14 @@ class NixlAgent:
         self._type = "VRAM" if device.type == "cuda" else "DRAM"
         self._device = device.index or 0
         try:
-            self._agent = module.nixl_agent(
-                name, module.nixl_agent_config(backends=[], sync_mode=strict)
-            )
+            self._agent = module.nixl_agent(name, module.nixl_agent_config(backends=[]))
+            # With another core of NIXL's, whose thread sleeps between its looks at sockets: the
+            # one that is there never does, and takes a core of this process for itself.
+            config = module._bindings.nixlAgentConfig()
+            config.useProgThread = True
+            config.pthrDelay = _PROGRESS_MICROSECONDS
+            config.syncMode = strict.value
+            self._agent.agent = module._bindings.nixlAgent(name, config)
             # A peer that dies is an error then, and no silence.
             self._agent.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
             for slab in (*pool.slabs, *pool.scale_slabs):

@@ -98,6 +98,16 @@ def test_neighbours_are_read_in_one_piece_and_not_too_much_at_once(
     assert some == [[40], [10, 10, 10]]
 
 
+def test_an_agent_that_nobody_reads_from_leaves_the_processor_alone() -> None:
+    """NIXL's own thread never sleeps as NIXL sets it up, and takes a core from whoever computes."""
+    pool = Case(torch.float32).make_pool(OWN_HEADS)
+    agent = NixlAgent(pool)
+    began = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - began < 0.2
+    assert agent.pool.agent
+
+
 def test_pages_of_another_format_are_refused() -> None:
     """Their bytes would fit, twice as many of them."""
     pool, wide = Case(torch.bfloat16).make_pool(1), Case(torch.float32).make_pool(1)
