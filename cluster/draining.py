@@ -12,7 +12,7 @@ from typing import Any, cast
 import ray
 from ray import _raylet
 from ray.core.generated import autoscaler_pb2
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.serve._private.constants import SERVE_NAMESPACE, SERVE_PROXY_NAME
 from ray.serve._private.utils import format_actor_name
 
@@ -28,6 +28,8 @@ from .metrics import (
 )
 from .metrics.exposition import FolderCollector
 from .nodes import metrics_of_node
+
+logger = logging.getLogger(__name__)
 
 _GAUGES = (
     NUM_REQUESTS_RUNNING,
@@ -119,14 +121,18 @@ def has_work(folder: Path) -> bool:
 
 
 def has_clients(node_id: str) -> bool:
-    """Whether requests are under way at a node's proxy, which is asked to see its clients off."""
+    """Whether requests are under way at a node's proxy, which sees its clients off from now on."""
     try:
         # Named by Serve, which ends it when it has had nothing to do for a while.
         name = format_actor_name(SERVE_PROXY_NAME, node_id)
         proxy = ray.get_actor(name, namespace=SERVE_NAMESPACE)
         asked = proxy.__ray_call__.remote(depart)
         return cast(int, ray.get(asked, timeout=_ANSWER_SECONDS)) > 0
+    except (GetTimeoutError, ActorUnavailableError):
+        return True  # It hangs or is out of reach, which Serve looks after, or has much to do.
     except (ValueError, RayActorError):
         return False  # There is none, or none any more.
-    except GetTimeoutError:
-        return True  # It hangs, which Serve looks after, or has much to do.
+    except RayError as error:
+        # Of another version, say: nothing is known of its clients, and the rest goes on.
+        logger.warning("the node's proxy cannot be asked for its clients: %s", error)
+        return False

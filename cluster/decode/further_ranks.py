@@ -32,7 +32,7 @@ class FurtherRanks:
 
         Raises:
             LostError: one of them is gone.
-            UnavailableError: the request was released.
+            UnavailableError: the request was released, or its pages are not known in time.
         """
         if not self._handles:
             return
@@ -42,8 +42,8 @@ class FurtherRanks:
             held = await asyncio.to_thread(
                 self._pages.held, request_id, place, pages_for(prompt_tokens), 1
             )
-        except TransferError as error:  # released meanwhile
-            raise UnavailableError("the request was released; send it again") from error
+        except TransferError as error:
+            raise UnavailableError(f"{error}; send it again") from error
         await _all(
             [as_nobody(each.expect.remote, request_id, held.numbers) for each in self._handles]
         )

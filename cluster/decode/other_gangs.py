@@ -5,6 +5,7 @@ to finish. So whoever waits for prompts asks all gangs that are on the list.
 """
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from ..call_errors import CallError
 from ..messages import Standing
 from ..settings import HandOffTerms
 from ..tasks import detached
+
+logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 2.0
 _LOOKS = 2
@@ -82,10 +85,15 @@ class OtherGangs:
         prompts = [p for p in self._prompts if p.prefill is prefill and not p.is_to_go_on]
         if not prompts:
             return
-        asked = prefill.broadcast("standing", [prompt.name for prompt in prompts], self._terms)
         try:
+            names = [prompt.name for prompt in prompts]
+            asked = prefill.broadcast("standing", names, self._terms)
             said = await asked.results_async(timeout_s=_LOOK_SECONDS)
         except (*CallError, TimeoutError):
             said = []  # One of them hangs or dies, or none is up.
+        except Exception:
+            # One look that fails, whatever Serve says, must not be the last of all prompts.
+            logger.exception("gangs could not be asked what they have")
+            said = []
         for prompt in prompts:
             prompt.hear(said)

@@ -149,8 +149,8 @@ class NixlAgent:
         self._device = device.index or 0
         try:
             self._agent = module.nixl_agent(name, module.nixl_agent_config(backends=[]))
-            # With another core of NIXL's, whose thread sleeps between its looks at sockets: the
-            # one that is there never does, and takes a core of this process for itself.
+            # With another agent of NIXL's inside, whose thread sleeps between its looks at sockets:
+            # that of the one which is there never does, and takes a CPU core for itself.
             config = module._bindings.nixlAgentConfig()
             config.useProgThread = True
             config.pthrDelay = _PROGRESS_MICROSECONDS

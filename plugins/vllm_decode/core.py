@@ -64,7 +64,7 @@ class Core(Protocol):
 
     @property
     def is_settling(self) -> bool:
-        """Whether a step is under way, or has to tell itself of sequences that have ended."""
+        """Whether tokens are being computed, or vLLM has yet to hear that sequences have ended."""
         ...
 
     @property

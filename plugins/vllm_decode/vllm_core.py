@@ -1,6 +1,6 @@
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 # vLLM is installed in an environment of its own.
-"""vLLM's engine core in this process: its scheduler, its worker, and one device."""
+"""vLLM's engine core in this process: its scheduler, and the worker of one rank."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence

@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from starlette.requests import Request
@@ -68,7 +68,9 @@ def test_a_node_without_figures_is_idle_and_one_in_time_trouble_is_not(tmp_path:
         (1, True),
         (0, False),
         (GetTimeoutError(), True),  # it hangs, or has much to do
+        (ActorUnavailableError("out of reach", b"1" * 16), True),
         (RayActorError(), False),
+        (RayError("a proxy of another version"), False),
         (ValueError("no actor of that name"), False),
     ],
 )

@@ -72,6 +72,7 @@ async def after(gangs: Gangs, looks: int) -> bool:
         ([[]], False),
         ([RayServeException("none is up")], False),
         ([TimeoutError()], False),
+        ([RuntimeError("of Serve's router"), [COULD], [COULD]], True),
         # Serve's list may have been late once.
         ([[COULD], [HAS_IT, COULD], [COULD], [HAS_IT, COULD]], False),
         ([[COULD], TimeoutError(), [COULD], TimeoutError()], False),
