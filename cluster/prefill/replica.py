@@ -209,7 +209,8 @@ class PrefillReplica:
         done = self._scheduler.left_behind(before.name)
         prompt, same = job.order.request.prompt, before.order.request.prompt
         lies_here = self._gang.holds(before.name)
-        helps = done and done >= destination.done
+        # More may have come of the chunk that was lost, which is computed again.
+        helps = done and done >= self._scheduler.whole_chunks(job.total, destination.done)
         if not lies_here or not helps or not np.array_equal(prompt, same):
             return False
         del self._left[job.origin]

@@ -111,7 +111,7 @@ class ChunkScheduler:
             CacheTooSmallError: it needs more pages than there are.
             InvalidRequestError: one of that name is here already.
         """
-        back = self._whole_chunks(tokens, done) if score_top is None else 0
+        back = self.whole_chunks(tokens, done) if score_top is None else 0
         entry = _Entry(tokens, score_top, back)
         if entry.pages > self._num_pages:
             raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
@@ -131,7 +131,7 @@ class ChunkScheduler:
         Whole chunks; the last one is computed again where all were: the logits are wanted.
         """
         entry = self._left.get(request_id)
-        return 0 if entry is None else self._whole_chunks(entry.tokens, entry.dealt)
+        return 0 if entry is None else self.whole_chunks(entry.tokens, entry.dealt)
 
     def come_back(self, request_id: str, to: str) -> int:
         """Let a prompt that was left go on under another name; behind how many tokens."""
@@ -191,7 +191,7 @@ class ChunkScheduler:
             self._taken.append(oldest)
         return True
 
-    def _whole_chunks(self, tokens: int, done: int) -> int:
+    def whole_chunks(self, tokens: int, done: int) -> int:
         """Those of `done` tokens that are whole chunks, and not all of the prompt's."""
         return min(done, tokens - 1) // self._chunk_tokens * self._chunk_tokens
 

@@ -434,7 +434,7 @@ def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks
     assert isinstance(after, list)
 
 
-@pytest.mark.parametrize("arrived", [0, 2 * CHUNK_TOKENS])
+@pytest.mark.parametrize("arrived", [0, 2 * CHUNK_TOKENS, 2 * CHUNK_TOKENS + 128])
 @pytest.mark.parametrize("found_by", ["chunk", "pulse"])
 def test_a_prompt_goes_on_with_the_ranks_that_are_left(
     play: Any, gang: FakeGang, tmp_path: Path, found_by: str, arrived: int
