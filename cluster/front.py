@@ -9,6 +9,7 @@ h2c` for an upgrade that nobody makes and loses the body, and puts middleware ar
 import asyncio
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -86,7 +87,21 @@ def install() -> list[Middleware]:
     ]
 
 
-class Departure:
+class _OfTheApplication(ABC):
+    """Middleware for the application's own requests: Serve's go past it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self._app if _is_foreign(scope) else self._serve)(scope, receive, send)
+
+    @abstractmethod
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do with a request what this is for."""
+
+
+class Departure(_OfTheApplication):
     """Counts the requests that are being read or answered, and has clients leave a proxy that goes.
 
     All of a process, of which draining.py learns and to which it says it.
@@ -95,13 +110,7 @@ class Departure:
     under_way: ClassVar[int] = 0
     begun: ClassVar[bool] = False
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_foreign(scope):
-            await self._app(scope, receive, send)
-            return
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         Departure.under_way += 1
         try:
             await self._app(scope, receive, _with_last_answers(send))
@@ -199,7 +208,7 @@ class FrontProtocol(H11Protocol):
             self.transport.close()
 
 
-class WholeBodies:
+class WholeBodies(_OfTheApplication):
     """Reads a body before Serve hears of the request.
 
     So clients that send slowly, or never end, cost a connection and no call to an ingress, which
@@ -208,13 +217,10 @@ class WholeBodies:
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
+        super().__init__(app)
         self._bodies = Bodies(max_body_bytes)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_foreign(scope):
-            await self._app(scope, receive, send)
-            return
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with self._bodies.of(Request(scope, receive)) as body:
                 parts = body.take() or [b""]
@@ -240,19 +246,13 @@ class TakenBodies:
         await self._app(scope, receive, send)
 
 
-class ServeAnswers:
+class ServeAnswers(_OfTheApplication):
     """Gives what Serve says by itself our errors' shape, and says something where it says nothing.
 
     Serve answers in plain text, and not at all where an ingress dies under a request.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_foreign(scope):
-            await self._app(scope, receive, send)
-            return
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "*":  # of OPTIONS; Serve's routes begin with a slash
             scope = {**scope, "path": "/", "raw_path": b"/"}
         answer = _Answer(send)
