@@ -33,6 +33,8 @@ OWN_LENGTHS = (600, 1500)
 """Prompts that vLLM computes; those that are longer than it may are handed over."""
 HANDED_LENGTHS = (3000, 9000, 40_000)
 _SECONDS = 300.0
+_RANK = f"from {__package__}.rank import main; main()"
+"""The program of one rank; it imports vLLM, which this process need not have."""
 _SAMPLED_TOKENS = 24
 _SEED = 5
 _FORM = 'start: "it is " ("true" | "false") "."'
@@ -156,11 +158,10 @@ class _Ranks:
     def __enter__(self) -> "_Ranks":
         folder = Path(self._folder.name)
         (folder / "case.pkl").write_bytes(pickle.dumps(self._case))
-        program = f"from {__package__}.rank import main; main()"
         for rank in range(self._case.ranks):
             gpu = _visible(self._first_gpu + rank)
             sees = {"CUDA_VISIBLE_DEVICES": gpu} if self._case.on_gpu else {}
-            command = [sys.executable, "-c", program, str(rank), str(folder)]
+            command = [sys.executable, "-c", _RANK, str(rank), str(folder)]
             self._processes.append(subprocess.Popen(command, env={**os.environ, **sees}))
         return self
 

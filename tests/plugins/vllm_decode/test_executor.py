@@ -1,15 +1,18 @@
-"""Where the ranks of a vLLM that spans several devices meet: `make test-vllm`."""
+# pyright: reportMissingImports=false
+# vLLM is installed in an environment of its own.
+"""How the ranks of a vLLM that spans several devices meet, and sum: `make test-vllm`."""
 
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
     DistNetworkError,
-    TCPStore,
-    rendezvous,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
+from torch.distributed.rendezvous import rendezvous
 
 from longreach.engine.decode.leader import Followers
+from longreach.engine.model.pocket import CHECKPOINT
 
 if TYPE_CHECKING:
     from longreach.plugins.vllm_decode.executor import LeadingExecutor
@@ -44,3 +47,22 @@ def test_the_leading_rank_meets_the_others_there(executor: "LeadingExecutor") ->
     following = TCPStore("127.0.0.1", port)
     leading.set("said", "here")
     assert following.get("said") == b"here"
+
+
+def test_ranks_sum_by_nccl_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else vLLM has on GPUs wants each process to see the others' devices."""
+    from vllm.envs import environment_variables
+
+    from longreach.plugins.vllm.registration import register
+    from longreach.plugins.vllm_decode.sums import leave_symmetric_memory_out
+    from longreach.plugins.vllm_decode.vllm_core import engine_arguments
+
+    register()
+    made = engine_arguments(8, 2**20, 2, model=str(CHECKPOINT), dtype="float32", max_model_len=1024)
+    config = made.create_engine_config()
+    assert config.parallel_config.disable_custom_all_reduce
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "1")
+    leave_symmetric_memory_out()
+    # As vLLM reads it, which keeps what it has read once an engine was started in this process.
+    assert environment_variables["VLLM_ALLREDUCE_USE_SYMM_MEM"]() is False
