@@ -222,7 +222,7 @@ def judge(case: RankCase, run: RankRun, alone: RankRun) -> Verdict:
         wrong.append(f"only {equal} of {tokens} tokens are those of one rank")
     if max(apart) > most:
         wrong.append(f"log-probabilities are {max(apart):.3g} from those of one rank")
-    if len(first) < len(firsts) or max(first) > most:
+    if max(first, default=0.0) > most:
         wrong.append("first tokens are not those of our own prefill")
     if run.usage or run.preemptions:
         wrong.append(f"{run.usage:.1%} of pages are left in use, {run.preemptions} preemptions")

@@ -97,13 +97,15 @@ def test_ranks_that_draw_other_tokens_are_wrong(case: RankCase) -> None:
     assert "tokens" in wrong
 
 
-@pytest.mark.parametrize(
-    "program", ["import sys; sys.exit(int(sys.argv[1]))", "import time; time.sleep(60)"]
-)
-def test_no_rank_is_waited_for_in_vain(
-    case: RankCase, monkeypatch: pytest.MonkeyPatch, program: str
-) -> None:
-    """One fails, or none ever ends."""
-    monkeypatch.setattr(ranks, "_RANK", program)
-    with pytest.raises(LostError):
-        list(run_all([case], 1.0))
+def test_a_rank_that_fails_ends_the_others(case: RankCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which wait for it in a collective."""
+    fails = "import sys, time; sys.exit(3) if sys.argv[1] == '1' else time.sleep(60)"
+    monkeypatch.setattr(ranks, "_RANK", fails)
+    with pytest.raises(LostError, match="rank 1 of 2 ended with 3"):
+        list(run_all([case], 20.0))
+
+
+def test_no_rank_is_waited_for_in_vain(case: RankCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_RANK", "import time; time.sleep(60)")
+    with pytest.raises(LostError, match="did not end"):
+        list(run_all([case], 0.5))

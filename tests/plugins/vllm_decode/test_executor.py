@@ -59,9 +59,8 @@ def test_ranks_sum_by_nccl_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     register()
     made = engine_arguments(8, 2**20, 2, model=str(CHECKPOINT), dtype="float32", max_model_len=1024)
-    config = made.create_engine_config()
-    assert config.parallel_config.disable_custom_all_reduce
-    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    assert made.disable_custom_all_reduce
+    assert made.compilation_config.pass_config.fuse_allreduce_rms is False
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "1")
     leave_symmetric_memory_out()
     # As vLLM reads it, which keeps what it has read once an engine was started in this process.
