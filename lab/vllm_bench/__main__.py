@@ -74,9 +74,10 @@ def main() -> None:
     ranks = commands.add_parser("ranks", help="vLLM as decode engine over several ranks")
     ranks.add_argument("--ranks", type=_lengths, default="1,2", help="the first is compared with")
     ranks.add_argument("--seconds", type=float, default=300.0, help="that each may take")
+    ranks.add_argument("--eager", action="store_true", help="no graphs: starts sooner")
     given = parser.parse_args()
     if given.what == "ranks":
-        sys.exit(0 if compare(given.ranks, given.seconds) else 1)
+        sys.exit(0 if compare(given.ranks, given.seconds, given.eager) else 1)
     measure = {"speed": _measure_speed, "needles": _find_needles, "crowd": _answer_many}
     measure[given.what](given)
 

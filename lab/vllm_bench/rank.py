@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -39,7 +40,9 @@ from ...plugins.vllm_decode.start import start
 
 _CHUNK_TOKENS = 8192
 _MEETING_SECONDS = 120.0
-_AT_ONCE = 256
+_PROMPT_TOKENS_AT_ONCE = 256
+_MOST_AT_ONCE = 8
+"""Sequences in a step: some wait for a place when all are asked at once."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class Question:
 
 @dataclass(frozen=True)
 class RankCase:
-    """What a decode worker of `ranks` ranks is asked: one round after the other."""
+    """What a decode worker of `ranks` ranks is asked: one round after the other.
+
+    One that is `eager` compiles nothing and captures no graphs, and so starts sooner.
+    """
 
     ranks: int
     dtype: torch.dtype
     on_gpu: bool
     rounds: tuple[tuple[Question, ...], ...]
+    eager: bool = False
 
     @property
     def questions(self) -> list[Question]:
@@ -120,38 +127,44 @@ def _follow(case: RankCase, rank: int, listener: Listener) -> None:
 
 
 def _put_as_told(prompts: "_Computed", channel: Channel, arriving: FollowerPages) -> None:
-    while True:
-        try:
-            name, numbers = pickle.loads(channel.recv_bytes())
-        except EOFError:
-            return
-        arriving.expect(name, BlockTable(numbers))
-        prompts.put(name, arriving)
-        channel.send_bytes(b"")
+    """Until the leader closes the channel; where this fails, the leader finds it closed."""
+    with closing(channel):
+        while True:
+            try:
+                name, numbers = pickle.loads(channel.recv_bytes())
+            except EOFError:
+                return
+            arriving.expect(name, BlockTable(numbers))
+            prompts.put(name, arriving)
+            channel.send_bytes(b"")
 
 
 def _lead(case: RankCase, folder: Path) -> RankRun:
     prompts = _Computed(case, 0)
     ways = [_ways_to(folder, rank) for rank in range(1, case.ranks)]
-    config, files = ModelConfig.from_folder(ModelFiles.of("pocket").folder), ModelFiles.of("pocket")
-    heads = config.num_kv_heads // case.ranks
-    geometry = PageGeometry(config.num_layers, heads, config.head_dim, case.dtype)
-    pages = max(sum(map(_most_pages, questions)) for questions in case.rounds)
-    longest = max((len(each.prompt) for each in case.questions if each.own), default=0)
     begun = time.perf_counter()
-    engine = start(
-        files, geometry, pages, 8, PromptLimits(longest, _AT_ONCE), _Unkept(),
-        Followers([orders for orders, _ in ways]) if ways else None, on_gpu=case.on_gpu,
-    )  # fmt: skip
-    leader = _Leader(engine, prompts, [pages for _, pages in ways])
+    followers = Followers([orders for orders, _ in ways]) if ways else None
+    leader = _Leader(_start(case, followers), prompts, [pages for _, pages in ways])
     leader.run.start_seconds = time.perf_counter() - begun
     leader.run.first = prompts.first
     for questions in case.rounds:
         leader.ask(questions)
-    for orders, pages_way in ways:
-        orders.close()
-        pages_way.close()
+    for channel in (each for way in ways for each in way):
+        channel.close()
     return leader.run
+
+
+def _start(case: RankCase, followers: Followers | None) -> DecodeEngine:
+    files = ModelFiles.of("pocket")
+    config = ModelConfig.from_folder(files.folder)
+    heads = config.num_kv_heads // case.ranks
+    geometry = PageGeometry(config.num_layers, heads, config.head_dim, case.dtype)
+    pages = max(sum(map(_most_pages, questions)) for questions in case.rounds)
+    longest = max((len(each.prompt) for each in case.questions if each.own), default=0)
+    prompts, graphs = PromptLimits(longest, _PROMPT_TOKENS_AT_ONCE), case.on_gpu and not case.eager
+    return start(
+        files, geometry, pages, _MOST_AT_ONCE, prompts, _Unkept(), followers, on_gpu=graphs
+    )
 
 
 class _Leader:

@@ -32,7 +32,6 @@ from .rank import Question, RankCase, RankRun, Said
 OWN_LENGTHS = (600, 1500)
 """Prompts that vLLM computes; those that are longer than it may are handed over."""
 HANDED_LENGTHS = (3000, 9000, 40_000)
-_SECONDS = 300.0
 _RANK = f"from {__package__}.rank import main; main()"
 """The program of one rank; it imports vLLM, which this process need not have."""
 _SAMPLED_TOKENS = 24
@@ -60,8 +59,12 @@ class Verdict:
     first_apart: float
 
 
-def compare(ranks: Sequence[int], seconds: float = _SECONDS) -> bool:
+def compare(ranks: Sequence[int], seconds: float, eager: bool = False) -> bool:
     """Run each number of ranks, print what came of it, and say whether all is right.
+
+    Args:
+        seconds: that each may take.
+        eager: without compiling and graphs, on GPUs.
 
     Raises:
         ConfigurationError: there are not as many GPUs.
@@ -69,7 +72,7 @@ def compare(ranks: Sequence[int], seconds: float = _SECONDS) -> bool:
     """
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    cases = [RankCase(each, dtype, on_gpu, rounds()) for each in ranks]
+    cases = [RankCase(each, dtype, on_gpu, rounds(), eager) for each in ranks]
     alone: RankRun | None = None
     is_right = True
     for case, run in zip(cases, run_all(cases, seconds), strict=True):
