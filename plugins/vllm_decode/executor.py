@@ -65,10 +65,11 @@ class LeadingExecutor(UniProcExecutor):
         own = super().collective_rpc(method, timeout, args, kwargs, non_block, single_value)
         return own if single_value else own + self._followers.answers()
 
-    def is_ready(self) -> None:
-        """All blocks are allocated."""
+    def tell_ready(self) -> None:
+        """Have the others take pages: all blocks are allocated."""
         self._followers.tell(ReadyOrder())
 
     def shutdown(self) -> None:
+        """The others end with their orders."""
         self._followers.close()
         super().shutdown()

@@ -117,7 +117,7 @@ class VllmCore(Core):
         self._preempted = 0
         leading = self._core.model_executor
         if isinstance(leading, LeadingExecutor):
-            leading.is_ready()
+            leading.tell_ready()
 
     @property
     def memory(self) -> PageMemory:
