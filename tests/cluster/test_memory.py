@@ -270,7 +270,9 @@ def test_what_a_process_said_at_its_start_is_what_a_user_is_told(
 def test_a_prompt_alone_makes_the_largest_step(shared: Settings) -> None:
     def computing(**steps: int) -> int:
         decode = shared.decode.model_copy(update=steps)
-        return decode_fit(replace(shared.worker, decode=decode), CARD).needs(819_200).computing_bytes
+        return (
+            decode_fit(replace(shared.worker, decode=decode), CARD).needs(819_200).computing_bytes
+        )
 
     row = 2 * 18_944 * 2  # of the MLP alone, in 16 bits
     more = computing() - computing(prefill_alone=1024)
