@@ -1,6 +1,7 @@
 """A prefill replica: the coordinator of one gang, which computes several prompts chunk by chunk."""
 
 import asyncio
+import itertools
 import logging
 import time
 from asyncio import FIRST_COMPLETED
@@ -55,15 +56,15 @@ class _Job:
     """One prompt under way; `events` ends with Prefilled or an error.
 
     `began`: when its first chunk did. From then on the ranks hold pages of it, also after its end,
-    until its request is over or somebody else needs them. `heir`: the later attempt at its request
-    that has them now.
+    until its request is over or somebody else needs them. `finishing` ends when all its chunks that
+    were begun have: until then nobody knows which of its pages are whole.
     """
 
     order: PrefillOrder
     prompt: ray.ObjectRef
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float | None = None
-    heir: "_Job | None" = None
+    finishing: "asyncio.Task[None] | None" = None
     stages: dict[str, float] = field(default_factory=dict)
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -177,7 +178,7 @@ class PrefillReplica:
         """
         try:
             destination = await job.order.destination
-            await self._regrouping.may_begin()
+            await self._end_earlier(job)
             if job.name in self._jobs:
                 self._admit(job, destination)
             await job.order.released
@@ -191,13 +192,27 @@ class PrefillReplica:
         self._end(job, UnavailableError("the request was released"))
         self._forget(job)
 
+    async def _end_earlier(self, job: _Job) -> None:
+        """End earlier attempts at a prompt's request; returns when no chunk of them is under way.
+
+        Such a chunk may fail yet, or its pages not come. A later attempt goes on behind what is
+        known to be whole, and hands nothing else off: its decode worker would count that as there.
+        """
+        await self._regrouping.may_begin()
+        while job.name in self._jobs:
+            earlier = itertools.takewhile(lambda other: other is not job, self._jobs.values())
+            for other in [each for each in earlier if each.origin == job.origin]:
+                # Whoever asked for it is gone, and this replica does not know yet.
+                self._end(other, UnavailableError("the request was begun again"))
+            before = self._left.get(job.origin)
+            if before is None or before.finishing is None or before.finishing.done():
+                return
+            await asyncio.wait({before.finishing})
+            await self._regrouping.may_begin()
+
     def _admit(self, job: _Job, destination: "Destination") -> None:
         """Let a prompt's turn come, behind what need not be computed once more."""
         scored = job.order.request.sampling.prompt_logprobs
-        for other in list(self._jobs.values()):
-            if other.origin == job.origin and other is not job:
-                # Whoever asked for it is gone, and this replica does not know yet.
-                self._end(other, UnavailableError("the request was begun again"))
         before = self._left.get(job.origin)
         if before is None or scored is not None or not self._goes_on(job, before, destination):
             self._scheduler.add(job.name, job.total, scored, destination.done)
@@ -214,7 +229,6 @@ class PrefillReplica:
         if not lies_here or not helps or not np.array_equal(prompt, same):
             return False
         del self._left[job.origin]
-        before.heir = job
         self._scheduler.come_back(before.name, job.name)
         self._gang.come_back(before.name, job.name, job.for_ranks, done)
         self._sink.add(metrics.PREFILL_TOKENS_BACK, done)
@@ -290,6 +304,7 @@ class PrefillReplica:
         self._speed.begin()
         under_way = self._begin(chunk, job)
         self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
+        job.finishing = self._finishing
         self._finishing.add_done_callback(self._regroup_if_failed)
         await asyncio.wait({under_way.nearly, self._finishing}, return_when=FIRST_COMPLETED)
         if not (under_way.nearly.done() and under_way.nearly.result()):
@@ -365,11 +380,7 @@ class PrefillReplica:
         self._end(job, TransferError(why))
 
     def _fail_fetch(self, job: _Job, why: str) -> None:
-        """End whoever has a prompt's pages by now, and have these freed: what they hold, nobody
-        knows, and they may be on their way to another decode worker.
-        """
-        while job.heir is not None:
-            job = job.heir
+        """End a prompt, and have its pages freed: what they hold, nobody knows."""
         self._fail_hand_off(job, why)
         self._forget(job)
 

@@ -134,11 +134,13 @@ class ChunkScheduler:
         return 0 if entry is None else self.whole_chunks(entry.tokens, entry.dealt)
 
     def come_back(self, request_id: str, to: str) -> int:
-        """Let a prompt that was left go on under another name; behind how many tokens."""
+        """Let a prompt that was left go on under another name; behind how many tokens.
+
+        None of its chunks is under way: what those are worth, nobody knows yet.
+        """
         done = self.left_behind(request_id)
         entry = self._left.pop(request_id)
         self._turns.join(to, entry.tokens - done)
-        # The same one: a chunk of it may be computed yet, and fail.
         entry.dealt, entry.back, entry.score_top = done, 0, None
         self._entries[to] = entry
         return done

@@ -719,37 +719,116 @@ def test_pages_that_could_not_be_fetched_are_never_used(play: Any, gang: FakeGan
     assert gang.came_back == []
 
 
-@pytest.mark.parametrize("later", [[], ["b"], ["b", "c"]])
-def test_pages_are_not_used_that_are_being_fetched_when_a_later_attempt_takes_them(
-    play: Any, gang: FakeGang, later: list[str]
+def pages_do_not_come(chunk: Chunk, dies_at: int | None) -> str | None:
+    """Of the first attempt; a rank dies under its chunks from there on, and hides the others'."""
+    if chunk.request_id != "a":
+        return None
+    if dies_at is not None and chunk.start >= dies_at:
+        raise ActorDiedError
+    return "they did not come" if chunk.is_back else None
+
+
+@pytest.mark.parametrize("later", [["b"], ["b", "c"]])
+@pytest.mark.parametrize("dies_at", [None, 0, CHUNK_TOKENS])
+@pytest.mark.parametrize("comes", ["before it fails", "after it failed"])
+def test_no_later_attempt_uses_or_hands_off_pages_that_did_not_come(
+    play: Any, gang: FakeGang, comes: str, dies_at: int | None, later: list[str]
 ) -> None:
-    """The decode worker dies under the fetch, and the request comes again, before it has failed."""
-    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
-    dying = FakeWorker(done=CHUNK_TOKENS)
+    """The decode worker dies under the fetch, and a rank perhaps, and the request comes again."""
+    gang.outcome = lambda chunk: pages_do_not_come(chunk, dies_at)
+    gang.lost = [1]
+    dying = FakeWorker(done=2 * CHUNK_TOKENS)
 
     async def scenario(replica: PrefillReplica) -> list[Any]:
         gang.may_compute.clear()
         asked = [asyncio.create_task(prefill(replica, "a", TOKENS, dying))]
         while not gang.computed:
             await asyncio.sleep(0.001)
+        if comes == "after it failed":
+            gang.may_compute.set()
+            await asyncio.wait(asked)
         dying.die()
-        for number, name in enumerate(later):
+        for name in later:
             asked.append(asyncio.create_task(prefill(replica, name, TOKENS, first_id="a")))
-            while len(gang.came_back) == number:
-                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.005)
         gang.may_compute.set()
-        outcomes = await asyncio.gather(*asked, return_exceptions=True)
-        while not gang.released:
-            await asyncio.sleep(0.001)
-        assert gang.released == [(later or ["a"])[-1]]
-        gang.outcome = lambda chunk: None
-        return [*outcomes, await prefill(replica, "last", TOKENS, first_id="a")]
+        return await asyncio.gather(*asked, return_exceptions=True)
 
-    *before, last, anew = play(scenario)
-    assert isinstance(last, TransferError if later else LostError)
-    assert all(isinstance(each, (LostError, UnavailableError)) for each in before)
-    assert isinstance(anew[-1], Prefilled)
-    assert dealt(gang, "last")[0] == (0, False)
+    first, *_, last = play(scenario)
+    assert isinstance(first, (LostError, TransferError))
+    assert isinstance(last[-1], Prefilled)
+    assert "a" not in {before for before, _, _ in gang.came_back}
+    if comes == "before it fails":
+        assert gang.came_back == []
+        assert dealt(gang, later[-1])[0] == (0, False)
+
+
+FAILURES = [ActorDiedError(), RayTaskError("begin_chunk", "", ChunkOutOfMemoryError(0, 1))]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["rank lost", "out of memory"])
+@pytest.mark.parametrize("comes", ["before it fails", "after it failed"])
+def test_no_later_attempt_hands_off_a_chunk_that_failed_under_way(
+    play: Any, gang: FakeGang, comes: str, failure: Exception
+) -> None:
+    """Pages of a collective that was given up are anything, and would count as arrived.
+
+    A rank that ran out of memory has dropped the prompt, and has nothing to go on with.
+    """
+    gang.lost = [1]
+    worker = FakeWorker()
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.request_id == "a" and chunk.start == CHUNK_TOKENS:
+            raise failure
+        if chunk.request_id == "a":
+            gang.may_compute.clear()  # of the next one
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.outcome = outcome
+        first = asyncio.create_task(prefill(replica, "a", TOKENS, worker))
+        while len(gang.computed) < 2:
+            await asyncio.sleep(0.001)
+        if comes == "after it failed":
+            gang.may_compute.set()
+            await asyncio.wait({first})
+        worker.die()
+        again = asyncio.create_task(prefill(replica, "b", TOKENS, first_id="a"))
+        await asyncio.sleep(0.005)
+        gang.may_compute.set()
+        with pytest.raises((LostError, ChunkOutOfMemoryError)):
+            await first
+        said = await again
+        assert not gang.killed
+        return said
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    whole = CHUNK_TOKENS if isinstance(failure, ActorDiedError) else 0
+    assert gang.came_back == ([("a", "b", whole)] if whole else [])
+    assert dealt(gang, "b")[0] == (whole, False)
+
+
+def test_an_earlier_order_does_not_end_a_later_one(play: Any, gang: FakeGang) -> None:
+    """Both wait for ranks to meet; who came last is the one that somebody waits for."""
+    gang.lost = [1]
+    gang.may_meet.clear()
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.rank_is_lost.set()
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        first = asyncio.create_task(prefill(replica, "a", TOKENS))
+        await asyncio.sleep(0.005)
+        second = asyncio.create_task(prefill(replica, "b", TOKENS, first_id="a"))
+        await asyncio.sleep(0.005)
+        gang.may_meet.set()
+        with pytest.raises(UnavailableError):
+            await first
+        return await second
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
 
 
 @pytest.mark.parametrize("ends", ["in prefill", "after prefill"])
