@@ -22,6 +22,7 @@ from ...engine.errors import LeftMeshError, OutOfMemoryError, TransferError
 from ...engine.messages import Tokens
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
+from ..plain_errors import passes_on_plain_errors
 from ..pulse import Pulse, Reading
 from ..settings import GangSettings
 from .scheduler import Chunk
@@ -86,6 +87,7 @@ class Meeting:
         return cls(("", 0), 1)
 
 
+@passes_on_plain_errors
 class PrefillRank:
     """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
 
