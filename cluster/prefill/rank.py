@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+    from ...engine.kv.background import BackgroundHandOff
     from ...engine.kv.destination import Destination
     from ...engine.kv.hand_off import HandOff, Sender
     from ...engine.milestones import Milestone
@@ -93,7 +94,7 @@ class PrefillRank:
 
     def __init__(self, settings: GangSettings) -> None:
         self._settings = settings
-        self._hand_offs: dict[str, HandOff] = {}
+        self._hand_offs: dict[str, BackgroundHandOff] = {}
         self._launched: dict[Chunk, Future[_Launched]] = {}
         self._lock = threading.Lock()
         self._layer_seconds = math.inf
@@ -168,6 +169,8 @@ class PrefillRank:
 
         Chunks that are under way fail, as all do that come before `meet`. Pages stay.
         """
+        for hand_off in list(self._hand_offs.values()):
+            hand_off.before_leaving()
         self._mesh.leave()
 
     def meet(self, meeting: Meeting, rank: int) -> None:
@@ -364,6 +367,9 @@ class PrefillRank:
         """Return when all pages of a request have arrived, or why they did not.
 
         On threads of its own: the gang computes other prompts meanwhile.
+
+        Raises:
+            LeftMeshError: some were not sent, because the ranks parted before they were computed.
         """
         hand_off = self._hand_offs.get(request_id)
         if hand_off is None:
@@ -408,8 +414,9 @@ class PrefillRank:
         nearly = Milestone.after_what_is_launched(device)
         return ChunkResult(None, None, nearly, stages)
 
-    def _open(self, destination: "Destination") -> "HandOff":
+    def _open(self, destination: "Destination") -> "BackgroundHandOff":
         from ...engine.kv.background import BackgroundHandOff
 
         # In a thread, on CPUs too: a decode worker that hangs must not hold the gang up.
-        return BackgroundHandOff(self._sender.open(destination), self._stream)
+        # A hand-off may outlive a mesh: ranks that come later join between two chunks.
+        return BackgroundHandOff(self._sender.open(destination), self._stream, lambda: self._mesh)

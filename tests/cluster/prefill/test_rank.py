@@ -31,6 +31,7 @@ class NoHandOff(HandOff):
     def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
+    def before_leaving(self) -> None: ...
 
 
 TO = Destination("anywhere", done=0)
@@ -123,6 +124,18 @@ def test_a_rank_that_has_left_computes_nothing_until_it_meets_others(rank: Prefi
     assert expected is not None
     assert logits is not None
     np.testing.assert_array_equal(logits, expected)
+
+
+def test_hand_offs_note_what_is_written_before_their_mesh_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hand_off, was_left = NoHandOff(), list[bool]()
+    monkeypatch.setattr(PrefillRank, "_open", lambda *arguments: hand_off)
+    rank = make_rank()
+    monkeypatch.setattr(hand_off, "before_leaving", lambda: was_left.append(rank._mesh.is_left))
+    run_chunk(rank, Chunk("a", 0, 100, True), np.full(100, 65, dtype=np.int32), TO)
+    rank.leave()
+    assert was_left == [False]
 
 
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
