@@ -97,16 +97,11 @@ class Gang:
         return bool(self._holders(request_id))
 
     def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
-        """Compute one chunk on all ranks, or have them fetch it.
+        """Compute one chunk on all ranks.
 
         The next may be begun when this one is nearly computed, so that no rank stands still.
         """
-        if chunk.request_id in self._held_by:
-            self._share(chunk.request_id, prompt, chunk.start)
-            given = (None, None)
-        else:
-            self._held_by[chunk.request_id] = frozenset(self._rows)
-            given = (prompt.tokens, prompt.destination)
+        given = self._given(chunk, prompt)
         begun = [rank.begin_chunk.remote(chunk, *given) for rank in self._ranks]
         results = [
             rank.finish_chunk.options(concurrency_group=RESULTS).remote(chunk)
@@ -116,6 +111,29 @@ class Gang:
             asyncio.ensure_future(_all_went_well(begun)),
             asyncio.ensure_future(_all_of(results)),
         )
+
+    def begin_fetch(self, chunk: Chunk, prompt: OfPrompt) -> "asyncio.Future[list[RankResult]]":
+        """Have all ranks fetch a chunk that is back, beside chunks of other prompts.
+
+        Done when none of them fetches any more, with what one of them raised if one did. Until then
+        the prompt gets no other chunk, and is neither released nor comes back.
+        """
+        given = self._given(chunk, prompt)
+        for rank in self._ranks:
+            rank.begin_fetch.remote(chunk, *given)
+        calls = [
+            rank.finish_fetch.options(concurrency_group=HAND_OFF).remote(chunk)
+            for rank in self._ranks
+        ]
+        return asyncio.ensure_future(_all_ended(calls))
+
+    def _given(self, chunk: Chunk, prompt: OfPrompt) -> tuple[Any, Any]:
+        """What ranks need with a chunk; those that came later get the pages before it."""
+        if chunk.request_id in self._held_by:
+            self._share(chunk.request_id, prompt, chunk.start)
+            return None, None
+        self._held_by[chunk.request_id] = frozenset(self._rows)
+        return prompt.tokens, prompt.destination
 
     def come_back(self, request_id: str, to: str, prompt: OfPrompt, done: int) -> None:
         """Have every rank go on with a request under another name; see `PrefillRank.come_back`."""
@@ -233,3 +251,12 @@ async def _all_went_well(calls: list[Any]) -> bool:
 
 async def _all_of(calls: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*calls))
+
+
+async def _all_ended(calls: list[Any]) -> list[Any]:
+    """As `_all_of`, but no call goes on when this has ended."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes

@@ -35,7 +35,7 @@ from ..recovery import RECOVERY_SECONDS
 from ..settings import GangSettings, HandOffTerms
 from ..streams import beating
 from ..tasks import detached, forever
-from .gang import ChunkUnderWay, Gang, OfPrompt
+from .gang import Gang, OfPrompt
 from .rank import RankResult
 from .regrouping import Regrouping
 from .scheduler import Chunk, ChunkScheduler
@@ -77,6 +77,11 @@ class _Job:
             yield event
             if isinstance(event, Prefilled):
                 return
+
+    def note_stages(self, results: "list[RankResult]") -> None:
+        """Count the time of the rank that took longest over a chunk."""
+        for stage, seconds in max(results, key=_busy_seconds).stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     @property
     def name(self) -> str:
@@ -268,8 +273,10 @@ class PrefillReplica:
         self._wake.set()
 
     def _release_leaving(self) -> None:
-        # Ranks get calls in order, so their pages are free before they are allocated again.
-        leaving, self._leaving = self._leaving, []
+        # Ranks get calls in order, so their pages are free before they are allocated again. Those
+        # into which something is being fetched are freed after that.
+        leaving = [name for name in self._leaving if not self._scheduler.is_fetching(name)]
+        self._leaving = [name for name in self._leaving if self._scheduler.is_fetching(name)]
         for request_id in dict.fromkeys(leaving):
             self._gang.release(request_id)
             self._scheduler.remove(request_id)
@@ -289,20 +296,22 @@ class PrefillReplica:
             self._release_leaving()
             chunk = self._scheduler.next()
             self._release_taken()
-            if chunk is not None:
-                await self._compute(chunk)
-            else:
+            if chunk is None:
                 self._wake.clear()
                 await self._wake.wait()
+            elif chunk.is_back:
+                self._fetch(chunk)
+            else:
+                await self._compute(chunk)
 
     async def _compute(self, chunk: Chunk) -> None:
         """Begin a chunk; returns shortly before it is computed, when the next may be dealt out.
 
         Whoever comes, or leaves, until then does so before the next chunk.
         """
-        job = self._jobs[chunk.request_id]
+        job = self._begin(chunk)
         self._speed.begin()
-        under_way = self._begin(chunk, job)
+        under_way = self._gang.begin_chunk(chunk, job.for_ranks)
         self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
         job.finishing = self._finishing
         self._finishing.add_done_callback(self._regroup_if_failed)
@@ -335,13 +344,9 @@ class PrefillReplica:
         self._count(chunk, job, results)
         self._report()
         failure = next((r.failure for r in results if r.failure is not None), None)
-        if chunk.is_back and failure is not None:
-            self._fail_fetch(job, failure)
-            return
         if self._jobs.get(chunk.request_id) is not job:
             return  # Its request is over.
-        for stage, seconds in max(results, key=_busy_seconds).stages.items():
-            job.stages[stage] = job.stages.get(stage, 0.0) + seconds
+        job.note_stages(results)
         job.scores += [result.scores for result in results if result.scores is not None]
         if failure is not None:
             self._fail_hand_off(job, failure)
@@ -350,14 +355,46 @@ class PrefillReplica:
             task = detached(self._hand_off(job, results))
             self._handing_off.add(task)
             task.add_done_callback(self._handing_off.discard)
-        elif not chunk.is_back:
+        else:
             job.events.put_nowait(Progress(chunk.end, job.total))
 
-    def _begin(self, chunk: Chunk, job: _Job) -> ChunkUnderWay:
+    def _begin(self, chunk: Chunk) -> _Job:
+        """Whose chunk is begun."""
+        job = self._jobs[chunk.request_id]
         if job.began is None:
             job.began = time.time()
             self._report()
-        return self._gang.begin_chunk(chunk, job.for_ranks)
+        return job
+
+    def _fetch(self, chunk: Chunk) -> None:
+        """Begin to fetch a chunk that is back; other prompts' chunks go on beside it.
+
+        The worker that has its pages may be dead, which Ray takes seconds to say of a whole node.
+        """
+        job = self._begin(chunk)
+        fetched = self._gang.begin_fetch(chunk, job.for_ranks)
+        job.finishing = detached(self._finish_fetch(chunk, job, fetched))
+        job.finishing.add_done_callback(self._regroup_if_failed)
+
+    async def _finish_fetch(
+        self, chunk: Chunk, job: _Job, fetched: "asyncio.Future[list[RankResult]]"
+    ) -> None:
+        """Let a prompt go on behind pages that have come back, or end it where they have not."""
+        await asyncio.wait({fetched})
+        self._scheduler.ended(chunk, not _has_failed(fetched))
+        self._wake.set()
+        try:
+            results = fetched.result()
+        except RayError:
+            if self._jobs.get(job.name) is job:
+                raise
+            return  # The ranks have met again since, or whoever watches them finds it.
+        failure = next((r.failure for r in results if r.failure is not None), None)
+        if failure is not None:
+            self._fail_fetch(job, failure)
+            return
+        self._sink.add(metrics.PREFILL_TOKENS_BACK, chunk.end - chunk.start)
+        job.note_stages(results)
 
     async def _hand_off(self, job: _Job, results: list[RankResult]) -> None:
         """Wait until all pages of a computed prompt have arrived, and say so."""
@@ -396,9 +433,6 @@ class PrefillReplica:
             raise error
 
     def _count(self, chunk: Chunk, job: _Job, results: list[RankResult]) -> None:
-        if chunk.is_back:
-            self._sink.add(metrics.PREFILL_TOKENS_BACK, chunk.end - chunk.start)
-            return
         self._sink.add(metrics.PREFILL_CHUNKS)
         self._sink.add(metrics.PREFILL_TOKENS, chunk.computed_tokens)
         again = min(chunk.end, job.order.request.computed) - chunk.start

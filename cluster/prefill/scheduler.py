@@ -33,13 +33,17 @@ class Chunk:
 
 @dataclass
 class _Entry:
-    """A prompt; `back` tokens of it need not be computed, and `dealt` are dealt out."""
+    """A prompt; `back` tokens of it need not be computed, and `dealt` are dealt out.
+
+    While it is `fetching` a chunk that is back, it has its pages for itself, and no other turn.
+    """
 
     tokens: int
     score_top: int | None = None
     back: int = 0
     dealt: int = 0
     admitted: bool = False
+    fetching: bool = False
 
     @property
     def pages(self) -> int:
@@ -95,7 +99,7 @@ class ChunkScheduler:
 
     @property
     def _left_pages(self) -> int:
-        return sum(entry.pages for entry in self._left.values())
+        return sum(entry.pages for entry in self._left.values() if not entry.fetching)
 
     def add(
         self, request_id: str, tokens: int, score_top: int | None = None, done: int = 0
@@ -148,8 +152,15 @@ class ChunkScheduler:
     def ended(self, chunk: Chunk, is_computed: bool) -> None:
         """A chunk that was dealt out is over; where it failed, its prompt goes on before it."""
         entry = self._computing.pop(chunk)
+        if chunk.is_back:
+            entry.fetching = False
         if not is_computed:
             entry.dealt = min(entry.dealt, chunk.start)
+
+    def is_fetching(self, request_id: str) -> bool:
+        """Whether a chunk of a prompt that is back has not ended; its pages cannot be freed."""
+        entry = self._entries.get(request_id) or self._left.get(request_id)
+        return entry is not None and entry.fetching
 
     def taken(self) -> list[str]:
         """Prompts whose pages, which they had left, somebody else has got since the last time."""
@@ -169,7 +180,8 @@ class ChunkScheduler:
         Each chunk is dealt out once, and counts as computed from then on, unless `ended` says that
         it was not: a prompt that is cancelled during its chunk has passed others all the same.
         """
-        order = self._turns.order()
+        # Whoever waits for pages that come back holds nobody else up.
+        order = [name for name in self._turns.order() if not self._entries[name].fetching]
         if order and not self._holds_pages(order[0]):
             # Those that have pages go on: their ends bring pages for the one whose turn it is.
             order = [name for name in order if self._entries[name].admitted]
@@ -188,7 +200,7 @@ class ChunkScheduler:
         if pages > self._free_pages + self._left_pages:
             return False
         while pages > self._free_pages:
-            oldest = next(iter(self._left))
+            oldest = next(name for name, entry in self._left.items() if not entry.fetching)
             self.remove(oldest)
             self._taken.append(oldest)
         return True
@@ -203,6 +215,7 @@ class ChunkScheduler:
         entry.dealt = min(start + self._chunk_tokens, entry.tokens)
         self._turns.serve(request_id, entry.dealt - start)
         is_last, is_back = entry.dealt == entry.tokens, entry.dealt <= entry.back
+        entry.fetching = is_back
         chunk = Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)
         self._computing[chunk] = entry
         return chunk

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,14 @@ class BackgroundHandOff(HandOff):
         self._thread.submit(self._push, written, place, pages)
 
     def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None:
-        self._thread.submit(self._fetch, _event(self._stream), wanted).result()
+        self.begin_fetch(wanted).result()
+
+    def begin_fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> "Future[None]":
+        """As `fetch`, beside whatever the caller does meanwhile; done when the pages are there.
+
+        Until then nobody else writes these pages, and nobody abandons the hand-off.
+        """
+        return self._thread.submit(self._fetch, _event(self._stream), wanted)
 
     def flush(self) -> None:
         """As `HandOff.flush`.
@@ -100,9 +107,11 @@ class BackgroundHandOff(HandOff):
     def _fetch(
         self, free: torch.cuda.Event | None, wanted: Sequence[tuple[Place, HeldPages]]
     ) -> None:
-        if self._abandoned or self.failure is not None:
+        if self.failure is not None:
             return
         try:
+            if self._abandoned:
+                raise TransferError("the hand-off was abandoned")
             if free is not None:
                 free.synchronize()
             self._inner.fetch(wanted)

@@ -50,6 +50,8 @@ class FakeGang:
         self.begun_while: list[int] = []  # how many others were under way
         self.seconds_to_finish: Iterator[float] = repeat(0.001)
         self.may_compute, self.may_finish = asyncio.Event(), asyncio.Event()
+        self.may_fetch = asyncio.Event()
+        self.may_fetch.set()
         self.may_compute.set()
         self.may_finish.set()
         self.released: list[str] = []
@@ -90,6 +92,17 @@ class FakeGang:
         self.finished += 1
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
         return [RankResult(logits, {"linear": 0.1}, failure)]
+
+    def begin_fetch(self, chunk: Chunk, prompt: OfPrompt) -> "asyncio.Future[list[RankResult]]":
+        self.have.add(chunk.request_id)
+        self.computed.append(chunk)
+        return asyncio.ensure_future(self._fetch(chunk))
+
+    async def _fetch(self, chunk: Chunk) -> list[RankResult]:
+        await self.may_fetch.wait()
+        await asyncio.sleep(0.001)
+        self.finished += 1
+        return [RankResult(None, {"hand-off": 0.1}, self.outcome(chunk))]
 
     async def flush(self, request_id: str) -> str | None:
         await self.may_flush.wait()
@@ -740,18 +753,18 @@ def test_no_later_attempt_uses_or_hands_off_pages_that_did_not_come(
     dying = FakeWorker(done=2 * CHUNK_TOKENS)
 
     async def scenario(replica: PrefillReplica) -> list[Any]:
-        gang.may_compute.clear()
+        gang.may_fetch.clear()
         asked = [asyncio.create_task(prefill(replica, "a", TOKENS, dying))]
         while not gang.computed:
             await asyncio.sleep(0.001)
         if comes == "after it failed":
-            gang.may_compute.set()
+            gang.may_fetch.set()
             await asyncio.wait(asked)
         dying.die()
         for name in later:
             asked.append(asyncio.create_task(prefill(replica, name, TOKENS, first_id="a")))
             await asyncio.sleep(0.005)
-        gang.may_compute.set()
+        gang.may_fetch.set()
         return await asyncio.gather(*asked, return_exceptions=True)
 
     first, *_, last = play(scenario)
@@ -829,6 +842,96 @@ def test_an_earlier_order_does_not_end_a_later_one(play: Any, gang: FakeGang) ->
 
     *_, prefilled = play(scenario)
     assert isinstance(prefilled, Prefilled)
+
+
+def test_a_prompt_that_waits_for_pages_to_come_back_holds_no_other_up(
+    play: Any, gang: FakeGang
+) -> None:
+    """The worker that has them may be dead, and nobody know yet."""
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.may_fetch.clear()
+        waiting = asyncio.create_task(
+            prefill(replica, "waits", TOKENS, FakeWorker(done=2 * CHUNK_TOKENS))
+        )
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        await prefill(replica, "others", TOKENS)
+        [*_, prefilled] = await prefill(replica, "another", TOKENS)
+        assert isinstance(prefilled, Prefilled)
+        assert dealt(gang, "waits") == [(0, True)]
+        gang.may_fetch.set()
+        return await waiting
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    assert [is_back for _, is_back in dealt(gang, "waits")] == [True, True, False, False]
+    assert prefilled.stages["hand-off"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("ends", ["released", "its worker dies"])
+def test_pages_are_not_freed_while_something_is_being_fetched_into_them(
+    play: Any, gang: FakeGang, ends: str
+) -> None:
+    """Whoever got them next would compute with what comes."""
+    worker = FakeWorker(done=2 * CHUNK_TOKENS)
+    large = 262144 - 128  # of 262144 tokens of pages that are there
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.may_fetch.clear()
+        fetching = asyncio.create_task(prefill(replica, "a", TOKENS, worker))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        worker.die() if ends == "its worker dies" else worker.is_released.set()
+        with pytest.raises((LostError, UnavailableError)):
+            await fetching
+        waiting = asyncio.create_task(prefill(replica, "large", large))
+        await prefill(replica, "small", 9)
+        await asyncio.sleep(0.01)
+        assert gang.released == []
+        assert dealt(gang, "large") == []
+        gang.may_fetch.set()
+        await waiting
+        assert "a" in gang.released
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("found_by", ["fetch", "pulse"])
+def test_a_rank_that_dies_under_a_fetch_is_replaced_once(
+    play: Any, gang: FakeGang, tmp_path: Path, found_by: str
+) -> None:
+    """Whoever hears of it first; what is heard later, of calls to the dead one, means no other."""
+    gang.lost = [1]
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.is_back and chunk.request_id == "a":
+            raise ActorDiedError
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.outcome = outcome
+        gang.may_fetch.clear()
+        first = asyncio.create_task(prefill(replica, "a", TOKENS, FakeWorker(done=CHUNK_TOKENS)))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        if found_by == "pulse":
+            gang.rank_is_lost.set()
+        else:
+            gang.may_fetch.set()
+        with pytest.raises(LostError):
+            await first
+        gang.may_fetch.set()
+        await asyncio.sleep(0.01)
+        there = FakeWorker(done=CHUNK_TOKENS)
+        said = await prefill(replica, "a", TOKENS, there, number=1)
+        await replica.check_health()
+        assert not gang.killed
+        return said
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    assert len(gang.regrouped_while) == 1
+    assert dealt(gang, "a-order-1")[0] == (0, True)
 
 
 @pytest.mark.parametrize("ends", ["in prefill", "after prefill"])

@@ -24,6 +24,8 @@ def pages_of(tokens: int) -> int:
 def compute(scheduler: ChunkScheduler) -> Chunk:
     chunk = scheduler.next()
     assert chunk is not None
+    if chunk.is_back:
+        scheduler.ended(chunk, is_computed=True)
     if chunk.is_last:
         scheduler.remove(chunk.request_id)
     return chunk
@@ -116,6 +118,38 @@ def test_whole_chunks_that_were_computed_before_come_back() -> None:
     assert compute(scheduler) == Chunk("a", CHUNK, 2 * CHUNK, False, is_back=True)
     assert scheduler.tokens_to_go == CHUNK
     assert compute(scheduler) == Chunk("a", 2 * CHUNK, 3 * CHUNK, True)
+
+
+def test_a_prompt_whose_pages_are_on_their_way_back_has_no_turn() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", 3 * CHUNK, done=2 * CHUNK)
+    back = scheduler.next()
+    assert back is not None
+    assert back.is_back
+    assert scheduler.is_fetching("a")
+    assert scheduler.next() is None
+    scheduler.add("b", 3 * CHUNK)
+    assert [compute(scheduler).request_id for _ in range(3)] == ["b"] * 3
+    assert scheduler.next() is None
+    scheduler.ended(back, is_computed=False)
+    assert not scheduler.is_fetching("a")
+    assert compute(scheduler) == back
+
+
+def test_pages_that_are_being_fetched_into_are_nobody_elses() -> None:
+    scheduler = make_scheduler(pages=2 * pages_of(CHUNK))
+    scheduler.add("a", CHUNK + PAGE_TOKENS, done=CHUNK)
+    back = scheduler.next()
+    assert back is not None
+    scheduler.leave("a")
+    assert scheduler.is_fetching("a")
+    assert scheduler.usage == pytest.approx(pages_of(CHUNK + PAGE_TOKENS) / (2 * pages_of(CHUNK)))
+    scheduler.add("b", CHUNK)
+    assert scheduler.next() is None
+    scheduler.ended(back, is_computed=True)
+    assert scheduler.usage == 0
+    assert compute(scheduler).request_id == "b"
+    assert scheduler.taken() == ["a"]
 
 
 @pytest.mark.parametrize(("tokens", "computed"), [(2 * CHUNK, CHUNK), (2 * CHUNK + 1, 1)])
