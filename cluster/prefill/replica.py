@@ -379,20 +379,22 @@ class PrefillReplica:
     async def _finish_fetch(
         self, chunk: Chunk, job: _Job, fetched: "asyncio.Future[list[RankResult]]"
     ) -> None:
-        """Let a prompt go on behind pages that have come back, or end it where they have not."""
+        """Let a prompt go on behind pages that have come back, or end it where they have not.
+
+        Those that came before lie here all the same, for a later attempt.
+        """
         await asyncio.wait({fetched})
-        self._scheduler.ended(chunk, not _has_failed(fetched))
-        self._wake.set()
-        try:
-            results = fetched.result()
-        except RayError:
-            if self._jobs.get(job.name) is job:
-                raise
-            return  # The ranks have met again since, or whoever watches them finds it.
+        results = [] if _has_failed(fetched) else fetched.result()
         failure = next((r.failure for r in results if r.failure is not None), None)
+        self._scheduler.ended(chunk, bool(results) and failure is None)
+        self._wake.set()
         if failure is not None:
-            self._fail_fetch(job, failure)
+            self._fail_hand_off(job, failure)
             return
+        if not results:
+            if self._jobs.get(job.name) is job:
+                fetched.result()  # raises
+            return  # The ranks have met again since, or whoever watches them finds it.
         self._sink.add(metrics.PREFILL_TOKENS_BACK, chunk.end - chunk.start)
         job.note_stages(results)
 
@@ -415,11 +417,6 @@ class PrefillReplica:
         if job.name in self._jobs:
             self._sink.add(metrics.HANDOFF_FAILURES)
         self._end(job, TransferError(why))
-
-    def _fail_fetch(self, job: _Job, why: str) -> None:
-        """End a prompt, and have its pages freed: what they hold, nobody knows."""
-        self._fail_hand_off(job, why)
-        self._forget(job)
 
     def _failed(self, chunk: Chunk, job: _Job, error: RayError) -> None:
         """End the one request that needed too much; raise if ranks have to meet again."""

@@ -718,18 +718,25 @@ def test_chunks_whose_pages_the_worker_has_are_fetched(
     assert counted(tmp_path, AGAIN) == CHUNK_TOKENS
 
 
-def test_pages_that_could_not_be_fetched_are_never_used(play: Any, gang: FakeGang) -> None:
-    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
+@pytest.mark.parametrize("came", [0, 1])
+def test_pages_that_could_not_be_fetched_are_never_used(
+    play: Any, gang: FakeGang, came: int
+) -> None:
+    """And those that came before them are."""
+    fails_at = came * CHUNK_TOKENS
+    gang.outcome = lambda chunk: (
+        "they did not come" if chunk.is_back and chunk.start == fails_at else None
+    )
 
     async def scenario(replica: PrefillReplica) -> None:
         with pytest.raises(TransferError):
-            await prefill(replica, "a", TOKENS, FakeWorker(done=CHUNK_TOKENS))
-        while not gang.released:
-            await asyncio.sleep(0.001)
+            await prefill(replica, "a", TOKENS, FakeWorker(done=2 * CHUNK_TOKENS))
+        assert dealt(gang, "a")[-1] == (fails_at, True)
         await prefill(replica, "b", TOKENS, first_id="a")
 
     play(scenario)
-    assert gang.came_back == []
+    assert gang.came_back == ([("a", "b", fails_at)] if came else [])
+    assert dealt(gang, "b")[0] == (fails_at, False)
 
 
 def pages_do_not_come(chunk: Chunk, dies_at: int | None) -> str | None:
