@@ -393,7 +393,7 @@ class PrefillRank:
         """
         if self._mesh.is_left:
             raise LeftMeshError
-        if takes:
+        if takes and request_id not in self._hand_offs:  # from a time that was given up half-way
             self._prefiller.admit(request_id, prompt)
             self._hand_offs[request_id] = self._open(destination)
         self._prefiller.share(request_id, done, takes)

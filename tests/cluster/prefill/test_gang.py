@@ -147,6 +147,43 @@ def test_a_new_row_gets_the_pages_of_a_prompt_before_it_computes(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("outcome", ["computed", "lost", "renamed and lost"])
+def test_pages_are_given_again_where_it_is_not_known_that_they_came(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows, outcome: str
+) -> None:
+    """A rank that dies meanwhile leaves the others with anything in place of what they wanted."""
+
+    async def run() -> None:
+        gang, placement = await started(monkeypatch)
+        await gang.begin_chunk(Chunk("a", 0, 256, False), PROMPT).results
+        fake.dead.append(gang._rows[2])
+        await gang.regroup()
+        await gang.recruit()
+        await gang.regroup()
+        kept, dies, comes = gang._rows[0].ranks[0], gang._rows[1], placement.started[-1]
+        name = "a"
+        if outcome == "renamed and lost":
+            gang.come_back("a", name := "b", PROMPT, 256)
+        elif outcome == "lost":
+            for rank in (kept, comes):
+                rank.answers["finish_chunk"] = failed = asyncio.get_running_loop().create_future()
+                failed.set_exception(ActorDiedError())
+        if outcome != "renamed and lost":
+            await asyncio.wait({gang.begin_chunk(Chunk("a", 256, 512, False), PROMPT).results})
+            await asyncio.sleep(0)
+        for rank in (kept, comes):
+            rank.answers.clear()
+        fake.dead.append(dies)
+        assert await gang.regroup() == 1
+        gang.begin_chunk(Chunk(name, 256, 512, False), PROMPT)
+        given = [done for called, *done in comes.calls if called == "share"]
+        again = [] if outcome == "computed" else [[name, "tokens", "destination", 256, True]]
+        assert given[1:] == again
+        assert [called for called, *_ in kept.calls if called == "share"] == ["share"] * len(given)
+
+    asyncio.run(run())
+
+
 def test_pages_die_with_the_last_row_that_has_them(
     monkeypatch: pytest.MonkeyPatch, fake: FakeRows
 ) -> None:

@@ -178,6 +178,14 @@ def test_hand_offs_note_what_is_written_before_their_mesh_is_left(
     assert was_left == [False]
 
 
+def test_pages_may_be_given_to_a_rank_again(rank: PrefillRank) -> None:
+    """The first time was given up half-way."""
+    prompt = np.full(1500, 65, dtype=np.int32)
+    for _ in range(2):
+        rank.share("a", prompt, TO, 1024, takes=True)
+    assert run_chunk(rank, Chunk("a", 1024, 1500, True), None, None).logits is not None
+
+
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -152,6 +152,19 @@ def test_pages_that_are_being_fetched_into_are_nobody_elses() -> None:
     assert scheduler.taken() == ["a"]
 
 
+def test_of_pages_that_were_left_those_go_first_that_nothing_is_fetched_into() -> None:
+    scheduler = make_scheduler(pages=2 * pages_of(CHUNK + 1))
+    scheduler.add("fetched into", CHUNK + 1, done=CHUNK)
+    assert scheduler.next() is not None
+    scheduler.leave("fetched into")
+    scheduler.add("left", CHUNK + 1)
+    compute(scheduler)
+    scheduler.leave("left")
+    scheduler.add("new", CHUNK + 1)
+    assert compute(scheduler).request_id == "new"
+    assert scheduler.taken() == ["left"]
+
+
 @pytest.mark.parametrize(("tokens", "computed"), [(2 * CHUNK, CHUNK), (2 * CHUNK + 1, 1)])
 def test_the_last_chunk_never_comes_back_as_the_logits_do_not(tokens: int, computed: int) -> None:
     scheduler = make_scheduler()
