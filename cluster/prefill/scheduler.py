@@ -9,13 +9,18 @@ from ...engine.errors import CacheTooSmallError
 from ...engine.fairness import Turns
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 
+_BACK_TOKENS = 131_072
+"""That come back at a time, in whole chunks: each time the ranks are told between two chunks of
+other prompts. What came before one that fails need not be fetched again."""
+
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens [start, end) of one prompt; `is_last` when the prompt ends with them.
 
     `score_top`: the prompt's own tokens are scored, with so many alternatives. `is_back`: they were
-    computed before, and their pages come back from where they were handed off to.
+    computed before, as several chunks perhaps, and their pages come back from where they were
+    handed off to.
     """
 
     request_id: str
@@ -62,7 +67,8 @@ class ChunkScheduler:
     free, and go as soon as somebody else needs the room.
 
     Args:
-        chunk_tokens: of every chunk but a prompt's last; a multiple of PAGE_TOKENS.
+        chunk_tokens: of every chunk that is computed, but a prompt's last; a multiple of
+            PAGE_TOKENS.
         patience: see `Turns`.
     """
 
@@ -212,9 +218,14 @@ class ChunkScheduler:
     def _deal(self, request_id: str) -> Chunk:
         entry = self._entries[request_id]
         start = entry.dealt
-        entry.dealt = min(start + self._chunk_tokens, entry.tokens)
+        is_back = start < entry.back
+        if is_back:
+            most = max(_BACK_TOKENS // self._chunk_tokens, 1) * self._chunk_tokens
+            entry.dealt = min(start + most, entry.back)
+        else:
+            entry.dealt = min(start + self._chunk_tokens, entry.tokens)
         self._turns.serve(request_id, entry.dealt - start)
-        is_last, is_back = entry.dealt == entry.tokens, entry.dealt <= entry.back
+        is_last = entry.dealt == entry.tokens
         entry.fetching = is_back
         chunk = Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)
         self._computing[chunk] = entry

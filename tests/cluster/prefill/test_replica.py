@@ -192,6 +192,8 @@ class Promise:
 @pytest.fixture
 def gang(monkeypatch: pytest.MonkeyPatch) -> FakeGang:
     fake = FakeGang()
+    # A chunk at a time.
+    monkeypatch.setattr("longreach.cluster.prefill.scheduler._BACK_TOKENS", CHUNK_TOKENS)
 
     async def start(settings: Any, metrics_directory: Path) -> FakeGang:
         return fake
