@@ -198,6 +198,7 @@ def test_a_proxy_that_is_to_go_closes_connections_that_have_fallen_idle(
         pipelined.send(request + request[:20])
         assert pipelined.answer().status == 200
         wait_for(lambda: len(FrontProtocol._awaited) == 2)  # those that ask, and have just come
+        wait_for(lambda: Departure.under_way == 0)
         assert depart(None) == 0
         assert idle.is_closed_within(5)
         for client, rest in ((asking, request[20:]), (pipelined, request[20:]), (new, request)):
