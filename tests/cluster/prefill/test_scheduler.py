@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
@@ -327,7 +327,6 @@ class Ledger:
         assert self.scheduler.num_running == len(self.holders)
 
 
-@settings(deadline=None)
 @given(
     turns=st.lists(
         st.tuples(
