@@ -366,7 +366,7 @@ class ReceiveOutOfMemoryError(FactualError, TransferError):
 
     @property
     def sentence(self) -> str:
-        return f"decode ran out of memory as it received pages of request {self.request_id}"
+        return f"decode ran out of memory for pages of request {self.request_id} on their way"
 
 
 @dataclass(eq=False)

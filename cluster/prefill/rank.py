@@ -9,6 +9,7 @@ Where a rank dies, the others would wait for it in a collective: `leave`, on a t
 frees them, chunks under way fail, and `meet` puts those that are left together again.
 """
 
+import itertools
 import math
 import threading
 import time
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
     from ...engine.kv.background import BackgroundHandOff
     from ...engine.kv.destination import Destination
-    from ...engine.kv.hand_off import HandOff, Sender
+    from ...engine.kv.hand_off import HandOff, Place, Sender
+    from ...engine.kv.pages import HeldPages
     from ...engine.milestones import Milestone
     from ...engine.parallel.mesh import Mesh
     from ...engine.prefill.chunk import ChunkResult
@@ -326,12 +328,22 @@ class PrefillRank:
         fetching = self._future_of(chunk, self._fetching)
         try:
             hand_off = self._hand_off_of(chunk, prompt, destination)
-            wanted = self._prefiller.pages_to_fetch(chunk.request_id, chunk.start, chunk.end)
-            done = hand_off.begin_fetch(wanted)
+            done = hand_off.begin_fetch(self._pages_to_fetch(chunk))
             fetching.set_result(_Fetching(hand_off, done, time.monotonic()))
         except BaseException as error:
             fetching.set_exception(error)
             raise
+
+    def _pages_to_fetch(self, chunk: Chunk) -> "list[tuple[Place, HeldPages]]":
+        """Each place has a computed chunk's tokens at most.
+
+        Whoever sends or takes one gathers it on its device, which has room for so many.
+        """
+        name, size = chunk.request_id, self._settings.prefill.chunk_tokens
+        starts = range(chunk.start, chunk.end, size)
+        parts = ((start, min(start + size, chunk.end)) for start in starts)
+        every = [self._prefiller.pages_to_fetch(name, start, end) for start, end in parts]
+        return list(itertools.chain.from_iterable(every))
 
     def finish_fetch(self, chunk: Chunk) -> RankResult:
         """What came of a chunk's pages, when none is under way any more; on a thread of its own.

@@ -11,10 +11,12 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from ...engine.errors import ReceiveOutOfMemoryError
 from ...engine.kv.destination import Destination
 from ...engine.kv.hand_off import Place, RequestPages, Sender
 from ...engine.kv.host_copies import HostCopies
 from ...engine.kv.pages import HeldPages, Pages
+from ...engine.memory.out_of_memory import out_of_memory_raises
 from ..messages import WorkerDestination
 from ..remedies import in_one_line
 from .actor_messages import WantedPages, WorkerHandOff, WorkerReceiver
@@ -157,7 +159,8 @@ class ObjectStoreReceiver(WorkerReceiver):
         return size
 
     def send_back(self, request_id: str, message: Sequence[WantedPages]) -> list[PageRun]:
-        return [self._read(request_id, wanted) for wanted in message]
+        with out_of_memory_raises(ReceiveOutOfMemoryError(request_id)):
+            return [self._read(request_id, wanted) for wanted in message]
 
     def _read(self, request_id: str, wanted: WantedPages) -> PageRun:
         held = self._pages.held(request_id, wanted.place, wanted.num_pages, wanted.num_kv_heads)

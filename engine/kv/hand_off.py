@@ -179,6 +179,7 @@ class Receiver(ABC):
 
         Raises:
             TransferError: the request holds no pages, or not these.
+            ReceiveOutOfMemoryError: the device has no memory left for them on their way.
         """
 
     @abstractmethod

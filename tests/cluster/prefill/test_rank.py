@@ -21,7 +21,7 @@ from longreach.engine.kv.pages import HeldPages
 from longreach.engine.messages import Tokens
 from longreach.kernels import dual_chunk
 
-from ..conftest import gangs_with, make_settings
+from ..conftest import CHUNK_TOKENS, gangs_with, make_settings
 
 
 class NoHandOff(HandOff):
@@ -131,7 +131,7 @@ class SlowHandOff(NoHandOff):
 
     def __init__(self) -> None:
         self.said: str | None = None
-        self.wanted: list[Place] = []
+        self.wanted_pages: list[tuple[Place, HeldPages]] = []
         self.fetched: Future[None] = Future()
 
     @property
@@ -139,7 +139,7 @@ class SlowHandOff(NoHandOff):
         return self.said
 
     def begin_fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> Future[None]:
-        self.wanted += [place for place, _ in wanted]
+        self.wanted_pages += wanted
         return self.fetched
 
 
@@ -153,7 +153,7 @@ def test_chunks_are_computed_beside_a_fetch(monkeypatch: pytest.MonkeyPatch) -> 
     with ThreadPoolExecutor(1) as threads:
         fetched = threads.submit(rank.finish_fetch, back)
         rank.begin_fetch(back, prompt, TO)
-        assert {place.first_page for place in slow.wanted} == {0}
+        assert {place.first_page for place, _ in slow.wanted_pages} == {0}
         result = run_chunk(rank, Chunk("b", 0, 300, True), prompt[:300], TO)
         assert result.logits is not None
         assert not fetched.done()
@@ -164,6 +164,20 @@ def test_chunks_are_computed_beside_a_fetch(monkeypatch: pytest.MonkeyPatch) -> 
         assert fetched.result(timeout=60).failure == "they did not come"
     slow.said = None
     assert run_chunk(rank, Chunk("a", 1024, 1500, True), None, None).logits is not None
+
+
+def test_no_place_of_a_fetch_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends or takes one gathers it on its device, and counts with a chunk at most."""
+    slow, rank = SlowHandOff(), make_rank()
+    monkeypatch.setattr(rank, "_open", lambda destination: slow)
+    rank.begin_fetch(
+        Chunk("a", 0, 2048 - 128, False, is_back=True), np.full(2048, 65, dtype=np.int32), TO
+    )
+    pages: dict[int, list[tuple[int, int]]] = {}
+    for place, held in slow.wanted_pages:
+        pages.setdefault(place.layer, []).append((place.first_page, len(held)))
+    assert CHUNK_TOKENS == 1024
+    assert list(pages.values()) == [[(0, 8), (8, 7)]] * rank._num_layers
 
 
 def test_hand_offs_note_what_is_written_before_their_mesh_is_left(

@@ -12,8 +12,13 @@ from ray.exceptions import ObjectStoreFullError, RayError, RayTaskError
 
 from longreach.cluster.messages import WorkerDestination
 from longreach.cluster.transports import actor_messages
-from longreach.cluster.transports.object_store import ObjectStoreSender, PageRun
-from longreach.engine.errors import TransferError
+from longreach.cluster.transports.actor_messages import WantedPages
+from longreach.cluster.transports.object_store import (
+    ObjectStoreReceiver,
+    ObjectStoreSender,
+    PageRun,
+)
+from longreach.engine.errors import ReceiveOutOfMemoryError, TransferError
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import HeldPages, Pages, page_index
 
@@ -130,3 +135,13 @@ def test_no_more_bytes_are_under_way_than_allowed(monkeypatch: pytest.MonkeyPatc
         hand_off.push(Place(number, 0, 0), held(layer, list(range(8))))
     hand_off.flush()
     assert most == 3
+
+
+def test_a_worker_without_memory_for_pages_on_their_way_back_ends_one_request() -> None:
+    """Whatever else is raised counts as a device that has broken, and ends the worker."""
+    pages = Mock()
+    pages.held.return_value.read.side_effect = torch.OutOfMemoryError("CUDA out of memory")
+    receiver = ObjectStoreReceiver(Mock(), pages)
+    with pytest.raises(ReceiveOutOfMemoryError) as raised:
+        receiver.send_back("a", [WantedPages(Place(0, 0, 0), 1, 1)])
+    assert raised.value.request_id == "a"
