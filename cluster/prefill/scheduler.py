@@ -58,10 +58,10 @@ class _Entry:
 class ChunkScheduler:
     """Deals out chunks of several prompts, each with all its pages held from its first chunk on.
 
-    The order is that of `Turns`: the shorter kind first at every chunk border, with a bound on
-    how often a prompt is passed. Where the prompt whose turn it is must wait for pages, no other
-    is admitted before it, and those that hold pages go on; so where pages are short, a prompt is
-    also passed by what they have to go.
+    The order is that of `Turns`, over tokens that are computed: the shorter kind first at every
+    chunk border, with a bound on how often a prompt is passed. Where the prompt whose turn it is
+    must wait for pages, no other is admitted before it, and those that hold pages go on; so where
+    pages are short, a prompt is also passed by what they have to go.
 
     A prompt that is over may leave its pages behind, in case that it is begun again. They count as
     free, and go as soon as somebody else needs the room.
@@ -125,7 +125,8 @@ class ChunkScheduler:
         entry = _Entry(tokens, score_top, back)
         if entry.pages > self._num_pages:
             raise CacheTooSmallError("prefill", tokens, self._num_pages * PAGE_TOKENS)
-        self._turns.join(request_id, tokens)
+        # Others wait for what is computed, and for nothing that comes back.
+        self._turns.join(request_id, tokens - back)
         self._entries[request_id] = entry
 
     def leave(self, request_id: str) -> None:
@@ -224,9 +225,9 @@ class ChunkScheduler:
             entry.dealt = min(start + most, entry.back)
         else:
             entry.dealt = min(start + self._chunk_tokens, entry.tokens)
-        self._turns.serve(request_id, entry.dealt - start)
         is_last = entry.dealt == entry.tokens
         entry.fetching = is_back
         chunk = Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)
+        self._turns.serve(request_id, chunk.computed_tokens)
         self._computing[chunk] = entry
         return chunk

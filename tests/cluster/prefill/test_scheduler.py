@@ -121,6 +121,31 @@ def test_whole_chunks_that_were_computed_before_come_back() -> None:
     assert compute(scheduler) == Chunk("a", 2 * CHUNK, 3 * CHUNK, True)
 
 
+def test_a_prompt_is_as_long_as_what_is_left_of_it_to_compute() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("shorter", 9 * CHUNK)
+    scheduler.add("longer, with a short rest", 100 * CHUNK, done=98 * CHUNK)
+    computed = [compute(scheduler) for _ in range(4)]
+    assert [chunk.request_id for chunk in computed] == ["longer, with a short rest"] * 3 + [
+        "shorter"
+    ]
+    assert [chunk.computed_tokens for chunk in computed] == [0, CHUNK, CHUNK, CHUNK]
+
+
+def test_pages_that_come_back_pass_nobody() -> None:
+    scheduler = make_scheduler(patience=1.0)
+    scheduler.add("long", 9 * CHUNK)
+    for number in range(8):
+        scheduler.add(f"back {number}", 101 * CHUNK, done=100 * CHUNK)
+        computed = [compute(scheduler) for _ in range(2)]
+        assert [chunk.is_back for chunk in computed] == [True, False]
+        assert {chunk.request_id for chunk in computed} == {f"back {number}"}
+    scheduler.add("short", CHUNK)
+    assert compute(scheduler).request_id == "short"
+    scheduler.add("short", CHUNK)
+    assert compute(scheduler).request_id == "long", "passed by as many tokens as it has"
+
+
 @pytest.mark.parametrize(
     ("chunk_tokens", "ends"),
     [
@@ -284,9 +309,9 @@ class Ledger:
         self.done: dict[str, int] = {}
         self.holders: set[str] = set()
 
-    def add(self, name: str, tokens: int) -> None:
-        self.scheduler.add(name, tokens)
-        self.turns.join(name, tokens)
+    def add(self, name: str, tokens: int, done: int) -> None:
+        self.scheduler.add(name, tokens, done=done)
+        self.turns.join(name, tokens - self.scheduler.whole_chunks(tokens, done))
         self.tokens[name] = tokens
 
     def remove(self, name: str) -> None:
@@ -303,7 +328,9 @@ class Ledger:
             return False
         name, tokens = chunk.request_id, self.tokens[chunk.request_id]
         assert chunk.start == self.done.get(name, 0)
-        assert chunk.end == min(chunk.start + CHUNK, tokens)
+        assert chunk.is_back or chunk.end == min(chunk.start + CHUNK, tokens)
+        if chunk.is_back:
+            self.scheduler.ended(chunk, is_computed=True)
         assert chunk.is_last == (chunk.end == tokens)
         if name == order[0]:
             self.holders.add(name)
@@ -312,7 +339,7 @@ class Ledger:
             assert name == next(each for each in order if each in self.holders)
             assert self.held + pages_of(self.tokens[order[0]]) > PAGES
         self.done[name] = chunk.end
-        self.turns.serve(name, chunk.end - chunk.start)
+        self.turns.serve(name, chunk.computed_tokens)
         if chunk.is_last:
             self.remove(name)
         return True
@@ -330,7 +357,13 @@ class Ledger:
 @given(
     turns=st.lists(
         st.tuples(
-            st.lists(st.integers(1, PAGES * PAGE_TOKENS) | st.integers(1, CHUNK), max_size=3),
+            st.lists(
+                st.tuples(
+                    st.integers(1, PAGES * PAGE_TOKENS) | st.integers(1, CHUNK),
+                    st.just(0) | st.integers(0, PAGES * PAGE_TOKENS),
+                ),
+                max_size=3,
+            ),
             st.none() | st.integers(0, 20),
         ),
         max_size=40,
@@ -338,14 +371,14 @@ class Ledger:
     patience=st.sampled_from([0.1, 1.0, 1e9]),
 )
 def test_every_prompt_is_computed_once_and_in_turn_within_the_pages_and_all_come_back(
-    turns: list[tuple[list[int], int | None]], patience: float
+    turns: list[tuple[list[tuple[int, int]], int | None]], patience: float
 ) -> None:
     ledger = Ledger(patience)
     names = (str(number) for number in range(1000))
     cancelled = set()
     for joining, leaving in turns:
-        for tokens in joining:
-            ledger.add(next(names), tokens)
+        for tokens, done in joining:
+            ledger.add(next(names), tokens, done)
         if leaving is not None:
             # Cancelled, finished before, or never there: pages come back once or not at all.
             cancelled.add(str(leaving))
