@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.errors import LeftMeshError, OutOfMemoryError, TransferError
+from ...engine.errors import (
+    InvalidRequestError,
+    LeftMeshError,
+    OutOfMemoryError,
+    TransferError,
+)
 from ...engine.messages import Tokens
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
@@ -418,10 +423,18 @@ class PrefillRank:
 
         Args:
             done: tokens behind which the next chunk begins.
+
+        Raises:
+            InvalidRequestError: they do not lie here, as where ranks parted before this one had
+                been given them. Nothing is held of the request any more.
         """
-        before = self._hand_offs.pop(request_id)
-        before.abandon()
-        self._prefiller.rename(request_id, to, done)
+        try:
+            self._prefiller.rename(request_id, to, done)
+        except InvalidRequestError:
+            # Nobody releases the old name after this.
+            self.release(request_id)
+            raise
+        self._hand_offs.pop(request_id).abandon()
         hand_off = self._hand_offs[to] = self._open(destination)
         size = self._settings.prefill.chunk_tokens
         for start in range(destination.done, done, size):

@@ -13,7 +13,7 @@ import torch
 from longreach.cluster.messages import WorkerDestination
 from longreach.cluster.prefill.rank import Meeting, PrefillRank, RankResult
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.engine.errors import ChunkOutOfMemoryError, LeftMeshError
+from longreach.engine.errors import ChunkOutOfMemoryError, InvalidRequestError, LeftMeshError
 from longreach.engine.kv import background
 from longreach.engine.kv.destination import Destination
 from longreach.engine.kv.hand_off import HandOff, Place
@@ -198,6 +198,31 @@ def test_pages_may_be_given_to_a_rank_again(rank: PrefillRank) -> None:
     for _ in range(2):
         rank.share("a", prompt, TO, 1024, takes=True)
     assert run_chunk(rank, Chunk("a", 1024, 1500, True), None, None).logits is not None
+
+
+@pytest.mark.parametrize("parted", ["before it was given pages", "meanwhile"])
+def test_a_rank_that_was_not_given_pages_keeps_none(
+    rank: PrefillRank, monkeypatch: pytest.MonkeyPatch, parted: str
+) -> None:
+    """It has just come, and the ranks part before a prompt goes on under another name."""
+    free, prompt = rank._prefiller._pool.num_free, np.full(1500, 65, dtype=np.int32)
+
+    def part(*given: Any) -> None:
+        raise LeftMeshError
+
+    with monkeypatch.context() as patched:
+        if parted == "meanwhile":
+            patched.setattr(rank._prefiller, "share", part)
+        else:
+            rank.leave()
+        with pytest.raises(LeftMeshError):
+            rank.share("a", prompt, TO, 1024, takes=True)
+    with pytest.raises(InvalidRequestError):
+        rank.come_back("a", "b", TO, 1024)
+    assert rank._prefiller._pool.num_free == free
+    rank.meet(Meeting.of_one(), 0)
+    rank.share("b", prompt, TO, 1024, takes=True)
+    assert run_chunk(rank, Chunk("b", 1024, 1500, True), None, None).logits is not None
 
 
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
