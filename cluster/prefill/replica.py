@@ -57,7 +57,8 @@ class _Job:
 
     `began`: when its first chunk did. From then on the ranks hold pages of it, also after its end,
     until its request is over or somebody else needs them. `finishing` ends when all its chunks that
-    were begun have: until then nobody knows which of its pages are whole.
+    were begun have: until then nobody knows which of its pages are whole. `forgotten` is done when
+    they are nobody's any more.
     """
 
     order: PrefillOrder
@@ -65,8 +66,16 @@ class _Job:
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float | None = None
     finishing: "asyncio.Task[None] | None" = None
+    forgotten: "asyncio.Future[None]" = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
     stages: dict[str, float] = field(default_factory=dict)
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Nobody can go on with its pages from here on."""
+        if not self.forgotten.done():
+            self.forgotten.set_result(None)
 
     async def heard(self) -> AsyncGenerator[Progress | Prefilled, None]:
         """Its events, to the last."""
@@ -183,7 +192,7 @@ class PrefillReplica:
         """
         try:
             destination = await job.order.destination
-            await self._end_earlier(job)
+            await self._end_earlier(job, destination)
             if job.name in self._jobs:
                 self._admit(job, destination)
             await job.order.released
@@ -197,11 +206,13 @@ class PrefillReplica:
         self._end(job, UnavailableError("the request was released"))
         self._forget(job)
 
-    async def _end_earlier(self, job: _Job) -> None:
-        """End earlier attempts at a prompt's request; returns when no chunk of them is under way.
+    async def _end_earlier(self, job: _Job, destination: "Destination") -> None:
+        """End earlier attempts at a prompt's request; returns when it is known what they left.
 
-        Such a chunk may fail yet, or its pages not come. A later attempt goes on behind what is
-        known to be whole, and hands nothing else off: its decode worker would count that as there.
+        A chunk that is under way may fail yet, or its pages not come. A later attempt goes on
+        behind what is known to be whole, and hands nothing else off: its decode worker would count
+        that as there. Of what it does not go on with, it waits for nothing: a fetch from a worker
+        that has died takes as long to fail as Ray to find that.
         """
         await self._regrouping.may_begin()
         while job.name in self._jobs:
@@ -212,33 +223,45 @@ class PrefillReplica:
             before = self._left.get(job.origin)
             if before is None or before.finishing is None or before.finishing.done():
                 return
-            await asyncio.wait({before.finishing})
+            is_fetching = self._scheduler.is_fetching(before.name)
+            if is_fetching and not self._left_to(job, before, destination):
+                self._forget(before)
+                return
+            await asyncio.wait({before.finishing, before.forgotten}, return_when=FIRST_COMPLETED)
             await self._regrouping.may_begin()
 
     def _admit(self, job: _Job, destination: "Destination") -> None:
         """Let a prompt's turn come, behind what need not be computed once more."""
-        scored = job.order.request.sampling.prompt_logprobs
         before = self._left.get(job.origin)
-        if before is None or scored is not None or not self._goes_on(job, before, destination):
+        done = 0 if before is None else self._left_to(job, before, destination)
+        if before is not None and done:
+            self._go_on(job, before, done)
+        else:
+            scored = job.order.request.sampling.prompt_logprobs
             self._scheduler.add(job.name, job.total, scored, destination.done)
         self._wake.set()
         self._report()
 
-    def _goes_on(self, job: _Job, before: _Job, destination: "Destination") -> bool:
-        """Have a prompt go on with the pages that an earlier attempt left, if these help."""
+    def _left_to(self, job: _Job, before: _Job, destination: "Destination") -> int:
+        """Tokens that a prompt can go on behind with what an earlier attempt left.
+
+        0 where it does not help: nothing lies here, or more comes back from the decode worker.
+        """
         done = self._scheduler.left_behind(before.name)
         prompt, same = job.order.request.prompt, before.order.request.prompt
-        lies_here = self._gang.holds(before.name)
+        is_scored = job.order.request.sampling.prompt_logprobs is not None
         # More may have come of the chunk that was lost, which is computed again.
-        helps = done and done >= self._scheduler.whole_chunks(job.total, destination.done)
-        if not lies_here or not helps or not np.array_equal(prompt, same):
-            return False
+        helps = done >= self._scheduler.whole_chunks(job.total, destination.done)
+        lies_here = self._gang.holds(before.name) and np.array_equal(prompt, same)
+        return done if helps and lies_here and not is_scored else 0
+
+    def _go_on(self, job: _Job, before: _Job, done: int) -> None:
+        """Have a prompt go on with the pages that an earlier attempt left."""
         del self._left[job.origin]
         self._scheduler.come_back(before.name, job.name)
         self._gang.come_back(before.name, job.name, job.for_ranks, done)
         self._sink.add(metrics.PREFILL_TOKENS_BACK, done)
         job.began = time.time()
-        return True
 
     def _end(self, job: _Job, error: LongreachError) -> None:
         """End a prompt here and now: its next chunk's turn may come before anyone reads this."""
@@ -269,6 +292,7 @@ class PrefillReplica:
             del self._left[job.origin]
         else:
             return  # It is forgotten, or a later attempt has its pages.
+        job.forget()
         self._leaving.append(job.name)
         self._wake.set()
 
@@ -285,8 +309,11 @@ class PrefillReplica:
 
     def _release_taken(self) -> None:
         """Free what was left behind, and is somebody else's from the next chunk on."""
-        for request_id in self._scheduler.taken():
-            self._left = {o: job for o, job in self._left.items() if job.name != request_id}
+        taken = self._scheduler.taken()
+        for job in [job for job in self._left.values() if job.name in taken]:
+            del self._left[job.origin]
+            job.forget()
+        for request_id in taken:
             self._gang.release(request_id)
 
     async def _run(self) -> None:

@@ -139,10 +139,15 @@ class ChunkScheduler:
     def left_behind(self, request_id: str) -> int:
         """Tokens behind which a prompt that was left could go on; 0 where none lie there.
 
-        Whole chunks; the last one is computed again where all were: the logits are wanted.
+        Whole chunks; the last one is computed again where all were: the logits are wanted. What is
+        being fetched does not count: whether it comes, nobody knows yet.
         """
         entry = self._left.get(request_id)
-        return 0 if entry is None else self.whole_chunks(entry.tokens, entry.dealt)
+        if entry is None:
+            return 0
+        begun = (chunk for chunk, whose in self._computing.items() if whose is entry)
+        known = min([entry.dealt, *(chunk.start for chunk in begun if chunk.is_back)])
+        return self.whole_chunks(entry.tokens, known)
 
     def come_back(self, request_id: str, to: str) -> int:
         """Let a prompt that was left go on under another name; behind how many tokens.

@@ -781,8 +781,87 @@ def test_no_later_attempt_uses_or_hands_off_pages_that_did_not_come(
     assert isinstance(last[-1], Prefilled)
     assert "a" not in {before for before, _, _ in gang.came_back}
     if comes == "before it fails":
-        assert gang.came_back == []
-        assert dealt(gang, later[-1])[0] == (0, False)
+        assert dealt(gang, later[0])[0] == (0, False)
+
+
+def hold_fetch(gang: FakeGang, start: int) -> None:
+    """A fetch from there on does not end before `may_fetch` is set, and then nothing has come."""
+    fetch = gang._fetch
+
+    async def held(chunk: Chunk) -> list[RankResult]:
+        gang.may_fetch = asyncio.Event() if chunk.start == start else gang.may_fetch
+        return await fetch(chunk)
+
+    gang._fetch = held
+    gang.outcome = lambda chunk: (
+        "they did not come" if chunk.is_back and chunk.start == start else None
+    )
+
+
+async def until_fetched_from(gang: FakeGang, start: int) -> None:
+    while (start, True) not in dealt(gang, "a"):
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("why", ["first", "another prompt", "scored"])
+def test_no_later_attempt_waits_for_a_fetch_that_it_cannot_gain_by(
+    play: Any, gang: FakeGang, why: str
+) -> None:
+    """Ray takes up to a minute to say that a node has died, and so would the fetch."""
+    fails_at = 0 if why == "first" else CHUNK_TOKENS
+    hold_fetch(gang, fails_at)
+    dying = FakeWorker(done=2 * CHUNK_TOKENS)
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        first = asyncio.create_task(prefill(replica, "a", TOKENS, dying))
+        await until_fetched_from(gang, fails_at)
+        dying.die()
+        tokens = TOKENS + 1 if why == "another prompt" else TOKENS
+        scored = 0 if why == "scored" else None
+        said = await prefill(replica, "b", tokens, first_id="a", scored=scored)
+        with pytest.raises((LostError, UnavailableError)):
+            await first
+        assert gang.released == [], "its pages are written to"
+        gang.may_fetch.set()
+        while not gang.released:
+            await asyncio.sleep(0.001)
+        assert gang.released == ["a"]
+        return said
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    assert gang.came_back == []
+    assert dealt(gang, "b")[0] == (0, False)
+
+
+@pytest.mark.parametrize("ends", ["it fails", "its request is over"])
+def test_a_later_attempt_waits_for_a_fetch_before_which_pages_lie(
+    play: Any, gang: FakeGang, ends: str
+) -> None:
+    """Until it has ended, or these are nobody's any more."""
+    hold_fetch(gang, CHUNK_TOKENS)
+    dying = FakeWorker(done=2 * CHUNK_TOKENS)
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        first = asyncio.create_task(prefill(replica, "a", TOKENS, dying))
+        await until_fetched_from(gang, CHUNK_TOKENS)
+        second = asyncio.create_task(prefill(replica, "b", TOKENS, first_id="a"))
+        with pytest.raises(UnavailableError):
+            await first
+        await asyncio.sleep(0.01)
+        assert not dealt(gang, "b")
+        if ends == "it fails":
+            gang.may_fetch.set()
+        else:
+            dying.is_released.set()
+        return await second
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    whole = CHUNK_TOKENS if ends == "it fails" else 0
+    assert gang.came_back == ([("a", "b", whole)] if whole else [])
+    assert dealt(gang, "b")[0] == (whole, False)
 
 
 FAILURES = [ActorDiedError(), RayTaskError("begin_chunk", "", ChunkOutOfMemoryError(0, 1))]

@@ -186,10 +186,12 @@ def test_pages_that_are_being_fetched_into_are_nobody_elses() -> None:
     assert back is not None
     scheduler.leave("a")
     assert scheduler.is_fetching("a")
+    assert scheduler.left_behind("a") == 0
     assert scheduler.usage == pytest.approx(pages_of(CHUNK + PAGE_TOKENS) / (2 * pages_of(CHUNK)))
     scheduler.add("b", CHUNK)
     assert scheduler.next() is None
     scheduler.ended(back, is_computed=True)
+    assert scheduler.left_behind("a") == CHUNK
     assert scheduler.usage == 0
     assert compute(scheduler).request_id == "b"
     assert scheduler.taken() == ["a"]
