@@ -15,9 +15,10 @@ from typing import Any
 
 import ray
 
-from ...engine.errors import LongreachError, LostError
+from ...engine.errors import LongreachError, LostError, innermost
 from ..call_errors import CallError
 from ..settings import GangSettings
+from ..tasks import detached
 from . import rows
 from .placement import HAND_OFF, RESULTS, Placement
 from .rank import RankResult
@@ -66,6 +67,7 @@ class Gang:
         self._held_by: dict[str, frozenset[Row]] = {}
         # And those that had them before, until it is known that what they give to others has come.
         self._held_before: dict[str, frozenset[Row]] = {}
+        self._told: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def start(cls, settings: GangSettings, metrics_directory: Path) -> "Gang":
@@ -98,6 +100,11 @@ class Gang:
         """Whether what was computed of a prompt lies here."""
         return bool(self._holders(request_id))
 
+    @property
+    def told(self) -> "frozenset[asyncio.Task[None]]":
+        """What ranks were told beside their chunks and have not done yet, as to share pages."""
+        return frozenset(self._told)
+
     def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
         """Compute one chunk on all ranks.
 
@@ -120,8 +127,7 @@ class Gang:
         the prompt gets no other chunk, and is neither released nor comes back.
         """
         given = self._given(chunk, prompt)
-        for rank in self._ranks:
-            rank.begin_fetch.remote(chunk, *given)
+        self._note_told("fetch", [rank.begin_fetch.remote(chunk, *given) for rank in self._ranks])
         calls = [
             rank.finish_fetch.options(concurrency_group=HAND_OFF).remote(chunk)
             for rank in self._ranks
@@ -142,8 +148,8 @@ class Gang:
         self._held_by[to] = self._held_by.pop(request_id)
         if (before := self._held_before.pop(request_id, None)) is not None:
             self._held_before[to] = before
-        for rank in self._ranks:
-            rank.come_back.remote(request_id, to, prompt.destination, done)
+        given = (request_id, to, prompt.destination, done)
+        self._note_told("go on", [rank.come_back.remote(*given) for rank in self._ranks])
 
     async def flush(self, request_id: str) -> str | None:
         """Return when all pages of a prompt have arrived, or why they did not.
@@ -239,12 +245,25 @@ class Gang:
         holders = self._holders(request_id)
         if len(holders) == len(self._rows):
             return
-        for row in self._rows:
-            takes = row not in holders
-            for rank in row.ranks:
-                rank.share.remote(request_id, prompt.tokens, prompt.destination, done, takes)
+        calls = [
+            rank.share.remote(
+                request_id, prompt.tokens, prompt.destination, done, row not in holders
+            )
+            for row in self._rows
+            for rank in row.ranks
+        ]
+        self._note_told("share pages", calls)
         self._held_before.setdefault(request_id, self._held_by[request_id])
         self._held_by[request_id] = frozenset(self._rows)
+
+    def _note_told(self, what: str, calls: list[Any]) -> None:
+        """Calls whose answers nobody waits for; what they raise shows later, and as another error.
+
+        So it is logged here.
+        """
+        told = detached(_log_failures(what, calls))
+        self._told.add(told)
+        told.add_done_callback(self._told.discard)
 
     def _note_end(self, request_id: str, computed: "asyncio.Future[Any]") -> None:
         """A chunk has ended: if it is computed, so has come whatever was given to rows before it.
@@ -263,6 +282,13 @@ class Gang:
 async def _all_went_well(calls: list[Any]) -> bool:
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     return not any(isinstance(outcome, BaseException) for outcome in outcomes)
+
+
+async def _log_failures(what: str, calls: list[Any]) -> None:
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            error = innermost(outcome)
+            logger.warning("a rank was told to %s, and failed: %r", what, error)
 
 
 async def _all_of(calls: list[Any]) -> list[Any]:

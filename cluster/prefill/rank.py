@@ -406,7 +406,10 @@ class PrefillRank:
         Args:
             destination: of its pages, as those who have them know it.
             done: tokens that are computed.
-            takes: whether this rank came later.
+            takes: whether this rank came later; then it returns when the pages are there.
+
+        Raises:
+            LeftMeshError: the ranks part, and the pages may not have come.
         """
         if self._mesh.is_left:
             raise LeftMeshError
@@ -438,7 +441,8 @@ class PrefillRank:
         hand_off = self._hand_offs[to] = self._open(destination)
         size = self._settings.prefill.chunk_tokens
         for start in range(destination.done, done, size):
-            self._prefiller.push(to, start, min(start + size, done), hand_off)
+            # Chunks that have ended computed them, or `share` brought them and has returned.
+            self._prefiller.push(to, start, min(start + size, done), hand_off.push_whole)
 
     def flush(self, request_id: str) -> str | None:
         """Return when all pages of a request have arrived, or why they did not.

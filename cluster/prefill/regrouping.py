@@ -71,7 +71,11 @@ class Regrouping:
                 self._recruiting.cancel()
 
     async def _trouble_or_border(self) -> BaseException | None:
-        """What has happened to a rank; None where new ones are ready, and no chunk is under way."""
+        """What has happened to a rank; None at a border.
+
+        That is where new ranks are ready, and those that are together compute no chunk, and give
+        each other no pages: those of a prompt that is fetched next, perhaps.
+        """
         watching = asyncio.create_task(self._gang.watch(self._is_busy))
         failing = asyncio.create_task(self._failures.get())
         try:
@@ -81,10 +85,12 @@ class Regrouping:
                     waited.add(self._recruiting)
                 elif self._recruiting is not None:
                     self._together.clear()
-                    last = self._last_chunk()
-                    if last is None or last is self._settled or _ended_well(last):
+                    last, told = self._last_chunk(), self._gang.told
+                    has_ended = last is None or last is self._settled or _ended_well(last)
+                    if has_ended and not told:
                         return None
-                    if not last.done():
+                    waited |= told
+                    if last is not None and not last.done():
                         waited.add(last)
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if failing.done():

@@ -46,7 +46,17 @@ class BackgroundHandOff(HandOff):
         return self._failure or self._inner.failure
 
     def push(self, place: Place, pages: HeldPages) -> None:
-        written = _Written(_event(self._stream), self._mesh())
+        self._begin_push(place, pages, self._mesh())
+
+    def push_whole(self, place: Place, pages: HeldPages) -> None:
+        """As `push`, of pages of which it is known that what computed them has ended well.
+
+        They are whole whatever becomes of the mesh.
+        """
+        self._begin_push(place, pages, None)
+
+    def _begin_push(self, place: Place, pages: HeldPages, mesh: Mesh | None) -> None:
+        written = _Written(_event(self._stream), mesh)
         with self._lock:
             self._under_way.add(written)
         self._thread.submit(self._push, written, place, pages)
@@ -145,19 +155,19 @@ def _use(stream: torch.cuda.Stream | None) -> None:
 
 @dataclass(eq=False)
 class _Written:
-    """When pages are written that are pushed, and whether by what `mesh` computed.
+    """When pages are written that are pushed, and whether by what `mesh` computed; None: they are.
 
     Where it is left, collectives are given up, and what was launched behind them runs all the same:
     the event happens, and what was written is anything.
     """
 
     event: torch.cuda.Event | None
-    mesh: Mesh
+    mesh: Mesh | None
     _was_in_time: bool = False
 
     def note(self) -> None:
         """Look whether they are written, before the mesh is left."""
-        if self.event is not None and not self.mesh.is_left:
+        if self.event is not None and self.mesh is not None and not self.mesh.is_left:
             self._was_in_time = self.event.query()
 
     def is_whole(self) -> bool:
@@ -167,7 +177,7 @@ class _Written:
             return True
         self.event.synchronize()
         # In this order: it is noted before it is left.
-        return not self.mesh.is_left or self._was_in_time
+        return self.mesh is None or not self.mesh.is_left or self._was_in_time
 
 
 def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:

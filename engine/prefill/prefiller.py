@@ -4,7 +4,7 @@ Here are the requests and their pages; `chunk` computes. Every rank of a mesh ha
 every call is made on all of them in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,17 +13,25 @@ import torch
 
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 from ...kernels.pages import BlockTable, LayerPages
-from ..errors import CacheTooSmallError, ChunkOutOfMemoryError, InvalidRequestError
+from ..errors import (
+    CacheTooSmallError,
+    ChunkOutOfMemoryError,
+    InvalidRequestError,
+    LeftMeshError,
+)
 from ..kv.chunk_pages import part_of
 from ..kv.hand_off import HandOff, Place
 from ..kv.pages import HeldPages, PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
+from ..milestones import Milestone
 from ..model.qwen2 import Qwen2
 from ..parallel.mesh import Mesh
 from .attention import Observer, Planted, PrefillParts
 from .chunk import ChunkResult, run_chunk
 from .sparsity import SparsityConfig
+
+Push = Callable[[Place, HeldPages], None]
 
 _PAGES_AT_ONCE = 512
 """Of one layer, that a sequence rank gives to others: 128 MB at most of the models served."""
@@ -120,10 +128,13 @@ class Prefiller:
             for layer in range(self._pool.geometry.num_layers)
         ]
 
-    def push(self, request_id: str, start: int, end: int, hand_off: HandOff) -> None:
+    def push(self, request_id: str, start: int, end: int, push: Push) -> None:
         """Hand off tokens [start, end), which lie in the pages, once more and to somebody else.
 
         Every sequence rank pushes its part.
+
+        Args:
+            push: of a hand-off.
         """
         heads, mesh = self._parts.model.heads, self._parts.model.mesh
         first = start // PAGE_TOKENS
@@ -133,7 +144,7 @@ class Prefiller:
         table = self._admitted[request_id].table.pages[first : pages_for(end)]
         for layer in range(self._pool.geometry.num_layers):
             place = Place(layer, first + part.start, heads.first_kv_head)
-            hand_off.push(place, self._pool.held(layer, table[part]))
+            push(place, self._pool.held(layer, table[part]))
 
     def move_to(self, mesh: Mesh) -> None:
         """Compute on another mesh from now on, in which this rank's tensor rank is the same."""
@@ -142,15 +153,26 @@ class Prefiller:
     def share(self, request_id: str, done: int, takes: bool) -> None:
         """Copy the pages of a request's first tokens from the first sequence rank; collective.
 
+        Where they are wanted it returns when they are there.
+
         Args:
             done: tokens, whole pages of them, that the next chunk begins behind.
             takes: whether they are wanted here.
+
+        Raises:
+            LeftMeshError: they may not have come, because the mesh was left.
         """
+        mesh = self._parts.model.mesh
         admitted = self._admitted[request_id]
         every = admitted.table.pages[: done // PAGE_TOKENS]
         for layer in range(self._pool.geometry.num_layers):
             for first in range(0, len(every), _PAGES_AT_ONCE):
                 self._share(layer, every[first : first + _PAGES_AT_ONCE], takes)
+        if takes:
+            # From here on they may be handed off, whatever becomes of the mesh.
+            Milestone.after_what_is_launched(self._pool.device).wait()
+            if mesh.is_left:
+                raise LeftMeshError
         admitted.done = done
 
     def _share(self, layer: int, numbers: npt.NDArray[np.int64], takes: bool) -> None:

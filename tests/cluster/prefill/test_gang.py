@@ -13,7 +13,7 @@ from longreach.cluster.prefill.gang import Gang, OfPrompt
 from longreach.cluster.prefill.placement import Placement
 from longreach.cluster.prefill.rows import Row
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.engine.errors import LostError
+from longreach.engine.errors import LeftMeshError, LostError
 
 from ..conftest import gangs_with, make_settings
 
@@ -258,5 +258,39 @@ def test_a_fetch_is_over_when_no_rank_fetches_any_more(
             await fetched
         gang.begin_chunk(Chunk("a", 256, 512, True), PROMPT)
         assert second.last("begin_chunk")[1:] == [None, None]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["share", "come_back", "begin_fetch"])
+def test_what_ranks_are_told_is_known_until_they_have_done_it_and_logged_where_they_fail(
+    monkeypatch: pytest.MonkeyPatch,
+    fake: FakeRows,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    """A chunk later it would show as a request that a rank does not know."""
+
+    async def run() -> None:
+        gang, placement = await started(monkeypatch, sequence_parallel=2)
+        gang.begin_chunk(Chunk("a", 0, 256, False), PROMPT)
+        fake.dead.append(gang._rows[1])
+        await gang.regroup()
+        await gang.recruit()
+        await gang.regroup()
+        comes = placement.started[-1]
+        comes.answers[name] = answer = asyncio.get_running_loop().create_future()
+        if name == "begin_fetch":
+            gang.begin_fetch(Chunk("b", 0, 256, False, is_back=True), PROMPT)
+        else:
+            gang.come_back("a", "c", PROMPT, 256)
+        await asyncio.sleep(0.01)
+        assert len(gang.told) == 1
+        assert not caplog.records
+        answer.set_exception(LeftMeshError())
+        await asyncio.wait(gang.told)
+        assert not gang.told
+        [record] = caplog.records
+        assert "LeftMeshError" in record.getMessage()
 
     asyncio.run(run())

@@ -28,6 +28,7 @@ class NoHandOff(HandOff):
     """Takes pages and does nothing with them."""
 
     def push(self, place: Place, pages: HeldPages) -> None: ...
+    def push_whole(self, place: Place, pages: HeldPages) -> None: ...
     def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
@@ -200,7 +201,24 @@ def test_pages_may_be_given_to_a_rank_again(rank: PrefillRank) -> None:
     assert run_chunk(rank, Chunk("a", 1024, 1500, True), None, None).logits is not None
 
 
-@pytest.mark.parametrize("parted", ["before it was given pages", "meanwhile"])
+@pytest.mark.parametrize("takes", [True, False])
+def test_pages_that_a_prompt_goes_on_with_are_whole_whatever_becomes_of_the_mesh(
+    monkeypatch: pytest.MonkeyPatch, takes: bool
+) -> None:
+    """Ranks may part before they are sent, as to let another one in."""
+    first, second, prompt = Mock(), Mock(), np.full(1500, 65, dtype=np.int32)
+    opened, rank = iter([first, second]), make_rank()
+    monkeypatch.setattr(rank, "_open", lambda destination: next(opened))
+    if takes:
+        rank.share("a", prompt, TO, 1024, takes=True)
+    else:
+        run_chunk(rank, Chunk("a", 0, 1024, False), prompt, TO)
+    rank.come_back("a", "b", TO, 1024)
+    assert second.push_whole.call_count == rank._num_layers
+    second.push.assert_not_called()
+
+
+@pytest.mark.parametrize("parted", ["before", "as it was given pages", "meanwhile"])
 def test_a_rank_that_was_not_given_pages_keeps_none(
     rank: PrefillRank, monkeypatch: pytest.MonkeyPatch, parted: str
 ) -> None:
@@ -211,15 +229,18 @@ def test_a_rank_that_was_not_given_pages_keeps_none(
         raise LeftMeshError
 
     with monkeypatch.context() as patched:
-        if parted == "meanwhile":
-            patched.setattr(rank._prefiller, "share", part)
-        else:
+        if parted == "before":
             rank.leave()
+        elif parted == "as it was given pages":
+            patched.setattr(rank._prefiller, "_share", part)
+        else:  # On a GPU nobody is told.
+            patched.setattr(rank._prefiller, "_share", lambda *given: rank.leave())
         with pytest.raises(LeftMeshError):
             rank.share("a", prompt, TO, 1024, takes=True)
     with pytest.raises(InvalidRequestError):
         rank.come_back("a", "b", TO, 1024)
     assert rank._prefiller._pool.num_free == free
+    rank.leave()
     rank.meet(Meeting.of_one(), 0)
     rank.share("b", prompt, TO, 1024, takes=True)
     assert run_chunk(rank, Chunk("b", 1024, 1500, True), None, None).logits is not None

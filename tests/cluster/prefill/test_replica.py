@@ -65,6 +65,7 @@ class FakeGang:
         self.num_ranks = 1
         self.is_whole = True
         self.lost: list[int] = []  # of each time that ranks meet again
+        self.told: set[asyncio.Task[Any]] = set()
         self.regrouped_while: list[int] = []  # how many chunks were under way
         self.may_grow, self.may_meet = asyncio.Event(), asyncio.Event()
         self.may_meet.set()
@@ -596,6 +597,27 @@ def test_a_new_rank_comes_between_two_chunks(play: Any, gang: FakeGang) -> None:
     play(scenario)
     assert gang.regrouped_while == [0, 0]
     assert len(gang.computed) == 40
+
+
+def test_no_rank_comes_while_pages_are_given_to_another(play: Any, gang: FakeGang) -> None:
+    """Ranks part for it, and those would not come: a fetch that follows is no chunk under way."""
+    gang.lost = [1, 0]
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.rank_is_lost.set()
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        are_given = asyncio.Event()
+        gang.told = {asyncio.create_task(are_given.wait())}
+        gang.may_grow.set()
+        await asyncio.sleep(0.01)
+        assert len(gang.regrouped_while) == 1
+        are_given.set()
+        gang.told = set()
+        while len(gang.regrouped_while) < 2:
+            await asyncio.sleep(0.001)
+
+    play(scenario)
 
 
 def test_a_rank_that_dies_while_another_waits_to_join_is_found(play: Any, gang: FakeGang) -> None:

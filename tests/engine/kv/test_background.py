@@ -230,6 +230,23 @@ def test_what_waits_to_be_sent_between_two_chunks_is_sent_whatever_mesh_comes_ne
     parting.sender.abandon()
 
 
+def test_pages_that_are_known_to_be_whole_are_sent_whenever_the_mesh_is_left(
+    events: list[FakeEvent],
+) -> None:
+    """They were computed long before; all that they wait for is the work launched meanwhile."""
+    parting = Parting(0)
+    parting.sender.push_whole(Place(0, 0, 0), PAGES)
+    parting.leave()
+    parting.sender.push_whole(Place(1, 0, 0), PAGES)
+    assert not parting.slow.begun.wait(0.01)
+    for event in events:
+        event.happened.set()
+    parting.slow.let.set()
+    parting.sender.flush()
+    assert parting.slow.asked == [0, 1, "flush"]
+    parting.sender.abandon()
+
+
 def test_on_a_cpu_pages_are_whole_when_they_are_pushed() -> None:
     parting = Parting(0)
     parting.sender = BackgroundHandOff(parting.slow, None, lambda: parting.mesh)

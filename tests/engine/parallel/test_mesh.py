@@ -216,8 +216,8 @@ def run_moved(local: LocalPrefill) -> tuple[Tensor, list]:
         local.prefiller.run_chunk("before", start, start + 256, RecordingSender())
     sender = RecordingSender()
     local.prefiller.rename("before", "after", 512)
-    local.prefiller.push("after", 0, 384, sender)
-    local.prefiller.push("after", 384, 512, sender)
+    local.prefiller.push("after", 0, 384, sender.push)
+    local.prefiller.push("after", 384, 512, sender.push)
     return rest_of("after", local, sender, start=512), sender.pushed
 
 
