@@ -103,6 +103,6 @@ class _PlainPickler(CloudPickler):
 
 
 def _is_everywhere(module: str) -> bool:
-    """Errors of ours stand in modules that load nothing."""
+    """Errors of ours stand in modules that load nothing, but those of the command line alone."""
     root, _, rest = module.partition(".")
     return root in _EVERYWHERE or (root == "longreach" and rest.split(".")[-1] == "errors")

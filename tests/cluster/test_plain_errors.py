@@ -1,9 +1,13 @@
 """Whatever an actor raises, whoever reads it loads nothing for it."""
 
+import ast
 import asyncio
+import importlib
 import inspect
 import tarfile
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +31,10 @@ from longreach.engine.errors import (
 )
 
 from ..house.test_imports import loaded
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("engine", "kernels", "cluster", "deploy", "plugins", "lab", "loadtest")
+ACTORS = (PrefillRank, DecodeWorker, DecodeFollower)
 
 
 class UnreadableError(Exception):
@@ -118,6 +126,49 @@ def test_plain_errors_are_passed_on_as_they_are(way: str) -> None:
         assert raised(way, error) is error
 
 
+def classes() -> dict[str, tuple[str, set[str]]]:
+    """Of each class of the source: the module that it stands in, and its bases' names."""
+    found = {}
+    for path in (each for room in ROOMS for each in (ROOT / room).rglob("*.py")):
+        module = ".".join(("longreach", *path.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                found[node.name] = (module, bases)
+    return found
+
+
+def errors_of_ours() -> dict[str, str]:
+    """Every LongreachError there is, and the module that it stands in."""
+    every, ours = classes(), {"LongreachError"}
+    while more := {name for name, (_, bases) in every.items() if bases & ours} - ours:
+        ours |= more
+    return {name: every[name][0] for name in ours}
+
+
+def test_every_error_of_ours_is_passed_on_as_it_is_but_the_command_lines() -> None:
+    """No process that has torch raises these, or has their modules."""
+    ours = errors_of_ours()
+    assert len(ours) > 40
+    elsewhere = {name: module for name, module in ours.items() if not module.endswith(".errors")}
+    assert elsewhere.keys() == {"ClusterLostError", "EndpointError", "PortInUseError"}
+    # What is made of facts and names none is what others have in common.
+    for name in ours.keys() - elsewhere.keys() - {"FactualError"}:
+        kind = getattr(importlib.import_module(ours[name]), name)
+        facts = [1 for _ in fields(kind)] if is_dataclass(kind) else ["in words"]
+        error = kind(*facts)
+        assert raised("call", error) is error
+    actors = ", ".join(each.__module__ for each in ACTORS)
+    assert loaded(f"import {actors}", set(elsewhere.values())) == set()
+
+
+def test_whoever_reads_a_plugins_error_loads_no_plugin() -> None:
+    plugins = {module for module in errors_of_ours().values() if ".plugins." in module}
+    assert plugins
+    heavy = {"torch", "vllm", "ray"}
+    assert loaded(f"import {', '.join(sorted(plugins))}", heavy) == set()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_others_are_passed_on_in_words(way: str) -> None:
     for error in HEAVY:
@@ -152,7 +203,7 @@ def test_what_they_return_and_how_they_end_is_as_it_was() -> None:
     assert list(inspect.signature(Actor.add).parameters) == ["self", "a", "b"]
 
 
-@pytest.mark.parametrize("actor", [PrefillRank, DecodeWorker, DecodeFollower])
+@pytest.mark.parametrize("actor", ACTORS)
 def test_all_that_have_torch_pass_on_plain_errors(actor: type) -> None:
     methods = {
         name: member
