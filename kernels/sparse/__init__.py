@@ -24,9 +24,9 @@ from .choose import (
     part_candidates,
 )
 from .heaviest import ColumnCandidates, heaviest
-from .portable import visible_keys
 from .scores import ALL_KEYS, KeyPart, KeyScores, in_order
 from .selections import NOTHING, HeadBudget, Selections, Sums
+from .visible import visible_keys
 
 if TYPE_CHECKING:
     from . import triton_sums
