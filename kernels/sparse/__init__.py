@@ -21,7 +21,9 @@ from .choose import (
     choose_by_bands,
     column_candidates,
     free_counts,
+    leave_no_choice,
     part_candidates,
+    what_is_forced,
 )
 from .heaviest import ColumnCandidates, heaviest
 from .scores import ALL_KEYS, KeyPart, KeyScores, in_order
@@ -52,9 +54,11 @@ __all__ = [
     "heaviest",
     "in_order",
     "key_scores",
+    "leave_no_choice",
     "part_candidates",
     "sums",
     "visible_keys",
+    "what_is_forced",
 ]
 
 

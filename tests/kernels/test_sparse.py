@@ -215,10 +215,12 @@ def check_sums(actual: Sums, problem: Problem, rows: int, heavy: float, toleranc
         )
 
 
-@pytest.mark.parametrize("keys_at_once", [64, 200, 4096])
+@pytest.mark.parametrize("scores_at_once", [1, 2**15, 2**18])
 @pytest.mark.parametrize(("length", "rows"), [(1, 1), (63, 63), (640, 64), (1000, 64), (300, 100)])
-def test_portable_sums_are_those_of_the_definition(monkeypatch, length, rows, keys_at_once) -> None:
-    monkeypatch.setattr(portable_sums, "_KEYS_AT_ONCE", keys_at_once)
+def test_portable_sums_are_those_of_the_definition(
+    monkeypatch, length, rows, scores_at_once
+) -> None:
+    monkeypatch.setattr(portable_sums, "_SCORES_AT_ONCE", scores_at_once)
     problem = make_problem(length, dual=False)
     for heavy in (math.inf, 0.2):
         actual = all_sums(
@@ -446,6 +448,21 @@ def test_what_is_chosen_is_forced_or_among_the_heaviest(data, length: int, level
         order = [0, *(b for b in bands[head].argsort(descending=True).tolist() if b)]
         touched = {b + more for b in order[: budget.bands] for more in (0, 1)}
         assert distances.tolist() == sorted(b for b in touched if b < tiles)
+
+
+@pytest.mark.parametrize("length", [20, 100, 129, 1000])
+def test_what_is_forced_is_what_small_budgets_choose(length: int) -> None:
+    budgets = [HeadBudget(30, 128), HeadBudget(1, 1)]
+    assert sparse.leave_no_choice(budgets)
+    for larger in (HeadBudget(31, 128), HeadBudget(30, 129)):
+        assert not sparse.leave_no_choice([*budgets, larger])
+    tiles = -(-length // 128)
+    sums = Sums(torch.rand(2, length), torch.rand(2, tiles), None, None, 64)
+    expected = sparse.by_bands(sums, budgets)
+    chosen = sparse.what_is_forced(budgets, [length] * 2, torch.device("cpu"))
+    for head in range(2):
+        for actual, wanted in zip(chosen.of_head(head), expected.of_head(head), strict=True):
+            assert actual.tolist() == wanted.tolist()
 
 
 def test_diagonals_are_chosen_as_published() -> None:
