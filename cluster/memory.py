@@ -84,7 +84,7 @@ def decode_fit(settings: WorkerSettings, free: int) -> DecodeFit:
     batch, prompts = settings.decode.largest_batch, own_prompts(settings.decode)
     return DecodeFit(
         weights, geometry, free, batch, settings.longest_chunk, logits_rows(batch, prompts),
-        prompts.at_once,
+        prompts.sizes_alone[-1],
     )  # fmt: skip
 
 
@@ -92,7 +92,8 @@ def own_prompts(decode: DecodeSettings) -> PromptLimits:
     """Which prompts a worker computes itself."""
     if not decode.longest_own_prompt:
         return NO_PROMPTS
-    return PromptLimits(decode.longest_own_prompt, decode.prompt_tokens_at_once)
+    at_once, alone = decode.prompt_tokens_at_once, decode.prompt_tokens_alone
+    return PromptLimits(decode.longest_own_prompt, at_once, alone=alone)
 
 
 def _model(settings: ModelSettings, tensor_parallel: int) -> tuple[Weights, PageGeometry]:

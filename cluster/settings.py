@@ -148,10 +148,11 @@ class DecodeSettings(_Section):
     A worker has `tensor_parallel` ranks, each a process with its heads and their KV: `threads`,
     `cpus` and `gpus` are of each.
     Prompts of up to `prefill_up_to` tokens are computed by the worker itself, beside others'
-    answers, `prefill_at_once` tokens of them in one step; a gang is asked for longer ones.
+    answers, `prefill_at_once` tokens of them in one step, and of one that nobody is beside up to
+    `prefill_alone`; a gang is asked for longer ones.
     `patience`: as a gang's, for prompts that wait for pages here, or to be computed.
     `engine` "vllm" has vLLM generate, in the worker's process: see docs/vllm.md.
-    Where `max_batch` or one of these two is None, it is what suits the worker's device.
+    Where `max_batch` or one of these three is None, it is what suits the worker's device.
     """
 
     engine: Literal["native", "vllm"] = "native"
@@ -162,6 +163,7 @@ class DecodeSettings(_Section):
     max_batch: Count | None = None
     prefill_up_to: Annotated[int, Field(ge=0)] | None = None
     prefill_at_once: Count | None = None
+    prefill_alone: Count | None = None
     threads: Count = 1
     cpus: NotNegative = 1.0
     gpus: NotNegative = 0.0
@@ -183,6 +185,14 @@ class DecodeSettings(_Section):
     def prompt_tokens_at_once(self) -> int:
         """Tokens of prompts in one step."""
         return self.prefill_at_once or (1024 if self.gpus else 512)
+
+    @property
+    def prompt_tokens_alone(self) -> int:
+        """Tokens in one step of a prompt that nobody is beside."""
+        at_once = self.prompt_tokens_at_once
+        if self.prefill_alone or not self.gpus or self.engine == "vllm":
+            return self.prefill_alone or at_once
+        return max(at_once, min(self.longest_own_prompt, 8192))
 
 
 class IngressSettings(_Section):
@@ -391,6 +401,12 @@ class Settings(_Section):
                 f"decode.prefill_at_once is {self.decode.prefill_at_once}; make it a multiple of "
                 f"{PAGE_TOKENS}"
             )
+        if self.decode.prompt_tokens_alone < self.decode.prompt_tokens_at_once:
+            yield (
+                f"decode.prefill_alone ({self.decode.prefill_alone}) is below prefill_at_once "
+                f"({self.decode.prompt_tokens_at_once}), which a step may compute in any case; "
+                "raise it, or leave it out"
+            )
         for key, each in [("decode.max_replicas", self.decode)] + [
             (gang.key("max_replicas"), gang) for gang in self.prefill
         ]:
@@ -486,6 +502,11 @@ class Settings(_Section):
                 f"model.kv_cache_dtype bfloat16 beside model.dtype {self.model.dtype} is not for "
                 "decode.engine vllm, which computes in the type that pages are kept in; leave "
                 f"kv_cache_dtype out, {instead}"
+            )
+        if self.decode.prefill_alone is not None:
+            yield (
+                "decode.prefill_alone is not for decode.engine vllm, whose steps of prompts are "
+                f"prefill_at_once long, whoever is beside; leave it out, {instead}"
             )
         limits = self.limits
         own = min(self.decode.longest_own_prompt, limits.max_model_len)

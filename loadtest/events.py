@@ -49,6 +49,22 @@ class Event:
 _END = Event(is_end=True)
 
 
+class LineSplitter:
+    """The lines of a stream that comes in parts.
+
+    They end with a line feed and nothing else: an answer may hold what Unicode counts as a line's
+    end, as U+2028, and not every endpoint writes it as an escape. httpx's `iter_lines` cuts there.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def lines(self, part: bytes) -> list[str]:
+        """Those that a part completes."""
+        *whole, self._rest = (self._rest + part).split(b"\n")
+        return [line.removesuffix(b"\r").decode() for line in whole]
+
+
 def read_event(line: str) -> Event | None:
     """The event of one line; None where it has none: comments, other fields, and empty lines.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from .endpoint import Endpoint
+from .events import LineSplitter
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,11 @@ class Client:
         body = {**self._body(tokens, answer), **self._streamed}
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             response.raise_for_status()
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if error := event.get("error"):
-                    raise AnswerError(error.get("message", error))
-                if choices := event.get("choices"):
-                    scored = choices[0].get("logprobs") or {}
-                    came.append((time.perf_counter(), len(scored.get("tokens") or [None])))
+            splitter = LineSplitter()
+            async for part in response.aiter_bytes():
+                for line in splitter.lines(part):
+                    if tokens := _tokens_of(line):
+                        came.append((time.perf_counter(), tokens))
 
     def _body(self, tokens: int, answer: int) -> dict[str, object]:
         prompt = [self._random.randrange(self._vocabulary) for _ in range(tokens)]
@@ -85,6 +82,23 @@ class Client:
             "model": self._model, "prompt": prompt, "max_tokens": answer, "temperature": 0,
             "ignore_eos": True,
         }  # fmt: skip
+
+
+def _tokens_of(line: str) -> int:
+    """How many tokens a line of a stream brings, one where it does not say.
+
+    Raises:
+        AnswerError: it tells of an error.
+    """
+    if not line.startswith("data: {"):
+        return 0
+    event = json.loads(line[6:])
+    if error := event.get("error"):
+        raise AnswerError(error.get("message", error))
+    if not (choices := event.get("choices")):
+        return 0
+    scored = choices[0].get("logprobs") or {}
+    return len(scored.get("tokens") or [None])
 
 
 def command_line(says: str) -> argparse.ArgumentParser:

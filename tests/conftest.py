@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -28,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests say nothing of speed: whoever is slow shares the machine.
+    hypothesis.settings.register_profile("any speed", deadline=None)
+    hypothesis.settings.load_profile("any speed")
     if hasattr(config, "workerinput"):
         # The other core is for the other worker.
         torch.set_num_threads(1)

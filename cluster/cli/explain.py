@@ -90,10 +90,9 @@ def _own_prompts(decode: DecodeSettings) -> str:
     """Which prompts a worker computes itself, in words."""
     if not decode.longest_own_prompt:
         return "no prompts"
-    return (
-        f"prompts up to {decode.longest_own_prompt:,} tokens, "
-        f"{decode.prompt_tokens_at_once:,} in a step"
-    )
+    at_once, alone = decode.prompt_tokens_at_once, decode.prompt_tokens_alone
+    more = f", {alone:,} of one alone" if alone > at_once and decode.engine == "native" else ""
+    return f"prompts up to {decode.longest_own_prompt:,} tokens, {at_once:,} in a step{more}"
 
 
 def _add_gang(table: Table, settings: Settings, model: ModelConfig, gang: GangSettings) -> None:

@@ -89,7 +89,7 @@ class Decoder(DecodeEngine):
         self._grammars = GrammarCompiler(token_bytes, config.vocab_size, config.eos_token_ids)
         self._mask_threads = ThreadPoolExecutor(_MASK_THREADS, "mask")
         self._longest_prompt = prompts.longest
-        self._prompts = PromptQueue(prompts.at_once, prompts.pieces, patience)
+        self._prompts = PromptQueue(prompts, patience)
         self._taken = 0
         self._reservations: dict[str, Reservation] = {}
         self._running: list[TokenSequence] = []

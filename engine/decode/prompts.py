@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ...kernels.page_size import PAGE_TOKENS
 from ..fairness import Turns
+from .step import PromptLimits
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class PromptQueue:
     """Prompts under way, in the order of `Turns`: the shorter kind first, and nobody starves.
 
     Args:
-        at_once: tokens that one step computes at most; a multiple of 128.
-        most: prompts in one step.
+        limits: of one step.
         patience: see `Turns`.
     """
 
-    def __init__(self, at_once: int, most: int, patience: float) -> None:
-        self._at_once, self._most = at_once, most
+    def __init__(self, limits: PromptLimits, patience: float) -> None:
+        self._at_once, self._most = limits.at_once, limits.pieces
+        self._sizes_alone = limits.sizes_alone
         self._turns = Turns(patience)
         self._prompts: dict[str, _Prompt] = {}
 
@@ -68,7 +69,7 @@ class PromptQueue:
                 only be computed to wait.
             empty: whether nobody has a place, so that whoever comes first never waits for more.
         """
-        left, parts = self._at_once, []
+        left, parts = self._tokens(alone=empty), []
         for name in self._turns.order():
             prompt = self._prompts[name]
             if len(parts) == self._most or (prompt.choices > places and not empty):
@@ -81,6 +82,17 @@ class PromptQueue:
                 left -= end - prompt.done
                 places, empty = places - prompt.choices, False
         return parts
+
+    def _tokens(self, alone: bool) -> int:
+        """Tokens that the next step may compute: more if only one prompt is here, and no answer.
+
+        Fewer and larger steps take less time, and nobody's next token waits for them.
+        """
+        if not alone or len(self._prompts) != 1:
+            return self._at_once
+        (prompt,) = self._prompts.values()
+        left = prompt.tokens - prompt.done
+        return max((size for size in self._sizes_alone if size <= left), default=self._at_once)
 
     def count(self, part: Part) -> bool:
         """Note that a part is computed; True, and the prompt is forgotten, if it was the last."""

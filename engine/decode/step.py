@@ -99,12 +99,22 @@ class PromptPiece:
 class PromptLimits:
     """Which prompts a step computes: of up to `longest` tokens, `at_once` tokens in all.
 
-    `at_once` is a multiple of 128; a step has no more than `pieces` pieces.
+    `at_once` is a multiple of 128; a step has no more than `pieces` pieces. `alone`: tokens of the
+    only prompt in a step that nobody else waits for, if that is more than `at_once`.
     """
 
     longest: int
     at_once: int
     pieces: int = 16
+    alone: int = 0
+
+    @property
+    def sizes_alone(self) -> list[int]:
+        """What such a prompt is cut into: `at_once` doubled as often as `alone` allows, rising."""
+        sizes = [self.at_once]
+        while 0 < 2 * sizes[-1] <= self.alone:
+            sizes.append(2 * sizes[-1])
+        return sizes
 
 
 NO_PROMPTS = PromptLimits(0, 0, 0)

@@ -24,11 +24,15 @@ def prompt_row_counts(at_once: int) -> list[int]:
 
 
 def step_rows(row_counts: Sequence[int], prompts: PromptLimits) -> list[tuple[int, int]]:
-    """Rows of sequences and of prompts: either alone, or prompts beside the largest batch."""
+    """Rows of sequences and of prompts: either alone, or prompts beside the largest batch.
+
+    The largest ones of prompts are alone only.
+    """
     shapes = [(rows, 0) for rows in row_counts]
     if prompts.at_once:
         for count in prompt_row_counts(prompts.at_once):
             shapes += [(0, count), (row_counts[-1], count)]
+        shapes += [(0, size) for size in prompts.sizes_alone[1:]]
     return shapes
 
 

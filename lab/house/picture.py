@@ -102,6 +102,7 @@ class _Picture:
             *self._arrows_from(DEPLOY),
             *self._arrows_from(LAB),
             *self._arrows_from(PLUGINS),
+            *self._arrows_between(LAB, PLUGINS),
             *(self._room(room) for room in self._sizes),
             *self._legend(),
             "</svg>",
@@ -267,6 +268,27 @@ class _Picture:
             f'<g class="{beside}" data-arrow="{data}"><path class="arrow wide" d="{way}"/>'
             f'<path class="head" d="M{end:.1f} {y - 6:.1f}v12l-8 -6z"/>{names}</g>'
         )
+
+    def _arrows_between(self, beside: str, below: str) -> list[str]:
+        """One arrow from a floor beside the others to the one below it, with names as these."""
+        arrows = [
+            (source, target)
+            for source in self._arrows
+            for target in sorted(self._arrows[source])
+            if _floor_of(source) == beside and _floor_of(target) == below
+        ]
+        if not arrows:
+            return []
+        box, end = self._floors[beside], self._floors[below].y - 8
+        x, y = box.centre, (box.bottom + end) / 2
+        names = ", ".join(sorted({_label(target) for _, target in arrows}))
+        data = ";".join(f"{source} {target}" for source, target in arrows)
+        return [
+            f'<g class="{beside}" data-arrow="{data}"><path class="arrow wide" '
+            f'd="M{x:.1f} {box.bottom:.1f}V{end:.1f}"/>'
+            f'<path class="head" d="M{x - 6:.1f} {end:.1f}h12l-6 8z"/>'
+            f'<text class="note" x="{x + 12:.1f}" y="{y + 4:.1f}">{escape(names)}</text></g>'
+        ]
 
     def _legend(self) -> list[str]:
         """Below the lab."""

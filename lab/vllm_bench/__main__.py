@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from ...engine.text.tokenizer import Tokenizer
 from ..csv_lines import append
 from ..evaluation.tasks import NEEDLES
 from .engine import ENGINES, Engine, gpu_name, timed, versions
+from .ranks import compare
 
 _SUFFIXES = {"K": 2**10, "M": 2**20}
 _ROOM = 256
@@ -69,7 +71,13 @@ def main() -> None:
         command.add_argument("--memory", type=float, default=0.92, help="share of the GPU's memory")
         command.add_argument("--csv", type=Path, help="where lines are added")
         command.add_argument("--commit", default="")
+    ranks = commands.add_parser("ranks", help="vLLM as decode engine over several ranks")
+    ranks.add_argument("--ranks", type=_lengths, default="1,2", help="the first is compared with")
+    ranks.add_argument("--seconds", type=float, default=300.0, help="that each may take")
+    ranks.add_argument("--eager", action="store_true", help="no graphs: starts sooner")
     given = parser.parse_args()
+    if given.what == "ranks":
+        sys.exit(0 if compare(given.ranks, given.seconds, given.eager) else 1)
     measure = {"speed": _measure_speed, "needles": _find_needles, "crowd": _answer_many}
     measure[given.what](given)
 

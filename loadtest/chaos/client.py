@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from ..endpoint import Endpoint
-from ..events import Event, StreamError, read_event
+from ..events import Event, LineSplitter, StreamError, read_event
 from ..prompts import SHORT_ANSWER, Prompt
 
 _CONNECT_SECONDS = 10.0
@@ -75,15 +75,16 @@ class Client(Endpoint):
         ):
             if answer.status_code != 200:
                 raise StreamError(f"{answer.status_code} {answer.read()[:300]!r}")
-            for line in answer.iter_lines():
+            splitter = LineSplitter()
+            for part in answer.iter_bytes():
                 if time.monotonic() > deadline:
                     raise StreamError(f"no end within {timeout:.0f} s")
-                event = read_event(line)
-                if event is None:
-                    continue
-                if event.is_end:
-                    return
-                yield event
+                for event in map(read_event, splitter.lines(part)):
+                    if event is None:
+                        continue
+                    if event.is_end:
+                        return
+                    yield event
         raise StreamError("the stream ended early")
 
     def _body(self, prompt: Prompt, max_tokens: int) -> dict[str, object]:

@@ -10,11 +10,13 @@ ranks are told.
 from collections.abc import Callable
 from typing import Any
 
-from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from vllm.utils.network_utils import get_distributed_init_method
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from ...engine.decode.leader import Followers
 from .orders import BeginOrder, CallOrder, ReadyOrder
+from .sums import leave_symmetric_memory_out
 
 _THIS_HOST = "127.0.0.1"
 """Where all ranks of a worker are."""
@@ -30,10 +32,16 @@ class LeadingExecutor(UniProcExecutor):
 
     def __init__(self, followers: Followers, vllm_config: Any) -> None:
         self._followers = followers
-        self._meeting = get_distributed_init_method(_THIS_HOST, get_open_port())
+        # Its port is ours from when it is chosen. vLLM asks torch for a store at that port, and
+        # torch has one server for all of a process's stores that may share one.
+        self._store = TCPStore(
+            _THIS_HOST, 0, is_master=True, wait_for_workers=False, multi_tenant=True
+        )
+        self._meeting = get_distributed_init_method(_THIS_HOST, self._store.port)
         super().__init__(vllm_config)
 
     def _init_executor(self) -> None:
+        leave_symmetric_memory_out()
         self._followers.tell(BeginOrder(self.vllm_config, self._meeting))
         super()._init_executor()
 
@@ -57,10 +65,11 @@ class LeadingExecutor(UniProcExecutor):
         own = super().collective_rpc(method, timeout, args, kwargs, non_block, single_value)
         return own if single_value else own + self._followers.answers()
 
-    def is_ready(self) -> None:
-        """All blocks are allocated."""
+    def tell_ready(self) -> None:
+        """Have the others take pages: all blocks are allocated."""
         self._followers.tell(ReadyOrder())
 
     def shutdown(self) -> None:
+        """The others end with their orders."""
         self._followers.close()
         super().shutdown()

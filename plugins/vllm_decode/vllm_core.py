@@ -29,6 +29,7 @@ from ...engine.kv.pages import PageMemory
 from ...engine.messages import ChosenToken, TokenLogprob
 from ...kernels.page_size import PAGE_TOKENS
 from ..vllm.first_runner import take_draws_back_on_cpus
+from . import sums
 from .connector import HANDED_OFF, HandOffConnector
 from .core import Core, Generated, NewSequence
 from .executor import LeadingExecutor
@@ -64,8 +65,7 @@ def engine_arguments(num_pages: int, page_bytes: int, num_ranks: int, **options:
         # Whoever writes a rank's blocks must be in its process.
         distributed_executor_backend=LeadingExecutor if num_ranks > 1 else "uni",
         tensor_parallel_size=num_ranks,
-        # It would have each process see the others' devices.
-        disable_custom_all_reduce=num_ranks > 1,
+        **(sums.OPTIONS if num_ranks > 1 else {}),
         disable_hybrid_kv_cache_manager=True,
         disable_log_stats=True,
         kv_transfer_config=KVTransferConfig(
@@ -117,7 +117,7 @@ class VllmCore(Core):
         self._preempted = 0
         leading = self._core.model_executor
         if isinstance(leading, LeadingExecutor):
-            leading.is_ready()
+            leading.tell_ready()
 
     @property
     def memory(self) -> PageMemory:

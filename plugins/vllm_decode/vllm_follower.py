@@ -19,6 +19,7 @@ from ..vllm.first_runner import take_draws_back_on_cpus
 from .connector import HandOffConnector
 from .layers import LayeredMemory, layers_of
 from .orders import BeginOrder, CallOrder, ReadyOrder, VllmOrder
+from .sums import leave_symmetric_memory_out
 
 
 class VllmFollower(FollowingRank):
@@ -65,6 +66,7 @@ class VllmFollower(FollowingRank):
 
     def _begin(self, order: BeginOrder) -> None:
         """As vLLM's executor does with the leader's worker."""
+        leave_symmetric_memory_out()
         self._config = order.config
         own = {
             "vllm_config": order.config,

@@ -121,8 +121,9 @@ def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(
 
 
 def test_each_rank_of_a_decode_worker_has_its_part_and_a_communicator(shared: Settings) -> None:
-    decode = shared.decode.model_copy(update={"tensor_parallel": 2})
-    whole = decode_fit(shared.worker, CARD).needs(819_200)
+    small_steps = shared.decode.model_copy(update={"prefill_alone": 1024})
+    decode = small_steps.model_copy(update={"tensor_parallel": 2})
+    whole = decode_fit(replace(shared.worker, decode=small_steps), CARD).needs(819_200)
     half = decode_fit(replace(shared.worker, decode=decode), CARD).needs(819_200)
     assert half.weight_bytes == pytest.approx(whole.weight_bytes / 2, rel=1e-3)
     assert half.cache_bytes == pytest.approx(whole.cache_bytes / 2, rel=0.01)
@@ -264,3 +265,16 @@ def test_what_a_process_said_at_its_start_is_what_a_user_is_told(
     trace = "".join(traceback.format_exception(raised.value))
     assert startup_failure([trace]) == str(raised.value)
     assert "prefill.kv_cache_tokens" in str(raised.value)
+
+
+def test_a_prompt_alone_makes_the_largest_step(shared: Settings) -> None:
+    def computing(**steps: int) -> int:
+        decode = shared.decode.model_copy(update=steps)
+        return (
+            decode_fit(replace(shared.worker, decode=decode), CARD).needs(819_200).computing_bytes
+        )
+
+    row = 2 * 18_944 * 2  # of the MLP alone, in 16 bits
+    more = computing() - computing(prefill_alone=1024)
+    assert more > (8192 - 1024) * row
+    assert computing() == computing(prefill_alone=8192)

@@ -174,6 +174,7 @@ def test_vllm_is_for_models_with_dual_chunks(raw: dict[str, Any], tmp_path: Path
         ("decode.kv_cache_tokens", 1_056_768, "1090560"),
         ("decode.max_batch", 4, "decode.max_batch (4)"),
         ("decode.prefill_at_once", 1000, "decode.prefill_at_once is 1000"),
+        ("decode.prefill_alone", 256, "decode.prefill_alone (256)"),
         ("decode.prefill_up_to", -1, "decode.prefill_up_to"),
         ("limits.max_output_tokens", 2_000_000, "limits.max_output_tokens (2000000)"),
         ("limits.max_queued_requests", 1001, "limits.max_queued_requests"),

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "cluster": {"cluster", "engine", "kernels"},
     "deploy": {"deploy", "cluster", "engine"},
     "plugins": {"plugins", "engine", "kernels"},
-    "lab": {"lab", "engine", "kernels"},
+    "lab": {"lab", "engine", "kernels", "plugins"},
     "loadtest": {"loadtest"},
 }
 """From a floor to those that its modules may import."""

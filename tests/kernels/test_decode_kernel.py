@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -311,7 +311,6 @@ def test_a_plan_for_another_batch_is_refused() -> None:
         DecodePlan.allocate(2, 1, DEVICE).refresh([1, 2, 3])
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 500) | st.integers(0, 2**20), min_size=1, max_size=20),
     spare=st.integers(0, 3),

@@ -426,7 +426,7 @@ def check_heaviest(chosen: list[int], weights: Tensor, count: int, forced: int) 
         assert taken.min() >= left.max()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), length=st.integers(1, 700), levels=st.sampled_from([1, 3, 50, 10**6]))
 def test_what_is_chosen_is_forced_or_among_the_heaviest(data, length: int, levels: int) -> None:
     """Few levels make many equals, any of which may be taken."""

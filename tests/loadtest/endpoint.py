@@ -155,7 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._event("[DONE]")
 
     def _say(self, text: str) -> None:
-        self._event(json.dumps({"choices": [{"delta": {"content": text}}]}))
+        event = {"choices": [{"delta": {"content": text}}], "system_fingerprint": "a\u2028b"}
+        # Not every endpoint escapes what ends a line for Unicode, and not for an event stream.
+        self._event(json.dumps(event, ensure_ascii=False))
 
     def _event(self, data: str) -> None:
         self._line(f"data: {data}")

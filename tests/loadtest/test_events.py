@@ -4,7 +4,24 @@ import json
 
 import pytest
 
-from longreach.loadtest.events import ErrorEventError, Event, MalformedError, Usage, read_event
+from longreach.loadtest.events import (
+    ErrorEventError,
+    Event,
+    LineSplitter,
+    MalformedError,
+    Usage,
+    read_event,
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_lines_end_with_line_feeds_alone(size: int) -> None:
+    """U+2028 and U+0085 end lines for Python's splitlines, and for httpx."""
+    stream = "data: a\u2028b\u0085c\r\n\n: d\x0be\nrest".encode()
+    splitter = LineSplitter()
+    parts = [stream[at : at + size] for at in range(0, len(stream), size)]
+    lines = [line for part in parts for line in splitter.lines(part)]
+    assert lines == ["data: a\u2028b\u0085c", "", ": d\x0be"]
 
 
 def data(**fields: object) -> str:

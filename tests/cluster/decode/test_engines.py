@@ -66,7 +66,7 @@ def test_another_one_is_started_by_whoever_declares_it(
     assert files == ModelFiles.of("pocket")
     assert pages == PageGeometry(pages.num_layers, pages.num_kv_heads, pages.head_dim, kept)
     assert (num_pages, max_batch, on_gpu) == (1024 // PAGE_TOKENS, 3, False)
-    assert prompts == PromptLimits(512, 512)
+    assert prompts == PromptLimits(512, 512, alone=512)
     assert figures is KEPT
     assert followers is None
 

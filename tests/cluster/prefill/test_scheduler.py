@@ -1,7 +1,7 @@
 """Which prompt is next: chunks, orders and pages, without a cluster."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.cluster.prefill.scheduler import Chunk, ChunkScheduler
@@ -263,7 +263,6 @@ class Ledger:
         assert self.scheduler.num_running == len(self.holders)
 
 
-@settings(deadline=None)
 @given(
     turns=st.lists(
         st.tuples(

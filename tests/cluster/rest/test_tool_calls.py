@@ -70,7 +70,7 @@ def test_an_answer_is_read(name: str) -> None:
         assert [(name, json.loads(arguments)) for name, arguments in made] == calls
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(name=st.sampled_from(sorted(ANSWERS)), data=st.data())
 def test_parts_do_not_matter(name: str, data: st.DataObject) -> None:
     answer = ANSWERS[name][0]

@@ -35,7 +35,7 @@ from longreach.engine.decode.step import (
     PromptPiece,
     StepRow,
 )
-from longreach.engine.decode.step_rows import prompt_row_counts, row_counts
+from longreach.engine.decode.step_rows import prompt_row_counts, row_counts, step_rows
 from longreach.engine.errors import GenerationError, GrammarError, StepDoesNotFitError
 from longreach.engine.kv.formats import KVCacheDtype
 from longreach.engine.kv.pages import PagePool
@@ -413,6 +413,11 @@ def test_graphs_for_prompts_end_with_what_is_computed_at_once(
     at_once: int, counts: list[int]
 ) -> None:
     assert prompt_row_counts(at_once) == counts
+
+
+def test_the_largest_steps_have_no_sequences_beside_the_prompt() -> None:
+    prompts = PromptLimits(longest=512, at_once=64, pieces=2, alone=300)
+    assert step_rows([1, 3], prompts) == [(1, 0), (3, 0), (0, 64), (3, 64), (0, 128), (0, 256)]
 
 
 def test_rows_get_what_they_ask_for(shallow_folder: Path) -> None:

@@ -362,7 +362,7 @@ def parts_of(queue: PromptQueue, places: int = 8) -> list[tuple[str, int, int]]:
 
 
 def test_short_prompts_pass_a_long_one_that_gets_what_is_left() -> None:
-    queue = PromptQueue(at_once=512, most=8, patience=2.0)
+    queue = PromptQueue(PromptLimits(1024, 512, 8), patience=2.0)
     queue.add("long", 1000, 1)
     queue.add("short", 100, 1)
     queue.add("shorter", 30, 1)
@@ -373,7 +373,7 @@ def test_short_prompts_pass_a_long_one_that_gets_what_is_left() -> None:
 
 
 def test_a_long_prompt_is_not_passed_for_ever() -> None:
-    queue = PromptQueue(at_once=128, most=8, patience=2.0)
+    queue = PromptQueue(PromptLimits(1024, 128, 8), patience=2.0)
     queue.add("long", 300, 1)
     for number in range(30):
         queue.add(f"s{number}", 128, 1)
@@ -382,7 +382,7 @@ def test_a_long_prompt_is_not_passed_for_ever() -> None:
 
 
 def test_no_more_prompts_than_a_step_takes_or_have_places() -> None:
-    queue = PromptQueue(at_once=512, most=3, patience=2.0)
+    queue = PromptQueue(PromptLimits(1024, 512, 3), patience=2.0)
     for number in range(5):
         queue.add(f"p{number}", 10, 2)
     assert queue.deal(8, empty=False) == [Part(f"p{n}", 0, 10) for n in range(3)]
@@ -391,8 +391,50 @@ def test_no_more_prompts_than_a_step_takes_or_have_places() -> None:
     assert queue.deal(1, empty=True) == [Part("p0", 0, 10)]
 
 
+def test_a_prompt_that_nobody_is_beside_comes_in_larger_pieces() -> None:
+    queue = PromptQueue(PromptLimits(4096, at_once=128, pieces=8, alone=1100), patience=2.0)
+    queue.add("a", 2000, 1)
+    assert queue.deal(8, empty=True) == [Part("a", 0, 1024)]
+    assert parts_of(queue) == [("a", 0, 128)]  # somebody generates
+    queue.add("b", 100, 1)
+    assert queue.deal(8, empty=True) == [Part("b", 0, 100)]  # and the next would be done in between
+    queue.remove("b")
+    sizes = []
+    while len(queue):
+        (part,) = queue.deal(8, empty=True)
+        queue.count(part)
+        sizes.append(part.end - part.start)
+    assert sizes == [1024, 512, 256, 80]
+
+
+@pytest.mark.parametrize(
+    ("at_once", "alone", "sizes"),
+    [
+        (128, 0, [128]),
+        (128, 255, [128]),
+        (128, 256, [128, 256]),
+        (1024, 8192, [1024, 2048, 4096, 8192]),
+        (0, 0, [0]),
+    ],
+)
+def test_sizes_alone_are_those_of_others_doubled(
+    at_once: int, alone: int, sizes: list[int]
+) -> None:
+    assert PromptLimits(8192, at_once, alone=alone).sizes_alone == sizes
+
+
+@pytest.mark.parametrize(("length", "done"), [(1000, [512, 768, 896, 1000]), (600, [512, 600])])
+def test_larger_pieces_make_the_same_tokens(model: Qwen2, length: int, done: list[int]) -> None:
+    limits = PromptLimits(longest=1024, at_once=128, pieces=4, alone=512)
+    decoder = make_decoder(model, limits=limits)
+    decoder.admit(make_request("a", make_prompt(length, seed=length), **SAMPLING))
+    outputs = run(decoder)
+    assert [each.done for _, each in outputs if isinstance(each, Progress)] == done
+    assert tokens(outputs, "a") == admitted_alone(model, length, **SAMPLING)
+
+
 def test_a_queue_knows_what_is_done() -> None:
-    queue = PromptQueue(at_once=128, most=3, patience=2.0)
+    queue = PromptQueue(PromptLimits(1024, 128, 3), patience=2.0)
     queue.add("a", 300, 1)
     parts_of(queue)
     assert queue.done("a") == 128

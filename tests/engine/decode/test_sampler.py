@@ -70,7 +70,7 @@ def test_frequencies_follow_the_definition(
     assert (np.abs(counts / draws - expected) <= 5 * deviation + 1e-9).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.floats(1e-4, 5),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.engine.errors import OutOfPagesError, PageFormatError, TransferError
@@ -22,7 +22,6 @@ def make_pool() -> PagePool:
     return PagePool(GEOMETRY, PAGES, torch.device("cpu"))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["take", "share", "give"]), st.integers(0, 30)), max_size=60)
 )
@@ -198,7 +197,6 @@ def test_held_pages_take_no_others_than_fit() -> None:
             held.write(Pages(torch.zeros(count, heads, 2, 128, 4)))
 
 
-@settings(deadline=None)
 @given(st.permutations(range(2 * 3 * 2)), st.integers(0, 12))
 def test_tokens_are_complete_up_to_the_first_page_that_lacks_anything(
     order: list[int], count: int

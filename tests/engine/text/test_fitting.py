@@ -13,7 +13,7 @@ from longreach.engine.text.fitting import fit
 
 
 @given(tokens=st.integers(100, 10**6), per_unit=st.integers(1, 200), seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_larger_would_have_fitted(tokens: int, per_unit: int, seed: int) -> None:
     """For any tokenizer in which larger texts have more tokens, however unevenly."""
     jitter = random.Random(seed).choices(range(per_unit + 1), k=50)
@@ -30,7 +30,7 @@ def test_nothing_larger_would_have_fitted(tokens: int, per_unit: int, seed: int)
     off=st.floats(0.5, 2),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_one_token_more_at_most_is_met_exactly_and_soon(tokens: int, off: float, seed: int) -> None:
     """Text as a tokenizer sees it: a character is a token or joins the one before it."""
     chance = random.Random(seed)

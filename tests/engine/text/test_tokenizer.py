@@ -28,7 +28,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", "\n", "é"])).map("".join))
 def test_text_round_trips_and_makes_no_control_token(tokenizer: Tokenizer, text: str) -> None:
     try:
@@ -65,7 +65,7 @@ def test_chats_equal_those_of_transformers(
 
 
 @given(st.sampled_from(SPECIAL_TOKENS), st.text("ab\U000f0000\U000f0001", max_size=5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_control_tokens_in_what_users_write_are_text(
     tokenizer: Tokenizer, token: str, around: str
 ) -> None:
@@ -181,7 +181,7 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 WORDS = "once upon a time there were words, and they were told again and again. " * 50
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([" ", "again", "\u1112\u1161\u11ab", "e\u0301", "z", "\n"])))
 def test_no_text_has_fewer_tokens_than_its_bytes_say(merging: Tokenizer, parts: list[str]) -> None:
     assert merging.bytes_per_token == 64

@@ -26,7 +26,7 @@ def count_words(content: str) -> int:
 
 
 @given(depth=DEPTHS, seed=SEEDS, tokens=st.integers(2000, 9000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @pytest.mark.parametrize("name", ["pass-key", "key-value"])
 def test_a_fact_lies_once_where_it_was_asked_for(name: str, depth: float, seed, tokens) -> None:
     prompt = TASKS[name].prompt(tokens, seed, depth, count_bytes)
@@ -43,7 +43,7 @@ def test_a_fact_lies_once_where_it_was_asked_for(name: str, depth: float, seed, 
 
 
 @given(seed=SEEDS, tokens=st.integers(1500, 9000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @pytest.mark.parametrize("name", [task.name for task in NEEDLES])
 def test_needles_are_exactly_as_long_as_asked(name: str, seed: int, tokens: int) -> None:
     prompt = TASKS[name].prompt(tokens, seed, None, count_bytes)
@@ -53,7 +53,7 @@ def test_needles_are_exactly_as_long_as_asked(name: str, seed: int, tokens: int)
 
 
 @given(seed=SEEDS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @pytest.mark.parametrize("count", [count_bytes, count_words])
 @pytest.mark.parametrize("name", [task.name for task in RULER])
 def test_rulers_prompts_fill_their_length(name: str, count, seed: int) -> None:

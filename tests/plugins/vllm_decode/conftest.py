@@ -1,6 +1,6 @@
 """vLLM in this process, started once: it keeps what it has started in globals of its own."""
 
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,8 @@ from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.files import ModelFiles
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.plugins.vllm_decode.decoder import VllmDecoder
+
+from .asynchronous import schedule_asynchronously
 
 if TYPE_CHECKING:
     from longreach.plugins.vllm_decode.vllm_core import VllmCore
@@ -29,27 +31,30 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def started(figures: Path) -> VllmDecoder:
+def started(figures: Path) -> Iterator[VllmDecoder]:
+    """With asynchronous scheduling, as on GPUs."""
     from longreach.plugins.vllm_decode.start import start
 
     config = ModelConfig.from_folder(CHECKPOINT)
     pages = PageGeometry(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
-    return start(
-        ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256),
-        Metrics(figures, "decode", "pocket"), None, on_gpu=False,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        schedule_asynchronously(patch)
+        yield start(
+            ModelFiles.of("pocket"), pages, PAGES, 4, PromptLimits(512, 256),
+            Metrics(figures, "decode", "pocket"), None, on_gpu=False,
+        )  # fmt: skip
 
 
 @pytest.fixture(params=["steps", "queue"])
 def decoder(
     started: VllmDecoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> VllmDecoder:
-    """As vLLM runs on CPUs, and with a queue of batches as on GPUs, where the next is launched
-    before the last is heard of.
+    """With vLLM's queue of batches, and without: then each step is heard of before the next.
+
+    As vLLM is on CPUs, `test_cluster.py` has it.
     """
-    if request.param == "queue":
-        core: Any = cast("VllmCore", started._core)._core
-        monkeypatch.setattr(core, "batch_queue", deque(maxlen=2))
-        monkeypatch.setattr(core, "batch_queue_size", 2)
-        monkeypatch.setattr(core, "step_fn", core.step_with_batch_queue)
+    core: Any = cast("VllmCore", started._core)._core
+    if request.param == "steps":
+        monkeypatch.setattr(core, "batch_queue", None)
+        monkeypatch.setattr(core, "step_fn", core.step)
     return started

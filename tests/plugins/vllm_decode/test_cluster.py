@@ -1,12 +1,11 @@
 """A real cluster whose decode engine is vLLM, on a CPU: `make test-vllm`."""
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -24,7 +23,6 @@ from longreach.engine.text.tokenizer import Tokenizer
 from longreach.lab.evaluation.tasks import NEEDLES
 
 from ...cluster.conftest import (
-    actor_pids,
     ask_body,
     computed,
     make_prompt,
@@ -32,6 +30,7 @@ from ...cluster.conftest import (
     wait_for,
     wait_until_no_page_is_held,
 )
+from .streams import events_of, kill, streamed, text_of
 
 pytestmark = pytest.mark.live
 
@@ -271,22 +270,16 @@ def said_while_breaking(http: httpx.Client, prompt: Tokens, most: int) -> tuple[
     text, error = "", None
     breaking: Breaking | None = None
     running: Future[None] | None = None
-    body = ask_body(prompt, max_tokens=6, stream=True, return_progress=True)
-    with (
-        ThreadPoolExecutor(1) as pool,
-        http.stream("POST", "/v1/completions", json=body, timeout=240) as response,
-    ):
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
+    body = ask_body(prompt, max_tokens=6, return_progress=True)
+    with ThreadPoolExecutor(1) as pool, events_of(http, body) as events:
+        for event in events:
             if "error" in event:
                 error = event["error"]
                 continue
             if breaking is None:
                 breaking = Breaking(event["id"], most)
                 running = pool.submit(breaking.run)
-            text += "".join(choice["text"] for choice in event["choices"])
+            text += text_of(event)
         assert breaking is not None
         assert running is not None
         running.result(60)
@@ -354,8 +347,7 @@ def test_a_gang_that_dies_costs_no_answer(http: httpx.Client, tokenizer: Tokeniz
     def disturb() -> None:
         wait_for(lambda: computed(http) > 0, 30, "a prompt that is computed")
         time.sleep(2)
-        [pid] = actor_pids("PrefillRank")
-        os.kill(pid, signal.SIGKILL)
+        kill("PrefillRank")
 
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(http.post, "/v1/completions", json=body, timeout=240)
@@ -376,20 +368,5 @@ def test_a_worker_that_dies_in_mid_answer_goes_on_with_the_same_text(
         prompt, max_tokens=400, temperature=1.2, seed=3, ignore_eos=True, frequency_penalty=0.5
     )
     calm = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
-    text, killed = "", False
-    with http.stream(
-        "POST", "/v1/completions", json={**body, "stream": True}, timeout=240
-    ) as response:
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            assert "error" not in event
-            text += "".join(choice["text"] for choice in event["choices"])
-            if len(text) > 20 and not killed:
-                killed = True
-                [pid] = actor_pids("DecodeWorker")
-                os.kill(pid, signal.SIGKILL)
-    assert killed
-    assert text == calm
+    assert streamed(http, body, partial(kill, "DecodeWorker")) == calm
     wait_until_no_page_is_held(http, 30)

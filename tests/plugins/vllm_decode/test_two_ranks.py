@@ -3,11 +3,9 @@
 What it answers is what a vLLM of one process answers.
 """
 
-import json
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -25,6 +23,7 @@ from ...cluster.conftest import (
     scrape,
     wait_until_no_page_is_held,
 )
+from .streams import kill, streamed
 from .test_cluster import MODEL, OWN
 
 pytestmark = pytest.mark.live
@@ -130,27 +129,5 @@ def test_a_rank_that_dies_in_mid_answer_costs_a_pause(
         make_prompt(tokenizer, 3000), max_tokens=300, temperature=1.2, seed=3, ignore_eos=True
     )
     calm = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
-
-    def kill() -> None:
-        [pid] = actor_pids(whom)
-        os.kill(pid, signal.SIGKILL)
-
-    assert streamed(http, body, kill) == calm
+    assert streamed(http, body, partial(kill, whom)) == calm
     wait_until_no_page_is_held(http, 30)
-
-
-def streamed(http: httpx.Client, body: dict[str, Any], in_the_middle: Callable[[], None]) -> str:
-    """A stream's text; something is done once some of it is there."""
-    text, done = "", False
-    with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            assert "error" not in event
-            text += "".join(choice["text"] for choice in event["choices"])
-            if len(text) > 20 and not done:
-                done = True
-                in_the_middle()
-    assert done
-    return text

@@ -4,6 +4,7 @@ What a cluster does not do on purpose: leaving at each moment of a request.
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,41 @@ def drain(decoder: VllmDecoder) -> int:
             len(output.tokens) for _, output in decoder.step() if isinstance(output, Delta)
         )
     raise AssertionError("it never ends")
+
+
+def said(decoder: VllmDecoder, request: GenerationRequest) -> Delta:
+    """What one choice is told of a prompt that vLLM computes, all in one."""
+    decoder.admit(request, decoder.prepare(request))
+    deltas: list[Delta] = []
+    while decoder.has_work:
+        deltas += [output for _, output in decoder.step() if isinstance(output, Delta)]
+    tokens = tuple(token for each in deltas for token in each.tokens)
+    return Delta(0, "".join(each.text for each in deltas), tokens, deltas[-1].finish_reason)
+
+
+def test_every_token_is_held_to_a_form(decoder: VllmDecoder) -> None:
+    """Whichever step is under way when the next one's mask is asked for."""
+    form = 'start: "it is " ("true" | "false") "."'
+    drawn = ask("formed", temperature=2.0, seed=4, grammar=form)
+    answer = said(decoder, drawn)
+    assert answer.text in ("it is true.", "it is false.")
+    assert answer.finish_reason == "stop"
+    assert decoder.usage == 0.0
+
+
+@pytest.mark.parametrize("had", [1, 7, 19])
+def test_an_answer_that_is_begun_again_goes_on_with_the_same_tokens(
+    decoder: VllmDecoder, had: int
+) -> None:
+    """What the client has is generated in silence, with the draws that it cost, and penalties."""
+    fields: dict[str, Any] = {"temperature": 1.5, "seed": 6, "frequency_penalty": 0.5}
+    whole = said(decoder, ask(f"whole-{had}", **fields))
+    tokens = tuple(token.token_id for token in whole.tokens)
+    again = replace(ask(f"again-{had}", **fields), replayed=(tokens[:had],))
+    rest = said(decoder, again)
+    assert tuple(token.token_id for token in rest.tokens) == tokens[had:]
+    assert whole.text.endswith(rest.text)
+    assert decoder.usage == 0.0
 
 
 @pytest.mark.parametrize("choices", [1, 3])
