@@ -134,9 +134,10 @@ def _with_last_answers(send: Send) -> Send:
 
 def depart(_: object) -> int:
     """Called in a proxy's process, with its actor: begin to have clients leave it, if that has not
-    begun; how many requests are under way.
+    begun, and close what connections have fallen idle since; how many requests are under way.
     """
     Departure.begun = True
+    FrontProtocol.close_idle()
     return Departure.under_way
 
 
@@ -150,17 +151,21 @@ class FrontProtocol(H11Protocol):
     header_seconds = _HEADER_SECONDS
     most_awaited = _MOST_AWAITED
 
-    # Of this process, the one that has taken longest first.
+    # Of this process.
+    _open: ClassVar[set["FrontProtocol"]] = set()
+    # And of these, the one that has taken longest first.
     _awaited: ClassVar[dict["FrontProtocol", None]] = {}
     _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a first request."""
         super().connection_made(transport)
+        self._open.add(self)
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
+        self._open.discard(self)
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -171,6 +176,15 @@ class FrontProtocol(H11Protocol):
             self._stop_waiting()
         elif self._header_timer is None and not self.transport.is_closing():
             self._await_headers()
+
+    @classmethod
+    def close_idle(cls) -> None:
+        """Close connections whose clients have their answers, and have asked nothing more.
+
+        A client that has only just connected is about to ask, and is answered. On any thread.
+        """
+        for each in list(cls._open):
+            each.loop.call_soon_threadsafe(each._close_if_idle)
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether to keep a connection on which nothing more will come.
@@ -189,6 +203,11 @@ class FrontProtocol(H11Protocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _close_if_idle(self) -> None:
+        has_begun_another = self._header_timer is not None or self.conn.trailing_data[0]
+        if not self._is_answering() and not has_begun_another:
+            self.timeout_keep_alive_handler()
 
     def _await_headers(self) -> None:
         self._header_timer = self.loop.call_later(self.header_seconds, self._give_up)

@@ -446,11 +446,13 @@ class LostError(UnavailableError):
         self.begun = begun
 
 
-class LeftMeshError(UnavailableError):
+@dataclass(eq=False)
+class LeftMeshError(FactualError, UnavailableError):
     """What ranks compute together was given up: one of them is lost, or another one comes."""
 
-    def __init__(self) -> None:
-        super().__init__("this rank has left the mesh that it computed in")
+    @property
+    def sentence(self) -> str:
+        return "this rank has left the mesh that it computed in"
 
 
 class NotUpError(UnavailableError):
@@ -470,14 +472,13 @@ class PoisonousError(FactualError):
         )
 
 
-class CancelledElsewhereError(UnavailableError):
+@dataclass(eq=False)
+class CancelledElsewhereError(FactualError, UnavailableError):
     """A request was cancelled, and not by whoever runs it."""
 
-    def __init__(self) -> None:
-        super().__init__("the request was cancelled within the cluster; send it again")
-
-    def __reduce__(self) -> tuple[type["CancelledElsewhereError"], tuple[()]]:
-        return type(self), ()
+    @property
+    def sentence(self) -> str:
+        return "the request was cancelled within the cluster; send it again"
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -22,6 +22,7 @@ from ...engine.errors import LostError, TransferError, UnavailableError
 from .. import metrics
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
+from ..plain_errors import passes_on_plain_errors
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
 from .fences import check_epoch, unless_broken
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _ENDED_REMEMBERED = 4096
 
 
+@passes_on_plain_errors
 class DecodeFollower:
     """One rank's shard and its pages. `listen` comes first, then `join`, then all else.
 

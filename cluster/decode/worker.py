@@ -24,6 +24,7 @@ from ..leases import RENEWAL_SECONDS, LeaseBook
 from ..messages import AnswerOrder, ComputedHere
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
+from ..plain_errors import passes_on_plain_errors
 from ..pulse import Pulse, Reading
 from ..settings import WorkerSettings
 from ..streams import BEAT_SECONDS
@@ -79,6 +80,7 @@ class _Request:
         self.clock = AnswerClock(order, self.prompt_tokens, self.arrived)
 
 
+@passes_on_plain_errors
 class DecodeWorker:
     """Puts admission, copying and stepping together around one engine.
 

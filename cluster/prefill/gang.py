@@ -64,6 +64,8 @@ class Gang:
         self._coming: list[Row] = []
         # Of each prompt whose pages lie here, the rows that have all of them so far.
         self._held_by: dict[str, frozenset[Row]] = {}
+        # And those that had them before, until it is known that what they give to others has come.
+        self._held_before: dict[str, frozenset[Row]] = {}
 
     @classmethod
     async def start(cls, settings: GangSettings, metrics_directory: Path) -> "Gang":
@@ -97,30 +99,49 @@ class Gang:
         return bool(self._holders(request_id))
 
     def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
-        """Compute one chunk on all ranks, or have them fetch it.
+        """Compute one chunk on all ranks.
 
         The next may be begun when this one is nearly computed, so that no rank stands still.
         """
-        if chunk.request_id in self._held_by:
-            self._share(chunk.request_id, prompt, chunk.start)
-            given = (None, None)
-        else:
-            self._held_by[chunk.request_id] = frozenset(self._rows)
-            given = (prompt.tokens, prompt.destination)
+        given = self._given(chunk, prompt)
         begun = [rank.begin_chunk.remote(chunk, *given) for rank in self._ranks]
         results = [
             rank.finish_chunk.options(concurrency_group=RESULTS).remote(chunk)
             for rank in self._ranks
         ]
-        return ChunkUnderWay(
-            asyncio.ensure_future(_all_went_well(begun)),
-            asyncio.ensure_future(_all_of(results)),
-        )
+        computed = asyncio.ensure_future(_all_of(results))
+        computed.add_done_callback(lambda ended: self._note_end(chunk.request_id, ended))
+        return ChunkUnderWay(asyncio.ensure_future(_all_went_well(begun)), computed)
+
+    def begin_fetch(self, chunk: Chunk, prompt: OfPrompt) -> "asyncio.Future[list[RankResult]]":
+        """Have all ranks fetch a chunk that is back, beside chunks of other prompts.
+
+        Done when none of them fetches any more, with what one of them raised if one did. Until then
+        the prompt gets no other chunk, and is neither released nor comes back.
+        """
+        given = self._given(chunk, prompt)
+        for rank in self._ranks:
+            rank.begin_fetch.remote(chunk, *given)
+        calls = [
+            rank.finish_fetch.options(concurrency_group=HAND_OFF).remote(chunk)
+            for rank in self._ranks
+        ]
+        return asyncio.ensure_future(_all_ended(calls))
+
+    def _given(self, chunk: Chunk, prompt: OfPrompt) -> tuple[Any, Any]:
+        """What ranks need with a chunk; those that came later get the pages before it."""
+        if chunk.request_id in self._held_by:
+            self._share(chunk.request_id, prompt, chunk.start)
+            return None, None
+        self._held_by[chunk.request_id] = frozenset(self._rows)
+        return prompt.tokens, prompt.destination
 
     def come_back(self, request_id: str, to: str, prompt: OfPrompt, done: int) -> None:
         """Have every rank go on with a request under another name; see `PrefillRank.come_back`."""
         self._share(request_id, prompt, done)
         self._held_by[to] = self._held_by.pop(request_id)
+        if (before := self._held_before.pop(request_id, None)) is not None:
+            self._held_before[to] = before
         for rank in self._ranks:
             rank.come_back.remote(request_id, to, prompt.destination, done)
 
@@ -143,6 +164,7 @@ class Gang:
     def release(self, request_id: str) -> None:
         """Have every rank forget a request, after whatever it is computing."""
         self._held_by.pop(request_id, None)
+        self._held_before.pop(request_id, None)
         for rank in self._ranks:
             rank.release.remote(request_id)
 
@@ -162,6 +184,9 @@ class Gang:
             LostError: too few are left, or they do not meet.
         """
         before, coming, self._coming = self._rows, self._coming, []
+        # What was being given to rows may have been given up half-way, and is given again.
+        self._held_by.update(self._held_before)
+        self._held_before.clear()
         whole = await rows.part([*before, *coming])
         if len(whole) < self._fewest:
             raise LostError(f"{len(whole)} rows of ranks are left, and {self._fewest} are needed")
@@ -218,7 +243,16 @@ class Gang:
             takes = row not in holders
             for rank in row.ranks:
                 rank.share.remote(request_id, prompt.tokens, prompt.destination, done, takes)
+        self._held_before.setdefault(request_id, self._held_by[request_id])
         self._held_by[request_id] = frozenset(self._rows)
+
+    def _note_end(self, request_id: str, computed: "asyncio.Future[Any]") -> None:
+        """A chunk has ended: if it is computed, so has come whatever was given to rows before it.
+
+        No rank says that a chunk is computed when it has left its mesh since.
+        """
+        if not computed.cancelled() and computed.exception() is None:
+            self._held_before.pop(request_id, None)
 
     def _start_row(self, number: int) -> Row:
         size = self._settings.prefill.tensor_parallel
@@ -233,3 +267,12 @@ async def _all_went_well(calls: list[Any]) -> bool:
 
 async def _all_of(calls: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*calls))
+
+
+async def _all_ended(calls: list[Any]) -> list[Any]:
+    """As `_all_of`, but no call goes on when this has ended."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes

@@ -17,8 +17,9 @@ _PLACEMENT_SECONDS = 120
 
 HAND_OFF, HEALTH, LEAVE, RESULTS = "hand-off", "health", "leave", "results"
 _GROUPS = {HAND_OFF: 64, HEALTH: 1, LEAVE: 1, RESULTS: 4}
-"""Threads of a rank beside the one that launches: for flushes, to say that it is well, to free the
-one that launches, and to wait for the results of chunks, of which two are under way at most."""
+"""Threads of a rank beside the one that launches: for flushes and fetches, to say that it is well,
+to free the one that launches, and to wait for the results of chunks, of which two are under way at
+most."""
 
 
 class Placement:

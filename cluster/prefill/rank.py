@@ -2,7 +2,8 @@
 in the same order.
 
 A chunk is two calls: one launches it, on the thread that launches everything, and one says on
-another what came out. So the next chunk can be launched before this one is computed.
+another what came out. So the next chunk can be launched before this one is computed. One that is
+fetched is two other calls, and other prompts' chunks go on beside it.
 
 Where a rank dies, the others would wait for it in a collective: `leave`, on a thread of its own,
 frees them, chunks under way fail, and `meet` puts those that are left together again.
@@ -10,10 +11,11 @@ frees them, chunks under way fail, and `meet` puts those that are left together 
 
 import math
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from ...engine.errors import LeftMeshError, OutOfMemoryError, TransferError
 from ...engine.messages import Tokens
 from ..metrics import Metrics, ProcessFigures
 from ..nodes import metrics_of_node, reading_here
+from ..plain_errors import passes_on_plain_errors
 from ..pulse import Pulse, Reading
 from ..settings import GangSettings
 from .scheduler import Chunk
@@ -30,11 +33,14 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+    from ...engine.kv.background import BackgroundHandOff
     from ...engine.kv.destination import Destination
     from ...engine.kv.hand_off import HandOff, Sender
     from ...engine.milestones import Milestone
     from ...engine.parallel.mesh import Mesh
     from ...engine.prefill.chunk import ChunkResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,15 @@ class _Launched:
 
 
 @dataclass(frozen=True)
+class _Fetching:
+    """Pages on their way back; `done` when they are here, or as `hand_off.failure` says."""
+
+    hand_off: "BackgroundHandOff"
+    done: "Future[None]"
+    began: float
+
+
+@dataclass(frozen=True)
 class Meeting:
     """Where ranks meet, host and port, and how many sequence ranks that are."""
 
@@ -86,13 +101,15 @@ class Meeting:
         return cls(("", 0), 1)
 
 
+@passes_on_plain_errors
 class PrefillRank:
     """Holds a model's shard and its pages. Made by a gang, which calls `join` before all else."""
 
     def __init__(self, settings: GangSettings) -> None:
         self._settings = settings
-        self._hand_offs: dict[str, HandOff] = {}
+        self._hand_offs: dict[str, BackgroundHandOff] = {}
         self._launched: dict[Chunk, Future[_Launched]] = {}
+        self._fetching: dict[Chunk, Future[_Fetching]] = {}
         self._lock = threading.Lock()
         self._layer_seconds = math.inf
         self._pulse = Pulse()
@@ -166,6 +183,8 @@ class PrefillRank:
 
         Chunks that are under way fail, as all do that come before `meet`. Pages stay.
         """
+        for hand_off in list(self._hand_offs.values()):
+            hand_off.before_leaving()
         self._mesh.leave()
 
     def meet(self, meeting: Meeting, rank: int) -> None:
@@ -247,7 +266,7 @@ class PrefillRank:
     def begin_chunk(
         self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
     ) -> None:
-        """Launch a chunk, and begin to hand its pages off; or fetch the pages of one that is back.
+        """Launch a chunk, and begin to hand its pages off.
 
         Returns when the device has nearly computed it. Pages are handed off beside the next chunks.
 
@@ -260,7 +279,7 @@ class PrefillRank:
                 in a collective.
             LeftMeshError: the ranks part, and no chunk is computed before they meet again.
         """
-        launched = self._future_of(chunk)
+        launched = self._future_of(chunk, self._launched)
         try:
             if self._mesh.is_left:
                 raise LeftMeshError
@@ -279,7 +298,7 @@ class PrefillRank:
         # A piece of work from here on: a device that hangs is found while this waits for it.
         with self._pulse.piece():
             try:
-                launched = self._future_of(chunk).result()
+                launched = self._future_of(chunk, self._launched).result()
             finally:
                 with self._lock:
                     del self._launched[chunk]
@@ -288,17 +307,59 @@ class PrefillRank:
         if launched.mesh.is_left:
             # What waited for other ranks was given up, and nobody knows what it computed.
             raise LeftMeshError
-        if not chunk.is_back:
-            self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
+        self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
         logits, scores = (
             None if each is None else each.numpy() for each in (launched.logits, launched.scores)
         )
         return RankResult(logits, stages, launched.hand_off.failure, scores)
 
-    def _future_of(self, chunk: Chunk) -> "Future[_Launched]":
+    def begin_fetch(
+        self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
+    ) -> None:
+        """Begin to fetch the pages of a chunk that is back, beside whatever is computed.
+
+        They may be long in coming, or never come, if the decode worker that has them has died.
+        Until `finish_fetch` has returned, the prompt gets no other chunk, and keeps its pages.
+
+        Args: as of `begin_chunk`.
+        """
+        fetching = self._future_of(chunk, self._fetching)
+        try:
+            hand_off = self._hand_off_of(chunk, prompt, destination)
+            wanted = self._prefiller.pages_to_fetch(chunk.request_id, chunk.start, chunk.end)
+            done = hand_off.begin_fetch(wanted)
+            fetching.set_result(_Fetching(hand_off, done, time.monotonic()))
+        except BaseException as error:
+            fetching.set_exception(error)
+            raise
+
+    def finish_fetch(self, chunk: Chunk) -> RankResult:
+        """What came of a chunk's pages, when none is under way any more; on a thread of its own.
+
+        Raises: as its `begin_fetch`. Whether the ranks part meanwhile means nothing to it.
+        """
+        try:
+            fetching = self._future_of(chunk, self._fetching).result()
+        finally:
+            with self._lock:
+                del self._fetching[chunk]
+        fetching.done.result()
+        seconds = time.monotonic() - fetching.began
+        return RankResult(None, {"hand-off": seconds}, fetching.hand_off.failure)
+
+    def _future_of(self, chunk: Chunk, futures: "dict[Chunk, Future[T]]") -> "Future[T]":
         """Whichever of a chunk's two calls comes first makes it."""
         with self._lock:
-            return self._launched.setdefault(chunk, Future())
+            return futures.setdefault(chunk, Future())
+
+    def _hand_off_of(
+        self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
+    ) -> "BackgroundHandOff":
+        """The prompt's; with its first chunk, pages are allocated for it and its way is opened."""
+        if prompt is not None and destination is not None:
+            self._prefiller.admit(chunk.request_id, prompt)
+            self._hand_offs[chunk.request_id] = self._open(destination)
+        return self._hand_offs[chunk.request_id]
 
     def _launch(
         self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
@@ -306,12 +367,8 @@ class PrefillRank:
         from ...engine.milestones import Milestone
         from ...kernels.transfer import begin_copy_to_host
 
-        name = chunk.request_id
-        if prompt is not None and destination is not None:
-            self._prefiller.admit(name, prompt)
-            self._hand_offs[name] = self._open(destination)
-        hand_off = self._hand_offs[name]
-        result = (self._fetch if chunk.is_back else self._compute)(chunk, hand_off)
+        hand_off = self._hand_off_of(chunk, prompt, destination)
+        result = self._compute(chunk, hand_off)
         logits, scores = (
             None if each is None or self._mesh.rank else begin_copy_to_host(each)
             for each in (result.logits, result.scores)
@@ -336,7 +393,7 @@ class PrefillRank:
         """
         if self._mesh.is_left:
             raise LeftMeshError
-        if takes:
+        if takes and request_id not in self._hand_offs:  # from a time that was given up half-way
             self._prefiller.admit(request_id, prompt)
             self._hand_offs[request_id] = self._open(destination)
         self._prefiller.share(request_id, done, takes)
@@ -362,6 +419,9 @@ class PrefillRank:
         """Return when all pages of a request have arrived, or why they did not.
 
         On threads of its own: the gang computes other prompts meanwhile.
+
+        Raises:
+            LeftMeshError: some were not sent, because the ranks parted before they were computed.
         """
         hand_off = self._hand_offs.get(request_id)
         if hand_off is None:
@@ -394,20 +454,9 @@ class PrefillRank:
             self.release(chunk.request_id)
             raise
 
-    def _fetch(self, chunk: Chunk, hand_off: "HandOff") -> "ChunkResult":
-        from ...engine.milestones import Milestone
-        from ...engine.prefill.chunk import ChunkResult
-        from ...engine.stages import Stages
-
-        device = self._device()
-        stages = Stages.on(device)
-        with stages.time("hand-off"):
-            self._prefiller.fetch(chunk.request_id, chunk.start, chunk.end, hand_off)
-        nearly = Milestone.after_what_is_launched(device)
-        return ChunkResult(None, None, nearly, stages)
-
-    def _open(self, destination: "Destination") -> "HandOff":
+    def _open(self, destination: "Destination") -> "BackgroundHandOff":
         from ...engine.kv.background import BackgroundHandOff
 
         # In a thread, on CPUs too: a decode worker that hangs must not hold the gang up.
-        return BackgroundHandOff(self._sender.open(destination), self._stream)
+        # A hand-off may outlive a mesh: ranks that come later join between two chunks.
+        return BackgroundHandOff(self._sender.open(destination), self._stream, lambda: self._mesh)

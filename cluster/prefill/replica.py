@@ -1,6 +1,7 @@
 """A prefill replica: the coordinator of one gang, which computes several prompts chunk by chunk."""
 
 import asyncio
+import itertools
 import logging
 import time
 from asyncio import FIRST_COMPLETED
@@ -34,7 +35,7 @@ from ..recovery import RECOVERY_SECONDS
 from ..settings import GangSettings, HandOffTerms
 from ..streams import beating
 from ..tasks import detached, forever
-from .gang import ChunkUnderWay, Gang, OfPrompt
+from .gang import Gang, OfPrompt
 from .rank import RankResult
 from .regrouping import Regrouping
 from .scheduler import Chunk, ChunkScheduler
@@ -55,15 +56,15 @@ class _Job:
     """One prompt under way; `events` ends with Prefilled or an error.
 
     `began`: when its first chunk did. From then on the ranks hold pages of it, also after its end,
-    until its request is over or somebody else needs them. `heir`: the later attempt at its request
-    that has them now.
+    until its request is over or somebody else needs them. `finishing` ends when all its chunks that
+    were begun have: until then nobody knows which of its pages are whole.
     """
 
     order: PrefillOrder
     prompt: ray.ObjectRef
     events: "asyncio.Queue[Progress | Prefilled | LongreachError]"
     began: float | None = None
-    heir: "_Job | None" = None
+    finishing: "asyncio.Task[None] | None" = None
     stages: dict[str, float] = field(default_factory=dict)
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -76,6 +77,11 @@ class _Job:
             yield event
             if isinstance(event, Prefilled):
                 return
+
+    def note_stages(self, results: "list[RankResult]") -> None:
+        """Count the time of the rank that took longest over a chunk."""
+        for stage, seconds in max(results, key=_busy_seconds).stages.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     @property
     def name(self) -> str:
@@ -177,7 +183,7 @@ class PrefillReplica:
         """
         try:
             destination = await job.order.destination
-            await self._regrouping.may_begin()
+            await self._end_earlier(job)
             if job.name in self._jobs:
                 self._admit(job, destination)
             await job.order.released
@@ -191,13 +197,27 @@ class PrefillReplica:
         self._end(job, UnavailableError("the request was released"))
         self._forget(job)
 
+    async def _end_earlier(self, job: _Job) -> None:
+        """End earlier attempts at a prompt's request; returns when no chunk of them is under way.
+
+        Such a chunk may fail yet, or its pages not come. A later attempt goes on behind what is
+        known to be whole, and hands nothing else off: its decode worker would count that as there.
+        """
+        await self._regrouping.may_begin()
+        while job.name in self._jobs:
+            earlier = itertools.takewhile(lambda other: other is not job, self._jobs.values())
+            for other in [each for each in earlier if each.origin == job.origin]:
+                # Whoever asked for it is gone, and this replica does not know yet.
+                self._end(other, UnavailableError("the request was begun again"))
+            before = self._left.get(job.origin)
+            if before is None or before.finishing is None or before.finishing.done():
+                return
+            await asyncio.wait({before.finishing})
+            await self._regrouping.may_begin()
+
     def _admit(self, job: _Job, destination: "Destination") -> None:
         """Let a prompt's turn come, behind what need not be computed once more."""
         scored = job.order.request.sampling.prompt_logprobs
-        for other in list(self._jobs.values()):
-            if other.origin == job.origin and other is not job:
-                # Whoever asked for it is gone, and this replica does not know yet.
-                self._end(other, UnavailableError("the request was begun again"))
         before = self._left.get(job.origin)
         if before is None or scored is not None or not self._goes_on(job, before, destination):
             self._scheduler.add(job.name, job.total, scored, destination.done)
@@ -214,7 +234,6 @@ class PrefillReplica:
         if not lies_here or not helps or not np.array_equal(prompt, same):
             return False
         del self._left[job.origin]
-        before.heir = job
         self._scheduler.come_back(before.name, job.name)
         self._gang.come_back(before.name, job.name, job.for_ranks, done)
         self._sink.add(metrics.PREFILL_TOKENS_BACK, done)
@@ -254,8 +273,10 @@ class PrefillReplica:
         self._wake.set()
 
     def _release_leaving(self) -> None:
-        # Ranks get calls in order, so their pages are free before they are allocated again.
-        leaving, self._leaving = self._leaving, []
+        # Ranks get calls in order, so their pages are free before they are allocated again. Those
+        # into which something is being fetched are freed after that.
+        leaving = [name for name in self._leaving if not self._scheduler.is_fetching(name)]
+        self._leaving = [name for name in self._leaving if self._scheduler.is_fetching(name)]
         for request_id in dict.fromkeys(leaving):
             self._gang.release(request_id)
             self._scheduler.remove(request_id)
@@ -275,21 +296,24 @@ class PrefillReplica:
             self._release_leaving()
             chunk = self._scheduler.next()
             self._release_taken()
-            if chunk is not None:
-                await self._compute(chunk)
-            else:
+            if chunk is None:
                 self._wake.clear()
                 await self._wake.wait()
+            elif chunk.is_back:
+                self._fetch(chunk)
+            else:
+                await self._compute(chunk)
 
     async def _compute(self, chunk: Chunk) -> None:
         """Begin a chunk; returns shortly before it is computed, when the next may be dealt out.
 
         Whoever comes, or leaves, until then does so before the next chunk.
         """
-        job = self._jobs[chunk.request_id]
+        job = self._begin(chunk)
         self._speed.begin()
-        under_way = self._begin(chunk, job)
+        under_way = self._gang.begin_chunk(chunk, job.for_ranks)
         self._finishing = detached(self._finish(chunk, job, under_way.results, self._finishing))
+        job.finishing = self._finishing
         self._finishing.add_done_callback(self._regroup_if_failed)
         await asyncio.wait({under_way.nearly, self._finishing}, return_when=FIRST_COMPLETED)
         if not (under_way.nearly.done() and under_way.nearly.result()):
@@ -320,13 +344,9 @@ class PrefillReplica:
         self._count(chunk, job, results)
         self._report()
         failure = next((r.failure for r in results if r.failure is not None), None)
-        if chunk.is_back and failure is not None:
-            self._fail_fetch(job, failure)
-            return
         if self._jobs.get(chunk.request_id) is not job:
             return  # Its request is over.
-        for stage, seconds in max(results, key=_busy_seconds).stages.items():
-            job.stages[stage] = job.stages.get(stage, 0.0) + seconds
+        job.note_stages(results)
         job.scores += [result.scores for result in results if result.scores is not None]
         if failure is not None:
             self._fail_hand_off(job, failure)
@@ -335,14 +355,48 @@ class PrefillReplica:
             task = detached(self._hand_off(job, results))
             self._handing_off.add(task)
             task.add_done_callback(self._handing_off.discard)
-        elif not chunk.is_back:
+        else:
             job.events.put_nowait(Progress(chunk.end, job.total))
 
-    def _begin(self, chunk: Chunk, job: _Job) -> ChunkUnderWay:
+    def _begin(self, chunk: Chunk) -> _Job:
+        """Whose chunk is begun."""
+        job = self._jobs[chunk.request_id]
         if job.began is None:
             job.began = time.time()
             self._report()
-        return self._gang.begin_chunk(chunk, job.for_ranks)
+        return job
+
+    def _fetch(self, chunk: Chunk) -> None:
+        """Begin to fetch a chunk that is back; other prompts' chunks go on beside it.
+
+        The worker that has its pages may be dead, which Ray takes seconds to say of a whole node.
+        """
+        job = self._begin(chunk)
+        fetched = self._gang.begin_fetch(chunk, job.for_ranks)
+        job.finishing = detached(self._finish_fetch(chunk, job, fetched))
+        job.finishing.add_done_callback(self._regroup_if_failed)
+
+    async def _finish_fetch(
+        self, chunk: Chunk, job: _Job, fetched: "asyncio.Future[list[RankResult]]"
+    ) -> None:
+        """Let a prompt go on behind pages that have come back, or end it where they have not.
+
+        Those that came before lie here all the same, for a later attempt.
+        """
+        await asyncio.wait({fetched})
+        results = [] if _has_failed(fetched) else fetched.result()
+        failure = next((r.failure for r in results if r.failure is not None), None)
+        self._scheduler.ended(chunk, bool(results) and failure is None)
+        self._wake.set()
+        if failure is not None:
+            self._fail_hand_off(job, failure)
+            return
+        if not results:
+            if self._jobs.get(job.name) is job:
+                fetched.result()  # raises
+            return  # The ranks have met again since, or whoever watches them finds it.
+        self._sink.add(metrics.PREFILL_TOKENS_BACK, chunk.end - chunk.start)
+        job.note_stages(results)
 
     async def _hand_off(self, job: _Job, results: list[RankResult]) -> None:
         """Wait until all pages of a computed prompt have arrived, and say so."""
@@ -364,15 +418,6 @@ class PrefillReplica:
             self._sink.add(metrics.HANDOFF_FAILURES)
         self._end(job, TransferError(why))
 
-    def _fail_fetch(self, job: _Job, why: str) -> None:
-        """End whoever has a prompt's pages by now, and have these freed: what they hold, nobody
-        knows, and they may be on their way to another decode worker.
-        """
-        while job.heir is not None:
-            job = job.heir
-        self._fail_hand_off(job, why)
-        self._forget(job)
-
     def _failed(self, chunk: Chunk, job: _Job, error: RayError) -> None:
         """End the one request that needed too much; raise if ranks have to meet again."""
         ours = as_ours(error)
@@ -385,9 +430,6 @@ class PrefillReplica:
             raise error
 
     def _count(self, chunk: Chunk, job: _Job, results: list[RankResult]) -> None:
-        if chunk.is_back:
-            self._sink.add(metrics.PREFILL_TOKENS_BACK, chunk.end - chunk.start)
-            return
         self._sink.add(metrics.PREFILL_CHUNKS)
         self._sink.add(metrics.PREFILL_TOKENS, chunk.computed_tokens)
         again = min(chunk.end, job.order.request.computed) - chunk.start

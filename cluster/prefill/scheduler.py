@@ -9,13 +9,18 @@ from ...engine.errors import CacheTooSmallError
 from ...engine.fairness import Turns
 from ...kernels.page_size import PAGE_TOKENS, pages_for
 
+_BACK_TOKENS = 131_072
+"""That come back at a time, in whole chunks: each time the ranks are told between two chunks of
+other prompts. What came before one that fails need not be fetched again."""
+
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens [start, end) of one prompt; `is_last` when the prompt ends with them.
 
     `score_top`: the prompt's own tokens are scored, with so many alternatives. `is_back`: they were
-    computed before, and their pages come back from where they were handed off to.
+    computed before, as several chunks perhaps, and their pages come back from where they were
+    handed off to.
     """
 
     request_id: str
@@ -33,13 +38,17 @@ class Chunk:
 
 @dataclass
 class _Entry:
-    """A prompt; `back` tokens of it need not be computed, and `dealt` are dealt out."""
+    """A prompt; `back` tokens of it need not be computed, and `dealt` are dealt out.
+
+    While it is `fetching` a chunk that is back, it has its pages for itself, and no other turn.
+    """
 
     tokens: int
     score_top: int | None = None
     back: int = 0
     dealt: int = 0
     admitted: bool = False
+    fetching: bool = False
 
     @property
     def pages(self) -> int:
@@ -58,7 +67,8 @@ class ChunkScheduler:
     free, and go as soon as somebody else needs the room.
 
     Args:
-        chunk_tokens: of every chunk but a prompt's last; a multiple of PAGE_TOKENS.
+        chunk_tokens: of every chunk that is computed, but a prompt's last; a multiple of
+            PAGE_TOKENS.
         patience: see `Turns`.
     """
 
@@ -95,7 +105,7 @@ class ChunkScheduler:
 
     @property
     def _left_pages(self) -> int:
-        return sum(entry.pages for entry in self._left.values())
+        return sum(entry.pages for entry in self._left.values() if not entry.fetching)
 
     def add(
         self, request_id: str, tokens: int, score_top: int | None = None, done: int = 0
@@ -134,11 +144,13 @@ class ChunkScheduler:
         return 0 if entry is None else self.whole_chunks(entry.tokens, entry.dealt)
 
     def come_back(self, request_id: str, to: str) -> int:
-        """Let a prompt that was left go on under another name; behind how many tokens."""
+        """Let a prompt that was left go on under another name; behind how many tokens.
+
+        None of its chunks is under way: what those are worth, nobody knows yet.
+        """
         done = self.left_behind(request_id)
         entry = self._left.pop(request_id)
         self._turns.join(to, entry.tokens - done)
-        # The same one: a chunk of it may be computed yet, and fail.
         entry.dealt, entry.back, entry.score_top = done, 0, None
         self._entries[to] = entry
         return done
@@ -146,8 +158,15 @@ class ChunkScheduler:
     def ended(self, chunk: Chunk, is_computed: bool) -> None:
         """A chunk that was dealt out is over; where it failed, its prompt goes on before it."""
         entry = self._computing.pop(chunk)
+        if chunk.is_back:
+            entry.fetching = False
         if not is_computed:
             entry.dealt = min(entry.dealt, chunk.start)
+
+    def is_fetching(self, request_id: str) -> bool:
+        """Whether a chunk of a prompt that is back has not ended; its pages cannot be freed."""
+        entry = self._entries.get(request_id) or self._left.get(request_id)
+        return entry is not None and entry.fetching
 
     def taken(self) -> list[str]:
         """Prompts whose pages, which they had left, somebody else has got since the last time."""
@@ -167,7 +186,8 @@ class ChunkScheduler:
         Each chunk is dealt out once, and counts as computed from then on, unless `ended` says that
         it was not: a prompt that is cancelled during its chunk has passed others all the same.
         """
-        order = self._turns.order()
+        # Whoever waits for pages that come back holds nobody else up.
+        order = [name for name in self._turns.order() if not self._entries[name].fetching]
         if order and not self._holds_pages(order[0]):
             # Those that have pages go on: their ends bring pages for the one whose turn it is.
             order = [name for name in order if self._entries[name].admitted]
@@ -186,7 +206,7 @@ class ChunkScheduler:
         if pages > self._free_pages + self._left_pages:
             return False
         while pages > self._free_pages:
-            oldest = next(iter(self._left))
+            oldest = next(name for name, entry in self._left.items() if not entry.fetching)
             self.remove(oldest)
             self._taken.append(oldest)
         return True
@@ -198,9 +218,15 @@ class ChunkScheduler:
     def _deal(self, request_id: str) -> Chunk:
         entry = self._entries[request_id]
         start = entry.dealt
-        entry.dealt = min(start + self._chunk_tokens, entry.tokens)
+        is_back = start < entry.back
+        if is_back:
+            most = max(_BACK_TOKENS // self._chunk_tokens, 1) * self._chunk_tokens
+            entry.dealt = min(start + most, entry.back)
+        else:
+            entry.dealt = min(start + self._chunk_tokens, entry.tokens)
         self._turns.serve(request_id, entry.dealt - start)
-        is_last, is_back = entry.dealt == entry.tokens, entry.dealt <= entry.back
+        is_last = entry.dealt == entry.tokens
+        entry.fetching = is_back
         chunk = Chunk(request_id, start, entry.dealt, is_last, entry.score_top, is_back)
         self._computing[chunk] = entry
         return chunk

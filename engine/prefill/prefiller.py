@@ -16,7 +16,7 @@ from ...kernels.pages import BlockTable, LayerPages
 from ..errors import CacheTooSmallError, ChunkOutOfMemoryError, InvalidRequestError
 from ..kv.chunk_pages import part_of
 from ..kv.hand_off import HandOff, Place
-from ..kv.pages import PagePool, Pages
+from ..kv.pages import HeldPages, PagePool, Pages
 from ..memory.out_of_memory import out_of_memory_raises
 from ..messages import Tokens
 from ..model.qwen2 import Qwen2
@@ -100,10 +100,13 @@ class Prefiller:
             self._pool.share(held)
         self._admitted[request_id] = _Admitted(prompt, BlockTable.of(held), done)
 
-    def fetch(self, request_id: str, start: int, end: int, hand_off: HandOff) -> None:
-        """Bring tokens [start, end) back from where they were handed off to, in place of a chunk.
+    def pages_to_fetch(
+        self, request_id: str, start: int, end: int
+    ) -> list[tuple[Place, HeldPages]]:
+        """Where tokens [start, end) come back from, in place of a chunk, and into which pages.
 
-        On a rank by itself: nothing is exchanged. What goes wrong, the hand-off remembers.
+        On a rank by itself: nothing is exchanged. They count as done: whoever asks has them there
+        before the next chunk.
 
         Raises:
             InvalidRequestError: as `run_chunk`.
@@ -111,13 +114,11 @@ class Prefiller:
         admitted = self._next_chunk_of(request_id, start, end)
         numbers = admitted.table.pages[start // PAGE_TOKENS : pages_for(end)]
         head = self._parts.model.heads.first_kv_head
-        hand_off.fetch(
-            [
-                (Place(layer, start // PAGE_TOKENS, head), self._pool.held(layer, numbers))
-                for layer in range(self._pool.geometry.num_layers)
-            ]
-        )
         admitted.done = end
+        return [
+            (Place(layer, start // PAGE_TOKENS, head), self._pool.held(layer, numbers))
+            for layer in range(self._pool.geometry.num_layers)
+        ]
 
     def push(self, request_id: str, start: int, end: int, hand_off: HandOff) -> None:
         """Hand off tokens [start, end), which lie in the pages, once more and to somebody else.

@@ -1,6 +1,7 @@
 """A node that is about to go waits for what is under way on it, and for its proxy's clients."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -29,6 +30,8 @@ from longreach.cluster.front import FrontLimits, controller_options, depart
 from ..prometheus import free_port
 from .conftest import wait_for
 
+IDLE = 20
+"""Connections, of which each proxy has some: the kernel deals them out."""
 ANSWER_SECONDS = 12
 """More than the looks take in which an idle node must be quiet."""
 
@@ -140,13 +143,36 @@ def test_clients_of_its_proxy_are_waited_for_and_seen_off(
     here = NodeAffinitySchedulingStrategy(leaving, soft=False)
     leave: Any = ray.remote(num_cpus=0)(draining.leave).options(scheduling_strategy=here)
     with ExitStack() as clients:
+        idle = [clients.enter_context(connected(url)) for _ in range(IDLE)]
         answer = client_at(leaving, url, clients)
         left = leave.remote(tmp_path, time.time() + 60)
         text = "".join(answer.iter_text())
         assert text.endswith("done")
         assert not ray.wait([left], timeout=0)[0], "the node would have ended under its client"
+        closed = sum(map(is_closed, idle))
+        assert 0 < closed < IDLE, "those at the proxy that goes, and no others"
         assert ray.get(left, timeout=30) is True
         assert httpx.get(url).text == "done"
+
+
+def connected(url: str) -> socket.socket:
+    """A connection that has had an answer, and is kept."""
+    there = httpx.URL(url)
+    connection = socket.create_connection((there.host, there.port), timeout=30)
+    connection.sendall(f"GET {there.path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    said = b""
+    while not said.endswith(b"0\r\n\r\n"):
+        said += connection.recv(1 << 16)
+    connection.settimeout(0.1)
+    return connection
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has."""
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
 
 
 def client_at(node: str, url: str, clients: ExitStack) -> httpx.Response:

@@ -78,6 +78,8 @@ NO_REMEDY = (
     errors.OutOfPagesError(2, 1, 8),
     errors.QueueFullError(3),
     errors.PoisonousError(3),
+    errors.LeftMeshError(),
+    errors.CancelledElsewhereError(),
 )
 
 EVERY = pytest.mark.parametrize(

@@ -88,6 +88,15 @@ def test_portable_attention_sees_exactly_what_was_selected(
     torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_for_which_nothing_was_selected_sees_its_own_tile() -> None:
+    chunk, rows = (384, 128), QueryBlocks((0, 1, 2), 384)
+    problem = make_problem(384, True, chunk=chunk)
+    nothing = Selections.of([[]] * 4, [[0]] * 4)
+    expected, _ = expected_attention(problem, nothing)
+    output, _ = portable_output(problem, rows, chunk, problem.pages, nothing)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-4)
+
+
 def portable_output(
     problem: Problem, rows: QueryBlocks, chunk, pages: LayerPages, selections: Selections
 ) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import http.server
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -212,6 +214,58 @@ def test_names_of_engines_keep_their_colon_however_they_are_asked_for(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+NAMES = {"both.example": ["::1", "127.0.0.1"], "elsewhere.example": ["192.0.2.1", "127.0.0.1"]}
+"""Of hosts in a resolver of our own; the first of the second is no address of this machine."""
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *given: Any, **named: Any) -> list[Any]:
+        return [
+            each for name in NAMES.get(host, [host]) for each in real(name, port, *given, **named)
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize(
+    ("host", "asked"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("localhost", "localhost"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("::", "::1"),
+        ("::ffff:127.0.0.1", "127.0.0.1"),
+        ("both.example", "::1"),
+        ("elsewhere.example", "127.0.0.1"),
+    ],
+)
+def test_an_exporter_listens_at_names_and_addresses_of_either_kind(
+    tmp_path: Path, host: str, asked: str
+) -> None:
+    port = free_port()
+    server, thread = export(tmp_path, host, port)
+    try:
+        assert scraped(port, asked) == {}
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "host", ["[127.0.0.1]", "[::1", "::1]", "1:2", "192.0.2.1", "no such host", "[]"]
+)
+def test_a_host_that_is_none_of_this_machines_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigurationError, match="--host"):
+        export(tmp_path, host, free_port())
 
 
 def scraped(port: int, host: str = "127.0.0.1", **headers: str) -> dict[str, float]:

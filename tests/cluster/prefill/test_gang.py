@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from longreach.cluster.prefill import rows
 from longreach.cluster.prefill.gang import Gang, OfPrompt
@@ -25,15 +26,19 @@ class FakeRank:
     def __init__(self, bundle: int) -> None:
         self.bundle = bundle
         self.calls: list[tuple[Any, ...]] = []
-        for name in ("begin_chunk", "share", "come_back", "release"):
+        for name in ("begin_chunk", "begin_fetch", "share", "come_back", "release"):
             setattr(self, name, SimpleNamespace(remote=self._call(name)))
         self.finish_chunk = self._with_options("finish_chunk")
         self.flush = self._with_options("flush")
+        self.finish_fetch = self._with_options("finish_fetch")
+        self.answers: dict[str, asyncio.Future[Any]] = {}
 
     def _call(self, name: str) -> Any:
         def remote(*given: Any) -> Any:
             self.calls.append((name, *given))
             answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if name in self.answers:
+                return self.answers[name]
             answer.set_result(None)
             return answer
 
@@ -142,6 +147,43 @@ def test_a_new_row_gets_the_pages_of_a_prompt_before_it_computes(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("outcome", ["computed", "lost", "renamed and lost"])
+def test_pages_are_given_again_where_it_is_not_known_that_they_came(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows, outcome: str
+) -> None:
+    """A rank that dies meanwhile leaves the others with anything in place of what they wanted."""
+
+    async def run() -> None:
+        gang, placement = await started(monkeypatch)
+        await gang.begin_chunk(Chunk("a", 0, 256, False), PROMPT).results
+        fake.dead.append(gang._rows[2])
+        await gang.regroup()
+        await gang.recruit()
+        await gang.regroup()
+        kept, dies, comes = gang._rows[0].ranks[0], gang._rows[1], placement.started[-1]
+        name = "a"
+        if outcome == "renamed and lost":
+            gang.come_back("a", name := "b", PROMPT, 256)
+        elif outcome == "lost":
+            for rank in (kept, comes):
+                rank.answers["finish_chunk"] = failed = asyncio.get_running_loop().create_future()
+                failed.set_exception(ActorDiedError())
+        if outcome != "renamed and lost":
+            await asyncio.wait({gang.begin_chunk(Chunk("a", 256, 512, False), PROMPT).results})
+            await asyncio.sleep(0)
+        for rank in (kept, comes):
+            rank.answers.clear()
+        fake.dead.append(dies)
+        assert await gang.regroup() == 1
+        gang.begin_chunk(Chunk(name, 256, 512, False), PROMPT)
+        given = [done for called, *done in comes.calls if called == "share"]
+        again = [] if outcome == "computed" else [[name, "tokens", "destination", 256, True]]
+        assert given[1:] == again
+        assert [called for called, *_ in kept.calls if called == "share"] == ["share"] * len(given)
+
+    asyncio.run(run())
+
+
 def test_pages_die_with_the_last_row_that_has_them(
     monkeypatch: pytest.MonkeyPatch, fake: FakeRows
 ) -> None:
@@ -191,5 +233,30 @@ def test_a_row_that_does_not_come_up_is_tried_again(
         assert [row.ranks[0].bundle for row in fake.dead[1:]] == [0]
         await gang.regroup()
         assert gang.is_whole
+
+    asyncio.run(run())
+
+
+def test_a_fetch_is_over_when_no_rank_fetches_any_more(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows
+) -> None:
+    """Also where one has failed: another may still write into the prompt's pages."""
+
+    async def run() -> None:
+        gang, placement = await started(monkeypatch, sequence_parallel=2)
+        first, second = placement.started
+        for rank in (first, second):
+            rank.answers["finish_fetch"] = asyncio.get_running_loop().create_future()
+        chunk = Chunk("a", 0, 256, False, is_back=True)
+        fetched = gang.begin_fetch(chunk, PROMPT)
+        assert first.last("begin_fetch") == [chunk, "tokens", "destination"]
+        first.answers["finish_fetch"].set_exception(ActorDiedError())
+        await asyncio.sleep(0.01)
+        assert not fetched.done()
+        second.answers["finish_fetch"].set_result(None)
+        with pytest.raises(ActorDiedError):
+            await fetched
+        gang.begin_chunk(Chunk("a", 256, 512, True), PROMPT)
+        assert second.last("begin_chunk")[1:] == [None, None]
 
     asyncio.run(run())

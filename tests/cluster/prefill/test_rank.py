@@ -1,7 +1,7 @@
 """A rank of a gang of one, in this process."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,6 +31,7 @@ class NoHandOff(HandOff):
     def fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> None: ...
     def flush(self) -> None: ...
     def abandon(self) -> None: ...
+    def before_leaving(self) -> None: ...
 
 
 TO = Destination("anywhere", done=0)
@@ -123,6 +124,66 @@ def test_a_rank_that_has_left_computes_nothing_until_it_meets_others(rank: Prefi
     assert expected is not None
     assert logits is not None
     np.testing.assert_array_equal(logits, expected)
+
+
+class SlowHandOff(NoHandOff):
+    """Fetches when it is let."""
+
+    def __init__(self) -> None:
+        self.said: str | None = None
+        self.wanted: list[Place] = []
+        self.fetched: Future[None] = Future()
+
+    @property
+    def failure(self) -> str | None:
+        return self.said
+
+    def begin_fetch(self, wanted: Sequence[tuple[Place, HeldPages]]) -> Future[None]:
+        self.wanted += [place for place, _ in wanted]
+        return self.fetched
+
+
+def test_chunks_are_computed_beside_a_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whether ranks part meanwhile means nothing to it."""
+    slow, rank = SlowHandOff(), make_rank()
+    hand_offs = iter([slow, NoHandOff()])
+    monkeypatch.setattr(rank, "_open", lambda destination: next(hand_offs))
+    prompt = np.full(1500, 65, dtype=np.int32)
+    back = Chunk("a", 0, 1024, False, is_back=True)
+    with ThreadPoolExecutor(1) as threads:
+        fetched = threads.submit(rank.finish_fetch, back)
+        rank.begin_fetch(back, prompt, TO)
+        assert {place.first_page for place in slow.wanted} == {0}
+        result = run_chunk(rank, Chunk("b", 0, 300, True), prompt[:300], TO)
+        assert result.logits is not None
+        assert not fetched.done()
+        rank.leave()
+        rank.meet(Meeting.of_one(), 0)
+        slow.said = "they did not come"
+        slow.fetched.set_result(None)
+        assert fetched.result(timeout=60).failure == "they did not come"
+    slow.said = None
+    assert run_chunk(rank, Chunk("a", 1024, 1500, True), None, None).logits is not None
+
+
+def test_hand_offs_note_what_is_written_before_their_mesh_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hand_off, was_left = NoHandOff(), list[bool]()
+    monkeypatch.setattr(PrefillRank, "_open", lambda *arguments: hand_off)
+    rank = make_rank()
+    monkeypatch.setattr(hand_off, "before_leaving", lambda: was_left.append(rank._mesh.is_left))
+    run_chunk(rank, Chunk("a", 0, 100, True), np.full(100, 65, dtype=np.int32), TO)
+    rank.leave()
+    assert was_left == [False]
+
+
+def test_pages_may_be_given_to_a_rank_again(rank: PrefillRank) -> None:
+    """The first time was given up half-way."""
+    prompt = np.full(1500, 65, dtype=np.int32)
+    for _ in range(2):
+        rank.share("a", prompt, TO, 1024, takes=True)
+    assert run_chunk(rank, Chunk("a", 1024, 1500, True), None, None).logits is not None
 
 
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(

@@ -50,6 +50,8 @@ class FakeGang:
         self.begun_while: list[int] = []  # how many others were under way
         self.seconds_to_finish: Iterator[float] = repeat(0.001)
         self.may_compute, self.may_finish = asyncio.Event(), asyncio.Event()
+        self.may_fetch = asyncio.Event()
+        self.may_fetch.set()
         self.may_compute.set()
         self.may_finish.set()
         self.released: list[str] = []
@@ -90,6 +92,17 @@ class FakeGang:
         self.finished += 1
         logits = np.zeros(3, dtype=np.float32) if chunk.is_last else None
         return [RankResult(logits, {"linear": 0.1}, failure)]
+
+    def begin_fetch(self, chunk: Chunk, prompt: OfPrompt) -> "asyncio.Future[list[RankResult]]":
+        self.have.add(chunk.request_id)
+        self.computed.append(chunk)
+        return asyncio.ensure_future(self._fetch(chunk))
+
+    async def _fetch(self, chunk: Chunk) -> list[RankResult]:
+        await self.may_fetch.wait()
+        await asyncio.sleep(0.001)
+        self.finished += 1
+        return [RankResult(None, {"hand-off": 0.1}, self.outcome(chunk))]
 
     async def flush(self, request_id: str) -> str | None:
         await self.may_flush.wait()
@@ -179,6 +192,8 @@ class Promise:
 @pytest.fixture
 def gang(monkeypatch: pytest.MonkeyPatch) -> FakeGang:
     fake = FakeGang()
+    # A chunk at a time.
+    monkeypatch.setattr("longreach.cluster.prefill.scheduler._BACK_TOKENS", CHUNK_TOKENS)
 
     async def start(settings: Any, metrics_directory: Path) -> FakeGang:
         return fake
@@ -705,51 +720,227 @@ def test_chunks_whose_pages_the_worker_has_are_fetched(
     assert counted(tmp_path, AGAIN) == CHUNK_TOKENS
 
 
-def test_pages_that_could_not_be_fetched_are_never_used(play: Any, gang: FakeGang) -> None:
-    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
+@pytest.mark.parametrize("came", [0, 1])
+def test_pages_that_could_not_be_fetched_are_never_used(
+    play: Any, gang: FakeGang, came: int
+) -> None:
+    """And those that came before them are."""
+    fails_at = came * CHUNK_TOKENS
+    gang.outcome = lambda chunk: (
+        "they did not come" if chunk.is_back and chunk.start == fails_at else None
+    )
 
     async def scenario(replica: PrefillReplica) -> None:
         with pytest.raises(TransferError):
-            await prefill(replica, "a", TOKENS, FakeWorker(done=CHUNK_TOKENS))
-        while not gang.released:
-            await asyncio.sleep(0.001)
+            await prefill(replica, "a", TOKENS, FakeWorker(done=2 * CHUNK_TOKENS))
+        assert dealt(gang, "a")[-1] == (fails_at, True)
         await prefill(replica, "b", TOKENS, first_id="a")
 
     play(scenario)
-    assert gang.came_back == []
+    assert gang.came_back == ([("a", "b", fails_at)] if came else [])
+    assert dealt(gang, "b")[0] == (fails_at, False)
 
 
-@pytest.mark.parametrize("later", [[], ["b"], ["b", "c"]])
-def test_pages_are_not_used_that_are_being_fetched_when_a_later_attempt_takes_them(
-    play: Any, gang: FakeGang, later: list[str]
+def pages_do_not_come(chunk: Chunk, dies_at: int | None) -> str | None:
+    """Of the first attempt; a rank dies under its chunks from there on, and hides the others'."""
+    if chunk.request_id != "a":
+        return None
+    if dies_at is not None and chunk.start >= dies_at:
+        raise ActorDiedError
+    return "they did not come" if chunk.is_back else None
+
+
+@pytest.mark.parametrize("later", [["b"], ["b", "c"]])
+@pytest.mark.parametrize("dies_at", [None, 0, CHUNK_TOKENS])
+@pytest.mark.parametrize("comes", ["before it fails", "after it failed"])
+def test_no_later_attempt_uses_or_hands_off_pages_that_did_not_come(
+    play: Any, gang: FakeGang, comes: str, dies_at: int | None, later: list[str]
 ) -> None:
-    """The decode worker dies under the fetch, and the request comes again, before it has failed."""
-    gang.outcome = lambda chunk: "they did not come" if chunk.is_back else None
-    dying = FakeWorker(done=CHUNK_TOKENS)
+    """The decode worker dies under the fetch, and a rank perhaps, and the request comes again."""
+    gang.outcome = lambda chunk: pages_do_not_come(chunk, dies_at)
+    gang.lost = [1]
+    dying = FakeWorker(done=2 * CHUNK_TOKENS)
 
     async def scenario(replica: PrefillReplica) -> list[Any]:
-        gang.may_compute.clear()
+        gang.may_fetch.clear()
         asked = [asyncio.create_task(prefill(replica, "a", TOKENS, dying))]
         while not gang.computed:
             await asyncio.sleep(0.001)
+        if comes == "after it failed":
+            gang.may_fetch.set()
+            await asyncio.wait(asked)
         dying.die()
-        for number, name in enumerate(later):
+        for name in later:
             asked.append(asyncio.create_task(prefill(replica, name, TOKENS, first_id="a")))
-            while len(gang.came_back) == number:
-                await asyncio.sleep(0.001)
-        gang.may_compute.set()
-        outcomes = await asyncio.gather(*asked, return_exceptions=True)
-        while not gang.released:
-            await asyncio.sleep(0.001)
-        assert gang.released == [(later or ["a"])[-1]]
-        gang.outcome = lambda chunk: None
-        return [*outcomes, await prefill(replica, "last", TOKENS, first_id="a")]
+            await asyncio.sleep(0.005)
+        gang.may_fetch.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
 
-    *before, last, anew = play(scenario)
-    assert isinstance(last, TransferError if later else LostError)
-    assert all(isinstance(each, (LostError, UnavailableError)) for each in before)
-    assert isinstance(anew[-1], Prefilled)
-    assert dealt(gang, "last")[0] == (0, False)
+    first, *_, last = play(scenario)
+    assert isinstance(first, (LostError, TransferError))
+    assert isinstance(last[-1], Prefilled)
+    assert "a" not in {before for before, _, _ in gang.came_back}
+    if comes == "before it fails":
+        assert gang.came_back == []
+        assert dealt(gang, later[-1])[0] == (0, False)
+
+
+FAILURES = [ActorDiedError(), RayTaskError("begin_chunk", "", ChunkOutOfMemoryError(0, 1))]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["rank lost", "out of memory"])
+@pytest.mark.parametrize("comes", ["before it fails", "after it failed"])
+def test_no_later_attempt_hands_off_a_chunk_that_failed_under_way(
+    play: Any, gang: FakeGang, comes: str, failure: Exception
+) -> None:
+    """Pages of a collective that was given up are anything, and would count as arrived.
+
+    A rank that ran out of memory has dropped the prompt, and has nothing to go on with.
+    """
+    gang.lost = [1]
+    worker = FakeWorker()
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.request_id == "a" and chunk.start == CHUNK_TOKENS:
+            raise failure
+        if chunk.request_id == "a":
+            gang.may_compute.clear()  # of the next one
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.outcome = outcome
+        first = asyncio.create_task(prefill(replica, "a", TOKENS, worker))
+        while len(gang.computed) < 2:
+            await asyncio.sleep(0.001)
+        if comes == "after it failed":
+            gang.may_compute.set()
+            await asyncio.wait({first})
+        worker.die()
+        again = asyncio.create_task(prefill(replica, "b", TOKENS, first_id="a"))
+        await asyncio.sleep(0.005)
+        gang.may_compute.set()
+        with pytest.raises((LostError, ChunkOutOfMemoryError)):
+            await first
+        said = await again
+        assert not gang.killed
+        return said
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    whole = CHUNK_TOKENS if isinstance(failure, ActorDiedError) else 0
+    assert gang.came_back == ([("a", "b", whole)] if whole else [])
+    assert dealt(gang, "b")[0] == (whole, False)
+
+
+def test_an_earlier_order_does_not_end_a_later_one(play: Any, gang: FakeGang) -> None:
+    """Both wait for ranks to meet; who came last is the one that somebody waits for."""
+    gang.lost = [1]
+    gang.may_meet.clear()
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.rank_is_lost.set()
+        while not gang.regrouped_while:
+            await asyncio.sleep(0.001)
+        first = asyncio.create_task(prefill(replica, "a", TOKENS))
+        await asyncio.sleep(0.005)
+        second = asyncio.create_task(prefill(replica, "b", TOKENS, first_id="a"))
+        await asyncio.sleep(0.005)
+        gang.may_meet.set()
+        with pytest.raises(UnavailableError):
+            await first
+        return await second
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+
+
+def test_a_prompt_that_waits_for_pages_to_come_back_holds_no_other_up(
+    play: Any, gang: FakeGang
+) -> None:
+    """The worker that has them may be dead, and nobody know yet."""
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.may_fetch.clear()
+        waiting = asyncio.create_task(
+            prefill(replica, "waits", TOKENS, FakeWorker(done=2 * CHUNK_TOKENS))
+        )
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        await prefill(replica, "others", TOKENS)
+        [*_, prefilled] = await prefill(replica, "another", TOKENS)
+        assert isinstance(prefilled, Prefilled)
+        assert dealt(gang, "waits") == [(0, True)]
+        gang.may_fetch.set()
+        return await waiting
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    assert [is_back for _, is_back in dealt(gang, "waits")] == [True, True, False, False]
+    assert prefilled.stages["hand-off"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("ends", ["released", "its worker dies"])
+def test_pages_are_not_freed_while_something_is_being_fetched_into_them(
+    play: Any, gang: FakeGang, ends: str
+) -> None:
+    """Whoever got them next would compute with what comes."""
+    worker = FakeWorker(done=2 * CHUNK_TOKENS)
+    large = 262144 - 128  # of 262144 tokens of pages that are there
+
+    async def scenario(replica: PrefillReplica) -> None:
+        gang.may_fetch.clear()
+        fetching = asyncio.create_task(prefill(replica, "a", TOKENS, worker))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        worker.die() if ends == "its worker dies" else worker.is_released.set()
+        with pytest.raises((LostError, UnavailableError)):
+            await fetching
+        waiting = asyncio.create_task(prefill(replica, "large", large))
+        await prefill(replica, "small", 9)
+        await asyncio.sleep(0.01)
+        assert gang.released == []
+        assert dealt(gang, "large") == []
+        gang.may_fetch.set()
+        await waiting
+        assert "a" in gang.released
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("found_by", ["fetch", "pulse"])
+def test_a_rank_that_dies_under_a_fetch_is_replaced_once(
+    play: Any, gang: FakeGang, tmp_path: Path, found_by: str
+) -> None:
+    """Whoever hears of it first; what is heard later, of calls to the dead one, means no other."""
+    gang.lost = [1]
+
+    def outcome(chunk: Chunk) -> None:
+        if chunk.is_back and chunk.request_id == "a":
+            raise ActorDiedError
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        gang.outcome = outcome
+        gang.may_fetch.clear()
+        first = asyncio.create_task(prefill(replica, "a", TOKENS, FakeWorker(done=CHUNK_TOKENS)))
+        while not gang.computed:
+            await asyncio.sleep(0.001)
+        if found_by == "pulse":
+            gang.rank_is_lost.set()
+        else:
+            gang.may_fetch.set()
+        with pytest.raises(LostError):
+            await first
+        gang.may_fetch.set()
+        await asyncio.sleep(0.01)
+        there = FakeWorker(done=CHUNK_TOKENS)
+        said = await prefill(replica, "a", TOKENS, there, number=1)
+        await replica.check_health()
+        assert not gang.killed
+        return said
+
+    *_, prefilled = play(scenario)
+    assert isinstance(prefilled, Prefilled)
+    assert len(gang.regrouped_while) == 1
+    assert dealt(gang, "a-order-1")[0] == (0, True)
 
 
 @pytest.mark.parametrize("ends", ["in prefill", "after prefill"])

@@ -1,5 +1,7 @@
 """Which prompt is next: chunks, orders and pages, without a cluster."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,8 @@ def pages_of(tokens: int) -> int:
 def compute(scheduler: ChunkScheduler) -> Chunk:
     chunk = scheduler.next()
     assert chunk is not None
+    if chunk.is_back:
+        scheduler.ended(chunk, is_computed=True)
     if chunk.is_last:
         scheduler.remove(chunk.request_id)
     return chunk
@@ -112,10 +116,71 @@ def test_whole_chunks_that_were_computed_before_come_back() -> None:
     scheduler = make_scheduler()
     scheduler.add("a", 3 * CHUNK, done=2 * CHUNK + 5 * PAGE_TOKENS)
     assert scheduler.tokens_to_go == CHUNK
-    assert compute(scheduler) == Chunk("a", 0, CHUNK, False, is_back=True)
-    assert compute(scheduler) == Chunk("a", CHUNK, 2 * CHUNK, False, is_back=True)
+    assert compute(scheduler) == Chunk("a", 0, 2 * CHUNK, False, is_back=True)
     assert scheduler.tokens_to_go == CHUNK
     assert compute(scheduler) == Chunk("a", 2 * CHUNK, 3 * CHUNK, True)
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "ends"),
+    [
+        (CHUNK, [131_072, 262_144, 299_008]),
+        (50_048, [100_096, 200_192, 250_240]),
+        (200_064, [200_064]),
+    ],
+)
+def test_a_long_prompt_comes_back_a_part_at_a_time(chunk_tokens: int, ends: list[int]) -> None:
+    """In whole chunks, so that the others begin where they would have."""
+    scheduler = ChunkScheduler(chunk_tokens, 10_000, 2.0)
+    scheduler.add("a", 400_000, done=300_000)
+    for start, end in itertools.pairwise([0, *ends]):
+        assert compute(scheduler) == Chunk("a", start, end, False, is_back=True)
+    assert compute(scheduler).start == ends[-1]
+
+
+def test_a_prompt_whose_pages_are_on_their_way_back_has_no_turn() -> None:
+    scheduler = make_scheduler()
+    scheduler.add("a", 3 * CHUNK, done=2 * CHUNK)
+    back = scheduler.next()
+    assert back is not None
+    assert back == Chunk("a", 0, 2 * CHUNK, False, is_back=True)
+    assert scheduler.is_fetching("a")
+    assert scheduler.next() is None
+    scheduler.add("b", 3 * CHUNK)
+    assert [compute(scheduler).request_id for _ in range(3)] == ["b"] * 3
+    assert scheduler.next() is None
+    scheduler.ended(back, is_computed=False)
+    assert not scheduler.is_fetching("a")
+    assert compute(scheduler) == back
+
+
+def test_pages_that_are_being_fetched_into_are_nobody_elses() -> None:
+    scheduler = make_scheduler(pages=2 * pages_of(CHUNK))
+    scheduler.add("a", CHUNK + PAGE_TOKENS, done=CHUNK)
+    back = scheduler.next()
+    assert back is not None
+    scheduler.leave("a")
+    assert scheduler.is_fetching("a")
+    assert scheduler.usage == pytest.approx(pages_of(CHUNK + PAGE_TOKENS) / (2 * pages_of(CHUNK)))
+    scheduler.add("b", CHUNK)
+    assert scheduler.next() is None
+    scheduler.ended(back, is_computed=True)
+    assert scheduler.usage == 0
+    assert compute(scheduler).request_id == "b"
+    assert scheduler.taken() == ["a"]
+
+
+def test_of_pages_that_were_left_those_go_first_that_nothing_is_fetched_into() -> None:
+    scheduler = make_scheduler(pages=2 * pages_of(CHUNK + 1))
+    scheduler.add("fetched into", CHUNK + 1, done=CHUNK)
+    assert scheduler.next() is not None
+    scheduler.leave("fetched into")
+    scheduler.add("left", CHUNK + 1)
+    compute(scheduler)
+    scheduler.leave("left")
+    scheduler.add("new", CHUNK + 1)
+    assert compute(scheduler).request_id == "new"
+    assert scheduler.taken() == ["left"]
 
 
 @pytest.mark.parametrize(("tokens", "computed"), [(2 * CHUNK, CHUNK), (2 * CHUNK + 1, 1)])
@@ -123,8 +188,7 @@ def test_the_last_chunk_never_comes_back_as_the_logits_do_not(tokens: int, compu
     scheduler = make_scheduler()
     scheduler.add("a", tokens, done=tokens + PAGE_TOKENS - 1)
     chunks = [compute(scheduler), compute(scheduler)]
-    if not chunks[-1].is_last:
-        chunks.append(compute(scheduler))
+    assert chunks[-1].is_last
     assert sum(chunk.computed_tokens for chunk in chunks) == computed
 
 

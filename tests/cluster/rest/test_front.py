@@ -182,6 +182,31 @@ def test_a_proxy_that_is_to_go_counts_its_requests_and_sees_its_clients_off(
     wait_for(lambda: depart(None) == 0)
 
 
+def test_a_proxy_that_is_to_go_closes_connections_that_have_fallen_idle(
+    endpoint: Endpoint, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their clients would come again by them when the node is gone; who is about to ask may."""
+    monkeypatch.setattr(Departure, "begun", False)
+    monkeypatch.setattr(FrontProtocol, "header_seconds", 60.0)
+    request = post("/v1/completions", PROMPT)
+    with ExitStack() as stack:
+        idle, asking, pipelined, new = (stack.enter_context(Connection(port)) for _ in range(4))
+        for client in (idle, asking):
+            client.send(request)
+            assert client.answer().status == 200
+        asking.send(request[:20])
+        pipelined.send(request + request[:20])
+        assert pipelined.answer().status == 200
+        wait_for(lambda: len(FrontProtocol._awaited) == 2)  # those that ask, and have just come
+        wait_for(lambda: Departure.under_way == 0)
+        assert depart(None) == 0
+        assert idle.is_closed_within(5)
+        for client, rest in ((asking, request[20:]), (pipelined, request[20:]), (new, request)):
+            client.send(rest)
+            last = client.answer()
+            assert (last.status, last.all("connection")) == (200, ["close"])
+
+
 def said(status: int, kind: bytes, *bodies: bytes, whole: bool = True) -> list[Message]:
     headers = [(b"content-type", kind)]
     start: list[Message] = [{"type": "http.response.start", "status": status, "headers": headers}]

@@ -26,6 +26,7 @@ from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.host_copies import HostCopies
 from longreach.engine.kv.pages import HeldPages, PageGeometry, PagePool, Pages, page_index
+from longreach.engine.parallel.mesh import Mesh
 
 from ...processes import forking
 
@@ -103,7 +104,7 @@ def own(case: Case, connection: Connection, queue: Any) -> None:
     table = torch.from_numpy(case.numbers).to(pool.memory.device)
     index = page_index(case.numbers, pool.memory.device)
     stream = hand_off_stream(pool.memory.device)
-    sender = BackgroundHandOff(ConnectionSender(connection), stream)
+    sender = BackgroundHandOff(ConnectionSender(connection), stream, Mesh.single)
     for turn in range(ROUNDS):
         written = [case.values(turn, layer) for layer in range(LAYERS)]
         if case.device == "cuda":

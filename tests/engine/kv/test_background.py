@@ -2,15 +2,18 @@
 
 import threading
 from collections.abc import Sequence
+from typing import cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from longreach.engine.errors import TransferError
+from longreach.engine.errors import LeftMeshError, TransferError
 from longreach.engine.kv.background import BackgroundHandOff, hand_off_stream
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages, Pages
+from longreach.engine.parallel.mesh import Mesh
 
 PAGES = HeldPages(Pages(torch.zeros(1, 1, 2, 128, 4)), np.array([0]), slice(0, 1))
 
@@ -53,7 +56,7 @@ def push(sender: BackgroundHandOff, layers: range) -> None:
 
 def test_pushes_do_not_wait_and_a_flush_waits_for_all_of_them() -> None:
     slow = SlowHandOff()
-    sender = BackgroundHandOff(slow, None)
+    sender = BackgroundHandOff(slow, None, Mesh.single)
     push(sender, range(5))
     assert slow.asked == []
     threading.Timer(0.05, slow.let.set).start()
@@ -73,7 +76,7 @@ def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.Monk
         raise ValueError("what nobody foresaw")
 
     monkeypatch.setattr(slow, "flush", broken)
-    sender = BackgroundHandOff(slow, None)
+    sender = BackgroundHandOff(slow, None, Mesh.single)
     push(sender, range(1))
     with pytest.raises(TransferError):
         sender.flush()
@@ -82,7 +85,7 @@ def test_a_flush_that_fails_unforeseen_ends_one_request(monkeypatch: pytest.Monk
 
 def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
     slow = SlowHandOff()
-    sender = BackgroundHandOff(slow, None)
+    sender = BackgroundHandOff(slow, None, Mesh.single)
     push(sender, range(5))
     assert slow.begun.wait(10)
     sender.abandon()
@@ -93,7 +96,7 @@ def test_what_waits_is_dropped_when_a_request_is_given_up() -> None:
 
 def test_what_is_fetched_comes_after_what_was_pushed_and_is_waited_for() -> None:
     slow = SlowHandOff()
-    sender = BackgroundHandOff(slow, None)
+    sender = BackgroundHandOff(slow, None, Mesh.single)
     push(sender, range(2))
     threading.Timer(0.05, slow.let.set).start()
     sender.fetch([(Place(7, 0, 0), PAGES)])
@@ -106,7 +109,7 @@ def test_a_fetch_that_fails_is_remembered_and_not_raised() -> None:
     """A rank that left a chunk half-way would leave the others waiting for it."""
     slow = SlowHandOff(RuntimeError("the device is gone"))
     slow.let.set()
-    sender = BackgroundHandOff(slow, None)
+    sender = BackgroundHandOff(slow, None, Mesh.single)
     sender.fetch([(Place(0, 0, 0), PAGES)])
     assert sender.failure is not None
     sender.fetch([(Place(1, 0, 0), PAGES)])
@@ -119,7 +122,7 @@ def test_a_fetch_that_fails_is_remembered_and_not_raised() -> None:
 def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
     slow = SlowHandOff(RuntimeError("the device is gone\nCompile with ..."))
     slow.let.set()
-    sender = BackgroundHandOff(slow, None)
+    sender = BackgroundHandOff(slow, None, Mesh.single)
     push(sender, range(3))
     with pytest.raises(TransferError):
         sender.flush()
@@ -127,6 +130,115 @@ def test_an_error_that_nobody_expected_fails_the_hand_off() -> None:
     assert "\n" not in sender.failure
     assert slow.asked == [0, "flush"]
     sender.abandon()
+
+
+class FakeEvent:
+    """Happens when a test says so."""
+
+    made: "list[FakeEvent]"
+
+    def __init__(self, blocking: bool) -> None:
+        assert blocking
+        self.happened = threading.Event()
+        FakeEvent.made.append(self)
+
+    def record(self, stream: object) -> None: ...
+
+    def query(self) -> bool:
+        return self.happened.is_set()
+
+    def synchronize(self) -> None:
+        assert self.happened.wait(10)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[FakeEvent]:
+    """One for each push, in their order, as if pages lay on a GPU."""
+    FakeEvent.made = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "set_stream", Mock())
+    return FakeEvent.made
+
+
+class Parting:
+    """A hand-off of pages that are computed in a mesh, which is left while one is sent slowly."""
+
+    def __init__(self, pages: int) -> None:
+        self.slow, self.mesh = SlowHandOff(), Mesh.single()
+        self.sender = BackgroundHandOff(
+            self.slow, cast(torch.cuda.Stream, Mock()), lambda: self.mesh
+        )
+        push(self.sender, range(pages))
+
+    def leave(self) -> None:
+        self.sender.before_leaving()
+        self.mesh.leave()
+
+
+def test_pages_that_were_not_written_when_the_mesh_was_left_are_not_sent(
+    events: list[FakeEvent],
+) -> None:
+    """What was launched runs all the same, behind a collective that was given up."""
+    parting = Parting(4)
+    events[0].happened.set()
+    events[1].happened.set()
+    assert parting.slow.begun.wait(10)
+    parting.leave()
+    events[2].happened.set()
+    events[3].happened.set()
+    parting.slow.let.set()
+    with pytest.raises(LeftMeshError):
+        parting.sender.flush()
+    assert parting.slow.asked == [0, 1, "flush"]
+    assert parting.sender.failure is None, "the decode worker takes pages"
+    parting.sender.abandon()
+
+
+def test_pages_that_were_pushed_while_the_mesh_was_left_are_not_sent(
+    events: list[FakeEvent],
+) -> None:
+    parting = Parting(0)
+    parting.sender.before_leaving()
+    push(parting.sender, range(1))
+    parting.mesh.leave()
+    push(parting.sender, range(1, 2))
+    events[1].happened.set()
+    parting.sender.before_leaving()
+    events[0].happened.set()
+    parting.slow.let.set()
+    with pytest.raises(LeftMeshError):
+        parting.sender.flush()
+    assert parting.slow.asked == ["flush"]
+    parting.sender.abandon()
+
+
+def test_what_waits_to_be_sent_between_two_chunks_is_sent_whatever_mesh_comes_next(
+    events: list[FakeEvent],
+) -> None:
+    """Ranks that come later join there, and nobody's prompt is interrupted."""
+    parting = Parting(3)
+    for event in events:
+        event.happened.set()
+    parting.leave()
+    parting.mesh = Mesh.single()
+    push(parting.sender, range(3, 4))
+    events[3].happened.set()
+    parting.slow.let.set()
+    parting.sender.flush()
+    assert parting.slow.asked == [0, 1, 2, 3, "flush"]
+    parting.sender.abandon()
+
+
+def test_on_a_cpu_pages_are_whole_when_they_are_pushed() -> None:
+    parting = Parting(0)
+    parting.sender = BackgroundHandOff(parting.slow, None, lambda: parting.mesh)
+    push(parting.sender, range(2))
+    parting.leave()
+    parting.slow.let.set()
+    parting.sender.flush()
+    assert parting.slow.asked == [0, 1, "flush"]
+    parting.sender.abandon()
 
 
 class Reader(HandOff):
@@ -148,7 +260,7 @@ def test_memory_that_one_request_took_serves_all_that_follow() -> None:
     apart = HeldPages(layer, numbers, torch.from_numpy(numbers).to(device))
     reserved = []
     for _ in range(8):
-        sender = BackgroundHandOff(Reader(), stream)
+        sender = BackgroundHandOff(Reader(), stream, Mesh.single)
         sender.push(Place(0, 0, 0), apart)
         sender.flush()
         sender.abandon()

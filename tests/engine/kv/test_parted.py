@@ -248,7 +248,7 @@ def test_what_lies_in_parts_comes_back_together(folder: Path) -> None:
     assert [own.complete_tokens("a") for own in pages] == [768, 768]
     another = LocalPrefill(folder, 1024)
     another.prefiller.admit("a", PROMPT)
-    another.prefiller.fetch("a", 0, 512, hand_off)
+    hand_off.fetch(another.prefiller.pages_to_fetch("a", 0, 512))
     result = another.prefiller.run_chunk("a", 512, len(PROMPT))
     assert result.logits is not None
     # The last chunk attends to the same keys and values, and nothing of it is cut otherwise.

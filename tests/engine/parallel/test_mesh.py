@@ -203,7 +203,7 @@ def run_fetched(local: LocalPrefill, source: Tensor) -> Tensor:
     local.prefiller.admit("fetched", prompt)
     sender = RecordingSender(has=source)
     for start in (0, 256):
-        local.prefiller.fetch("fetched", start, start + 256, sender)
+        sender.fetch(local.prefiller.pages_to_fetch("fetched", start, start + 256))
     return rest_of("fetched", local, sender, start=512)
 
 
@@ -264,7 +264,7 @@ def test_a_prompt_goes_on_only_where_it_has_been(checkpoint: Path) -> None:
             local.prefiller.rename(name, to, done)
     local.prefiller.rename("a", "d", 256)
     with pytest.raises(InvalidRequestError):
-        local.prefiller.fetch("d", 384, 500, RecordingSender())
+        RecordingSender().fetch(local.prefiller.pages_to_fetch("d", 384, 500))
 
 
 def config_with(heads: int, kv_heads: int) -> ModelConfig:
