@@ -88,7 +88,9 @@ class ChunkSelector:
             own = [each.log_sum_exps() for each in scored]
         every = self._exchanged_log_sum_exps(scored, own)
         with self._stages.time("selection"):
-            sums = [each.sums(lse) for each, lse in zip(scored, every, strict=True)]
+            # Every head attends to its newest band; further ones are chosen by their sums.
+            some = any(budget.bands > 1 for budget in budgets)
+            sums = [each.sums(lse, bands=some) for each, lse in zip(scored, every, strict=True)]
             firsts = [each.first_key for each in scored]
         if self._mesh.sequence_parallel == 1:
             chosen = self._choose_alone(sums, firsts, budgets, lines)

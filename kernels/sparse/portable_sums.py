@@ -77,10 +77,16 @@ class KeyScores(scores.KeyScores):
         lse = [scorer.log_sum_exp().transpose(1, 2) for scorer in self._scorers]
         return torch.cat(lse)
 
-    def sums(self, every: Tensor, heavy: float = math.inf, diagonals: bool = False) -> PartSums:
+    def sums(
+        self,
+        every: Tensor,
+        heavy: float = math.inf,
+        diagonals: bool = False,
+        bands: bool = True,
+    ) -> PartSums:
         lse = _log_sum_exp2(every)[..., None]  # [heads, rows, 1]
         parts = [
-            scorer.sums(lse[heads], heavy, diagonals)
+            scorer.sums(lse[heads], heavy, diagonals, bands)
             for heads, scorer in zip(self._heads, self._scorers, strict=True)
         ]
         heavy_columns = [part.heavy_columns for part in parts if part.heavy_columns is not None]
@@ -158,11 +164,11 @@ class _Scorer:
             lse = torch.logaddexp2(lse, highest + total.log2())
         return lse
 
-    def sums(self, lse: Tensor, heavy: float, diagonals: bool) -> PartSums:
+    def sums(self, lse: Tensor, heavy: float, diagonals: bool, bands: bool) -> PartSums:
         """Everything that is summed, of each head."""
         columns = torch.empty(self._heads, len(self._scored), device=self._device)
         heavy_columns = torch.zeros_like(columns) if heavy < math.inf else None
-        light = torch.empty_like(columns)  # of the later of two bands; see `_by_band`
+        light = torch.zeros_like(columns)  # of the later of two bands; see `_by_band`
         later = self._later_band()
         # Distances of -(rows - 1) and more; negative ones hold masked keys alone, and no mass.
         shape = (self._heads, self._length + self._rows)
@@ -177,10 +183,12 @@ class _Scorer:
                 shared = attention.clamp(max=heavy / HEAVY_ROWS).sum(1) >= heavy
                 heavy_columns[:, own] = columns[:, own] * shared
                 attention.masked_fill_(shared[:, None], 0.0)
-            torch.sum(attention.mul_(later[:, : end - start]), 1, out=light[:, own])
+            if bands:
+                torch.sum(attention.mul_(later[:, : end - start]), 1, out=light[:, own])
+        rest = columns if heavy_columns is None else columns - heavy_columns
         return PartSums(
             columns,
-            self._by_band(columns if heavy_columns is None else columns - heavy_columns, light),
+            self._by_band(rest if bands else light, light),
             heavy_columns,
             None if every is None else every[:, self._rows :],
         )

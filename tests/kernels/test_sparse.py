@@ -295,6 +295,8 @@ def test_parts_of_the_keys_are_all_of_them_together(
     every = sparse.in_order(torch.stack(padded), counts, 1)
     found = [each.sums(every) for each in scored]
     columns = torch.cat([part.columns for part in found], 1)
+    for each, part in zip(scored, found, strict=True):
+        assert each.sums(every, bands=False).columns.equal(part.columns)
     firsts = [0, *np.cumsum([each.num_keys for each in scored])]
     assert [each.first_key for each in scored if each.num_keys] == [
         first for first, each in zip(firsts, scored, strict=False) if each.num_keys
