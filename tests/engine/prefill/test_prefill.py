@@ -96,6 +96,19 @@ def test_small_budgets_really_leave_something_out(tmp_path) -> None:
     torch.testing.assert_close(sparse.logits(prompt_of(999)), dense.logits(prompt_of(999)))
 
 
+def test_nothing_is_scored_where_budgets_leave_no_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    folder = make_checkpoint(tmp_path, keys, sparse=(30, 128))
+    prompt = prompt_of(1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(sparse, "leave_no_choice", lambda _: False)
+        expected = engine(folder).logits(prompt, 384)
+    monkeypatch.delattr(sparse, "key_scores")
+    assert engine(folder).logits(prompt, 384).equal(expected)
+
+
 def test_bfloat16_is_near(dual_chunk: Path) -> None:
     prompt = prompt_of(500)
     expected = engine(dual_chunk).logits(prompt)
