@@ -78,9 +78,14 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
         case errors.OtherHostError() | errors.CannotSharePagesError():
             return f"{_ANOTHER_WAY} or nixl"
         case errors.NoNixlError():
-            return f"pip install 'longreach[nixl]' on every node, or {_ANOTHER_WAY}"
+            return (
+                f"pip install '.[nixl]' in a clone of Longreach, on every node, or {_ANOTHER_WAY}"
+            )
         case errors.NoVllmError():
-            return "pip install 'longreach[vllm]' on every node, or set decode.engine: native"
+            return (
+                "pip install '.[vllm]' in a clone of Longreach, on every node, or set "
+                "decode.engine: native"
+            )
         case errors.CannotReachPagesError():
             return _ANOTHER_WAY
         case errors.CannotMapPagesError():
