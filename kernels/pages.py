@@ -121,16 +121,20 @@ class LayerPages:
         offset = start - first * PAGE_TOKENS
         return keys.reshape(-1, self.memory.shape[-1])[offset : offset + end - start]
 
+    def key_rows(self, kv_head: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where K of tokens of one head lies among the memory's rows of d; V is a page behind."""
+        planes = (self.table.pages[tokens // PAGE_TOKENS] * self.num_kv_heads + kv_head) * 2
+        return planes * PAGE_TOKENS + tokens % PAGE_TOKENS
+
     def gather(self, kv_head: int, tokens: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """K and V of chosen tokens of one head, each [len(tokens), d]."""
         flat = self.memory.view(-1, self.memory.shape[-1])
-        pages = self.table.pages[tokens >> 7]
-        rows = ((pages * self.num_kv_heads + kv_head) * 2) * PAGE_TOKENS + (tokens & 127)
-        index = torch.from_numpy(rows).to(flat.device)
+        index = torch.from_numpy(self.key_rows(kv_head, tokens)).to(flat.device)
         k, v = flat.index_select(0, index), flat.index_select(0, index + PAGE_TOKENS)
         if self.scales is None:
             return k.to(self.dtype), v.to(self.dtype)
-        own = self.scales[torch.from_numpy(pages).to(flat.device), kv_head]
+        pages = torch.from_numpy(self.table.pages[tokens // PAGE_TOKENS]).to(flat.device)
+        own = self.scales[pages, kv_head]
         return k.float() * own[:, :1], v.float() * own[:, 1:]
 
     def _pages(self, first: int, last: int) -> Tensor:

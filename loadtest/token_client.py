@@ -73,8 +73,8 @@ class Client:
             splitter = LineSplitter()
             async for part in response.aiter_bytes():
                 for line in splitter.lines(part):
-                    if tokens := _tokens_of(line):
-                        came.append((time.perf_counter(), tokens))
+                    if count := _tokens_of(line):
+                        came.append((time.perf_counter(), count))
 
     def _body(self, tokens: int, answer: int) -> dict[str, object]:
         prompt = [self._random.randrange(self._vocabulary) for _ in range(tokens)]

@@ -10,6 +10,7 @@ from ...engine.model.compute_type import compute_dtype
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.budgets import dense_up_to, has_budgets
 from ...kernels.page_size import pages_for
+from ..memory import own_prompts
 from ..settings import DecodeSettings, GangSettings, Settings, warnings_about
 
 
@@ -90,8 +91,8 @@ def _own_prompts(decode: DecodeSettings) -> str:
     """Which prompts a worker computes itself, in words."""
     if not decode.longest_own_prompt:
         return "no prompts"
-    at_once, alone = decode.prompt_tokens_at_once, decode.prompt_tokens_alone
-    more = f", {alone:,} of one alone" if alone > at_once and decode.engine == "native" else ""
+    at_once, alone = decode.prompt_tokens_at_once, own_prompts(decode).sizes_alone[-1]
+    more = f", {alone:,} of one alone" if alone > at_once else ""
     return f"prompts up to {decode.longest_own_prompt:,} tokens, {at_once:,} in a step{more}"
 
 

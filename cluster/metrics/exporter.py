@@ -23,7 +23,8 @@ def export(directory: Path, host: str, port: int) -> tuple[BaseServer, threading
     another container of a pod that has the folder, and be there before and after them.
 
     Args:
-        host: a name or an address of this machine; one of IPv6 may stand in brackets, as in a URL.
+        host: a name or an address of this machine, "" for all; one of IPv6 may stand in brackets,
+            as in a URL.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -68,7 +69,7 @@ def _listening(host: str, port: int) -> _Server:
         OSError: there is none; why not, of the last.
     """
     found = socket.getaddrinfo(
-        _without_brackets(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        _without_brackets(host) or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     for number, (family, _, _, _, address) in enumerate(found, start=1):
         try:

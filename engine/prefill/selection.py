@@ -65,11 +65,19 @@ class ChunkSelector:
     def choose(self, number: int, last: Sequence[Tensor], pages: LayerPages) -> list[Selections]:
         """What each head attends to in layer `number`, for each window; collective.
 
+        Nothing is scored, or exchanged, where budgets leave no choice: all sequence ranks have the
+        same heads.
+
         Args:
             last: queries of each window's selecting rows, not rotated, [rows, heads, d].
         """
         heads = self._model.heads
         budgets = self._sparsity.heads(number, heads.first_head, heads.last_head)
+        lines = [budget for _ in self._windows for budget in budgets]
+        if sparse.leave_no_choice(budgets):
+            with self._stages.time("selection"):
+                keys = self._keys(len(budgets))
+                return self._by_window(sparse.what_is_forced(lines, keys, self._model.device))
         with self._stages.time("selection"):
             scored = [
                 self._score(window, rotations, queries, pages)
@@ -80,15 +88,20 @@ class ChunkSelector:
             own = [each.log_sum_exps() for each in scored]
         every = self._exchanged_log_sum_exps(scored, own)
         with self._stages.time("selection"):
-            sums = [each.sums(lse) for each, lse in zip(scored, every, strict=True)]
+            # Every head attends to its newest band; further ones are chosen by their sums.
+            some = any(budget.bands > 1 for budget in budgets)
+            sums = [each.sums(lse, bands=some) for each, lse in zip(scored, every, strict=True)]
             firsts = [each.first_key for each in scored]
-        lines = [budget for _ in self._windows for budget in budgets]
         if self._mesh.sequence_parallel == 1:
             chosen = self._choose_alone(sums, firsts, budgets, lines)
         else:
             chosen = self._choose_together(sums, firsts, lines)
-        starts = range(0, len(lines), len(budgets))
-        parts = [slice(start, start + len(budgets)) for start in starts]
+        return self._by_window(chosen)
+
+    def _by_window(self, chosen: Selections) -> list[Selections]:
+        """Lines of all windows, heads of one after another, cut."""
+        heads = self._model.heads.num_heads
+        parts = [slice(start, start + heads) for start in range(0, len(chosen.columns), heads)]
         return [Selections(chosen.columns[part], chosen.distances[part]) for part in parts]
 
     def _score(

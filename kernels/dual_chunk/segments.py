@@ -33,10 +33,26 @@ class Rotation:
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Rotate [n, heads, head_dim] by each row's position; computed in float32."""
-        first, second = vectors.float().chunk(2, dim=-1)
-        cosine, sine = self.cosine[:, None, :], self.sine[:, None, :]
-        rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
-        return rotated.to(vectors.dtype)
+        return Rotatable(vectors).by(self)
+
+
+class Rotatable:
+    """Vectors [n, heads, head_dim], to be rotated in one or several ways."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._dtype = vectors.dtype
+        self._wide = vectors.float()
+        first, second = self._wide.chunk(2, dim=-1)
+        self._swapped = torch.cat((second, first), -1)
+
+    def by(self, rotation: Rotation) -> Tensor:
+        """Each row rotated by its position.
+
+        Whole vectors are multiplied, not halves: rows of numbers twice as long take half the time.
+        """
+        cosine = torch.cat((rotation.cosine, rotation.cosine), -1)[:, None]
+        sine = torch.cat((-rotation.sine, rotation.sine), -1)[:, None]
+        return (self._wide * cosine).add_(self._swapped * sine).to(self._dtype)
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:

@@ -21,12 +21,14 @@ from .choose import (
     choose_by_bands,
     column_candidates,
     free_counts,
+    leave_no_choice,
     part_candidates,
+    what_is_forced,
 )
 from .heaviest import ColumnCandidates, heaviest
-from .portable import visible_keys
 from .scores import ALL_KEYS, KeyPart, KeyScores, in_order
 from .selections import NOTHING, HeadBudget, Selections, Sums
+from .visible import visible_keys
 
 if TYPE_CHECKING:
     from . import triton_sums
@@ -52,9 +54,11 @@ __all__ = [
     "heaviest",
     "in_order",
     "key_scores",
+    "leave_no_choice",
     "part_candidates",
     "sums",
     "visible_keys",
+    "what_is_forced",
 ]
 
 

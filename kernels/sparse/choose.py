@@ -83,6 +83,28 @@ def choose_by_bands(
     )
 
 
+def leave_no_choice(budgets: Sequence[HeadBudget]) -> bool:
+    """Whether they allow no more than what is always attended to, whatever the sums are."""
+    return all(each.verticals <= FORCED_VERTICALS and each.bands == 1 for each in budgets)
+
+
+def what_is_forced(
+    budgets: Sequence[HeadBudget], keys: Sequence[int], device: torch.device
+) -> Selections:
+    """What `by_bands` chooses for budgets that leave no choice: without any sums.
+
+    Args:
+        keys: how many each line looks at.
+    """
+    lines = len(budgets)
+    nothing = ColumnCandidates(
+        torch.empty(lines, 0, device=device),
+        torch.empty(lines, 0, dtype=torch.int32, device=device),
+    )
+    bands = torch.zeros(lines, -(-max(keys) // BLOCK_ROWS), device=device)
+    return choose_by_bands(nothing, bands, budgets, keys)
+
+
 def band_tiles(budgets: Sequence[HeadBudget], bands: int) -> int:
     """Tiles that `choose_by_bands` takes at most, of so many bands: two for each that is chosen."""
     return min(2 * max(1, *(budget.bands for budget in budgets)), bands)

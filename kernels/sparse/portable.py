@@ -1,4 +1,7 @@
-"""Sparse dual chunk attention in plain PyTorch: gather what was selected, then attend to it."""
+"""Sparse dual chunk attention in plain PyTorch: gather what was selected, then attend to it.
+
+Whole blocks are attended to in batches where they can be; see `portable_batches`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +20,9 @@ from ..dual_chunk.segments import (
     split_at_chunks,
 )
 from ..pages import LayerPages
+from . import portable_batches
 from .selections import Selections
+from .visible import VisibleKeys
 
 
 def attention(
@@ -30,22 +35,44 @@ def attention(
     output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the package's `attention`, for tensors on any device."""
-    rows, heads, head_dim = queries.intra.shape
-    attended = torch.empty(
-        heads, rows, head_dim, dtype=queries.intra.dtype, device=pages.memory.device
-    )
-    lse = torch.empty(heads, rows, device=pages.memory.device)
+    device = pages.memory.device
+    if output is None:
+        output = torch.empty_like(queries.intra, memory_format=torch.contiguous_format)
+    lse = torch.empty(queries.intra.shape[:2], device=device)
+    spans = list(blocks.spans())
+    whole = [span for span in spans if span.rows == BLOCK_ROWS]
+    if whole and portable_batches.can_batch(pages, stride):
+        chosen = [span.start // BLOCK_ROWS for span in whole]
+        portable_batches.attend(queries, chosen, pages, stride, scale, selections, output, lse)
+        spans = spans[len(whole) :]
+    if spans:
+        _attend_alone(queries, spans, pages, stride, scale, selections, output, lse)
+    return output, lse
+
+
+def _attend_alone(
+    queries: SegmentQueries,
+    spans: Sequence[Span],
+    pages: LayerPages,
+    stride: int | None,
+    scale: float,
+    selections: Selections,
+    output: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of query blocks one by one, whatever their size, filled into `output` and `lse`."""
+    heads = output.shape[1]
     group = heads // pages.num_kv_heads
     for head in range(heads):
-        visible = _VisibleKeys(selections, head)
+        visible = VisibleKeys(selections, head)
         # Scaled once here instead of scaling every logit, and to the base 2: in PyTorch on a CPU
         # powers of two are three times as fast as those of e.
         rotated = [
             each[:, head].float() * (scale * math.log2(math.e))
             for each in (queries.inter, queries.successive, queries.intra)
         ]
-        for span in blocks.spans():
-            tokens = visible.of_block(span)
+        for span in spans:
+            tokens = visible.of_block(span.start // BLOCK_ROWS, span.rows)
             k, v = pages.gather(head // group, tokens)
             logits = _logits(rotated, span, tokens, k.float(), stride)
             highest = logits.amax(-1, keepdim=True)
@@ -53,45 +80,8 @@ def attention(
             total = weights.sum(-1, keepdim=True)
             weights.div_(total)
             block = slice(span.first_row, span.last_row)
-            lse[head, block] = (highest + total.log2_())[:, 0] * math.log(2)
-            torch.mm(weights.to(v.dtype), v, out=attended[head, block])
-    if output is None:
-        return attended.transpose(0, 1), lse.T
-    return output.copy_(attended.transpose(0, 1)), lse.T
-
-
-def visible_keys(selections: Selections, head: int, block: int, end: int) -> npt.NDArray[np.int64]:
-    """Rising positions of the keys that query block `block` sees; its own are causal besides.
-
-    A block sees the tiles at the listed distances, whole, and the selected columns before its own
-    tile.
-    """
-    rows = min(BLOCK_ROWS, end - block * BLOCK_ROWS)
-    return _VisibleKeys(selections, head).of_block(Span(0, rows, block * BLOCK_ROWS))
-
-
-class _VisibleKeys:
-    """The keys of one head, block by block."""
-
-    def __init__(self, selections: Selections, head: int) -> None:
-        columns, distances = (each.astype(np.int64) for each in selections.of_head(head))
-        self._offsets = distances[::-1]  # falling, so that tiles rise
-        self._is_offset = np.zeros(int(distances[-1]) + 2, dtype=np.bool_)
-        self._is_offset[distances] = True
-        self._columns = columns
-        self._column_tiles = columns // BLOCK_ROWS
-
-    def of_block(self, span: Span) -> npt.NDArray[np.int64]:
-        """See `visible_keys`."""
-        block = span.start // BLOCK_ROWS
-        tiles = block - self._offsets[self._offsets <= block]
-        in_tiles = (tiles[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).ravel()
-        in_tiles = in_tiles[: len(in_tiles) - (BLOCK_ROWS - span.rows)]
-        before = np.searchsorted(self._column_tiles, block)
-        distances = block - self._column_tiles[:before]
-        np.minimum(distances, len(self._is_offset) - 1, out=distances)
-        alone = self._columns[:before][~self._is_offset[distances]]
-        return np.sort(np.concatenate((alone, in_tiles)), kind="stable")
+            lse[block, head] = (highest + total.log2_())[:, 0] * math.log(2)
+            output[block, head] = weights.to(v.dtype) @ v
 
 
 def _logits(

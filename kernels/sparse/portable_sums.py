@@ -5,6 +5,7 @@ verticals, keys that everybody looks at; sums along diagonals find slashes, dist
 looks back.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from ..dual_chunk.segments import BLOCK_ROWS, KeyBounds, SegmentQueries, Span, split_at_chunks
+from ..page_size import PAGE_TOKENS
 from ..pages import LayerPages
 from . import scores
 from .scores import KeyPart, PartSums
 from .selections import HEAVY_ROWS
 
-_KEYS_AT_ONCE = 4096
+_SCORES_AT_ONCE = 2**18
+"""Of all rows with some keys: 1 MB in float32, which a CPU's caches hold."""
 
 
 class KeyScores(scores.KeyScores):
-    """As the package's `key_scores`, for tensors on any device, and for any number of rows.
+    """As the package's `key_scores`, for tensors on any device, and for up to 128 rows.
 
     A part is one stretch, of whole pages.
     """
@@ -42,12 +45,17 @@ class KeyScores(scores.KeyScores):
         self._part, self._length = part, first_position + self._rows
         own = part.of(-(-self._length // BLOCK_ROWS))
         self._keys = range(own.start * BLOCK_ROWS, min(own.stop * BLOCK_ROWS, self._length))
+        if self._rows > BLOCK_ROWS:
+            raise ValueError(f"{self._rows} rows are more than the {BLOCK_ROWS} of a band")
+        # Query heads that share keys are rows of one product.
+        borders = [0, *range(group - first_head % group, self._num_heads, group), self._num_heads]
+        self._heads = [slice(first, last) for first, last in itertools.pairwise(borders)]
         self._scorers = [
             _Scorer(
-                queries.heads(slice(head, head + 1)), first_position, pages,
-                (first_head + head) // group, stride, scale, self._keys,
+                queries.heads(heads), first_position, pages, (first_head + heads.start) // group,
+                stride, scale, self._keys,
             )
-            for head in range(self._num_heads)
+            for heads in self._heads
         ]  # fmt: skip
 
     @property
@@ -69,11 +77,17 @@ class KeyScores(scores.KeyScores):
         lse = [scorer.log_sum_exp().transpose(1, 2) for scorer in self._scorers]
         return torch.cat(lse)
 
-    def sums(self, every: Tensor, heavy: float = math.inf, diagonals: bool = False) -> PartSums:
+    def sums(
+        self,
+        every: Tensor,
+        heavy: float = math.inf,
+        diagonals: bool = False,
+        bands: bool = True,
+    ) -> PartSums:
         lse = _log_sum_exp2(every)[..., None]  # [heads, rows, 1]
         parts = [
-            scorer.sums(lse[head : head + 1], heavy, diagonals)
-            for head, scorer in enumerate(self._scorers)
+            scorer.sums(lse[heads], heavy, diagonals, bands)
+            for heads, scorer in zip(self._heads, self._scorers, strict=True)
         ]
         heavy_columns = [part.heavy_columns for part in parts if part.heavy_columns is not None]
         every_diagonal = [part.diagonals for part in parts if part.diagonals is not None]
@@ -132,7 +146,9 @@ class _Scorer:
             for segment in _segments(queries, first_position, stride, scale)
         ]
         self._device = queries.intra.device
-        most_keys = min(_KEYS_AT_ONCE, len(scored))
+        pages_at_once = max(1, _SCORES_AT_ONCE // (self._heads * self._rows * PAGE_TOKENS))
+        self._keys_at_once = pages_at_once * PAGE_TOKENS
+        most_keys = min(self._keys_at_once, len(scored))
         size = self._heads * self._rows * most_keys
         self._products = torch.empty(size, dtype=pages.dtype, device=self._device)
         self._scores = torch.empty(size, device=self._device)
@@ -148,30 +164,60 @@ class _Scorer:
             lse = torch.logaddexp2(lse, highest + total.log2())
         return lse
 
-    def sums(self, lse: Tensor, heavy: float, diagonals: bool) -> PartSums:
+    def sums(self, lse: Tensor, heavy: float, diagonals: bool, bands: bool) -> PartSums:
         """Everything that is summed, of each head."""
         columns = torch.empty(self._heads, len(self._scored), device=self._device)
         heavy_columns = torch.zeros_like(columns) if heavy < math.inf else None
+        light = torch.zeros_like(columns)  # of the later of two bands; see `_by_band`
+        later = self._later_band()
         # Distances of -(rows - 1) and more; negative ones hold masked keys alone, and no mass.
         shape = (self._heads, self._length + self._rows)
-        light, every = (torch.zeros(shape, device=self._device) for _ in range(2))
+        every = torch.zeros(shape, device=self._device) if diagonals else None
         for start, end in self._ranges():
             attention = self._score(start, end).sub_(lse).exp2_()  # [heads, rows, keys]
             own = slice(start - self._scored.start, end - self._scored.start)
             torch.sum(attention, 1, out=columns[:, own])
-            if diagonals:
+            if every is not None:
                 self._add_diagonals(every, attention, start)
             if heavy_columns is not None:
                 shared = attention.clamp(max=heavy / HEAVY_ROWS).sum(1) >= heavy
                 heavy_columns[:, own] = columns[:, own] * shared
                 attention.masked_fill_(shared[:, None], 0.0)
-            self._add_diagonals(light, attention, start)
+            if bands:
+                torch.sum(attention.mul_(later[:, : end - start]), 1, out=light[:, own])
+        rest = columns if heavy_columns is None else columns - heavy_columns
         return PartSums(
             columns,
-            _by_band(light[:, self._rows :]),
+            self._by_band(rest if bands else light, light),
             heavy_columns,
-            every[:, self._rows :] if diagonals else None,
+            None if every is None else every[:, self._rows :],
         )
+
+    def _later_band(self) -> Tensor:
+        """Which rows see a key in the later of its two bands: 1 or 0, [rows, keys at once].
+
+        Seen from the last row, keys lie in blocks of 128: those of a block are in its band for the
+        last row, and for rows before it some are in the band before. It is the same for each page.
+        """
+        key = torch.arange(self._keys_at_once, device=self._device)
+        in_block = (self._length - 1 - key) % BLOCK_ROWS
+        before_last = torch.arange(self._rows - 1, -1, -1, device=self._device)
+        return (in_block >= before_last[:, None]).float()
+
+    def _by_band(self, columns: Tensor, later: Tensor) -> Tensor:
+        """Sums by bands, [heads, bands], from those of columns.
+
+        Args:
+            columns: [heads, keys].
+            later: the same, of rows that see the key in the band of the last row.
+        """
+        bands = -(-self._length // BLOCK_ROWS)
+        first = self._length - self._scored.stop  # the least distance from the last row
+        missing = (first, bands * BLOCK_ROWS - first - columns.shape[1])
+        both = torch.nn.functional.pad(torch.stack((later, columns - later)).flip(2), missing)
+        own, before = both.unflatten(2, (bands, BLOCK_ROWS)).sum(3)
+        own[:, :-1] += before[:, 1:]
+        return own
 
     def _add_diagonals(self, result: Tensor, attention: Tensor, start: int) -> None:
         """Add each diagonal's sum to `result`, whose entry rows + d is of distance d.
@@ -189,8 +235,8 @@ class _Scorer:
         result[:, first : newest + 1] += skewed.sum(1)[:, : newest + 1 - first].flip(1)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        for start in range(self._scored.start, self._scored.stop, _KEYS_AT_ONCE):
-            yield start, min(start + _KEYS_AT_ONCE, self._scored.stop)
+        for start in range(self._scored.start, self._scored.stop, self._keys_at_once):
+            yield start, min(start + self._keys_at_once, self._scored.stop)
 
     def _score(self, start: int, end: int) -> Tensor:
         """Causal logits over keys [start, end), [heads, rows, end - start]; reused memory."""
@@ -232,10 +278,3 @@ def _segments(
             # Scaled once here instead of scaling every score.
             flat = (each.float() * scale).transpose(0, 1).reshape(-1, each.shape[-1])
             yield _Segment(span.first_row, span.last_row, flat, start, end)
-
-
-def _by_band(diagonals: Tensor) -> Tensor:
-    """Sum every 128 neighbours: [heads, n] to [heads, ceil(n / 128)]."""
-    missing = -diagonals.shape[1] % BLOCK_ROWS
-    padded = torch.nn.functional.pad(diagonals, (0, missing))
-    return padded.unflatten(1, (-1, BLOCK_ROWS)).sum(2)

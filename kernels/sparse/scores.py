@@ -75,7 +75,13 @@ class KeyScores(ABC):
         """
 
     @abstractmethod
-    def sums(self, every: Tensor, heavy: float = math.inf, diagonals: bool = False) -> PartSums:
+    def sums(
+        self,
+        every: Tensor,
+        heavy: float = math.inf,
+        diagonals: bool = False,
+        bands: bool = True,
+    ) -> PartSums:
         """Sum attention over this part's keys.
 
         Args:
@@ -84,6 +90,7 @@ class KeyScores(ABC):
                 row counts for more than an eighth of it: a key that only its own slash's row looks
                 at is none.
             diagonals: whether single diagonals are wanted too.
+            bands: whether bands are; else theirs may all be 0.
         """
 
     def all_sums(self, heavy: float = math.inf, diagonals: bool = False) -> Sums:

@@ -348,7 +348,14 @@ class KeyScores(scores.KeyScores):
         self._score(stretch_lse=lse)
         return lse
 
-    def sums(self, every: Tensor, heavy: float = math.inf, diagonals: bool = False) -> PartSums:
+    def sums(
+        self,
+        every: Tensor,
+        heavy: float = math.inf,
+        diagonals: bool = False,
+        bands: bool = True,
+    ) -> PartSums:
+        # Those of bands come with the columns, and cost nothing to speak of.
         lse = self._empty(self._heads, self._padded_rows)
         _combine_kernel[(self._heads,)](
             every, lse, every.shape[1], self._rows,
@@ -356,16 +363,16 @@ class KeyScores(scores.KeyScores):
         )  # fmt: skip
         pages = self._work.num_pages
         columns = self._empty(self._heads, pages * BLOCK_ROWS)
-        bands = self._empty(self._heads, pages, 4)
+        page_bands = self._empty(self._heads, pages, 4)
         heavy_columns = torch.empty_like(columns) if heavy < math.inf else None
         parts = self._empty(self._heads, pages, 256) if diagonals else None
         self._score(
-            lse=lse, columns=columns, bands=bands, heavy_columns=heavy_columns,
+            lse=lse, columns=columns, bands=page_bands, heavy_columns=heavy_columns,
             diagonals=parts, heavy=heavy,
         )  # fmt: skip
         return PartSums(
             columns[:, : self.num_keys],
-            self._band_sums(bands),
+            self._band_sums(page_bands),
             None if heavy_columns is None else heavy_columns[:, : self.num_keys],
             None if parts is None else _diagonal_sums(parts, self._first_position, self._length),
         )

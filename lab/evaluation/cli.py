@@ -296,8 +296,7 @@ def _check_drawing() -> None:
     """
     if find_spec("matplotlib") is None:
         raise ConfigurationError(
-            "results are drawn with matplotlib, which is not installed; run pip install "
-            "'longreach[lab]'"
+            "results are drawn with matplotlib, which is not installed; run pip install matplotlib"
         )
 
 

@@ -1,6 +1,6 @@
 """A million tokens over two nodes, by NIXL, of which the one that computes dies half-way.
 
-`make check-million` runs this, which takes two quiet cores a quarter of an hour.
+`make check-million` runs this, which takes two cores four minutes.
 """
 
 from concurrent.futures import ThreadPoolExecutor

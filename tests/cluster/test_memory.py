@@ -96,7 +96,8 @@ def test_prefill_and_decode_fit_on_one_card_together(name: str, card: float) -> 
         (join, {"prefill.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
                 "prefill.chunk_tokens", "prefill.tensor_parallel", "prefill.gpus_per_rank"}),
         (make_decoder, {"decode.kv_cache_tokens", "model.kv_cache_dtype", "model.weights",
-                        "decode.max_batch", "decode.gpus", "decode.tensor_parallel"}),
+                        "decode.max_batch", "decode.prefill_alone", "decode.gpus",
+                        "decode.tensor_parallel"}),
     ],
     ids=["prefill", "decode"],
 )  # fmt: skip

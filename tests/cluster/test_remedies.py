@@ -24,6 +24,8 @@ from longreach.engine.kv.pages import HeldPages, Pages
 WIDE = MemoryNeeds("prefill", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 1, quantized=False)
 NARROW = MemoryNeeds("decode", 2048, 10**9, 10**9, 10**9, 2 * 10**9, 2, quantized=True, narrow=True)
 
+STEPS = {"decode.kv_cache_tokens", "decode.max_batch", "decode.prefill_alone"}
+
 REMEDIES: list[tuple[LongreachError, set[str]]] = [
     (
         errors.DoesNotFitError(WIDE, 1024),
@@ -38,16 +40,16 @@ REMEDIES: list[tuple[LongreachError, set[str]]] = [
     ),
     (
         errors.LoadingOutOfMemoryError(NARROW),
-        {"decode.kv_cache_tokens", "decode.max_batch", "decode.tensor_parallel"},
+        STEPS | {"decode.tensor_parallel"},
     ),
-    (errors.StepDoesNotFitError(8), {"decode.kv_cache_tokens", "decode.max_batch"}),
+    (errors.StepDoesNotFitError(8), STEPS),
     (
         errors.ChunkOutOfMemoryError(0, 128),
         {"prefill.chunk_tokens", "prefill.kv_cache_tokens"},
     ),
-    (errors.ReceiveOutOfMemoryError("a"), {"decode.max_batch", "decode.kv_cache_tokens"}),
-    (errors.StartOutOfMemoryError(2), {"decode.max_batch", "decode.kv_cache_tokens"}),
-    (errors.StepOutOfMemoryError(8), {"decode.max_batch", "decode.kv_cache_tokens"}),
+    (errors.ReceiveOutOfMemoryError("a"), STEPS),
+    (errors.StartOutOfMemoryError(2), STEPS),
+    (errors.StepOutOfMemoryError(8), STEPS),
     (errors.CacheTooSmallError("prefill", 256, 128), {"prefill.kv_cache_tokens"}),
     (errors.CacheTooSmallError("decode", 256, 128), {"decode.kv_cache_tokens"}),
     (

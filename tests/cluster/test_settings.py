@@ -427,3 +427,22 @@ def test_one_gang_leaves_no_length_out(raw: dict[str, Any]) -> None:
     raw["prefill"]["max_prompt_tokens"] = 8192
     with pytest.raises(ConfigurationError, match=r"prefill\.max_prompt_tokens is 8192"):
         parse_settings(raw)
+
+
+@pytest.mark.parametrize(
+    ("decode", "alone"),
+    [
+        ({"gpus": 1}, 8192),
+        ({"gpus": 1, "prefill_up_to": 6000}, 6000),
+        ({"gpus": 1, "prefill_alone": 100_000}, 8192),
+        ({"gpus": 1, "prefill_at_once": 4096, "prefill_up_to": 2048}, 4096),
+        ({"gpus": 1, "engine": "vllm"}, 1024),
+        ({"gpus": 0}, 512),
+        ({"gpus": 0, "prefill_alone": 1024}, 1024),
+    ],
+)
+def test_a_step_has_no_more_of_a_prompt_alone_than_prompts_have(
+    raw: dict[str, Any], decode: dict[str, Any], alone: int
+) -> None:
+    settings = parse_settings(raw).decode.model_copy(update=decode)
+    assert settings.prompt_tokens_alone == alone

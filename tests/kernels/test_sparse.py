@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from longreach.kernels.sparse import (
     Selections,
     Sums,
     portable,
+    portable_batches,
     portable_sums,
     reference,
     triton_attention,
@@ -63,19 +65,60 @@ def to_device(selections: Selections) -> Selections:
     return Selections(selections.columns.to(DEVICE), selections.distances.to(DEVICE))
 
 
-@pytest.mark.parametrize("dual", [True, False])
-@pytest.mark.parametrize(("length", "blocks"), [(1000, (0, 1, 4, 7)), (897, (6, 7)), (111, (0,))])
-def test_portable_attention_sees_exactly_what_was_selected(length, blocks, dual: bool) -> None:
-    problem = make_problem(length, dual)
+# Of the chunks, the first does not consist of whole blocks. Blocks are attended to together, one by
+# one, or both.
+@pytest.mark.parametrize("logit_bytes", [1, 5 << 20])
+@pytest.mark.parametrize("chunk", [(200, 77), (384, 128), None])
+@pytest.mark.parametrize(
+    ("length", "blocks"),
+    [(1000, (0, 1, 4, 7)), (1024, (0, 2, 3, 4, 5, 7)), (897, (6, 7)), (111, (0,))],
+)
+def test_portable_attention_sees_exactly_what_was_selected(
+    monkeypatch, length, blocks, chunk, logit_bytes: int
+) -> None:
+    monkeypatch.setattr(portable_batches, "_LOGIT_BYTES", logit_bytes)
+    poison_fresh_memory(monkeypatch)
+    problem = make_problem(length, chunk is not None, chunk=chunk or (CHUNK, LOCAL))
     selections = selections_below(length)
     expected, expected_lse = expected_attention(problem, selections)
     rows = QueryBlocks(blocks, length)
-    output, lse = portable.attention(
-        problem.queries(rows), rows, problem.pages, STRIDE if dual else None, SCALE, selections
-    )
+    output, lse = portable_output(problem, rows, chunk, problem.pages, selections)
     where = rows.positions()
     torch.testing.assert_close(output, expected[where].float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse[where].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_for_which_nothing_was_selected_sees_its_own_tile() -> None:
+    chunk, rows = (384, 128), QueryBlocks((0, 1, 2), 384)
+    problem = make_problem(384, True, chunk=chunk)
+    nothing = Selections.of([[]] * 4, [[0]] * 4)
+    expected, _ = expected_attention(problem, nothing)
+    output, _ = portable_output(problem, rows, chunk, problem.pages, nothing)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def portable_output(
+    problem: Problem, rows: QueryBlocks, chunk, pages: LayerPages, selections: Selections
+) -> tuple[Tensor, Tensor]:
+    stride = None if chunk is None else chunk[0] - chunk[1]
+    return portable.attention(problem.queries(rows), rows, pages, stride, SCALE, selections)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_portable_attention_reads_pages_of_bfloat16(dtype: torch.dtype) -> None:
+    """In its own type and in float32; what comes out is rounded once."""
+    chunk, rows = (384, 128), QueryBlocks((0, 1, 4, 7), 1000)
+    problem = make_problem(1000, True, dtype=torch.bfloat16, chunk=chunk)
+    selections = selections_below(1000)
+    expected, expected_lse = expected_attention(problem, selections)
+    pages = replace(problem.pages, read_as=dtype)
+    stride = chunk[0] - chunk[1]
+    queries = problem.queries(rows).to(dtype)
+    output, lse = portable.attention(queries, rows, pages, stride, SCALE, selections)
+    assert output.dtype == dtype
+    where = rows.positions()
+    assert relative_error(output, expected[where]) < 5e-3
+    assert relative_error(lse, expected_lse[where]) < 5e-3
 
 
 def triton_output(problem: Problem, rows: QueryBlocks, chunk, selections: Selections):
@@ -181,10 +224,12 @@ def check_sums(actual: Sums, problem: Problem, rows: int, heavy: float, toleranc
         )
 
 
-@pytest.mark.parametrize("keys_at_once", [64, 200, 4096])
+@pytest.mark.parametrize("scores_at_once", [1, 2**15, 2**18])
 @pytest.mark.parametrize(("length", "rows"), [(1, 1), (63, 63), (640, 64), (1000, 64), (300, 100)])
-def test_portable_sums_are_those_of_the_definition(monkeypatch, length, rows, keys_at_once) -> None:
-    monkeypatch.setattr(portable_sums, "_KEYS_AT_ONCE", keys_at_once)
+def test_portable_sums_are_those_of_the_definition(
+    monkeypatch, length, rows, scores_at_once
+) -> None:
+    monkeypatch.setattr(portable_sums, "_SCORES_AT_ONCE", scores_at_once)
     problem = make_problem(length, dual=False)
     for heavy in (math.inf, 0.2):
         actual = all_sums(
@@ -250,6 +295,8 @@ def test_parts_of_the_keys_are_all_of_them_together(
     every = sparse.in_order(torch.stack(padded), counts, 1)
     found = [each.sums(every) for each in scored]
     columns = torch.cat([part.columns for part in found], 1)
+    for each, part in zip(scored, found, strict=True):
+        assert each.sums(every, bands=False).columns.equal(part.columns)
     firsts = [0, *np.cumsum([each.num_keys for each in scored])]
     assert [each.first_key for each in scored if each.num_keys] == [
         first for first, each in zip(firsts, scored, strict=False) if each.num_keys
@@ -412,6 +459,21 @@ def test_what_is_chosen_is_forced_or_among_the_heaviest(data, length: int, level
         order = [0, *(b for b in bands[head].argsort(descending=True).tolist() if b)]
         touched = {b + more for b in order[: budget.bands] for more in (0, 1)}
         assert distances.tolist() == sorted(b for b in touched if b < tiles)
+
+
+@pytest.mark.parametrize("length", [20, 100, 129, 1000])
+def test_what_is_forced_is_what_small_budgets_choose(length: int) -> None:
+    budgets = [HeadBudget(30, 128), HeadBudget(1, 1)]
+    assert sparse.leave_no_choice(budgets)
+    for larger in (HeadBudget(31, 128), HeadBudget(30, 129)):
+        assert not sparse.leave_no_choice([*budgets, larger])
+    tiles = -(-length // 128)
+    sums = Sums(torch.rand(2, length), torch.rand(2, tiles), None, None, 64)
+    expected = sparse.by_bands(sums, budgets)
+    chosen = sparse.what_is_forced(budgets, [length] * 2, torch.device("cpu"))
+    for head in range(2):
+        for actual, wanted in zip(chosen.of_head(head), expected.of_head(head), strict=True):
+            assert actual.tolist() == wanted.tolist()
 
 
 def test_diagonals_are_chosen_as_published() -> None:

@@ -21,8 +21,9 @@ from .backend import LIMITS, MODEL, Endpoint
 from .engine_backend import EngineEndpoint
 
 QWEN3 = Path(__file__).parents[4] / "shared" / "data" / "qwen3-tokenizer"
+"""Qwen3's published tokenizer, in a folder beside this repository where somebody put it there."""
 needs_qwen3 = pytest.mark.skipif(
-    not QWEN3.exists(), reason="no Qwen3 tokenizer beside the clone, in ../shared/data"
+    not QWEN3.exists(), reason="Qwen3's published tokenizer is not beside this repository"
 )
 CITY = {
     "type": "object",

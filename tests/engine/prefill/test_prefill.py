@@ -20,6 +20,8 @@ from longreach.engine.errors import (
 from longreach.engine.local import LocalPrefill
 from longreach.engine.messages import Tokens
 from longreach.kernels import elementwise, sparse
+from longreach.kernels.sparse import portable_sums
+from longreach.kernels.sparse.scores import PartSums
 
 from ..checkpoints import DUAL_CHUNK, VOCAB, make_checkpoint, oracle_logits
 
@@ -94,6 +96,39 @@ def test_small_budgets_really_leave_something_out(tmp_path) -> None:
     sparse, dense = engine(folder), engine(folder, sparse=False)
     assert not torch.allclose(sparse.logits(prompt_of(1000)), dense.logits(prompt_of(1000)))
     torch.testing.assert_close(sparse.logits(prompt_of(999)), dense.logits(prompt_of(999)))
+
+
+def test_nothing_is_scored_where_budgets_leave_no_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    folder = make_checkpoint(tmp_path, keys, sparse=(30, 128))
+    prompt = prompt_of(1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(sparse, "leave_no_choice", lambda _: False)
+        expected = engine(folder).logits(prompt, 384)
+    monkeypatch.delattr(sparse, "key_scores")
+    assert engine(folder).logits(prompt, 384).equal(expected)
+
+
+@pytest.mark.parametrize("slashes", [128, 256])
+def test_bands_are_summed_only_where_some_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slashes: int
+) -> None:
+    keys = {**DUAL_CHUNK, "sparse_attention_threshold": 0}
+    folder = make_checkpoint(tmp_path, keys, sparse=(40, slashes))
+    prompt, asked = prompt_of(1000), []
+    summed = portable_sums.KeyScores.sums
+
+    def all_of_them(scores: portable_sums.KeyScores, every: torch.Tensor, bands: bool) -> PartSums:
+        asked.append(bands)
+        return summed(scores, every)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(portable_sums.KeyScores, "sums", all_of_them)
+        expected = engine(folder).logits(prompt, 384)
+    assert set(asked) == {slashes > 128}
+    assert engine(folder).logits(prompt, 384).equal(expected)
 
 
 def test_bfloat16_is_near(dual_chunk: Path) -> None:
