@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -154,11 +154,11 @@ def test_every_error_of_ours_is_passed_on_as_it_is_but_the_command_lines() -> No
     elsewhere = {name: module for name, module in ours.items() if not module.endswith(".errors")}
     assert elsewhere.keys() == {"ClusterLostError", "EndpointError", "PortInUseError"}
     for name in ours.keys() - elsewhere.keys():
-        kind = getattr(importlib.import_module(ours[name]), name)
+        kind: Any = getattr(importlib.import_module(ours[name]), name)
         if issubclass(kind, FactualError) and not is_dataclass(kind):
             continue  # It names no facts: it is what others have in common.
         facts = [1 for _ in fields(kind)] if is_dataclass(kind) else ["in words"]
-        error = kind(*facts)
+        error = cast(Any, kind)(*facts)
         assert raised("call", error) is error
     actors = ", ".join(each.__module__ for each in ACTORS)
     assert loaded(f"import {actors}", set(elsewhere.values())) == set()
