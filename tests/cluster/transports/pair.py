@@ -148,10 +148,13 @@ class Pair:
             first = number == chunks.start and not is_there
             is_back = number < chunks.start + back
             turn = Chunk(name, start, end, end == len(prompt), is_back=is_back)
-            rank.begin_chunk(
-                turn, prompt if first else None, self.destinations[name] if first else None
-            )
-            result = rank.finish_chunk(turn)
+            given = (prompt, self.destinations[name]) if first else (None, None)
+            if is_back:
+                rank.begin_fetch(turn, *given)
+                result = rank.finish_fetch(turn)
+            else:
+                rank.begin_chunk(turn, *given)
+                result = rank.finish_chunk(turn)
         assert result is not None
         return result.logits, result.failure
 
