@@ -304,11 +304,7 @@ class PrefillRank:
         """
         # A piece of work from here on: a device that hangs is found while this waits for it.
         with self._pulse.piece():
-            try:
-                launched = self._future_of(chunk, self._launched).result()
-            finally:
-                with self._lock:
-                    del self._launched[chunk]
+            launched = self._begun(chunk, self._launched)
             launched.done.wait()
             stages = launched.result.stages
         if launched.mesh.is_left:
@@ -355,11 +351,7 @@ class PrefillRank:
 
         Raises: as its `begin_fetch`. Whether the ranks part meanwhile means nothing to it.
         """
-        try:
-            fetching = self._future_of(chunk, self._fetching).result()
-        finally:
-            with self._lock:
-                del self._fetching[chunk]
+        fetching = self._begun(chunk, self._fetching)
         fetching.done.result()
         seconds = time.monotonic() - fetching.began
         return RankResult(None, {"hand-off": seconds}, fetching.hand_off.failure)
@@ -368,6 +360,14 @@ class PrefillRank:
         """Whichever of a chunk's two calls comes first makes it."""
         with self._lock:
             return futures.setdefault(chunk, Future())
+
+    def _begun(self, chunk: Chunk, futures: "dict[Chunk, Future[T]]") -> T:
+        """What a chunk's first call has made, or raised; its second call takes it."""
+        try:
+            return self._future_of(chunk, futures).result()
+        finally:
+            with self._lock:
+                del futures[chunk]
 
     def _hand_off_of(
         self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
