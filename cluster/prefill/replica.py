@@ -370,7 +370,7 @@ class PrefillReplica:
             return
         self._count(chunk, job, results)
         self._report()
-        failure = next((r.failure for r in results if r.failure is not None), None)
+        failure = _first_failure(results)
         if self._jobs.get(chunk.request_id) is not job:
             return  # Its request is over.
         job.note_stages(results)
@@ -412,7 +412,7 @@ class PrefillReplica:
         """
         await asyncio.wait({fetched})
         results = [] if _has_failed(fetched) else fetched.result()
-        failure = next((r.failure for r in results if r.failure is not None), None)
+        failure = _first_failure(results)
         self._scheduler.ended(chunk, bool(results) and failure is None)
         self._wake.set()
         if failure is not None:
@@ -515,6 +515,11 @@ def _prefilled(job: _Job, results: list[RankResult], computed: float, hand_off: 
 
 def _has_failed(computed: "asyncio.Future[list[RankResult]]") -> bool:
     return computed.cancelled() or computed.exception() is not None
+
+
+def _first_failure(results: list[RankResult]) -> str | None:
+    """Why a rank's pages did not get where they were to go."""
+    return next((each.failure for each in results if each.failure is not None), None)
 
 
 def _busy_seconds(result: RankResult) -> float:

@@ -139,6 +139,7 @@ class _Scorer:
         self._rows, self._heads, _ = queries.intra.shape
         self._first, self._scored = first_position, scored
         self._length = first_position + self._rows
+        self._bands = -(-self._length // BLOCK_ROWS)
         self._pages, self._kv_head = pages, kv_head
         scale *= math.log2(math.e)
         self._segments = [
@@ -168,7 +169,7 @@ class _Scorer:
         """Everything that is summed, of each head."""
         columns = torch.empty(self._heads, len(self._scored), device=self._device)
         heavy_columns = torch.zeros_like(columns) if heavy < math.inf else None
-        light = torch.zeros_like(columns)  # of the later of two bands; see `_by_band`
+        light = torch.empty_like(columns)  # of the later of two bands; see `_by_band`
         later = self._later_band()
         # Distances of -(rows - 1) and more; negative ones hold masked keys alone, and no mass.
         shape = (self._heads, self._length + self._rows)
@@ -188,7 +189,7 @@ class _Scorer:
         rest = columns if heavy_columns is None else columns - heavy_columns
         return PartSums(
             columns,
-            self._by_band(rest if bands else light, light),
+            self._by_band(rest, light) if bands else columns.new_zeros(self._heads, self._bands),
             heavy_columns,
             None if every is None else every[:, self._rows :],
         )
@@ -211,11 +212,10 @@ class _Scorer:
             columns: [heads, keys].
             later: the same, of rows that see the key in the band of the last row.
         """
-        bands = -(-self._length // BLOCK_ROWS)
         first = self._length - self._scored.stop  # the least distance from the last row
-        missing = (first, bands * BLOCK_ROWS - first - columns.shape[1])
+        missing = (first, self._bands * BLOCK_ROWS - first - columns.shape[1])
         both = torch.nn.functional.pad(torch.stack((later, columns - later)).flip(2), missing)
-        own, before = both.unflatten(2, (bands, BLOCK_ROWS)).sum(3)
+        own, before = both.unflatten(2, (self._bands, BLOCK_ROWS)).sum(3)
         own[:, :-1] += before[:, 1:]
         return own
 
