@@ -310,7 +310,9 @@ class PrefillRank:
         if launched.mesh.is_left:
             # What waited for other ranks was given up, and nobody knows what it computed.
             raise LeftMeshError
-        self._layer_seconds = max(sum(stages.values()) / self._num_layers, _LEAST_SECONDS)
+        # Next to nothing is computed of the last.
+        whole_layers = max(1, self._num_layers - 1)
+        self._layer_seconds = max(sum(stages.values()) / whole_layers, _LEAST_SECONDS)
         logits, scores = (
             None if each is None else each.numpy() for each in (launched.logits, launched.scores)
         )

@@ -27,7 +27,7 @@ class ChunkResult:
     `logits` are those after the prompt's last token, float32 [vocab] on every rank, once the chunk
     reaches the prompt's end, else None. `scores`, on every rank, are those of the tokens that
     follow the chunk's own, [tokens, columns], where they were asked for; the last row of a prompt's
-    last chunk means nothing. `nearly`: when a few layers are to go.
+    last chunk means nothing. `nearly`: when a few whole layers are to go.
     """
 
     logits: Tensor | None
@@ -60,7 +60,8 @@ def run_chunk(
     Args:
         table: of the whole prompt.
         hand_off: takes each layer's finished pages.
-        layers_to_go: when the chunk is nearly computed.
+        layers_to_go: before how many whole layers the chunk is nearly computed. The last is none of
+            them: K and V are nearly all that is computed of it.
         score_top: score the prompt's own tokens, with so many alternatives.
     """
     stages = Stages.on(parts.model.device)
@@ -92,7 +93,7 @@ class _Chunk:
         hidden = model.begin(tokens, self.stages)
         turns, nearly = self._turns(), None
         for layer in model.layers[:-1]:
-            if nearly is None and layer.number >= len(model.layers) - layers_to_go:
+            if nearly is None and layer.number >= len(model.layers) - 1 - layers_to_go:
                 nearly = Milestone.after_what_is_launched(model.device)
             layer.forward(hidden, self.attention, turns, self.stages)
         nearly = nearly or Milestone.after_what_is_launched(model.device)

@@ -225,7 +225,8 @@ class Prefiller:
             start: where the request's last chunk ended.
             end: a multiple of 128, or the end of the prompt.
             hand_off: takes each layer's finished pages, as far as they fall to this rank.
-            layers_to_go: when the chunk counts as nearly computed.
+            layers_to_go: before how many whole layers the chunk counts as nearly computed; the last
+                is none of them.
             score_top: score the prompt's own tokens, with so many alternatives; see `scores`.
 
         Raises:

@@ -19,6 +19,9 @@ from longreach.engine.errors import (
 )
 from longreach.engine.local import LocalPrefill
 from longreach.engine.messages import Tokens
+from longreach.engine.milestones import Milestone
+from longreach.engine.model.layer import Layer
+from longreach.engine.prefill import chunk
 from longreach.kernels import elementwise, sparse
 from longreach.kernels.sparse import portable_sums
 from longreach.kernels.sparse.scores import PartSums
@@ -340,3 +343,29 @@ def test_scores_are_those_of_the_definition(dual_chunk: Path, chunk_tokens: int)
     assert (found[:, 1] == ranks).float().mean() > 0.95
     assert logits is not None
     torch.testing.assert_close(logits, local.logits(prompt), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("layers_to_go", "computed"), [(1, 3), (2, 2), (9, 0)])
+def test_a_chunk_is_nearly_computed_before_whole_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers_to_go: int, computed: int
+) -> None:
+    """Of the last of five next to nothing is computed: before it alone is no time for anything."""
+    local = engine(make_checkpoint(tmp_path, layers=5))
+    forward, seen = Layer.forward, list[int]()
+
+    def counted(layer: Layer, *arguments: Any) -> None:
+        seen.append(layer.number)
+        forward(layer, *arguments)
+
+    class Recorded(Milestone):
+        @classmethod
+        def after_what_is_launched(cls, device: torch.device) -> Milestone:
+            reached.append(len(seen))
+            return super().after_what_is_launched(device)
+
+    reached: list[int] = []
+    monkeypatch.setattr(Layer, "forward", counted)
+    monkeypatch.setattr(chunk, "Milestone", Recorded)
+    local.prefiller.admit("a", prompt_of(512))
+    local.prefiller.run_chunk("a", 0, 256, layers_to_go=layers_to_go)
+    assert (reached, len(seen)) == ([computed], 4)
