@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
@@ -147,8 +148,10 @@ def _lead(case: RankCase, folder: Path) -> RankRun:
     leader = _Leader(_start(case, followers), prompts, [pages for _, pages in ways])
     leader.run.start_seconds = time.perf_counter() - begun
     leader.run.first = prompts.first
-    for questions in case.rounds:
-        leader.ask(questions)
+    # As in a cluster: another thread steps than the one that has loaded.
+    with ThreadPoolExecutor(1) as steps:
+        for questions in case.rounds:
+            steps.submit(leader.ask, questions).result()
     for channel in (each for way in ways for each in way):
         channel.close()
     return leader.run

@@ -36,6 +36,7 @@ from .executor import LeadingExecutor
 from .figures import VllmFigures
 from .held_to import HeldTo
 from .layers import LayeredMemory, layers_of
+from .one_stream import OneStream
 
 Hasher = Callable[[Request], list[BlockHash]]
 """Names the pages that a sequence has filled since it was last called."""
@@ -108,6 +109,7 @@ class VllmCore(Core):
         assert isinstance(working, HandOffConnector)
         self._scheduling, self._working = scheduling, working
         self._memory = LayeredMemory(list(layers_of(working.caches, config)))
+        self._stream = OneStream(self._memory.device)
         manager = self._core.structured_output_manager
         manager.backend = _Masks(config, None, config.model_config.get_vocab_size())
         self._figures = VllmFigures(config, figures)
@@ -208,6 +210,7 @@ class VllmCore(Core):
         self.abort([name])
 
     def step(self) -> list[Generated]:
+        self._stream.take()
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         if not outputs or 0 not in outputs:

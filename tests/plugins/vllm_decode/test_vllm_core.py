@@ -5,7 +5,7 @@ What a cluster does not do on purpose: leaving at each moment of a request.
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,9 @@ from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 from longreach.plugins.vllm_decode.decoder import VllmDecoder
 
 from .conftest import PAGES
+
+if TYPE_CHECKING:
+    from longreach.plugins.vllm_decode.vllm_core import VllmCore
 
 pytestmark = pytest.mark.live
 
@@ -38,6 +41,26 @@ def test_nothing_is_done_for_whoever_waits_for_its_pages(decoder: VllmDecoder) -
     decoder.start("waits", NO_LOGITS)
     assert drain(decoder) == 20
     assert decoder.usage == 0.0
+
+
+def test_a_step_is_launched_on_the_stream_on_which_all_was_loaded(
+    decoder: VllmDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything of it is: vLLM would go over to another one in its midst."""
+    core: Any = cast("VllmCore", decoder._core)
+    order: list[str] = []
+    step = core._core.step_fn
+
+    def stepped() -> Any:
+        order.append("step")
+        return step()
+
+    monkeypatch.setattr(core._stream, "take", lambda: order.append("take"))
+    monkeypatch.setattr(core._core, "step_fn", stepped)
+    decoder.admit(ask("taken", max_tokens=1))
+    drain(decoder)
+    assert order == ["take", "step"] * (len(order) // 2)
+    assert order
 
 
 def ask(name: str, **sampling: Any) -> GenerationRequest:
