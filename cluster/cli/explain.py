@@ -61,7 +61,7 @@ def _summary(settings: Settings, model: ModelConfig) -> Text:
 def _types(settings: Settings) -> str:
     kept, name = settings.model.pages_kept_as, str(settings.model.dtype)
     if name == "auto":
-        name = "float32 on CPUs without AVX-512, else bfloat16"
+        name = "float32 on CPUs that do not multiply bfloat16, else bfloat16"
     return name if kept == "auto" else f"{name}, with KV pages in {kept}"
 
 

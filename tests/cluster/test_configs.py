@@ -15,6 +15,7 @@ GPUS = {
     "one-gpu-qwen2.5-7b": 149e9,
     "one-gpu-qwen2.5-7b-80gb": 84e9,
     "four-gpus-qwen2.5-7b": 84e9,
+    "two-gpus-qwen2.5-14b": 149e9,
     "three-gpus-qwen2.5-14b": 149e9,
     "four-gpus-qwen2.5-14b": 149e9,
     "eight-gpus-qwen2.5-7b": 84e9,

@@ -13,13 +13,21 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected"),
-    [("DEFAULT", torch.float32), ("AVX2", torch.float32), ("AVX512", torch.bfloat16)],
+    ("capability", "multiplies", "expected"),
+    [
+        ("DEFAULT", False, torch.float32),
+        ("AVX2", False, torch.float32),
+        ("AVX512", False, torch.float32),
+        ("AVX512", True, torch.bfloat16),
+        ("AVX2", True, torch.float32),
+    ],
 )
 def test_auto_is_what_the_cpu_is_fast_at(
-    monkeypatch: pytest.MonkeyPatch, capability: str, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, capability: str, multiplies: bool, expected: torch.dtype
 ) -> None:
+    """The last is a CPU that could, and is held to less (`ATEN_CPU_CAPABILITY`)."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
     assert compute_dtype("auto", CPU) == expected
     assert compute_dtype("auto", CUDA) == torch.bfloat16
     assert compute_dtype("float16", CPU) == torch.float16
