@@ -27,7 +27,7 @@ from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
 from longreach.kernels.page_size import PAGE_TOKENS, pages_for
 
-LAPTOP = Path(__file__).parents[2] / "configs" / "laptop.yaml"
+LAPTOP = Path(__file__).parents[3] / "configs" / "laptop.yaml"
 
 
 @pytest.fixture

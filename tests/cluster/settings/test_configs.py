@@ -10,7 +10,7 @@ from longreach.cluster.memory import decode_fit, prefill_fit
 from longreach.cluster.settings import Settings, check_model, parse_settings, warnings_about
 from longreach.engine.memory.fit import Fit
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 GPUS = {
     "one-gpu-qwen2.5-7b": 149e9,
     "one-gpu-qwen2.5-7b-80gb": 84e9,
