@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .token_client import Client, Line, command_line, report
+from .token_client import Client, Line, command_line, measure_and_report
 
 _SETTLE_SECONDS = 2.0
 """Until all streams generate."""
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--undisturbed", type=float, default=4.0, help="seconds")
     options = parser.parse_args()
-    report(asyncio.run(_run(options)), options)
+    measure_and_report(_run(options), options)
 
 
 if __name__ == "__main__":

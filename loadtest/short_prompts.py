@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .token_client import Client, Line, command_line, report
+from .token_client import Client, Line, command_line, measure_and_report
 
 _AT_ONCE = 32
 _TOKENS = 1024
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=48)
     parser.add_argument("--every-token", action="store_true", help="an event for each token")
     options = parser.parse_args()
-    report(asyncio.run(measure(options)), options)
+    measure_and_report(measure(options), options)
 
 
 if __name__ == "__main__":

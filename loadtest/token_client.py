@@ -1,18 +1,24 @@
 """A client that sends prompts of random token ids, and the figures that come of it."""
 
 import argparse
+import asyncio
 import csv
 import json
 import random
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from .endpoint import Endpoint
 from .events import LineSplitter
+
+_MOST_SAID = 500
+"""Characters of a refusal: what is in front of an endpoint may say it with a whole page."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Line:
 
 
 class AnswerError(Exception):
-    """An answer that had begun ended with an error; with what the endpoint said of it."""
+    """There was no answer, or one that had begun ended with an error; with what was said of it."""
 
 
 class Client:
@@ -53,10 +59,14 @@ class Client:
         await self._client.aclose()
 
     async def ask(self, tokens: int) -> float:
-        """Seconds until the whole answer of one token is there."""
+        """Seconds until the whole answer of one token is there.
+
+        Raises:
+            AnswerError: the endpoint refused.
+        """
         body = self._body(tokens, 1)
         started = time.perf_counter()
-        (await self._client.post("/v1/completions", json=body)).raise_for_status()
+        await _check(await self._client.post("/v1/completions", json=body))
         return time.perf_counter() - started
 
     async def listen(self, tokens: int, answer: int, came: list[tuple[float, int]]) -> None:
@@ -65,11 +75,11 @@ class Client:
         Without `every_token` nobody says how many: each event counts for one.
 
         Raises:
-            AnswerError: an event says so.
+            AnswerError: the endpoint refused, or an event tells of an error.
         """
         body = {**self._body(tokens, answer), **self._streamed}
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
+            await _check(response)
             splitter = LineSplitter()
             async for part in response.aiter_bytes():
                 for line in splitter.lines(part):
@@ -82,6 +92,16 @@ class Client:
             "model": self._model, "prompt": prompt, "max_tokens": answer, "temperature": 0,
             "ignore_eos": True,
         }  # fmt: skip
+
+
+async def _check(response: httpx.Response) -> None:
+    """
+    Raises:
+        AnswerError: it is a refusal.
+    """
+    if not response.is_success:
+        said = (await response.aread()).decode(errors="replace")
+        raise AnswerError(f"{response.status_code} {response.reason_phrase}: {said[:_MOST_SAID]}")
 
 
 def _tokens_of(line: str) -> int:
@@ -109,6 +129,17 @@ def command_line(says: str) -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, default=256, help="token ids below it are sent")
     parser.add_argument("--csv", type=Path, help="append the figures to a file")
     return parser
+
+
+def measure_and_report(
+    measuring: Coroutine[Any, Any, list[Line]], options: argparse.Namespace
+) -> None:
+    """Run, print and write down; where there is no answer, end the program with what was said."""
+    try:
+        lines = asyncio.run(measuring)
+    except AnswerError as error:
+        sys.exit(f"{options.base_url}: {error}")
+    report(lines, options)
 
 
 def report(lines: Sequence[Line], options: argparse.Namespace) -> None:

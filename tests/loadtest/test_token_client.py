@@ -5,9 +5,9 @@ import asyncio
 import csv
 from pathlib import Path
 
-import httpx
 import pytest
 
+from longreach.loadtest import short_prompts
 from longreach.loadtest.short_prompts import Answer, stream
 from longreach.loadtest.token_client import AnswerError, Client, Line, command_line, report
 
@@ -35,7 +35,7 @@ def test_every_event_of_a_stream_is_noted(script: Script, port: int) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "error"),
-    [("error", AnswerError), ("refuse", httpx.HTTPStatusError), ("empty", ValueError)],
+    [("error", AnswerError), ("refuse", AnswerError), ("empty", ValueError)],
 )
 def test_what_is_no_answer_is_no_figure(
     script: Script, port: int, answer: str, error: type[Exception]
@@ -44,6 +44,17 @@ def test_what_is_no_answer_is_no_figure(
     script.answer = answer
     with pytest.raises(error):
         ask(port)
+
+
+def test_a_refusal_ends_a_measurement_with_what_was_said(
+    script: Script, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.answer = "refuse"
+    options = ["--base-url", f"http://127.0.0.1:{port}", "--warm-up", "0", "--lengths", "5"]
+    monkeypatch.setattr("sys.argv", ["short_prompts", *options])
+    with pytest.raises(SystemExit) as ended:
+        short_prompts.main()
+    assert str(ended.value).startswith(f"http://127.0.0.1:{port}: 503 ")
 
 
 def test_figures_are_appended_to_a_file(tmp_path: Path) -> None:
