@@ -19,6 +19,7 @@ from longreach.engine.kv.destination import Destination
 from longreach.engine.kv.hand_off import HandOff, Place
 from longreach.engine.kv.pages import HeldPages
 from longreach.engine.messages import Tokens
+from longreach.engine.prefill.chunk import ChunkResult
 from longreach.kernels import dual_chunk
 
 from ..conftest import CHUNK_TOKENS, gangs_with, make_settings
@@ -102,6 +103,25 @@ def test_results_may_be_asked_for_before_their_chunk_is_launched_and_after_the_n
     assert expected is not None
     assert logits[0] is not None
     np.testing.assert_array_equal(logits[0], expected)
+
+
+@pytest.mark.parametrize(("seconds", "layers"), [(0.125, 1), (0.115, 2), (0.001, 2)])
+def test_the_next_chunk_comes_whole_layers_before_this_one_is_computed(
+    rank: PrefillRank, monkeypatch: pytest.MonkeyPatch, seconds: float, layers: int
+) -> None:
+    """As many as take 30 ms, of the four of five that are computed; half of all at most."""
+    prompt, to_go = np.full(1500, 65, dtype=np.int32), list[int]()
+    compute = rank._prefiller.run_chunk
+
+    def run(*arguments: Any, layers_to_go: int, **named: Any) -> ChunkResult:
+        to_go.append(layers_to_go)
+        return compute(*arguments, layers_to_go=layers_to_go, **named)
+
+    monkeypatch.setattr(rank._prefiller, "run_chunk", run)
+    monkeypatch.setattr(ChunkResult, "stages", {"linear": seconds})
+    run_chunk(rank, Chunk("a", 0, 1024, False), prompt, TO)
+    run_chunk(rank, Chunk("a", 1024, 1500, True), None, None)
+    assert to_go[1] == layers
 
 
 def test_a_rank_that_has_left_computes_nothing_until_it_meets_others(rank: PrefillRank) -> None:
