@@ -24,6 +24,7 @@ from .listener import Ear, Listener
 from .messages import Taken
 from .metrics import OUTCOMES, REQUESTS, Metrics, ProcessFigures, render
 from .nodes import metrics_of_node, reading_here
+from .recovery import was_lost
 from .rest import Access, IngressLimits, SignsOfLife, build_api, read_api_keys
 from .settings import IngressSettings, Settings, check_model
 from .streams import listening
@@ -65,7 +66,8 @@ class DecodeBackend:
                 return
             except LongreachError as error:
                 seconds = attempts.failed(error)
-            self._sink.add(metrics.REQUEST_RECOVERIES)
+                if was_lost(error):
+                    self._sink.add(metrics.REQUEST_RECOVERIES)
             await asyncio.sleep(seconds)
 
     async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:

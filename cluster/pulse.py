@@ -89,27 +89,56 @@ async def watch(
         read: asks once.
         is_busy: whether it has been given work.
     """
+    asking = _Asking(read)
+    try:
+        return await _watch(asking, is_busy, allowance, tick_seconds)
+    finally:
+        asking.end()
+
+
+class _Asking:
+    """One question at a time: a process that answers late is not asked meanwhile."""
+
+    def __init__(self, read: Callable[[], Awaitable[Reading]]) -> None:
+        self._read = read
+        self._asked: asyncio.Future[Reading] | None = None
+
+    async def answered(self, seconds: float) -> bool:
+        """Whether there is an answer after so many seconds, to a new question or the last one."""
+        self._asked = self._asked or asyncio.ensure_future(self._read())
+        await asyncio.wait({self._asked}, timeout=seconds)
+        return self._asked.done()
+
+    def answer(self) -> Reading:
+        """What was answered, or raised; the next question is another one."""
+        assert self._asked is not None
+        answered, self._asked = self._asked, None
+        return answered.result()
+
+    def end(self) -> None:
+        """Ask no more, and leave no error behind that nobody has read."""
+        if self._asked is not None and not self._asked.cancel() and not self._asked.cancelled():
+            self._asked.exception()
+
+
+async def _watch(
+    asking: _Asking, is_busy: Callable[[], bool], allowance: Allowance, tick_seconds: float
+) -> str:
     missed, exceeded, was_busy = 0, 0, False
-    asked: asyncio.Future[Reading] | None = None
     while True:
         busy = is_busy()
         if busy and not was_busy:
             missed = 0  # What an idle process missed proves nothing about one that has work.
         was_busy = busy
-        # One question at a time: a process that answers late is not asked meanwhile.
-        asked = asked or asyncio.ensure_future(read())
-        await asyncio.wait({asked}, timeout=tick_seconds)
-        if not asked.done():
+        if not await asking.answered(tick_seconds):
             # Counted in ticks of this process: where the whole machine is starved, they are late.
             missed += 1
             if missed >= (BUSY_MISSES if busy else IDLE_MISSES):
-                asked.cancel()
                 return f"did not answer for {missed} ticks"
             continue
-        answered, asked = asked, None
         await asyncio.sleep(tick_seconds)
         try:
-            reading = answered.result()
+            reading = asking.answer()
         except ActorUnavailableError:
             # A connection broke, and Ray makes another: nobody has died, and nobody has answered.
             missed += 1

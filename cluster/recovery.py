@@ -21,6 +21,12 @@ RECOVERY_SECONDS = 180.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 2.0
 
 
+def was_lost(error: LongreachError) -> bool:
+    """Whether what served a request was lost with it; else something was not up yet, or busy."""
+    # A hand-off fails where the decode worker is gone, which the gang sees first.
+    return isinstance(error, (LostError, TransferError))
+
+
 class Recovery:
     """Counts deaths at the same place, and how long something has not been up.
 
@@ -69,8 +75,7 @@ class Recovery:
         now = self._clock()
         if self._trouble_since is None:
             self._trouble_since = now
-        # A hand-off fails where the decode worker is gone, which the gang sees first.
-        died = isinstance(error, (LostError, TransferError))
+        died = was_lost(error)
         if self._retries == 0 or not (died or waits or isinstance(error, NotUpError)):
             raise error
         if died and not (isinstance(error, LostError) and not error.begun):

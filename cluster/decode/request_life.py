@@ -29,7 +29,7 @@ from .. import metrics
 from ..call_errors import CallError, as_ours, first_of
 from ..messages import AnswerOrder, ComputedHere, PrefillOrder
 from ..metrics import Metrics
-from ..recovery import Recovery
+from ..recovery import Recovery, was_lost
 from ..settings import HandOffTerms
 from ..streams import listening
 from ..tasks import as_nobody, tell
@@ -154,6 +154,7 @@ class RequestLife:
                         yield event
                 return
             except (*CallError, LongreachError) as error:
+                lost = was_lost(as_ours(error))
                 seconds = self._failed(as_ours(error))
                 # Before the stream is cancelled: a gang that lives may then use its pages for
                 # others, and until then this worker copies out of them.
@@ -161,7 +162,8 @@ class RequestLife:
                 logger.warning("request %s asks another gang in %.1f s: %s", name, seconds, error)
             finally:
                 stream.cancel()
-            self._sink.add(metrics.REQUEST_RECOVERIES)
+            if lost:
+                self._sink.add(metrics.REQUEST_RECOVERIES)
             await asyncio.sleep(seconds)
 
     async def _prefilling(

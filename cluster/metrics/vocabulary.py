@@ -45,8 +45,8 @@ REQUEST_SUCCESS = Counter(
 )
 REQUEST_RECOVERIES = Counter(
     "longreach_request_recoveries_total",
-    "Requests that were begun again, in place of an error: what served them died, was not up, or "
-    "was asked to go.",
+    "Requests that were begun again, in place of an error: what served them died, or was asked to "
+    "go. Waiting for what is not up yet does not count.",
 )
 PROMPT_TOKENS = Counter(
     "longreach_prompt_tokens_total", "Prompt tokens of requests whose prefill ended well."

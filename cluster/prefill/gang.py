@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError
 
-from ...engine.errors import LongreachError, LostError, innermost
+from ...engine.errors import LeftMeshError, LongreachError, LostError, innermost
 from ..call_errors import CallError
 from ..settings import GangSettings
 from ..tasks import detached
@@ -68,6 +69,11 @@ class Gang:
         # And those that had them before, until it is known that what they give to others has come.
         self._held_before: dict[str, frozenset[Row]] = {}
         self._told: set[asyncio.Task[None]] = set()
+        self._on_trouble: Callable[[BaseException], None] | None = None
+
+    def tell_trouble_to(self, on_trouble: Callable[[BaseException], None]) -> None:
+        """Call this where ranks that live could not give each other pages: some of them wait."""
+        self._on_trouble = on_trouble
 
     @classmethod
     async def start(cls, settings: GangSettings, metrics_directory: Path) -> "Gang":
@@ -252,16 +258,21 @@ class Gang:
             for row in self._rows
             for rank in row.ranks
         ]
-        self._note_told("share pages", calls)
+        self._note_told("share pages", calls, self._on_trouble)
         self._held_before.setdefault(request_id, self._held_by[request_id])
         self._held_by[request_id] = frozenset(self._rows)
 
-    def _note_told(self, what: str, calls: list[Any]) -> None:
+    def _note_told(
+        self,
+        what: str,
+        calls: list[Any],
+        on_trouble: Callable[[BaseException], None] | None = None,
+    ) -> None:
         """Calls whose answers nobody waits for; what they raise shows later, and as another error.
 
-        So it is logged here.
+        So it is logged here, and said to `on_trouble` unless it follows from a death.
         """
-        told = detached(_log_failures(what, calls))
+        told = detached(_note_failures(what, calls, on_trouble))
         self._told.add(told)
         told.add_done_callback(self._told.discard)
 
@@ -284,11 +295,18 @@ async def _all_went_well(calls: list[Any]) -> bool:
     return not any(isinstance(outcome, BaseException) for outcome in outcomes)
 
 
-async def _log_failures(what: str, calls: list[Any]) -> None:
-    for outcome in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            error = innermost(outcome)
+async def _note_failures(
+    what: str, calls: list[Any], on_trouble: Callable[[BaseException], None] | None
+) -> None:
+    # Each as it comes: others may wait for the rank that has failed, and never end.
+    for call in asyncio.as_completed(calls):
+        try:
+            await call
+        except (RayError, LongreachError) as raised:
+            error = innermost(raised)
             logger.warning("a rank was told to %s, and failed: %r", what, error)
+            if on_trouble and not isinstance(error, (LeftMeshError, RayActorError)):
+                on_trouble(raised)
 
 
 async def _all_of(calls: list[Any]) -> list[Any]:

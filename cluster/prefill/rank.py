@@ -412,9 +412,25 @@ class PrefillRank:
 
         Raises:
             LeftMeshError: the ranks part, and the pages may not have come.
+            LongreachError: as `admit`, or for want of memory. This rank has left the mesh then: the
+                others may wait for it, and must not get what it would have told them next.
         """
         if self._mesh.is_left:
             raise LeftMeshError
+        try:
+            self._take_part_in_sharing(request_id, prompt, destination, done, takes)
+        except BaseException:
+            self.leave()
+            raise
+
+    def _take_part_in_sharing(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        destination: "Destination",
+        done: int,
+        takes: bool,
+    ) -> None:
         if takes and request_id not in self._hand_offs:  # from a time that was given up half-way
             self._prefiller.admit(request_id, prompt)
             self._hand_offs[request_id] = self._open(destination)

@@ -40,6 +40,7 @@ class Regrouping:
         self._failures: asyncio.Queue[BaseException] = asyncio.Queue()
         self._recruiting: asyncio.Task[None] | None = None
         self._settled: Finishing | None = None
+        gang.tell_trouble_to(self.failed)
 
     async def may_begin(self) -> None:
         """Return when the ranks are together."""
@@ -48,7 +49,7 @@ class Regrouping:
             await self._together.wait()
 
     def failed(self, error: BaseException) -> None:
-        """A chunk failed; no other begins before the ranks have met again."""
+        """A chunk failed, or what ranks give each other; none begins before they have met again."""
         self._together.clear()
         self._failures.put_nowait(error)
 

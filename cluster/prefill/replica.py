@@ -416,6 +416,8 @@ class PrefillReplica:
         self._scheduler.ended(chunk, bool(results) and failure is None)
         self._wake.set()
         if failure is not None:
+            # Whose pages they were may be gone by now, and the job with it: then this says it all.
+            logger.warning("pages of request %s did not come back: %s", job.name, failure)
             self._fail_hand_off(job, failure)
             return
         if not results:

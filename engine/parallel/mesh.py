@@ -43,6 +43,7 @@ class Mesh:
     tensor: Communicator | None = None
     sequence: Communicator | None = None
     _left: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
+    _leaving: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def tensor_rank(self) -> int:
@@ -114,11 +115,14 @@ class Mesh:
         """Give up whatever is being exchanged, and exchange nothing from now on. On any thread.
 
         The thread that launches is freed where it waits for others, dead or alive. After this the
-        process may join another mesh.
+        process may join another mesh. One that was left stays so.
         """
-        self._left.set()
-        if self._communicates:
-            distributed_c10d._abort_process_group()
+        with self._leaving:
+            if self._left.is_set():
+                return
+            self._left.set()
+            if self._communicates:
+                distributed_c10d._abort_process_group()
 
     def close(self) -> None:
         """End it when nothing is being exchanged, and the other ranks exchange nothing more."""

@@ -161,13 +161,15 @@ class Prefiller:
 
         Raises:
             LeftMeshError: they may not have come, because the mesh was left.
+            ChunkOutOfMemoryError: the device had too little; others may wait in a collective.
         """
         mesh = self._parts.model.mesh
         admitted = self._admitted[request_id]
         every = admitted.table.pages[: done // PAGE_TOKENS]
-        for layer in range(self._pool.geometry.num_layers):
-            for first in range(0, len(every), _PAGES_AT_ONCE):
-                self._share(layer, every[first : first + _PAGES_AT_ONCE], takes)
+        with out_of_memory_raises(ChunkOutOfMemoryError(0, done)):
+            for layer in range(self._pool.geometry.num_layers):
+                for first in range(0, len(every), _PAGES_AT_ONCE):
+                    self._share(layer, every[first : first + _PAGES_AT_ONCE], takes)
         if takes:
             # From here on they may be handed off, whatever becomes of the mesh.
             Milestone.after_what_is_launched(self._pool.device).wait()

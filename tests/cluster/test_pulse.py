@@ -1,6 +1,7 @@
 """A process that others depend on is found when it dies or hangs, and not before."""
 
 import asyncio
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -100,6 +101,29 @@ def test_silence_is_a_hang_sooner_where_there_is_work(busy: bool, misses: int) -
     process = Process(WELL, None)
     assert f" {misses} " in watched(process, lambda: busy)
     assert process.asked == 2, "asked once more only when it has answered"
+
+
+@pytest.mark.parametrize("seconds", [0.0005, 0.0015])
+def test_whoever_stops_watching_leaves_no_error_unread(
+    caplog: pytest.LogCaptureFixture, seconds: float
+) -> None:
+    """Asked and not answered yet, or answered and not looked at."""
+
+    async def run() -> None:
+        looking = asyncio.create_task(watch(dies, lambda: True, Allowance(), 0.001))
+        await asyncio.sleep(seconds)
+        looking.cancel()
+        await asyncio.wait({looking})
+        await asyncio.sleep(0.01)
+        del looking
+        gc.collect()
+
+    async def dies() -> Reading:
+        await asyncio.sleep(0.001)
+        raise ActorDiedError
+
+    asyncio.run(run())
+    assert not [each for each in caplog.records if "never retrieved" in each.getMessage()]
 
 
 def test_a_broken_connection_is_no_death() -> None:

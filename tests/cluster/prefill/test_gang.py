@@ -6,14 +6,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from longreach.cluster.prefill import rows
 from longreach.cluster.prefill.gang import Gang, OfPrompt
 from longreach.cluster.prefill.placement import Placement
 from longreach.cluster.prefill.rows import Row
 from longreach.cluster.prefill.scheduler import Chunk
-from longreach.engine.errors import LeftMeshError, LostError
+from longreach.engine.errors import ChunkOutOfMemoryError, LeftMeshError, LostError
 
 from ..conftest import gangs_with, make_settings
 
@@ -258,6 +258,42 @@ def test_a_fetch_is_over_when_no_rank_fetches_any_more(
             await fetched
         gang.begin_chunk(Chunk("a", 256, 512, True), PROMPT)
         assert second.last("begin_chunk")[1:] == [None, None]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "is_trouble"),
+    [
+        (RayTaskError("share", "", ChunkOutOfMemoryError(0, 256)), True),
+        (RayTaskError("share", "", LeftMeshError()), False),
+        (ActorDiedError(), False),
+    ],
+)
+def test_a_rank_that_cannot_share_is_told_of_at_once(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeRows, error: Exception, is_trouble: bool
+) -> None:
+    """The others wait for it; deaths, and what follows from them, are found by others."""
+
+    async def run() -> None:
+        gang, placement = await started(monkeypatch, sequence_parallel=2)
+        troubles: list[BaseException] = []
+        gang.tell_trouble_to(troubles.append)
+        gang.begin_chunk(Chunk("a", 0, 256, False), PROMPT)
+        fake.dead.append(gang._rows[1])
+        await gang.regroup()
+        await gang.recruit()
+        await gang.regroup()
+        gives, comes = placement.started[0], placement.started[-1]
+        gives.answers["share"] = asyncio.get_running_loop().create_future()
+        comes.answers["share"] = failed = asyncio.get_running_loop().create_future()
+        gang.begin_chunk(Chunk("a", 256, 512, False), PROMPT)
+        failed.set_exception(error)
+        await asyncio.sleep(0.01)
+        assert len(gang.told) == 1
+        assert troubles == ([error] if is_trouble else [])
+        gives.answers["share"].set_result(None)
+        await asyncio.wait(gang.told)
 
     asyncio.run(run())
 

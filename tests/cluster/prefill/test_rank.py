@@ -266,6 +266,29 @@ def test_a_rank_that_was_not_given_pages_keeps_none(
     assert run_chunk(rank, Chunk("b", 1024, 1500, True), None, None).logits is not None
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_rank_that_cannot_share_leaves_the_others_alone(
+    rank: PrefillRank, monkeypatch: pytest.MonkeyPatch, takes: bool
+) -> None:
+    """They wait for its part, and must not get what its next chunk would have told them."""
+    prompt = np.full(1500, 65, dtype=np.int32)
+    run_chunk(rank, Chunk("a", 0, 1024, False), prompt, TO)
+
+    def small(*given: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rank._prefiller, "_share", small)
+        with pytest.raises(ChunkOutOfMemoryError) as raised:
+            rank.share("a", prompt, TO, 1024, takes)
+    assert (raised.value.start, raised.value.end) == (0, 1024)
+    with pytest.raises(LeftMeshError):
+        rank.begin_chunk(Chunk("a", 1024, 1500, True), None, None)
+    rank.meet(Meeting.of_one(), 0)
+    rank.release("a")
+    assert run_chunk(rank, Chunk("b", 0, 1500, True), prompt, TO).logits is not None
+
+
 def test_all_requests_of_a_rank_are_handed_off_on_one_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -71,6 +71,9 @@ class FakeGang:
         self.may_meet.set()
         self.outcome: Callable[[Chunk], str | None] = lambda chunk: None
 
+    def tell_trouble_to(self, on_trouble: Callable[[BaseException], None]) -> None:
+        self.be_in_trouble = on_trouble
+
     def begin_chunk(self, chunk: Chunk, prompt: OfPrompt) -> ChunkUnderWay:
         self.have.add(chunk.request_id)
         self.computed.append(chunk)
@@ -447,6 +450,27 @@ def test_too_little_memory_ends_one_request(play: Any, gang: FakeGang, num_ranks
     assert big.end == 2 * CHUNK_TOKENS
     assert "big" in gang.released
     assert len(gang.regrouped_while) == num_ranks - 1
+    assert isinstance(after, list)
+
+
+def test_ranks_meet_again_where_one_had_no_memory_to_share(play: Any, gang: FakeGang) -> None:
+    """The prompt is handed back, to be begun again; nobody is killed."""
+    gang.num_ranks, gang.lost = 2, [0]
+    gang.may_compute.clear()
+
+    async def scenario(replica: PrefillReplica) -> list[Any]:
+        first = asyncio.create_task(prefill(replica, "a", 2 * CHUNK_TOKENS))
+        await asyncio.sleep(0.02)
+        gang.be_in_trouble(RayTaskError("share", "", ChunkOutOfMemoryError(0, CHUNK_TOKENS)))
+        gang.may_compute.set()
+        [lost] = await asyncio.gather(first, return_exceptions=True)
+        after = await prefill(replica, "next", 9)
+        assert not gang.killed
+        return [lost, after]
+
+    lost, after = play(scenario)
+    assert isinstance(lost, LostError)
+    assert len(gang.regrouped_while) == 1
     assert isinstance(after, list)
 
 

@@ -150,6 +150,8 @@ def leave_after_death(joined: Mesh, case: Case) -> None:
     wait_for(lambda: all((case.folder / f"dies-{rank}").exists() for rank in case.dying))
     time.sleep(1.0)
     joined.leave()
+    # Whoever failed has left before it is told to.
+    joined.leave()
 
 
 def newcomer_main(rank: int, case: Case) -> None:
