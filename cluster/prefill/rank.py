@@ -419,7 +419,10 @@ class PrefillRank:
             raise LeftMeshError
         try:
             self._take_part_in_sharing(request_id, prompt, destination, done, takes)
-        except BaseException:
+        except Exception as error:
+            if self._mesh.is_left:
+                # Whatever a collective that was given up fails with follows from that.
+                raise LeftMeshError from error
             self.leave()
             raise
 

@@ -238,7 +238,9 @@ def test_pages_that_a_prompt_goes_on_with_are_whole_whatever_becomes_of_the_mesh
     second.push.assert_not_called()
 
 
-@pytest.mark.parametrize("parted", ["before", "as it was given pages", "meanwhile"])
+@pytest.mark.parametrize(
+    "parted", ["before", "as it was given pages", "in its collective", "meanwhile"]
+)
 def test_a_rank_that_was_not_given_pages_keeps_none(
     rank: PrefillRank, monkeypatch: pytest.MonkeyPatch, parted: str
 ) -> None:
@@ -248,11 +250,17 @@ def test_a_rank_that_was_not_given_pages_keeps_none(
     def part(*given: Any) -> None:
         raise LeftMeshError
 
+    def end_a_collective(*given: Any) -> None:
+        rank.leave()
+        raise RuntimeError("it was given up")
+
     with monkeypatch.context() as patched:
         if parted == "before":
             rank.leave()
         elif parted == "as it was given pages":
             patched.setattr(rank._prefiller, "_share", part)
+        elif parted == "in its collective":
+            patched.setattr(rank._prefiller, "_share", end_a_collective)
         else:  # On a GPU nobody is told.
             patched.setattr(rank._prefiller, "_share", lambda *given: rank.leave())
         with pytest.raises(LeftMeshError):
