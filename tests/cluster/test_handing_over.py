@@ -21,12 +21,11 @@ from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions, ProxyLocation
 
-from longreach.cluster import settings as settings_module
 from longreach.cluster.app import APP_NAME, LOGGING, build
 from longreach.cluster.draining import announce
 from longreach.cluster.ingress import front_of
 from longreach.cluster.readiness import is_ready
-from longreach.cluster.settings import Settings, parse_settings
+from longreach.cluster.settings import Settings, parse_settings, sections
 from longreach.engine.text.tokenizer import Tokenizer
 
 from ..figures import counted
@@ -174,7 +173,7 @@ def test_a_redeployment_hands_prompts_over_to_the_new_gang(
 ) -> None:
     """The old gang is killed under them, the old decode replica stays with their pages."""
     # For those that the next test replaces: decode replicas that are killed soon after their gang.
-    monkeypatch.setattr(settings_module, "RECOVERY_SECONDS", 2.0)
+    monkeypatch.setattr(sections, "RECOVERY_SECONDS", 2.0)
     _, again = going.while_asked(lambda: going.deploy(drain_seconds=1.0, hand_over_seconds=SECONDS))
     assert again <= 2 * CHUNK_TOKENS, "one of each prompt"
 
