@@ -154,8 +154,8 @@ class RequestLife:
                         yield event
                 return
             except (*CallError, LongreachError) as error:
-                lost = was_lost(as_ours(error))
-                seconds = self._failed(as_ours(error))
+                ours = as_ours(error)
+                lost, seconds = was_lost(ours), self._failed(ours)
                 # Before the stream is cancelled: a gang that lives may then use its pages for
                 # others, and until then this worker copies out of them.
                 order = await self._order_the_rest(order)

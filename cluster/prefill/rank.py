@@ -376,9 +376,12 @@ class PrefillRank:
     ) -> "BackgroundHandOff":
         """The prompt's; with its first chunk, pages are allocated for it and its way is opened."""
         if prompt is not None and destination is not None:
-            self._prefiller.admit(chunk.request_id, prompt)
-            self._hand_offs[chunk.request_id] = self._open(destination)
+            self._admit(chunk.request_id, prompt, destination)
         return self._hand_offs[chunk.request_id]
+
+    def _admit(self, request_id: str, prompt: Tokens, destination: "Destination") -> None:
+        self._prefiller.admit(request_id, prompt)
+        self._hand_offs[request_id] = self._open(destination)
 
     def _launch(
         self, chunk: Chunk, prompt: Tokens | None, destination: "Destination | None"
@@ -418,26 +421,16 @@ class PrefillRank:
         if self._mesh.is_left:
             raise LeftMeshError
         try:
-            self._take_part_in_sharing(request_id, prompt, destination, done, takes)
+            # It is known here from a time that was given up half-way, perhaps.
+            if takes and request_id not in self._hand_offs:
+                self._admit(request_id, prompt, destination)
+            self._prefiller.share(request_id, done, takes)
         except Exception as error:
             if self._mesh.is_left:
                 # Whatever a collective that was given up fails with follows from that.
                 raise LeftMeshError from error
             self.leave()
             raise
-
-    def _take_part_in_sharing(
-        self,
-        request_id: str,
-        prompt: Tokens,
-        destination: "Destination",
-        done: int,
-        takes: bool,
-    ) -> None:
-        if takes and request_id not in self._hand_offs:  # from a time that was given up half-way
-            self._prefiller.admit(request_id, prompt)
-            self._hand_offs[request_id] = self._open(destination)
-        self._prefiller.share(request_id, done, takes)
 
     def come_back(self, request_id: str, to: str, destination: "Destination", done: int) -> None:
         """Go on with a request, whose pages were left here, under another name.
