@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,16 +189,21 @@ class Planner:
             with _blamed_on(param):
                 tokens = encode(prompt, enough=most)
             return self._whole(tokens, param, most)
-        lowest, highest = min(prompt, default=0), max(prompt, default=0)
-        if lowest < 0 or highest >= self._vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise invalid(
-                f"token id {shown(str(wrong))} is out of range; "
-                f"ids go from 0 to {self._vocab_size - 1}",
-                param,
-                "token_id_out_of_range",
-            )
-        return np.array(prompt, dtype=np.int32)
+        return self._ids(prompt, param)
+
+    def _ids(self, prompt: Sequence[int], param: str) -> Tokens:
+        """Token ids as they were sent, int32 [tokens]."""
+        with suppress(OverflowError):  # 64 bits hold less than JSON
+            ids = np.fromiter(prompt, np.int64, len(prompt))
+            if ((ids >= 0) & (ids < self._vocab_size)).all():
+                return ids.astype(np.int32)
+        wrong = next(each for each in prompt if not 0 <= each < self._vocab_size)
+        raise invalid(
+            f"token id {shown(str(wrong))} is out of range; "
+            f"ids go from 0 to {self._vocab_size - 1}",
+            param,
+            "token_id_out_of_range",
+        )
 
     def encode_chat(self, messages: Sequence[Message], writing: Writing, most: int) -> Tokens:
         """Ids of a chat, int32 [tokens]; of more than `most`, as in `encode`."""

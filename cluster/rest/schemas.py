@@ -333,25 +333,28 @@ def _as_prompts(value: Any) -> list[Prompt]:
 
     Done by hand because a million ids must not be tried against every member of a union.
     """
-    if isinstance(value, list):
-        value = _as_wholes(value)
-        value = [_as_wholes(each) for each in value] if list in set(map(type, value)) else value
-    if isinstance(value, str) or _is_token_ids(value):
-        return [value]
-    if isinstance(value, list) and value and all(_is_prompt(prompt) for prompt in value):
+    one = _as_prompt(value)
+    several = [one]
+    if one is None and isinstance(value, list) and value:
+        several = [_as_prompt(each) for each in value]
+    prompts = [each for each in several if each is not None]
+    if len(prompts) < len(several):
+        raise PydanticCustomError(
+            "prompt_type",
+            "prompt must be a string, a list of token ids, or a list of these, not empty",
+        )
+    return prompts
+
+
+def _as_prompt(value: Any) -> Prompt | None:
+    """Text or token ids; None for anything else. Each look at a million ids takes its time."""
+    if isinstance(value, str):
         return value
-    raise PydanticCustomError(
-        "prompt_type",
-        "prompt must be a string, a list of token ids, or a list of one kind of these, not empty",
-    )
-
-
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or _is_token_ids(value)
-
-
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and set(map(type, value)) == {int}
+    kinds = set(map(type, value)) if isinstance(value, list) else set()
+    if float in kinds:
+        value = [_as_whole(each) for each in value]
+        kinds = set(map(type, value))
+    return value if kinds == {int} else None
 
 
 def _as_count(value: Any) -> Any:

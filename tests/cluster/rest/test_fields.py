@@ -176,6 +176,22 @@ def test_whole_numbers_arrive_whole(endpoint: Endpoint) -> None:
     assert all(type(number) is int for number in numbers)
 
 
+@pytest.mark.parametrize(
+    ("sent", "ids"),
+    [
+        ([0, 258], [[0, 258]]),
+        ([1.0, 2], [[1, 2]]),
+        ([[1, 2.0], [3]], [[1, 2], [3]]),
+        ([[65], "a"], [[65], [97]]),
+    ],
+)
+def test_prompts_of_token_ids(endpoint: Endpoint, sent: object, ids: list[list[int]]) -> None:
+    endpoint.complete(prompt=sent)
+    prompts = [request.prompt for request in endpoint.backend.requests]
+    assert [prompt.tolist() for prompt in prompts] == ids
+    assert {prompt.dtype.name for prompt in prompts} == {"int32"}
+
+
 def test_no_more_tokens_at_least_than_at_most(endpoint: Endpoint) -> None:
     assert endpoint.complete(max_tokens=3, min_tokens=4).json()["error"]["param"] == "min_tokens"
     assert endpoint.complete(max_tokens=3, min_tokens=3).status_code == 200
