@@ -1,5 +1,6 @@
 """How a chunk's rows attend under sparse attention: window by window, and the last in full."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,15 +33,13 @@ class SparsePart:
     @classmethod
     def of(cls, window: Window, rows: ChunkRows) -> "SparsePart":
         """What a rank has of it."""
-        first, end = window.start // BLOCK_ROWS, -(-window.end // BLOCK_ROWS)
-        before = sum(block < first for block in rows.blocks.blocks)
-        every = tuple(block for block in rows.blocks.blocks if first <= block < end)
-        full = first_full_block(rows.length)
-        own, some = (
-            QueryBlocks(blocks, window.end)
-            for blocks in (every, tuple(block for block in every if block < full))
-        )
-        start = before * BLOCK_ROWS
+        blocks = rows.blocks.blocks
+        first = bisect_left(blocks, window.start // BLOCK_ROWS)
+        end = bisect_left(blocks, -(-window.end // BLOCK_ROWS))
+        full = min(bisect_left(blocks, first_full_block(rows.length), first), end)
+        some = QueryBlocks(blocks[first:full], window.end)
+        own = QueryBlocks(blocks[first:end], window.end)
+        start = first * BLOCK_ROWS
         return cls(
             some, slice(start, start + some.num_rows), own, slice(start, start + own.num_rows)
         )

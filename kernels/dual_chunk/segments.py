@@ -144,7 +144,10 @@ class QueryBlocks:
     @property
     def num_rows(self) -> int:
         """Rows in all blocks."""
-        return sum(span.rows for span in self.spans())
+        if not self.blocks:
+            return 0
+        last = min(BLOCK_ROWS, self.end - self.blocks[-1] * BLOCK_ROWS)
+        return (len(self.blocks) - 1) * BLOCK_ROWS + last
 
     def spans(self) -> Iterator[Span]:
         """One span a block."""

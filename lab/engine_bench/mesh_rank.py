@@ -65,10 +65,10 @@ def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
     on_gpu = torch.cuda.is_available()
     apart = on_gpu and torch.cuda.device_count() >= case.num_ranks
     device = torch.device("cuda", rank if apart else 0) if on_gpu else torch.device("cpu")
+    # As in a cluster, where the host has as much to do for each rank.
+    torch.set_num_threads(1)
     if on_gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
     mesh = Mesh.join(
         case.tensor_parallel, case.sequence_parallel, rank, f"file://{folder}/meeting",
         # NCCL refuses two ranks on one GPU.

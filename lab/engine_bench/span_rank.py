@@ -61,10 +61,10 @@ def run_rank(rank: int, case: SpanCase, folder: Path) -> None:
     """Meet in the folder, and run every batch; rank 0 leaves `runs.pt` there."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    # As in a cluster, where the host has as much to do for each rank.
+    torch.set_num_threads(1)
     if on_gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
     listener = Listener(str(folder / f"orders-{rank}"), "AF_UNIX") if rank else None
     meeting = f"file://{folder}/meeting"
     mesh = Mesh.join(case.ranks, 1, rank, meeting, "nccl" if on_gpu else "gloo")
