@@ -1,5 +1,6 @@
 """Any mesh hands off to any number of decode ranks, each head to whoever holds it, and back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Client, Listener
@@ -87,37 +88,41 @@ def prefill(local: LocalPrefill, hand_off: HandOff) -> np.ndarray:
 def rank_main(
     rank: int, prefill_mesh: tuple[int, int], ranks: int, folder: Path, output: Path
 ) -> None:
-    """Prefill on two ranks, then decode on as many, or on the first."""
+    """Prefill on the first of all processes, then decode on the first `ranks`."""
     torch.set_num_threads(1)
-    mesh = Mesh.join(*prefill_mesh, rank, f"file://{output}/prefill")
-    recorded = [Recording() for _ in range(ranks)]
-    hand_off = PartedHandOff(list(zip(parts_of(ranks), recorded, strict=True)))
-    logits = prefill(LocalPrefill(folder, 1024, mesh=mesh), hand_off)
-    torch.save([each.pushed for each in recorded], output / f"pushed-{rank}.pt")
-    mesh.close()
-    address = str(output / "channel")
-    listener = Listener(address, family="AF_UNIX") if rank else None
-    both = Mesh.join(2, 1, rank, f"file://{output}/decode")
-    if ranks == 1:
-        both.close()
-    if rank < ranks:
-        pushed = [torch.load(output / f"pushed-{r}.pt", weights_only=False)[rank] for r in (0, 1)]
-        everything = [each for own in pushed for each in own]
-        decode_mesh = both if ranks == 2 else Mesh.single()
-        if listener is None:
-            tokens = lead(decode_mesh, folder, address, everything, logits)
-            torch.save(tokens, output / "tokens.pt")
-        else:
-            follow(decode_mesh, folder, listener, everything)
-    if ranks == 2:
-        both.close()
+    prefilling = math.prod(prefill_mesh)
+    logits = np.empty(0)
+    if rank < prefilling:
+        mesh = Mesh.join(*prefill_mesh, rank, f"file://{output}/prefill")
+        recorded = [Recording() for _ in range(ranks)]
+        hand_off = PartedHandOff(list(zip(parts_of(ranks), recorded, strict=True)))
+        logits = prefill(LocalPrefill(folder, 1024, mesh=mesh), hand_off)
+        torch.save([each.pushed for each in recorded], output / f"pushed-{rank}.pt")
+        mesh.close()
+    listener = Listener(str(output / f"channel-{rank}"), family="AF_UNIX") if rank else None
+    # From here on all have pushed and listen.
+    Mesh.join(max(prefilling, ranks), 1, rank, f"file://{output}/met").close()
+    if rank >= ranks:
+        return
+    every = [torch.load(output / f"pushed-{r}.pt", weights_only=False) for r in range(prefilling)]
+    pushed = [each for own in every for each in own[rank]]
+    decode = Mesh.single()
+    if ranks > 1:
+        decode = Mesh.join(ranks, 1, rank, f"file://{output}/decode")
+    if listener is None:
+        addresses = [str(output / f"channel-{other}") for other in range(1, ranks)]
+        torch.save(lead(decode, folder, addresses, pushed, logits), output / "tokens.pt")
+    else:
+        follow(decode, folder, listener, pushed)
+    if ranks > 1:
+        decode.close()
 
 
 def lead(
-    mesh: Mesh, folder: Path, address: str, pushed: Pushed, logits: np.ndarray
+    mesh: Mesh, folder: Path, addresses: Sequence[str], pushed: Pushed, logits: np.ndarray
 ) -> dict[int, list[int]]:
     model = Qwen2.load(folder, mesh, torch.float32, CPU)
-    channels = [Client(address, family="AF_UNIX")] if mesh.tensor_parallel > 1 else []
+    channels = [Client(address, family="AF_UNIX") for address in addresses]
     followers = Followers(channels)
     pool = LeadingPool(model.page_geometry, PAGES, CPU, followers)
     pool.memory.fill_(torch.nan)
@@ -154,19 +159,24 @@ def follow(mesh: Mesh, folder: Path, listener: Listener, pushed: Pushed) -> None
 
 
 @pytest.mark.parametrize(
-    ("mesh", "ranks"), [((1, 2), 2), ((2, 1), 2), ((1, 2), 1), ((2, 1), 1)], ids=str
+    ("mesh", "ranks"),
+    [((1, 2), 2), ((2, 1), 2), ((2, 1), 1), ((2, 2), 1), ((1, 3), 4), ((2, 2), 4)],
+    ids=str,
 )
 def test_any_mesh_hands_off_to_any_number_of_decode_ranks(
     mesh: tuple[int, int], ranks: int, folder: Path, tmp_path: Path
 ) -> None:
     local, alone = LocalPrefill(folder, 1024), Recording()
     logits = prefill(local, alone)
-    expected = lead(Mesh.single(), folder, "", alone.pushed, logits)
-    run_ranks(rank_main, (mesh, ranks, folder, tmp_path), 2)
+    expected = lead(Mesh.single(), folder, [], alone.pushed, logits)
+    prefilling = math.prod(mesh)
+    run_ranks(rank_main, (mesh, ranks, folder, tmp_path), max(prefilling, ranks))
     assert torch.load(tmp_path / "tokens.pt", weights_only=False) == expected
-    pushed = [torch.load(tmp_path / f"pushed-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for number, kv_heads in enumerate(parts_of(ranks)):
-        for place, values in pushed[0][number] + pushed[1][number]:
+    for rank in range(prefilling):
+        pushed = torch.load(tmp_path / f"pushed-{rank}.pt", weights_only=False)
+        for kv_heads, (place, values) in (
+            (part, each) for part, own in zip(parts_of(ranks), pushed, strict=True) for each in own
+        ):
             assert place.first_kv_head in kv_heads
             assert place.first_kv_head + values.shape[1] <= kv_heads.stop
 
