@@ -169,7 +169,7 @@ def _problems_with_vllm(whole: Whole) -> Iterator[str]:
         )
     limits = whole.limits
     own = min(whole.decode.longest_own_prompt, limits.max_model_len)
-    # Each choice may have to compute a short prompt for itwhole.
+    # Each choice may have to compute a short prompt for itself.
     apart = limits.max_choices * pages_for(own + limits.max_output_tokens) * PAGE_TOKENS
     if own and whole.decode.kv_cache_tokens < apart:
         yield (
