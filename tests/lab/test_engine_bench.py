@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.engine.errors import (
-    CheckpointError,
-    ConfigurationError,
-    DoesNotFitError,
-    TensorParallelError,
-)
+from longreach.engine.errors import ConfigurationError, DoesNotFitError, TensorParallelError
 from longreach.engine.kv.pages import PagePool
 from longreach.engine.memory.fit import PrefillFit
 from longreach.engine.model.config import ModelConfig
@@ -104,42 +99,6 @@ def test_too_small_a_device_is_refused() -> None:
     assert refused.value.largest_cache == 0
     assert "--shape" in str(remedied(refused.value))
     assert "--tokens" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--tokens", "1G"], "'1G'"),
-        (["--tokens", "32K,0"], "'0'"),
-        (["--attention", "full"], "--attention full"),
-        (["--batches", "8*1K"], r"'8\*1K'"),
-        (["--batches", "0x1K"], "'0x1K'"),
-        (["--chunk-tokens", "1000"], "--chunk-tokens is 1000"),
-        (["--decode", "-1"], "--decode"),
-        (["scaling", "--tokens", ""], "--tokens"),
-        (["mesh", "--tokens", ""], "--tokens"),
-        (["mesh", "--rank-tokens", "100"], "--rank-tokens is 100"),
-        (["scaling", "--chunk-tokens", "32K,64K"], "`mesh`"),
-        (["--rank-tokens", "32K"], "`mesh`"),
-        (["scaling", "--meshes", "8"], "'8'"),
-        (["scaling", "--kv-cache", "fp8"], "--kv-cache"),
-        (["scaling", "--weights", "fp8"], "--weights"),
-        (["scaling", "--link-gbs", "0"], "--link-gbs"),
-        (["scaling", "--latency-us", "-1"], "--latency-us"),
-    ],
-)
-def test_a_wrong_option_is_named(arguments: list[str], said: str) -> None:
-    with pytest.raises(ConfigurationError, match=said):
-        parse(arguments)
-
-
-def test_lengths_and_batches_are_read() -> None:
-    options = parse(["--tokens", "128K, 1m,32K,32768", "--batches", "2x1K+1x3"])
-    assert options.tokens == (32_768, 131_072, 2**20)
-    assert options.batches == ((1024, 1024, 3),)
-    assert options.files.random
-    with pytest.raises(CheckpointError, match=r"qwen2\.5-7b-1m"):
-        parse(["--shape", "qwen3"])
 
 
 def test_dense_prompts_that_would_take_too_long_are_left_out(folder: Path) -> None:
