@@ -35,7 +35,9 @@ class Line:
 
     `mesh` is tensor × sequence parallel. Stages are those of the rank that computes for longest,
     and of the one that does for shortest; `communication` is what nothing hides. `efficiency` is
-    one GPU's time by that of all GPUs together. `communicators_gb` is not PyTorch's memory.
+    one GPU's time by that of all GPUs together. It is None before there is a run of one rank, and
+    where several ranks share a GPU, or a machine's cores: they take turns, which says nothing of
+    as many GPUs. `communicators_gb` is not PyTorch's memory.
     """
 
     model: str
@@ -161,8 +163,6 @@ def _line(
 ) -> Line:
     busy = sorted(ranks, key=_busy_seconds)
     ttft = max(run.seconds for run in ranks)
-    on_gpus = torch.cuda.is_available()
-    apart = on_gpus and torch.cuda.device_count() >= case.num_ranks
     return Line(
         model=options.name,
         mesh=f"{case.tensor_parallel}x{case.sequence_parallel}",
@@ -172,17 +172,23 @@ def _line(
         kv_cache=case.kv_cache,
         chunk_tokens=ranks[0].chunk_tokens,
         ttft=ttft,
-        efficiency=None if alone is None else alone.seconds / ttft / case.num_ranks,
+        efficiency=_efficiency(case, ttft, alone),
         **_stages("slowest", busy[-1]),
         **_stages("fastest", busy[0]),
         logits_difference=None if alone is None else _difference(ranks[0].logits, alone.logits),
         logits_equal=None if alone is None else torch.equal(ranks[0].logits, alone.logits),
         peak_gb=max(run.peak_bytes for run in ranks) / GB,
         communicators_gb=max(run.communicator_bytes for run in ranks) / GB,
-        backend="none" if case.num_ranks == 1 else "nccl" if apart else "gloo",
-        gpus=case.num_ranks if apart else int(on_gpus),
+        backend="none" if case.num_ranks == 1 else "nccl" if case.apart else "gloo",
+        gpus=case.num_ranks if case.apart else int(torch.cuda.is_available()),
         environment=Environment.of_this_run(options.commit),
     )
+
+
+def _efficiency(case: MeshCase, ttft: float, alone: RankRun | None) -> float | None:
+    if alone is None or (case.num_ranks > 1 and not case.apart):
+        return None
+    return alone.seconds / ttft / case.num_ranks
 
 
 def _stages(which: str, run: RankRun) -> dict[str, float]:

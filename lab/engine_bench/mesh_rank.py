@@ -43,6 +43,11 @@ class MeshCase:
         """Processes, and GPUs where there are any."""
         return self.tensor_parallel * self.sequence_parallel
 
+    @property
+    def apart(self) -> bool:
+        """Whether every rank has a GPU to itself; else they share one, or a machine's cores."""
+        return torch.cuda.is_available() and torch.cuda.device_count() >= self.num_ranks
+
 
 @dataclass(frozen=True)
 class RankRun:
@@ -63,8 +68,7 @@ class RankRun:
 def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
     """Meet in the folder, compute, and leave the runs there as `rank-N.pt`."""
     on_gpu = torch.cuda.is_available()
-    apart = on_gpu and torch.cuda.device_count() >= case.num_ranks
-    device = torch.device("cuda", rank if apart else 0) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", rank if case.apart else 0) if on_gpu else torch.device("cpu")
     # As in a cluster, where the host has as much to do for each rank.
     torch.set_num_threads(1)
     if on_gpu:
@@ -72,7 +76,7 @@ def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
     mesh = Mesh.join(
         case.tensor_parallel, case.sequence_parallel, rank, f"file://{folder}/meeting",
         # NCCL refuses two ranks on one GPU.
-        backend="nccl" if apart else "gloo",
+        backend="nccl" if case.apart else "gloo",
     )  # fmt: skip
     communicators = _communicator_bytes(mesh, device)
     model = load_model(case.files, mesh, torch.bfloat16, device, case.seed, case.kept)

@@ -226,7 +226,7 @@ def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> No
 
 
 def test_meshes_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
-    """Over gloo, two processes; every figure is there, and the logits are one process's."""
+    """Over gloo, two processes; their figures are there, and the logits are one process's."""
     path = tmp_path / "mesh.csv"
     assert main([
         "mesh", "--checkpoint", str(folder), "--tokens", "900", "--chunk-tokens", "256",
@@ -239,8 +239,8 @@ def test_meshes_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> Non
     alone, *meshes = lines
     assert alone["efficiency"] == alone["logits_difference"] == ""
     for line in meshes:
-        expected = float(alone["ttft"]) / float(line["ttft"]) / 2
-        assert float(line["efficiency"]) == pytest.approx(expected, rel=0.01, abs=1e-4)
+        # Two processes on a machine's cores are no two GPUs.
+        assert line["efficiency"] == ""
         assert float(line["slowest_communication"]) > 0
     # Only a mesh with the same chunks selects the same.
     assert float(meshes[0]["logits_difference"]) < 0.02
