@@ -12,23 +12,25 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from .replacing import Function, replace_once
+
 _DESCRIBES = "_build_attention_metadata"
 _NOTES = "_bookkeeping_sync"
 
 
 def hand_over_prompt_lengths() -> None:
     """Have it tell builders how long prompts are, before they build a step's metadata."""
-    original = getattr(GPUModelRunner, _DESCRIBES)
-    if hasattr(original, "__wrapped__"):
-        return
+    replace_once(GPUModelRunner, _DESCRIBES, _telling_builders)
 
+
+def _telling_builders(original: Function) -> Function:
     @wraps(original)
     def describe(runner: Any, *args: Any, **kwargs: Any) -> Any:
         prompts = runner.input_batch.num_prompt_tokens_cpu_tensor.numpy()
         give(runner.attn_groups, prompts)
         return original(runner, *args, **kwargs)
 
-    setattr(GPUModelRunner, _DESCRIBES, describe)
+    return describe
 
 
 def take_draws_back_on_cpus() -> None:
@@ -38,10 +40,10 @@ def take_draws_back_on_cpus() -> None:
     offset, which generators on CPUs have not. Until its prompt is whole a request has drawn nothing
     that counts, so its generator may as well begin anew.
     """
-    original = getattr(GPUModelRunner, _NOTES)
-    if hasattr(original, "__wrapped__"):
-        return
+    replace_once(GPUModelRunner, _NOTES, _beginning_anew)
 
+
+def _beginning_anew(original: Function) -> Function:
     @wraps(original)
     def note(runner: Any, *args: Any, **kwargs: Any) -> Any:
         batch = runner.input_batch
@@ -54,7 +56,7 @@ def take_draws_back_on_cpus() -> None:
         finally:
             batch.generators.update(aside)
 
-    setattr(GPUModelRunner, _NOTES, note)
+    return note
 
 
 def give(attention_groups: Any, prompts: Any) -> None:

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ...engine.model.architectures import SERVED
 from .checks import DualChunkConfig
+from .replacing import Function, replace_once
 
 _BACKEND = "longreach.plugins.vllm.backend.DualChunkBackend"
 _MODELS = {"Qwen2ForCausalLM": "longreach.plugins.vllm.model:LongQwen2ForCausalLM"}
@@ -23,7 +24,7 @@ _CHOOSES = "get_attn_backend_cls"
 
 
 def register() -> None:
-    """May be called again."""
+    """Put them there. May be called again: vLLM does so itself, and so does a decode worker."""
     register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
     for architecture in SERVED:
         ModelRegistry.register_model(architecture, _MODELS[architecture])
@@ -34,16 +35,16 @@ def register() -> None:
         _let_cpus_choose(type(current_platform))
 
 
-def _let_cpus_choose(platform: Any) -> None:
+def _let_cpus_choose(platform: type) -> None:
     """vLLM knows one backend for CPUs, whatever is asked for; this one is asked for by name."""
-    original = getattr(platform, _CHOOSES)
-    if hasattr(original, "__wrapped__"):
-        return
+    replace_once(platform, _CHOOSES, _choosing_ours)
 
+
+def _choosing_ours(original: Function) -> Function:
     @wraps(original)
     def choose(selected: Any, *args: Any, **kwargs: Any) -> str:
         if selected is AttentionBackendEnum.CUSTOM:
             return AttentionBackendEnum.CUSTOM.get_path()
         return original(selected, *args, **kwargs)
 
-    setattr(platform, _CHOOSES, staticmethod(choose))
+    return choose
