@@ -28,6 +28,7 @@ from .first_runner import hand_over_prompt_lengths
 from .flash import PlainSteps
 from .model_attention import ModelAttention
 from .piece_attention import PieceAttention, table_of
+from .prompt_lengths import prompt_lengths
 from .step_attention import StepAttention
 from .step_plan import StepPlan
 from .warm_up import warm_up
@@ -83,7 +84,7 @@ class DualChunkBackend(AttentionBackend):
 
 @dataclass
 class DualChunkMetadata(AttentionMetadata):
-    """One step's, for all layers."""
+    """What vLLM hands to each layer's attention in a step: the step, which all of them share."""
 
     step: StepAttention
 
@@ -123,14 +124,16 @@ class DualChunkMetadataBuilder(AttentionMetadataBuilder[DualChunkMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> DualChunkMetadata:
-        """What a step is, from what vLLM says of it."""
+        """What a step is, from what vLLM says of it.
+
+        Raises:
+            UnknownPromptError: it never said how long a prompt is that is computed.
+        """
         common = common_attn_metadata
-        first_rows = np.asarray(common.query_start_loc_cpu)
         ends = np.asarray(common.seq_lens_cpu_upper_bound)
-        prompts = np.zeros(len(ends), dtype=np.int64)
-        known = min(len(ends), len(self.prompts))
-        prompts[:known] = self.prompts[:known]
-        plan = StepPlan.of(first_rows[: len(ends) + 1], ends, prompts)
+        first_rows = np.asarray(common.query_start_loc_cpu)[: len(ends) + 1]
+        prompts = prompt_lengths(self.prompts, first_rows, common.slot_mapping)
+        plan = StepPlan.of(first_rows, ends, prompts)
         tables, positions = common.block_table_tensor, common.positions
         pieces = [
             PieceAttention(

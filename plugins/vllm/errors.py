@@ -7,7 +7,10 @@ from ...engine.errors import ConfigurationError, FactualError
 
 @dataclass(eq=False)
 class UntestedVersionError(FactualError, ConfigurationError):
-    """This vLLM is none that the plugin was tried with: `first` up to `last`."""
+    """This vLLM is older than the `first` that the plugin was tried with, or newer than the `last`.
+
+    Those between were not tried, and are let in.
+    """
 
     version: str
     first: str
@@ -16,8 +19,8 @@ class UntestedVersionError(FactualError, ConfigurationError):
     @property
     def sentence(self) -> str:
         return (
-            f"Longreach's plugin was tried with vLLM {self.first} to {self.last}, and this is "
-            f"{self.version}; install one of those"
+            f"Longreach's plugin was tried with vLLM {self.first} and {self.last}, and lets those "
+            f"between in untried; this is {self.version}; install one of the two"
         )
 
 
@@ -59,3 +62,23 @@ class UnsupportedOptionError(FactualError, ConfigurationError):
     @property
     def sentence(self) -> str:
         return f"with Dual Chunk Attention, {self.option} cannot be {self.value}; {self.instead}"
+
+
+@dataclass(eq=False)
+class UnknownPromptError(FactualError):
+    """Nobody said how long the prompt of a step's `sequence` is, whose rows are computed.
+
+    `first` and `last` are versions of vLLM that say it where it is listened for.
+    """
+
+    sequence: int
+    first: str
+    last: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"vLLM computes sequence {self.sequence} of a step and never said how long its prompt "
+            "is, which attention depends on; install a vLLM that the plugin was tried with: "
+            f"{self.first} or {self.last}"
+        )

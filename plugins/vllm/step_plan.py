@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_Integers = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+Integers = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StepPlan:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def of(cls, first_rows: _Integers, ends: _Integers, prompts: _Integers) -> "StepPlan":
+    def of(cls, first_rows: Integers, ends: Integers, prompts: Integers) -> "StepPlan":
         """From what an engine says of a step's sequences.
 
         Args:

@@ -63,6 +63,16 @@ def test_a_step_is_launched_on_the_stream_on_which_all_was_loaded(
     assert order
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_that_nobody_asked_for_needs_no_prompts(started: VllmDecoder, mixed: bool) -> None:
+    """As vLLM makes one up to capture a graph, or where other ranks alone have work."""
+    executor: Any = cast("VllmCore", started._core)._core.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    # Else those of earlier sequences are left there.
+    runner.input_batch.num_prompt_tokens_cpu_tensor.zero_()
+    runner._dummy_run(4, force_attention=True, create_mixed_batch=mixed)
+
+
 def ask(name: str, **sampling: Any) -> GenerationRequest:
     asked = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
     prompt = np.arange(TOKENS, dtype=np.int32) % 250
