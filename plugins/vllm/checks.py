@@ -3,6 +3,7 @@
 """Whether a vLLM configuration can be served, looked at before anything is loaded."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engine.model.architectures import SERVED, check_architecture
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 TESTED = ("0.26", "0.32")
-"""The first and the last minor version of vLLM that the plugin was tried with."""
+"""The minor versions of vLLM that the plugin was tried with: the first and the last it takes."""
 
 BACKEND = "CUSTOM"
 _SCHEDULER = "longreach.plugins.vllm.scheduler.make_scheduler"
@@ -29,7 +30,7 @@ def check_version(version: str) -> None:
     """Refuse a vLLM whose insides may be others.
 
     Raises:
-        UntestedVersionError: it is none of `TESTED`, those in between included.
+        UntestedVersionError: it is neither of `TESTED`, nor between them.
     """
     first, last = (_minor(each) for each in TESTED)
     if not first <= _minor(version) <= last:
@@ -65,15 +66,15 @@ def check(config: "VllmConfig", version: str) -> None:
             they say.
         CheckpointError: a kind of attention that is not served.
     """
-    model, ours = config.model_config.model, chosen_backend(config) == BACKEND
-    if not ours:
+    model: str = config.model_config.model
+    if chosen_backend(config) != BACKEND:
         if has_dual_chunks(config) and config.model_config.architecture in SERVED:
             raise BackendNotChosenError(model)
         return
     if not has_dual_chunks(config):
         raise NoDualChunkError(model)
     check_version(version)
-    check_architecture(raw_config(config), model)
+    check_architecture(raw_config(config), Path(model))
     for option, value, instead in _unsupported(config):
         raise UnsupportedOptionError(option, value, instead)
 
@@ -88,6 +89,8 @@ def _unsupported(config: "VllmConfig") -> Iterator[tuple[str, str, str]]:
         yield "--block-size", str(cache.block_size), f"leave it out, or say {PAGE_TOKENS}"
     if config.speculative_config is not None:
         yield "--speculative-config", "given", "leave it out"
+    if config.model_config.enable_prompt_embeds:
+        yield "--enable-prompt-embeds", "given", "leave it out"
     for option, ranks in (
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),

@@ -39,11 +39,9 @@ class AsyncKeepsApart(KeepsApart, AsyncScheduler):
 
 def keep_apart(request: Request) -> None:
     """Have a request's pages found by the same prompt alone: all of it is in their hashes then."""
-    tokens = np.asarray(request.prompt_token_ids or [], dtype=np.int64)
+    tokens = np.asarray(request.prompt_token_ids, dtype=np.int64)
     whole = hashlib.sha256(tokens.tobytes()).hexdigest()
-    # Of embeddings there is nothing to compare.
-    named = whole if request.prompt_token_ids else request.request_id
-    request.cache_salt = f"{request.cache_salt or ''}/longreach/{named}"
+    request.cache_salt = f"{request.cache_salt or ''}/longreach/{whole}"
     request.block_hashes.clear()
     request.update_block_hashes()
 
