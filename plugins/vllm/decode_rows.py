@@ -24,7 +24,7 @@ class DecodeRows(Protocol):
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Rows, those that are not used included."""
         ...
 
     def attend(self, queries: SegmentQueries, memory: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class PortableDecodeRows:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """As `DecodeRows.count`."""
         return len(self.plan.ends)
 
     def attend(self, queries: SegmentQueries, memory: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class GraphDecodeRows:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """As `DecodeRows.count`."""
         return len(self.scales)
 
     def attend(self, queries: SegmentQueries, memory: Tensor) -> Tensor:

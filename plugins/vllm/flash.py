@@ -55,14 +55,18 @@ class PlainSteps:
 
 @dataclass(frozen=True)
 class PlainStep:
-    """All rows of a step."""
+    """Attention of all rows of a step in one call, as `PlainAttention` wants it.
+
+    `common` is vLLM's metadata, whose lengths and tables FlashAttention reads; `longest` are tokens
+    of the longest sequence.
+    """
 
     version: int
     common: Any
     longest: int
 
     def __call__(self, queries: Tensor, memory: Tensor, scale: float, output: Tensor) -> None:
-        """As `PlainAttention`: pages are read by their strides."""
+        """As `PlainAttention`; pages are read where they lie, by their strides."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         k, v = (memory[:, :, which].transpose(1, 2) for which in (0, 1))

@@ -22,7 +22,6 @@ class ModelAttention:
 
     positions: RotaryPositions
     sparsity: SparsityConfig | None
-    original_length: int
     first_head: int
     num_heads: int
     num_kv_heads: int
@@ -42,11 +41,9 @@ class ModelAttention:
             KeyError: it does not say enough.
         """
         config = ModelConfig.from_json(raw)
-        assert config.dual_chunk is not None
         return cls(
             RotaryPositions(config),
             sparsity_of(raw),
-            config.dual_chunk.original_max_position_embeddings,
             rank * num_heads,
             num_heads,
             num_kv_heads,
