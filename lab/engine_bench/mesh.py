@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from ...engine.errors import GB, ConfigurationError
-from ...engine.kv.pages import PageGeometry
 from ...engine.memory.fit import PrefillFit, Weights, free_bytes
 from ...engine.model.config import ModelConfig
 from ...engine.prefill.sparsity import SparsityConfig
@@ -22,7 +21,7 @@ from ..csv_lines import append
 from .environment import Environment
 from .mesh_rank import MeshCase, RankRun, read_runs, run_rank
 from .options import Options
-from .subject import KV_CACHE_TYPES
+from .subject import page_geometry
 
 _STAGES = (
     "linear", "attention", "selection", "communication", "elementwise", "page writes",
@@ -130,10 +129,7 @@ def _check(options: Options, case: MeshCase) -> None:
     """Refuse what cannot run before anything does."""
     config = ModelConfig.from_folder(options.files.folder)
     weights = Weights(config, torch.bfloat16.itemsize, case.tensor_parallel, case.kept)
-    pages_as = KV_CACHE_TYPES[case.kv_cache]
-    geometry = PageGeometry(
-        config.num_layers, weights.heads.num_kv_heads, config.head_dim, pages_as
-    )
+    geometry = page_geometry(config, case.kv_cache, case.tensor_parallel)
     sparsity = SparsityConfig.from_folder(options.files.folder) if case.sparse else None
     if not torch.cuda.is_available():
         return

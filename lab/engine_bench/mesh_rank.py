@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...engine.kv.pages import PageGeometry, PagePool
+from ...engine.kv.pages import PagePool
 from ...engine.model.config import WeightFormat
 from ...engine.model.files import ModelFiles
 from ...engine.model.load import load_model
@@ -18,7 +18,7 @@ from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.prefill.warm_up import warm_up_prefill
 from ...kernels.page_size import pages_for
 from .running import add_up, prefill
-from .subject import KV_CACHE_TYPES, random_prompt, synchronize
+from .subject import page_geometry, random_prompt, synchronize
 
 _SHORT_SECONDS = 3.0
 _REPEATS = 3
@@ -80,7 +80,7 @@ def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
     )  # fmt: skip
     communicators = _communicator_bytes(mesh, device)
     model = load_model(case.files, mesh, torch.bfloat16, device, case.seed, case.kept)
-    geometry = _kept_as(model.page_geometry, case.kv_cache)
+    geometry = page_geometry(model.config, case.kv_cache, case.tensor_parallel)
     pool = PagePool(geometry, pages_for(case.tokens), device)
     pool.clear()
     sparsity = SparsityConfig.from_folder(case.files.folder) if case.sparse else None
@@ -148,9 +148,3 @@ def _communicator_bytes(mesh: Mesh, device: torch.device) -> int:
     synchronize(device)
     after = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return before - after
-
-
-def _kept_as(geometry: PageGeometry, kv_cache: str) -> PageGeometry:
-    return PageGeometry(
-        geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, KV_CACHE_TYPES[kv_cache]
-    )

@@ -16,7 +16,7 @@ from ...engine.decode.follower import Follower
 from ...engine.decode.leader import Followers, LeadingStep
 from ...engine.decode.make_step import make_step
 from ...engine.decode.orders import Channel
-from ...engine.kv.pages import PageGeometry, PagePool
+from ...engine.kv.pages import PagePool
 from ...engine.messages import Delta
 from ...engine.model.config import WeightFormat
 from ...engine.model.files import ModelFiles
@@ -26,7 +26,7 @@ from ...engine.parallel.mesh import Mesh
 from ...engine.text.tokenizer import Tokenizer
 from ...kernels.page_size import pages_for
 from .running import make_request
-from .subject import KV_CACHE_TYPES, synchronize
+from .subject import page_geometry, synchronize
 
 MOST_FIRST = 4
 """The first tokens of a batch that are kept, to compare."""
@@ -72,7 +72,7 @@ def run_rank(rank: int, case: SpanCase, folder: Path) -> None:
     if on_gpu:
         torch.cuda.empty_cache()
     tokens = max(sum(pages_for(n + case.new_tokens + 2) for n in b) for b in case.batches)
-    pool = PagePool(_geometry(case, model), tokens, device)
+    pool = PagePool(page_geometry(model.config, case.kv_cache, case.ranks), tokens, device)
     _fill(pool, model, case.seed)
     runs = []
     _meet(mesh, device)
@@ -110,13 +110,6 @@ def _orders(case: SpanCase, folder: Path, listener: Listener | None) -> list[Cha
     if listener is not None:
         return [listener.accept()]
     return [Client(str(folder / f"orders-{rank}"), "AF_UNIX") for rank in range(1, case.ranks)]
-
-
-def _geometry(case: SpanCase, model: Qwen2) -> PageGeometry:
-    own = model.page_geometry
-    return PageGeometry(
-        own.num_layers, own.num_kv_heads, own.head_dim, KV_CACHE_TYPES[case.kv_cache]
-    )
 
 
 def _fill(pool: PagePool, model: Qwen2, seed: int) -> None:

@@ -10,6 +10,7 @@ from ...engine.kv.pages import PageGeometry, PagePool
 from ...engine.messages import Tokens
 from ...engine.model.config import ModelConfig, WeightFormat
 from ...engine.model.files import ModelFiles
+from ...engine.model.heads import RankHeads
 from ...engine.model.load import load_model
 from ...engine.model.qwen2 import Qwen2
 from ...engine.parallel.mesh import Mesh
@@ -74,10 +75,15 @@ def _random_tokens(config: ModelConfig, tokens: int, seed: int) -> Tokens:
     )
 
 
-def page_geometry(config: ModelConfig, kv_cache: str) -> PageGeometry:
-    """Of a whole model's pages in one of KV_CACHE_TYPES."""
+def page_geometry(config: ModelConfig, kv_cache: str, tensor_parallel: int = 1) -> PageGeometry:
+    """Of one tensor rank's pages in one of KV_CACHE_TYPES; each has as many heads.
+
+    Raises:
+        TensorParallelError: the ranks do not divide the model.
+    """
+    heads = RankHeads.of(config, tensor_parallel, 0)
     return PageGeometry(
-        config.num_layers, config.num_kv_heads, config.head_dim, KV_CACHE_TYPES[kv_cache]
+        config.num_layers, heads.num_kv_heads, config.head_dim, KV_CACHE_TYPES[kv_cache]
     )
 
 

@@ -1,11 +1,19 @@
 """What the benchmark of meshes says of its ranks, without starting any."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from longreach.engine.errors import TensorParallelError
 from longreach.engine.model.files import POCKET, ModelFiles
+from longreach.engine.model.pocket import CHECKPOINT
+from longreach.engine.model.qwen2 import Qwen2
+from longreach.engine.parallel.mesh import Mesh
 from longreach.lab.engine_bench import mesh
 from longreach.lab.engine_bench.mesh_rank import MeshCase, RankRun
+from longreach.lab.engine_bench.subject import KV_CACHE_TYPES, page_geometry
 
 
 def case_of(tensor: int, sequence: int) -> MeshCase:
@@ -28,3 +36,22 @@ def test_efficiency_is_of_ranks_with_a_gpu_each(
     alone = RankRun(256, 4.0, {}, 0, 0, torch.zeros(1))
     assert mesh._efficiency(case_of(1, ranks), 2.5, alone) == efficiency
     assert mesh._efficiency(case_of(1, ranks), 2.5, None) is None
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHE_TYPES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_pages_are_those_that_a_rank_needs(ranks: int, kv_cache: str) -> None:
+    """The last rank of four shares its one KV head with another."""
+    model = Qwen2.load(CHECKPOINT, Mesh(ranks, 1, ranks - 1), torch.bfloat16, torch.device("cpu"))
+    needed = replace(model.page_geometry, dtype=KV_CACHE_TYPES[kv_cache])
+    assert page_geometry(model.config, kv_cache, ranks) == needed
+    with pytest.raises(TensorParallelError):
+        page_geometry(model.config, kv_cache, 3)
+
+
+def test_pages_are_said_in_one_place() -> None:
+    """What is checked to fit, and what a rank takes, must not come to differ."""
+    assert mesh.__file__ is not None
+    modules = Path(mesh.__file__).parent.glob("*.py")
+    making = [each.name for each in modules if "PageGeometry(" in each.read_text("utf-8")]
+    assert making == ["subject.py"]
