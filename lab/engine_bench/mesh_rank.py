@@ -17,11 +17,8 @@ from ...engine.prefill.prefiller import Prefiller
 from ...engine.prefill.sparsity import SparsityConfig
 from ...engine.prefill.warm_up import warm_up_prefill
 from ...kernels.page_size import pages_for
-from .running import add_up, prefill
+from .running import add_up, prefill, repeated
 from .subject import page_geometry, random_prompt, synchronize
-
-_SHORT_SECONDS = 3.0
-_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,7 @@ def run_rank(rank: int, case: MeshCase, folder: Path) -> None:
     runs = []
     for chunk_tokens in case.chunk_tokens:
         warm_up_prefill(prefiller, case.tokens, chunk_tokens, model.positions.stride)
-        timed = [_run(prefiller, mesh, case, chunk_tokens, device)]
-        # By what all ranks agree on: a rank that runs once more waits for the others.
-        while _mean(mesh, timed[0].seconds, device) < _SHORT_SECONDS and len(timed) < _REPEATS:
-            timed.append(_run(prefiller, mesh, case, chunk_tokens, device))
-        run = sorted(timed, key=lambda each: each.seconds)[len(timed) // 2]
+        run = _median_run(prefiller, mesh, case, chunk_tokens, device)
         runs.append({**vars(run), "communicator_bytes": communicators})
     torch.save(runs, folder / f"rank-{rank}.pt")
     mesh.close()
@@ -106,6 +99,17 @@ def read_runs(case: MeshCase, folder: Path) -> list[list[RankRun]]:
         torch.load(folder / f"rank-{rank}.pt") for rank in range(case.num_ranks)
     ]
     return [[RankRun(**run) for run in runs] for runs in zip(*ranks, strict=True)]
+
+
+def _median_run(
+    prefiller: Prefiller, mesh: Mesh, case: MeshCase, chunk_tokens: int, device: torch.device
+) -> RankRun:
+    runs = repeated(
+        lambda: _run(prefiller, mesh, case, chunk_tokens, device),
+        # By what all ranks agree on: a rank that runs once more waits for the others.
+        lambda run: _mean(mesh, run.seconds, device),
+    )
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from longreach.engine.model.files import POCKET, ModelFiles
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
 from longreach.engine.parallel.mesh import Mesh
-from longreach.lab.engine_bench import mesh
+from longreach.lab.engine_bench import mesh, mesh_rank, running
 from longreach.lab.engine_bench.mesh_rank import MeshCase, RankRun
+from longreach.lab.engine_bench.running import PromptRun
 from longreach.lab.engine_bench.subject import KV_CACHE_TYPES, page_geometry
 
 
@@ -55,3 +57,27 @@ def test_pages_are_said_in_one_place() -> None:
     modules = Path(mesh.__file__).parent.glob("*.py")
     making = [each.name for each in modules if "PageGeometry(" in each.read_text("utf-8")]
     assert making == ["subject.py"]
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(1.9, 5), (2.0, 1)])
+def test_a_rank_runs_a_short_prompt_as_often_as_one_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    nothing: Any = None
+    ran: list[str] = []
+
+    def alone(*arguments: object) -> PromptRun:
+        ran.append("alone")
+        return PromptRun(300, False, seconds, seconds, {}, 1.0, [], None, None)
+
+    def of_rank(*arguments: object) -> RankRun:
+        ran.append("rank")
+        return RankRun(256, seconds, {}, 0, 0, torch.zeros(1))
+
+    monkeypatch.setattr(running, "_SHORT_SECONDS", 2.0)
+    monkeypatch.setattr(running, "_REPEATS", 5)
+    monkeypatch.setattr(running, "_run_once", alone)
+    monkeypatch.setattr(mesh_rank, "_run", of_rank)
+    running.run_prompt(nothing, 300, False, 0)
+    mesh_rank._median_run(nothing, Mesh.single(), case_of(1, 1), 256, torch.device("cpu"))
+    assert ran == ["alone"] * times + ["rank"] * times
