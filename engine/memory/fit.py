@@ -21,8 +21,8 @@ _RESERVE_BYTES = 1 << 30
 _TABLE_ENTRY_BYTES = 4
 _COMMUNICATOR_BYTES = 1 << 30
 """NCCL's, of each axis of a mesh that has several ranks: 0.89 GB of two H100s were measured."""
-_WINDOW_TOKENS = 32768
-"""Rows that one selection is for; see `prefill.sparsity`."""
+WINDOW_TOKENS = 32768
+"""Rows that one selection is for, as published. Said here, as `prefill` stands on this room."""
 _FULL_ROWS, _PIECES = 256, 16
 """At most so many rows attend in full, to keys in so many pieces whose results are merged."""
 _SCALE_BYTES = 4
@@ -247,7 +247,7 @@ class PrefillFit(Fit):
         They are not alive at the same time, but allocated anew for every layer.
         """
         heads, head_dim = self.weights.heads.num_heads, self.geometry.head_dim
-        windows = -(-min(prompt, self.chunk_tokens) // _WINDOW_TOKENS)
+        windows = -(-min(prompt, self.chunk_tokens) // WINDOW_TOKENS)
         keys = -(-prompt // self.sequence_parallel)
         sums = 6 * 4 * heads * keys * windows
         # As they are made, as they come from all ranks, in order, and weighed.

@@ -8,6 +8,7 @@ from typing import Any
 from ...kernels.sparse import HeadBudget
 from ..errors import CheckpointError
 from ..json_files import read_json
+from ..memory.fit import WINDOW_TOKENS
 from ..model.config import ModelConfig
 from .budgets import BUDGETS_FILE, DENSE_UP_TO, has_budgets
 
@@ -25,7 +26,7 @@ class SparsityConfig:
     budgets: tuple[tuple[HeadBudget, ...], ...]
     threshold: int = DENSE_UP_TO
     last_queries: int = 64
-    window_tokens: int = 32768
+    window_tokens: int = WINDOW_TOKENS
 
     @classmethod
     def from_folder(cls, folder: Path) -> "SparsityConfig | None":

@@ -12,7 +12,7 @@ import torch
 
 from longreach.engine.errors import ConfigurationError, DoesNotFitError, TensorParallelError
 from longreach.engine.kv.pages import PagePool
-from longreach.engine.memory.fit import PrefillFit
+from longreach.engine.memory.fit import WINDOW_TOKENS, PrefillFit
 from longreach.engine.model.config import ModelConfig
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.model.qwen2 import Qwen2
@@ -20,6 +20,7 @@ from longreach.engine.model.shapes import known_shapes
 from longreach.engine.parallel.mesh import Mesh
 from longreach.engine.prefill.attention import SparseAttention
 from longreach.engine.prefill.prefiller import Prefiller
+from longreach.engine.prefill.selection import Window
 from longreach.engine.prefill.sparsity import SparsityConfig
 from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
@@ -91,6 +92,20 @@ def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
     wide, narrow = (fit_of(QWEN_14B, kept, H200_BYTES).largest_cache() for kept in ("bf16", "fp8"))
     # 48 layers of 1 byte and 4 / 16384 a number, and one of 2, instead of 48 of 2.
     assert narrow / wide == pytest.approx(2 * 48 / (48 * (1 + 4 / 2**14) + 2), rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [WINDOW_TOKENS, WINDOW_TOKENS + 128, 4 * WINDOW_TOKENS])
+def test_sums_are_counted_for_as_many_windows_as_a_chunk_is_cut_into(tokens: int) -> None:
+    sparsity = SparsityConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
+    assert sparsity is not None
+    work, pages = Work(QWEN_7B), page_geometry(QWEN_7B, "bf16")
+    prompt = 16 * WINDOW_TOKENS
+    sparse, dense = (
+        fit(work, pages, tokens, H200_BYTES, each).computing_bytes(prompt)
+        for each in (sparsity, None)
+    )
+    of_one = 6 * 4 * QWEN_7B.num_heads * prompt
+    assert (sparse - dense) / of_one == len(Window.cut(0, tokens, sparsity))
 
 
 def test_too_small_a_device_is_refused() -> None:
