@@ -205,6 +205,36 @@ def test_encoding_stops_when_it_is_enough(merging: Tokenizer, border: str) -> No
     assert len(merging.encode(text, 1000)) < len(whole)
 
 
+class _Batches:
+    """Of a tokenizer that encodes several texts on all cores: how many at a time, and which."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.texts: list[list[str]] = []
+
+    def encode_batch_fast(self, texts: list[str], **options: bool) -> list[tokenizers.Encoding]:
+        self.texts.append(texts)
+        return self._tokenizer.encode_batch_fast(texts, **options)
+
+
+def test_cores_get_more_at_once_the_further_a_text_goes(
+    merging: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longreach.engine.text.tokenizer._PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("longreach.engine.text.tokenizer._FIRST_PIECES", 2)
+    text = "".join(f"line {number:94d}\nx" for number in range(40))
+    whole = merging.encode(text)
+    batches = _Batches(merging._plain)
+    monkeypatch.setattr(merging, "_plain", batches)
+    assert np.array_equal(merging.encode(text), whole)
+    assert [len(each) for each in batches.texts][:-1] == [2, 4, 8, 16]
+    assert "".join(piece for each in batches.texts for piece in each) == text
+    batches.texts.clear()
+    # Enough after the second batch: the third is never begun.
+    merging.encode(text, enough=len(whole) * 3 // 40)
+    assert [len(each) for each in batches.texts] == [2, 4]
+
+
 def test_one_huge_word_is_not_encoded_to_its_end(merging: Tokenizer) -> None:
     assert 1000 < len(merging.encode("z" * (4 << 20), 1000)) < 1 << 18
 
