@@ -8,7 +8,6 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
-import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.engine.arg_utils import EngineArgs
@@ -18,10 +17,6 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output.backend_types import (
-    StructuredOutputBackend,
-    StructuredOutputGrammar,
-)
 
 from ...engine.decode.leader import Followers
 from ...engine.figures import Figures
@@ -34,8 +29,8 @@ from .connector import HANDED_OFF, HandOffConnector
 from .core import Core, Generated, NewSequence
 from .executor import LeadingExecutor
 from .figures import VllmFigures
-from .held_to import HeldTo
 from .layers import LayeredMemory, layers_of
+from .masks import MasksBackend, SequenceMasks
 from .one_stream import OneStream
 
 Hasher = Callable[[Request], list[BlockHash]]
@@ -111,7 +106,7 @@ class VllmCore(Core):
         self._memory = LayeredMemory(list(layers_of(working.caches, config)))
         self._stream = OneStream(self._memory.device)
         manager = self._core.structured_output_manager
-        manager.backend = _Masks(config, None, config.model_config.get_vocab_size())
+        manager.backend = MasksBackend(config, None, config.model_config.get_vocab_size())
         self._figures = VllmFigures(config, figures)
         self._sequences: dict[str, Request] = {}
         self._shared: dict[str, list[Any]] = {}
@@ -154,7 +149,7 @@ class VllmCore(Core):
         )
         if request.structured_output_request is not None:
             assert sequence.held_to is not None
-            request.structured_output_request.grammar = _Mask(sequence.held_to)
+            request.structured_output_request.grammar = SequenceMasks(sequence.held_to)
         self._sequences[sequence.name] = request
         if sequence.shared:
             self._shared[sequence.name] = []
@@ -301,42 +296,3 @@ def _sampling(sequence: NewSequence) -> SamplingParams:
         structured_outputs=StructuredOutputsParams(grammar="longreach") if held else None,
         extra_args={"kv_transfer_params": {HANDED_OFF: True}} if sequence.handed_off else None,
     )
-
-
-class _Mask(StructuredOutputGrammar):
-    """As vLLM takes the masks of one sequence. Without speculation nothing is ever taken back."""
-
-    def __init__(self, held_to: HeldTo) -> None:
-        self._held_to = held_to
-
-    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        self._held_to.take(tokens)
-        return True
-
-    def validate_tokens(self, tokens: list[int]) -> list[int]:
-        return tokens
-
-    def rollback(self, num_tokens: int) -> None:
-        raise NotImplementedError("nothing is speculated")
-
-    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
-        self._held_to.fill(bitmask[batch_index].numpy().view("uint32"))
-
-    def is_terminated(self) -> bool:
-        return self._held_to.is_open
-
-    def reset(self) -> None:
-        raise NotImplementedError("nothing is begun again")
-
-
-class _Masks(StructuredOutputBackend):
-    """As vLLM takes what compiles grammars; here they come compiled."""
-
-    def compile_grammar(self, *args: Any, **kwargs: Any) -> StructuredOutputGrammar:
-        raise NotImplementedError("grammars come compiled")
-
-    def allocate_token_bitmask(self, max_num_seqs: int) -> torch.Tensor:
-        return torch.full((max_num_seqs, -(-self.vocab_size // 32)), -1, dtype=torch.int32)
-
-    def destroy(self) -> None:
-        """Nothing is held."""
