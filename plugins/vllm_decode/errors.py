@@ -18,3 +18,16 @@ class OtherPagesError(FactualError, ConfigurationError):
             f"vLLM keeps a layer of its KV cache as {self.shape}, and pages are {self.expected}; "
             "this vLLM was never seen to do that"
         )
+
+
+@dataclass(eq=False)
+class UntoldRanksError(FactualError):
+    """vLLM asks all ranks for a `call` in a way that the others are not told in, for a `reason`."""
+
+    call: str
+    reason: str
+    instead: str
+
+    @property
+    def sentence(self) -> str:
+        return f"vLLM asks all of its ranks for {self.call}, and {self.reason}; {self.instead}"

@@ -15,6 +15,7 @@ from vllm.utils.network_utils import get_distributed_init_method
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from ...engine.decode.leader import Followers
+from .errors import UntoldRanksError
 from .orders import BeginOrder, CallOrder, ReadyOrder
 from .sums import leave_symmetric_memory_out
 
@@ -58,9 +59,23 @@ class LeadingExecutor(UniProcExecutor):
         non_block: bool = False,
         single_value: bool = False,
     ) -> Any:
-        """As vLLM asks; where it asks for a single value, that is the leading rank's."""
-        assert isinstance(method, str), "functions are not sent"
-        assert single_value or not non_block, "steps alone are not waited for"
+        """As vLLM asks; where it asks for a single value, that is the leading rank's.
+
+        Raises:
+            UntoldRanksError: it asks for a function, or for answers of all ranks later. No rank has
+                done anything then.
+            LostError: one of the others is gone.
+        """
+        if not isinstance(method, str):
+            raise UntoldRanksError(
+                getattr(method, "__qualname__", repr(method)),
+                "functions are not sent to the others",
+                "name a method of its workers",
+            )
+        if non_block and not single_value:
+            raise UntoldRanksError(
+                method, "answers of several are waited for", "ask for one, or wait"
+            )
         self._followers.tell(CallOrder(method, args, kwargs or {}, not single_value))
         own = super().collective_rpc(method, timeout, args, kwargs, non_block, single_value)
         return own if single_value else own + self._followers.answers()

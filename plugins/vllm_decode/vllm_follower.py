@@ -62,7 +62,8 @@ class VllmFollower(FollowingRank):
                 if is_answered:
                     channel.send_bytes(pickle.dumps(came))
             case ReadyOrder():
-                """Said once, before pages come."""
+                # It is said once, before pages come, and `until_ready` has ended by then.
+                pass
 
     def _begin(self, order: BeginOrder) -> None:
         """As vLLM's executor does with the leader's worker."""

@@ -13,11 +13,25 @@ from torch.distributed.rendezvous import rendezvous
 
 from longreach.engine.decode.leader import Followers
 from longreach.engine.model.pocket import CHECKPOINT
+from longreach.plugins.vllm_decode.errors import UntoldRanksError
 
 if TYPE_CHECKING:
     from longreach.plugins.vllm_decode.executor import LeadingExecutor
 
 pytestmark = pytest.mark.live
+
+
+class Refusing:
+    """The way to another rank, which nothing may be sent by."""
+
+    def send_bytes(self, message: bytes) -> None:
+        raise AssertionError("a rank was told")
+
+    def recv_bytes(self) -> bytes:
+        raise AssertionError("a rank was asked")
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @pytest.fixture
@@ -26,7 +40,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> "LeadingExecutor":
     from longreach.plugins.vllm_decode.executor import LeadingExecutor
 
     monkeypatch.setattr(LeadingExecutor.__base__, "__init__", lambda *given: None)
-    return LeadingExecutor(Followers(()), None)
+    return LeadingExecutor(Followers((Refusing(),)), None)
 
 
 def meeting_of(executor: "LeadingExecutor") -> tuple[str, int]:
@@ -47,6 +61,21 @@ def test_the_leading_rank_meets_the_others_there(executor: "LeadingExecutor") ->
     following = TCPStore("127.0.0.1", port)
     leading.set("said", "here")
     assert following.get("said") == b"here"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (len, {}, "functions are not sent to the others; name a method"),
+        ("sleep", {"non_block": True}, "answers of several are waited for; ask for one, or wait"),
+    ],
+)
+def test_what_the_others_cannot_be_told_is_refused_before_any_rank_does_it(
+    executor: "LeadingExecutor", method: Any, options: dict[str, Any], said: str
+) -> None:
+    """vLLM's interface lets anybody ask; and so under `python -O` as well."""
+    with pytest.raises(UntoldRanksError, match=said):
+        executor.collective_rpc(method, **options)
 
 
 def test_ranks_sum_by_nccl_alone(monkeypatch: pytest.MonkeyPatch) -> None:
