@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from longreach.engine.local import LocalPrefill
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
 from longreach.lab.evaluation.tasks import NEEDLES
@@ -98,7 +101,7 @@ def needle(tokens: int, seed: int) -> Any:
 
 @pytest.mark.parametrize(("tokens", "prompts"), [(2048, 5), (32768, 2), (131072, 1)])
 def test_the_pocket_model_finds_its_needles(address: str, tokens: int, prompts: int) -> None:
-    """Beyond a dual chunk of 1,792 tokens, and beyond 32,768, where prefill is sparse."""
+    """Beyond a dual chunk of 1,792 tokens; prefill is sparse beyond 2,048."""
     for seed in range(prompts):
         prompt = needle(tokens, seed)
         answer = chat(address, prompt.content)
@@ -138,12 +141,15 @@ def test_prefixes_are_kept_where_they_are_right(address: str, tokens: int, by_ot
     assert (cached(address) > again) == by_others
 
 
-def without_dual_chunks(folder: Path) -> Path:
-    """The same weights, for vLLM alone."""
+def reconfigured(folder: Path, dual_chunks: dict[str, int] | None) -> Path:
+    """The same weights, with these changes of how they attend; None: without dual chunks."""
     for path in CHECKPOINT.iterdir():
         (folder / path.name).symlink_to(path)
     config = json.loads((CHECKPOINT / "config.json").read_text())
-    del config["dual_chunk_attention_config"]
+    if dual_chunks is None:
+        del config["dual_chunk_attention_config"]
+    else:
+        config["dual_chunk_attention_config"] |= dual_chunks
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -164,9 +170,27 @@ def test_within_a_dual_chunk_it_is_vllms_own_attention(address: str, tmp_path: P
     """1,500 tokens of a text, in one step, against the backend that vLLM brings."""
     tokens = Tokenizer(CHECKPOINT).encode(needle(4096, 3).content)[:1500].tolist()
     ours = scores(address, tokens)
-    folder = without_dual_chunks(tmp_path)
+    folder = reconfigured(tmp_path, None)
     with served(folder, 8572, tmp_path / "log", "--max-model-len", "2048") as plain:
         assert scores(plain, tokens) == pytest.approx(ours, abs=2e-3)
+
+
+def test_beyond_a_dual_chunk_it_is_our_engines_attention(tmp_path: Path) -> None:
+    """Of any tokens, sparsely, and at a temperature of 1.16: the pocket model has 1 there."""
+    folder = reconfigured(tmp_path, {"original_max_position_embeddings": 1024})
+    tokens = np.random.default_rng(9).integers(0, 256, 5000).astype(np.int32)
+    logits = LocalPrefill(folder, len(tokens)).logits(tokens, CHUNK_TOKENS)
+    expected = torch.log_softmax(logits, 0)
+    body = {
+        "model": "pocket", "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 0.0,
+        "logprobs": 5, "return_tokens_as_token_ids": True,
+    }  # fmt: skip
+    with served(folder, 8573, tmp_path / "log", *PLUGIN, "--max-model-len", "8192") as ours:
+        answer = post(ours, "/v1/completions", body)
+    [found] = answer["choices"][0]["logprobs"]["top_logprobs"]
+    ids = [int(name.removeprefix("token_id:")) for name in found]
+    assert len(ids) == 5
+    assert list(found.values()) == pytest.approx(expected[ids].tolist(), abs=1e-4)
 
 
 def refused(*options: str) -> str:
