@@ -104,12 +104,13 @@ def read_runs(case: MeshCase, folder: Path) -> list[list[RankRun]]:
 def _median_run(
     prefiller: Prefiller, mesh: Mesh, case: MeshCase, chunk_tokens: int, device: torch.device
 ) -> RankRun:
-    runs = repeated(
-        lambda: _run(prefiller, mesh, case, chunk_tokens, device),
-        # By what all ranks agree on: a rank that runs once more waits for the others.
-        lambda run: _mean(mesh, run.seconds, device),
-    )
-    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+    """The same run on all ranks, by what they agree on: one that ran once more would wait."""
+
+    def seconds(run: RankRun) -> float:
+        return _mean(mesh, run.seconds, device)
+
+    runs = repeated(lambda: _run(prefiller, mesh, case, chunk_tokens, device), seconds)
+    return sorted(runs, key=seconds)[len(runs) // 2]
 
 
 def _run(

@@ -105,8 +105,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def _check_numbers(given: argparse.Namespace) -> None:
-    if given.decode < 0:
-        raise ConfigurationError(f"--decode {given.decode}: take 0 or more")
+    # Of one step nothing can be said of how steps differ.
+    least = 2 if given.what == "span" else 0
+    if given.decode < least:
+        raise ConfigurationError(f"--decode {given.decode}: take {least} or more")
+    if given.what == "prompts" and not given.tokens and not given.batches:
+        raise ConfigurationError("nothing to measure; name --tokens, or --batches, or both")
     if not given.link_gbs > 0:
         raise ConfigurationError(f"--link-gbs {given.link_gbs}: take more than 0")
     if not given.latency_us >= 0:

@@ -29,7 +29,7 @@ from .environment import Environment
 from .fit import fit
 from .lone_rank import LoneRank, Recorded
 from .options import Options
-from .subject import page_geometry, synchronize
+from .subject import page_geometry, random_prompt, synchronize
 from .work import Work
 
 _SAMPLES = 6
@@ -164,9 +164,7 @@ def _time_rank(
     for layer in pool.memory:
         # What earlier chunks would have left: selection must not meet ties.
         layer.normal_()
-    prompt = np.random.default_rng(options.seed).integers(
-        0, model.config.vocab_size, tokens, dtype=np.int32
-    )
+    prompt = random_prompt(options.files, tokens, options.seed)
     pages = pool.allocate(pages_for(tokens))
     single = mesh.tensor_parallel == mesh.sequence_parallel == 1
     recorded = Recorded(model.heads)

@@ -66,7 +66,8 @@ def measure(options: Options) -> None:
     """Print and keep a line for every batch and number of ranks.
 
     Raises:
-        ConfigurationError: a mesh has several sequence ranks, or more ranks than there are GPUs.
+        ConfigurationError: a mesh has several sequence ranks, more ranks than there are GPUs, or as
+            many as do not divide the model.
     """
     on_gpu = torch.cuda.is_available()
     for tensor, sequence in options.meshes:
@@ -76,6 +77,7 @@ def measure(options: Options) -> None:
             )
         if on_gpu and tensor > torch.cuda.device_count():
             raise ConfigurationError(f"{tensor} ranks need as many GPUs; see --meshes")
+        page_geometry(ModelConfig.from_folder(options.files.folder), options.kv_cache, tensor)
     read = _read_rate(torch.device("cuda" if on_gpu else "cpu"))
     print(f"{options.name}, weights {options.weights}, pages {options.kv_cache}; ms\n{_HEADER}")
     alone: list[SpanRun] | None = None

@@ -344,3 +344,5 @@ def test_decode_over_two_ranks_on_the_pocket_model(folder: Path, tmp_path: Path,
     assert "logprobs" in capsys.readouterr().out
     with pytest.raises(ConfigurationError):
         main(["span", "--checkpoint", str(folder), "--meshes", "1x2"])
+    with pytest.raises(TensorParallelError):
+        main(["span", "--checkpoint", str(folder), "--meshes", "3x1"])

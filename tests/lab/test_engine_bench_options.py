@@ -110,6 +110,8 @@ def test_what_measures_one_takes_one(command: str, option: str, value: str) -> N
         (["scaling", "--tokens", ""], "--tokens"),
         (["mesh", "--tokens", ""], "--tokens"),
         (["span", "--batches", ""], "--batches"),
+        (["span", "--decode", "1"], "--decode"),
+        (["--tokens", "", "--batches", ""], "--tokens"),
         (["mesh", "--rank-tokens", "100"], "--rank-tokens is 100"),
         (["mesh", "--rank-tokens", ""], "''"),
         (["scaling", "--chunk-tokens", "32K,64K"], "`mesh`"),
