@@ -15,6 +15,7 @@ import torch
 from longreach.cluster.decode import worker as worker_module
 from longreach.cluster.decode.outbox import Said
 from longreach.cluster.decode.worker import DecodeWorker
+from longreach.cluster.draining import has_work
 from longreach.cluster.leases import RENEWAL_SECONDS, TICKS_WITHOUT_RENEWAL
 from longreach.cluster.messages import AnswerOrder, ComputedHere
 from longreach.cluster.transports.object_store import PageRun
@@ -603,3 +604,24 @@ async def drained(worker: DecodeWorker, request: GenerationRequest, listener: st
     """Its prompt and answer, said to an ingress."""
     async for _ in worker.generate(request, order_for(listener)):
         pass
+
+
+def test_who_lets_a_node_go_sees_what_a_worker_holds(worker: DecodeWorker, tmp_path: Path) -> None:
+    """Pages that a gang fills, a prompt that is computed here, and its answer."""
+
+    async def run() -> None:
+        await worker.start(None)
+        assert not has_work(tmp_path)
+        await worker.reserve(make_request("a"))
+        assert has_work(tmp_path)
+        await worker.release("a")
+        assert not has_work(tmp_path)
+        looks = []
+        async for _ in worker.generate(make_request("b", tokens=900), order_for("one")):
+            looks.append(has_work(tmp_path))
+        assert looks
+        assert all(looks)
+        await worker.release("b")
+        assert not has_work(tmp_path)
+
+    asyncio.run(asyncio.wait_for(run(), 20 * WAITS))
