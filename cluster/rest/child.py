@@ -7,7 +7,6 @@ It ends by itself when this process does: its standard input is closed then.
 import logging
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
+
+import psutil
 
 from ...engine.errors import LongreachError
 from .errors import RestError
@@ -109,18 +110,22 @@ def _killed_after(process: "subprocess.Popen[bytes]", seconds: float) -> Iterato
         too_long.cancel()
 
 
-def serve(begin: Callable[[Any], Work], most_resident_bytes: int) -> None:
+def serve(begin: Callable[[Any], Work], most_growth_bytes: int) -> None:
     """Do jobs from standard input until it is closed.
 
     Args:
         begin: makes what does the jobs, from the setup.
-        most_resident_bytes: what this process may have grown to before it is replaced.
+        most_growth_bytes: by how much this process may have grown, over what it takes to begin,
+            before it is replaced.
     """
     # Ctrl-C is for whoever started us, and closes our input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not come between answers
     work = begin(pickle.load(sys.stdin.buffer))
+    # What is resident now: the most that ever was counts what started this process as well.
+    resident = psutil.Process().memory_info
+    began_with = resident().rss
     _put(answers, True)
     while True:
         try:
@@ -128,8 +133,7 @@ def serve(begin: Callable[[Any], Work], most_resident_bytes: int) -> None:
         except EOFError:
             return
         outcome = _outcome(work, job)
-        grown_to = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        _put(answers, (outcome, grown_to <= most_resident_bytes))
+        _put(answers, (outcome, resident().rss - began_with <= most_growth_bytes))
         del job, outcome
 
 

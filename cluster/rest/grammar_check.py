@@ -30,7 +30,7 @@ CHECK_SECONDS = 10.0
 """That one grammar may take."""
 
 _MOST_REMEMBERED = 1024
-_MOST_RESIDENT_BYTES = 1 << 30
+_MOST_GROWTH_BYTES = 768 << 20
 # Of address space, over what the process has when it is loaded.
 _COMPILING_BYTES = 1 << 30
 # Threads of a worker have eight times as much.
@@ -98,7 +98,7 @@ class GrammarCheck:
 def serve() -> None:
     """Check grammars from standard input until it is closed."""
     threading.stack_size(_STACK_BYTES)
-    child.serve(_begin, _MOST_RESIDENT_BYTES)
+    child.serve(_begin, _MOST_GROWTH_BYTES)
 
 
 def _begin(folder: Path) -> Callable[[str], Verdict]:
