@@ -334,11 +334,11 @@ def _as_prompts(value: Any) -> list[Prompt]:
     Done by hand because a million ids must not be tried against every member of a union.
     """
     one = _as_prompt(value)
-    several = [one]
-    if one is None and isinstance(value, list) and value:
-        several = [_as_prompt(each) for each in value]
+    if one is not None:
+        return [one]
+    several = [_as_prompt(each) for each in value] if isinstance(value, list) else []
     prompts = [each for each in several if each is not None]
-    if len(prompts) < len(several):
+    if not prompts or len(prompts) < len(several):
         raise PydanticCustomError(
             "prompt_type",
             "prompt must be a string, a list of token ids, or a list of these, not empty",

@@ -127,10 +127,7 @@ def _tokens(what: str, text: str) -> tuple[int, ...]:
     lengths = tuple(sorted({count(each) for each in text.split(",") if each}))
     if what != "prompts" and not lengths:
         raise ConfigurationError(f"{what} needs a prompt; name its length with --tokens")
-    if what != "prompts" and len(lengths) > 1:
-        raise ConfigurationError(
-            f"--tokens {text}: {what} measures one length; name one, and call it again for others"
-        )
+    _check_one(what, f"--tokens {text}", lengths)
     return lengths
 
 
@@ -138,11 +135,15 @@ def _attentions(what: str, text: str) -> tuple[str, ...]:
     attentions = tuple(dict.fromkeys(text.split(",")))
     if not set(attentions) <= set(ATTENTIONS):
         raise ConfigurationError(f"--attention {text}: name {' or '.join(ATTENTIONS)}")
-    if what != "prompts" and len(attentions) > 1:
-        raise ConfigurationError(
-            f"--attention {text}: {what} measures one; name one, and call it again for the other"
-        )
+    _check_one(what, f"--attention {text}", attentions)
     return attentions
+
+
+def _check_one(what: str, given: str, values: Sequence[object]) -> None:
+    if what != "prompts" and len(values) > 1:
+        raise ConfigurationError(
+            f"{given}: {what} measures one; name one, and call it again for others"
+        )
 
 
 def _chunks(what: str, text: str) -> tuple[int, ...]:

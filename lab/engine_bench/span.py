@@ -77,6 +77,7 @@ def measure(options: Options) -> None:
             )
         if on_gpu and tensor > torch.cuda.device_count():
             raise ConfigurationError(f"{tensor} ranks need as many GPUs; see --meshes")
+        # Ranks that do not divide the model are refused here, before any is started.
         page_geometry(ModelConfig.from_folder(options.files.folder), options.kv_cache, tensor)
     read = _read_rate(torch.device("cuda" if on_gpu else "cpu"))
     print(f"{options.name}, weights {options.weights}, pages {options.kv_cache}; ms\n{_HEADER}")
