@@ -252,6 +252,7 @@ class LocalCluster:
 
     def abandon(self) -> None:
         """What `kill` does, but for what may wait for Ray: the last resort, from any thread."""
+        self._keeper.close()
         self._ray.kill()
         self._remove_metrics()
 

@@ -10,8 +10,8 @@ from ray.serve.context import _get_global_client
 
 from ..engine.errors import ConfigurationError, UnavailableError
 from .app import LOGGING, deploy, failure_at_start, remove
-from .handlers import handlers_kept
 from .ingress import front_of
+from .joining import join_ray
 from .nodes import default_metrics_directory
 from .readiness import wait_until_ready
 from .settings import IngressSettings, Settings
@@ -81,15 +81,13 @@ def deploy_at(address: str, settings: Settings) -> DeployedCluster:
 
 
 def _join(address: str) -> None:
-    # With Ray's own handler, SIGTERM ends this process after three seconds, whatever it does.
-    with handlers_kept():
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UnavailableError(
-                f"no Ray cluster answers at {address} ({error}); start one with `ray start`, name "
-                "its address, or leave --address out to have one started here"
-            ) from error
+    try:
+        join_ray(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UnavailableError(
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start`, name "
+            "its address, or leave --address out to have one started here"
+        ) from error
 
 
 def _start_serve(settings: Settings) -> None:

@@ -18,7 +18,7 @@ from ray.serve._private.utils import format_actor_name
 
 from ..engine.errors import UnavailableError
 from .front import depart
-from .handlers import handlers_kept
+from .joining import join_ray
 from .metrics import (
     KV_CACHE_USAGE,
     NUM_PROMPTS,
@@ -55,11 +55,10 @@ def drain_this_node(directory: Path, seconds: float) -> bool:
         UnavailableError: Ray does not answer, or does not let the node go.
     """
     deadline = time.time() + seconds
-    with handlers_kept():
-        try:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UnavailableError(f"no Ray runs on this node ({error})") from error
+    try:
+        join_ray("auto")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UnavailableError(f"no Ray runs on this node ({error})") from error
     try:
         return leave(directory, deadline)
     finally:

@@ -16,7 +16,7 @@ from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 
 from ..engine.errors import UnavailableError
-from .handlers import handlers_kept
+from .joining import join_ray
 from .process_tree import adopt_orphans, collect_orphans, kill_session
 
 _GCS, _RAYLET = "gcs_server", "raylet"
@@ -57,14 +57,8 @@ class LocalRay:
         """
         adopt_orphans()
         _set_up_ray()
-        # With Ray's own handler, SIGTERM ends this process after three seconds, whatever it does.
-        with handlers_kept(), _on_loopback():
-            context = cast(Any, ray.init)(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        with _on_loopback():
+            context = join_ray("local", include_dashboard=False)
         info = context.address_info
         node = next(iter(ray.nodes()))
         raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"

@@ -58,6 +58,11 @@ started.stop()
 found["seconds"] = time.monotonic() - began
 found["left"] = [p.status() for p in us.children(recursive=True)]
 found["worker_is_gone"] = not psutil.pid_exists(pid)
+try:
+    ray.get_actor("late")
+except ray.exceptions.RayError as error:
+    found["late"] = type(error).__name__
+found["anew"] = [p.name() for p in us.children(recursive=True)]
 print(json.dumps(found))
 """
 
@@ -82,6 +87,8 @@ def test_it_is_closed_to_others_keeps_our_handlers_and_leaves_nothing() -> None:
     assert set(found["addresses"]) <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert (found["ended"], found["silent"]) == (None, [])
     assert (found["left"], found["worker_is_gone"]) == ([], True)
+    assert found["late"] == "RaySystemError", "who calls Ray a moment late starts no other"
+    assert found["anew"] == []
 
 
 def test_a_killed_raylet_is_noticed_and_its_workers_do_not_outlive_it() -> None:
