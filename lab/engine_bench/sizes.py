@@ -1,8 +1,7 @@
 """How lengths, batches and meshes are written."""
 
 from ...engine.errors import ConfigurationError
-
-_SUFFIXES = {"K": 2**10, "M": 2**20}
+from ..lengths import parse_length
 
 
 def count(text: str) -> int:
@@ -11,12 +10,10 @@ def count(text: str) -> int:
     Raises:
         ConfigurationError: it is no such number, or 0.
     """
-    digits = text.strip().upper()
-    factor = _SUFFIXES.get(digits[-1:], 1)
-    digits = digits[:-1] if factor > 1 else digits
-    if not digits.isdecimal() or int(digits) == 0:
-        raise ConfigurationError(f"{text!r} is no number of tokens; write 1000000, 32K or 1M")
-    return int(digits) * factor
+    try:
+        return parse_length(text)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def batch(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import typer
 
 from ...engine.errors import InvalidRequestError
 from ...engine.model.config import WeightFormat
+from ..lengths import parse_length
 
 if TYPE_CHECKING:
     import torch
@@ -55,17 +56,15 @@ LastQueries = Annotated[
     typer.Option(min=1, max=64, help="Queries that select; else the checkpoint's number."),
 ]
 
-_UNITS = {"K": 1 << 10, "M": 1 << 20}
-
 
 def lengths_of(text: str) -> list[int]:
     """Different lengths, ascending, from "2K,32K,1M"."""
-    return sorted({_length(each, "--lengths", "2K,32K,1M") for each in text.split(",")})
+    return sorted({_length(each, "--lengths") for each in text.split(",")})
 
 
 def length_of(text: str) -> int:
     """One length, from "64K"."""
-    return _length(text, "--length", "64K")
+    return _length(text, "--length")
 
 
 def depths_of(text: str) -> list[float | None]:
@@ -137,9 +136,8 @@ def place_of(device: str | None, dtype: str | None) -> "tuple[torch.dtype, torch
     return dtypes[name], chosen
 
 
-def _length(text: str, option: str, example: str) -> int:
-    unit = _UNITS.get(text[-1:].upper())
-    number = text if unit is None else text[:-1]
-    if not number.isdecimal() or not int(number):
-        raise InvalidRequestError(f"{option}: {text!r} is no number of tokens, as in {example}")
-    return int(number) * (unit or 1)
+def _length(text: str, option: str) -> int:
+    try:
+        return parse_length(text)
+    except ValueError as error:
+        raise InvalidRequestError(f"{option}: {error}") from error

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..lengths import format_length
 from .recall import RecallReport
 from .summary import Cell, Summary
 
@@ -86,14 +87,6 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     """A figure with a grid of panels, each `width` × `height` inches; axes [rows, columns]."""
     figure = Figure(figsize=(columns * width + 1.5, rows * height + 0.8), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def length_name(tokens: int) -> str:
-    """As "32K" or "1M" where it is a whole number of these, else as it is."""
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
-        if tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return f"{tokens:,}"
 
 
 def _by_depth(summary: Summary) -> Figure:
@@ -169,7 +162,7 @@ def _by_length(summary: Summary) -> Figure:
         axes.set_title(task, fontsize=10)
         axes.set_xticks(
             range(len(summary.lengths)),
-            [f"{length_name(t)}\nn={_prompts(summary, task, t)}" for t in summary.lengths],
+            [f"{format_length(t)}\nn={_prompts(summary, task, t)}" for t in summary.lengths],
         )
         axes.set_xlabel("prompt tokens")
         axes.set_ylim(-0.05, 1.05)
@@ -197,7 +190,7 @@ def _heat_map_of_cells(
 ) -> Any:
     values = np.array([[cell.score if cell else np.nan for cell in row] for row in grid], float)
     texts = [[_numbers(cell) if cell else "" for cell in row] for row in grid]
-    return heat_map(axes, values, texts, rows, [length_name(tokens) for tokens in lengths])
+    return heat_map(axes, values, texts, rows, [format_length(tokens) for tokens in lengths])
 
 
 def _numbers(cell: Cell) -> str:

@@ -17,10 +17,10 @@ from ...engine.model.shapes import known_shapes
 from ...engine.text.tokenizer import Tokenizer
 from ..csv_lines import append
 from ..evaluation.tasks import NEEDLES
+from ..lengths import parse_length
 from .engine import ENGINES, Engine, gpu_name, versions
 from .ranks import compare
 
-_SUFFIXES = {"K": 2**10, "M": 2**20}
 _ROOM = 256
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         command.add_argument("--csv", type=Path, help="where lines are added")
         command.add_argument("--commit", default="")
     ranks = commands.add_parser("ranks", help="vLLM as decode engine over several ranks")
-    ranks.add_argument("--ranks", type=_lengths, default="1,2", help="the first is compared with")
+    ranks.add_argument("--ranks", type=_numbers, default="1,2", help="the first is compared with")
     ranks.add_argument("--seconds", type=float, default=300.0, help="that each may take")
     ranks.add_argument("--eager", action="store_true", help="no graphs: starts sooner")
     given = parser.parse_args()
@@ -170,12 +170,11 @@ def _random(count: int, seed: int) -> Tokens:
 
 
 def _lengths(text: str) -> Sequence[int]:
-    return [_length(each) for each in text.split(",")]
+    return [parse_length(each) for each in text.split(",")]
 
 
-def _length(text: str) -> int:
-    factor = _SUFFIXES.get(text[-1:].upper())
-    return int(text) if factor is None else int(text[:-1]) * factor
+def _numbers(text: str) -> Sequence[int]:
+    return [int(each) for each in text.split(",")]
 
 
 if __name__ == "__main__":
