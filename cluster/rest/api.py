@@ -74,22 +74,6 @@ def build_api(
         render_metrics: what `/metrics` answers with; called in a thread.
         access: who may send requests, and from where.
     """
-    middleware = [
-        Middleware(RequestIds),
-        Middleware(Failures),
-        Middleware(Doors, hosts=access.hosts, origins=access.origins),
-    ]
-    if access.origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=access.origins,
-                allow_methods=_METHODS,
-                allow_headers=["*"],
-                allow_private_network=True,
-                expose_headers=_EXPOSED,
-            )
-        )
 
     def methods_of(path: str) -> list[str]:
         scope = {"type": "http", "method": "GET", "path": path}
@@ -97,16 +81,10 @@ def build_api(
         found = [method for route in known for method in getattr(route, "methods", None) or ()]
         return sorted(set(found)) or [*_METHODS]
 
-    middleware.append(Middleware(Options, methods_of=methods_of))
-    if access.api_keys:
-        middleware.append(Middleware(ApiKeys, keys=access.api_keys, open_paths=OPEN_PATHS))
-    middleware.append(
-        Middleware(BodyLimit, max_bytes=limits.max_body_bytes, seconds=limits.receive_seconds)
-    )
     api = FastAPI(
         title="Longreach",
         version=version("longreach"),
-        middleware=middleware,
+        middleware=_middleware(limits, access, methods_of),
         openapi_url=None,  # described by ourselves: see `openapi`
         exception_handlers={
             RestError: _answer_error,
@@ -115,23 +93,57 @@ def build_api(
             ClientDisconnect: _answer_nobody,
         },
     )
-    endpoints = _Endpoints(limits, tokenizer, backend, sink)
+    _add_endpoints(api, _Endpoints(limits, tokenizer, backend, sink))
+    _add_pages(
+        api,
+        render_metrics,
+        lambda: openapi.describe(api, limits, tokenizer.vocab_size, bool(access.api_keys)),
+    )
+    return api
+
+
+def _middleware(
+    limits: IngressLimits, access: Access, methods_of: Callable[[str], list[str]]
+) -> list[Middleware]:
+    """What a request passes through, the outermost first."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=access.origins,
+        allow_methods=_METHODS,
+        allow_headers=["*"],
+        allow_private_network=True,
+        expose_headers=_EXPOSED,
+    )
+    keys = Middleware(ApiKeys, keys=access.api_keys, open_paths=OPEN_PATHS)
+    return [
+        Middleware(RequestIds),
+        Middleware(Failures),
+        Middleware(Doors, hosts=access.hosts, origins=access.origins),
+        *([cors] if access.origins else []),
+        Middleware(Options, methods_of=methods_of),
+        *([keys] if access.api_keys else []),
+        Middleware(BodyLimit, max_bytes=limits.max_body_bytes, seconds=limits.receive_seconds),
+    ]
+
+
+def _add_endpoints(api: FastAPI, endpoints: "_Endpoints") -> None:
     api.post("/v1/chat/completions", **openapi.CHAT)(endpoints.chat)
     api.post("/v1/completions", **openapi.COMPLETION)(endpoints.completion)
     api.post("/v1/responses", **openapi.RESPONSES)(endpoints.responses)
     api.post("/tokenize", **openapi.TOKENIZE)(endpoints.tokenize)
     api.post("/detokenize", **openapi.DETOKENIZE)(endpoints.detokenize)
+    _get(api, "/v1/models", endpoints.models, **openapi.MODELS)
+    _get(api, "/v1/models/{name:path}", endpoints.model, **openapi.MODEL)
+    _get(api, "/tokenizer_info", endpoints.tokenizer_info, **openapi.TOKENIZER_INFO)
+    _get(api, "/health", endpoints.health, **openapi.STATUS)
+    _get(api, "/ready", endpoints.ready, **openapi.STATUS)
+    _get(api, "/version", endpoints.version, **openapi.VERSION)
 
-    def get(path: str, answer: Callable[..., Any], **documented: Any) -> None:
-        api.get(path, **documented)(answer)
-        api.head(path, include_in_schema=False)(answer)
 
-    get("/v1/models", endpoints.models, **openapi.MODELS)
-    get("/v1/models/{name:path}", endpoints.model, **openapi.MODEL)
-    get("/tokenizer_info", endpoints.tokenizer_info, **openapi.TOKENIZER_INFO)
-    get("/health", endpoints.health, **openapi.STATUS)
-    get("/ready", endpoints.ready, **openapi.STATUS)
-    get("/version", endpoints.version, **openapi.VERSION)
+def _add_pages(
+    api: FastAPI, render_metrics: Callable[[], bytes], describe: Callable[[], dict[str, Any]]
+) -> None:
+    """What people, Prometheus and tools read about the endpoint."""
 
     async def scrape() -> Response:
         text = await asyncio.to_thread(render_metrics)
@@ -139,8 +151,7 @@ def build_api(
 
     @cache
     def described() -> bytes:
-        keyed = bool(access.api_keys)
-        return json.dumps(openapi.describe(api, limits, tokenizer.vocab_size, keyed)).encode()
+        return json.dumps(describe()).encode()
 
     async def description() -> Response:
         return Response(await asyncio.to_thread(described), media_type="application/json")
@@ -148,10 +159,15 @@ def build_api(
     async def docs() -> Response:
         return get_swagger_ui_html(openapi_url="openapi.json", title="Longreach")
 
-    get("/metrics", scrape, include_in_schema=False)
-    get("/openapi.json", description, include_in_schema=False)
-    get("/docs", docs, include_in_schema=False)
-    return api
+    _get(api, "/metrics", scrape, include_in_schema=False)
+    _get(api, "/openapi.json", description, include_in_schema=False)
+    _get(api, "/docs", docs, include_in_schema=False)
+
+
+def _get(api: FastAPI, path: str, answer: Callable[..., Any], **documented: Any) -> None:
+    """HEAD is answered wherever GET is."""
+    api.get(path, **documented)(answer)
+    api.head(path, include_in_schema=False)(answer)
 
 
 def build_refusal() -> Starlette:
