@@ -252,7 +252,6 @@ class LocalCluster:
 
     def abandon(self) -> None:
         """What `kill` does, but for what may wait for Ray: the last resort, from any thread."""
-        self._keeper.close()
         self._ray.kill()
         self._remove_metrics()
 
@@ -281,12 +280,13 @@ def remove(drain_seconds: float) -> None:
 
 def _cut_off() -> None:
     """End every replica. Some would wait for those that come in place of others, and none comes."""
-    # What Ray says that it returns are names alone.
-    for actor in cast(Any, ray.util.list_named_actors(all_namespaces=True)):
-        name = actor["name"]
-        if actor["namespace"] == SERVE_NAMESPACE and name.startswith(_REPLICAS):
-            with suppress(ValueError, RayError):  # it has ended meanwhile
-                ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
+    with suppress(RayError):  # this process has left Ray meanwhile
+        # What Ray says that it returns are names alone.
+        for actor in cast(Any, ray.util.list_named_actors(all_namespaces=True)):
+            name = actor["name"]
+            if actor["namespace"] == SERVE_NAMESPACE and name.startswith(_REPLICAS):
+                with suppress(ValueError, RayError):  # it has ended meanwhile
+                    ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:

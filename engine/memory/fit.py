@@ -3,6 +3,7 @@
 Estimates are upper ones: what is said to fit does, and what is refused might just have fitted.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,14 @@ _SAMPLING_BYTES = 14
 """For each token of the vocabulary: bias, count, whether it was seen, mask; adjusted logits."""
 _MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 """Of a layer's four products, each by the name of what is in it; others in it are kept alike."""
+
+
+def most_windows(prompt: int, chunk: int) -> int:
+    """Of any chunk of a prompt: chunks begin at multiples of their size, and windows of theirs."""
+    if prompt <= chunk:
+        return -(-prompt // WINDOW_TOKENS)
+    furthest = WINDOW_TOKENS - math.gcd(chunk, WINDOW_TOKENS)
+    return -(-(furthest + chunk) // WINDOW_TOKENS)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -247,7 +256,7 @@ class PrefillFit(Fit):
         They are not alive at the same time, but allocated anew for every layer.
         """
         heads, head_dim = self.weights.heads.num_heads, self.geometry.head_dim
-        windows = -(-min(prompt, self.chunk_tokens) // WINDOW_TOKENS)
+        windows = most_windows(prompt, self.chunk_tokens)
         keys = -(-prompt // self.sequence_parallel)
         sums = 6 * 4 * heads * keys * windows
         # As they are made, as they come from all ranks, in order, and weighed.

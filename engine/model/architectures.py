@@ -15,12 +15,12 @@ SERVED = ("Qwen2ForCausalLM",)
 """By the names that checkpoints have for them in `config.json`."""
 
 
-def check_architecture(raw: Mapping[str, Any], folder: Path) -> None:
+def check_architecture(raw: Mapping[str, Any], folder: Path | str) -> None:
     """Refuse a checkpoint that nothing here computes as it was trained.
 
     Args:
         raw: its `config.json`.
-        folder: where it lies, for the message.
+        folder: where it lies, or what it is called elsewhere; for the message.
 
     Raises:
         CheckpointError: another architecture, or a kind of attention that is not served.

@@ -30,7 +30,8 @@ from ..messages import Tokens
 _PIECE_CHARACTERS = 1 << 14
 _SAFE_BORDER = re.compile(r"\n(?=[A-Za-z])")
 # Pieces that are encoded before anybody looks whether that is enough: half a megabyte of text. Then
-# twice as many, and so on: there is work for many cores, and no more than half of it is in vain.
+# twice as many, and so on: there is work for many cores, and what is in vain is these, or about as
+# much as was not.
 _FIRST_PIECES = 32
 # A text without borders is looked at from its beginning before all of it is encoded.
 _MOST_WITHOUT_LOOKING = 1 << 19

@@ -80,11 +80,14 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     given = read(arguments)
     name = given.checkpoint or RANDOM + given.shape
     _check_numbers(given)
+    tokens, batches = _tokens(given.what, given.tokens), _batches(given.what, given.batches)
+    if not tokens and not batches:
+        raise ConfigurationError("nothing to measure; name --tokens, or --batches, or both")
     return Options(
         what=given.what,
         name=name.removeprefix(RANDOM),
         files=_files(name, given.tokenizer),
-        tokens=_tokens(given.what, given.tokens),
+        tokens=tokens,
         attentions=_attentions(given.what, given.attention),
         kv_cache=given.kv_cache,
         kept=given.weights,
@@ -92,13 +95,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         rank_tokens=_rank_tokens(given.rank_tokens),
         dense_up_to=given.dense_up_to,
         decode=given.decode,
-        batches=_batches(given.what, given.batches),
+        batches=batches,
         chosen=_chosen(given.sampled, given.held),
         baseline=given.baseline,
         csv=given.csv or _CSV[given.what],
         commit=given.commit,
         seed=given.seed,
-        meshes=tuple(mesh(each) for each in (given.meshes or _MESHES[given.what]).split(",")),
+        meshes=_meshes(given.what, given.meshes),
         link_gbs=given.link_gbs,
         latency_us=given.latency_us,
     )
@@ -109,8 +112,6 @@ def _check_numbers(given: argparse.Namespace) -> None:
     least = 2 if given.what == "span" else 0
     if given.decode < least:
         raise ConfigurationError(f"--decode {given.decode}: take {least} or more")
-    if given.what == "prompts" and not given.tokens and not given.batches:
-        raise ConfigurationError("nothing to measure; name --tokens, or --batches, or both")
     if not given.link_gbs > 0:
         raise ConfigurationError(f"--link-gbs {given.link_gbs}: take more than 0")
     if not given.latency_us >= 0:
@@ -171,6 +172,10 @@ def _batches(what: str, text: str) -> tuple[tuple[int, ...], ...]:
     if what == "span" and not batches:
         raise ConfigurationError("span needs a batch; name one with --batches")
     return batches
+
+
+def _meshes(what: str, text: str | None) -> tuple[tuple[int, int], ...]:
+    return tuple(mesh(each) for each in (_MESHES[what] if text is None else text).split(","))
 
 
 def _chosen(sampled: bool, held: bool) -> tuple[Chosen, ...]:

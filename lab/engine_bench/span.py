@@ -70,6 +70,7 @@ def measure(options: Options) -> None:
             many as do not divide the model.
     """
     on_gpu = torch.cuda.is_available()
+    config = ModelConfig.from_folder(options.files.folder)
     for tensor, sequence in options.meshes:
         if sequence > 1:
             raise ConfigurationError(
@@ -77,8 +78,7 @@ def measure(options: Options) -> None:
             )
         if on_gpu and tensor > torch.cuda.device_count():
             raise ConfigurationError(f"{tensor} ranks need as many GPUs; see --meshes")
-        # Ranks that do not divide the model are refused here, before any is started.
-        page_geometry(ModelConfig.from_folder(options.files.folder), options.kv_cache, tensor)
+        config.check_tensor_parallel(tensor)
     read = _read_rate(torch.device("cuda" if on_gpu else "cpu"))
     print(f"{options.name}, weights {options.weights}, pages {options.kv_cache}; ms\n{_HEADER}")
     alone: list[SpanRun] | None = None

@@ -30,8 +30,10 @@ from .model_attention import ModelAttention
 from .piece_attention import PieceAttention, table_of
 from .prompt_lengths import prompt_lengths
 from .step_attention import StepAttention
-from .step_plan import StepPlan
+from .step_plan import Integers, StepPlan
 from .warm_up import warm_up
+
+_NOTHING_SAID: Integers = np.zeros(0, dtype=np.int64)
 
 
 class DualChunkBackend(AttentionBackend):
@@ -102,7 +104,7 @@ class DualChunkMetadataBuilder(AttentionMetadataBuilder[DualChunkMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         impl = layers[layer_names[0]].impl
         self._model: ModelAttention = impl.model
-        self.prompts = np.zeros(0, dtype=np.int64)
+        self.prompts = _NOTHING_SAID
         self._inputs: DecodeInputs | None = None
         # Before anything is captured: graphs hold the address of what this makes.
         self._model.positions.key_rotation(torch.zeros(1, dtype=torch.int64, device=device))
@@ -133,6 +135,8 @@ class DualChunkMetadataBuilder(AttentionMetadataBuilder[DualChunkMetadata]):
         ends = np.asarray(common.seq_lens_cpu_upper_bound)
         first_rows = np.asarray(common.query_start_loc_cpu)[: len(ends) + 1]
         prompts = prompt_lengths(self.prompts, first_rows, common.slot_mapping)
+        # What was said is of this step: another's sequences must not be taken for these.
+        self.prompts = _NOTHING_SAID
         plan = StepPlan.of(first_rows, ends, prompts)
         tables, positions = common.block_table_tensor, common.positions
         pieces = [

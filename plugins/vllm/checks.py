@@ -3,7 +3,6 @@
 """Whether a vLLM configuration can be served, looked at before anything is loaded."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engine.model.architectures import SERVED, check_architecture
@@ -74,7 +73,7 @@ def check(config: "VllmConfig", version: str) -> None:
     if not has_dual_chunks(config):
         raise NoDualChunkError(model)
     check_version(version)
-    check_architecture(raw_config(config), Path(model))
+    check_architecture(raw_config(config), model)
     for option, value, instead in _unsupported(config):
         raise UnsupportedOptionError(option, value, instead)
 

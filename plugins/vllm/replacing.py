@@ -25,5 +25,6 @@ def replace_once(owner: type, name: str, make: Callable[[Function], Function]) -
         return
     made = make(original)
     setattr(made, _OURS, True)
-    # What is bound to its class must not be bound to one again.
-    setattr(owner, name, staticmethod(made) if inspect.ismethod(original) else made)
+    # What the class gives for itself, and not for an object, must not be bound to one.
+    of_objects = inspect.isfunction(inspect.getattr_static(owner, name))
+    setattr(owner, name, made if of_objects else staticmethod(made))

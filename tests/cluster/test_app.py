@@ -164,7 +164,7 @@ def test_a_lost_ray_is_told_while_the_cluster_runs_and_not_when_it_has_ended(
     deadline = time.monotonic() + 5
     while not told and time.monotonic() < deadline:
         time.sleep(0.05)
-    second.abandon()
+    second.kill()
     assert told == [(second, "Ray's raylet (process 7) ended")]
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from longreach.kernels import sparse
 from longreach.kernels.dual_chunk import QueryBlocks, SegmentQueries
 from longreach.kernels.pages import LayerPages
 from longreach.kernels.sparse import HeadBudget, Selections
-from longreach.lab.engine_bench import prompts
+from longreach.lab.engine_bench import mesh_rank, prompts, scaling
 from longreach.lab.engine_bench.__main__ import main
 from longreach.lab.engine_bench.density import Density
 from longreach.lab.engine_bench.fit import fit
@@ -94,7 +95,7 @@ def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
     assert narrow / wide == pytest.approx(2 * 48 / (48 * (1 + 4 / 2**14) + 2), rel=0.01)
 
 
-@pytest.mark.parametrize("tokens", [WINDOW_TOKENS, WINDOW_TOKENS + 128, 4 * WINDOW_TOKENS])
+@pytest.mark.parametrize("tokens", [WINDOW_TOKENS, 20480, 57344, 188416, 4 * WINDOW_TOKENS])
 def test_sums_are_counted_for_as_many_windows_as_a_chunk_is_cut_into(tokens: int) -> None:
     sparsity = SparsityConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
     assert sparsity is not None
@@ -105,7 +106,9 @@ def test_sums_are_counted_for_as_many_windows_as_a_chunk_is_cut_into(tokens: int
         for each in (sparsity, None)
     )
     of_one = 6 * 4 * QWEN_7B.num_heads * prompt
-    assert (sparse - dense) / of_one == len(Window.cut(0, tokens, sparsity))
+    starts = range(0, prompt - tokens, tokens)
+    most = max(len(Window.cut(start, start + tokens, sparsity)) for start in starts)
+    assert (sparse - dense) / of_one == most
 
 
 def test_too_small_a_device_is_refused() -> None:
@@ -227,13 +230,18 @@ def test_long_sequences_of_a_batch_are_cut_to_what_fits() -> None:
     assert prompts._shortened([1024, 1024, 50], 8, 12) == [512, 512, 50]
 
 
-def test_scaling_on_the_pocket_model(folder: Path, tmp_path: Path, capsys) -> None:
-    path = tmp_path / "scaling.csv"
+def test_scaling_on_the_pocket_model(
+    folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the prompt that meshes are measured with: they are held against it."""
+    path, prompt = tmp_path / "scaling.csv", MagicMock(wraps=mesh_rank.random_prompt)
+    monkeypatch.setattr(scaling, "random_prompt", prompt)
     assert main([
         "scaling", "--checkpoint", str(folder), "--tokens", "900", "--chunk-tokens", "256",
         "--meshes", "1x1,1x3,2x2", "--csv", str(path), "--link-gbs", "1", "--latency-us", "0",
     ])  # fmt: skip
     lines = lines_of(path)
+    assert [asked.args[1:] for asked in prompt.call_args_list] == [(900, 0)] * 3
     assert [line["gpus"] for line in lines] == ["1", "3", "4"]
     assert float(lines[0]["speedup_modelled"]) == 1
     assert float(lines[0]["ttft_modelled"]) == float(lines[0]["compute_modelled"])

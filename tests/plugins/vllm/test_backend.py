@@ -53,6 +53,8 @@ def test_a_step_is_refused_whose_prompts_nobody_told_of(
         builder.build(0, asked)
     builder.prompts = np.array([5, 2])
     builder.build(0, asked)
+    with pytest.raises(UnknownPromptError):  # what was said was of the step before
+        builder.build(0, asked)
 
 
 def test_a_step_that_nobody_asked_for_has_no_prompts(builder: "DualChunkMetadataBuilder") -> None:

@@ -31,6 +31,10 @@ def runner() -> type:
         def decorated(self, said: str) -> str:
             return said
 
+        @staticmethod
+        def of_nothing(said: str) -> str:
+            return said
+
         @classmethod
         def of_the_class(cls, said: str) -> str:
             return f"{cls.__name__} {said}"
@@ -60,6 +64,13 @@ def test_a_function_of_the_class_gets_its_class_once(
     for _ in range(2):
         replace_once(runner, "of_the_class", exclaiming)
     assert of(runner).of_the_class("said") == "Runner said!"
+
+
+@pytest.mark.parametrize("of", [lambda runner: runner, lambda runner: runner()])
+def test_a_static_function_stays_one(runner: type, of: Callable[[type], Any]) -> None:
+    for _ in range(2):
+        replace_once(runner, "of_nothing", exclaiming)
+    assert of(runner).of_nothing("said") == "said!"
 
 
 def test_what_is_decorated_once_more_is_not_replaced_again(runner: type) -> None:
