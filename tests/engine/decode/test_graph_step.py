@@ -90,6 +90,15 @@ def kernels_for_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matvec, "linear", triton_matvec.linear)
 
 
+@pytest.fixture
+def kernels_as_served(monkeypatch: pytest.MonkeyPatch, kernels_for_cpus_too: None) -> None:
+    """For what is about who is in a step, and when: those that this device computes with.
+
+    What they compute is held by the tests that compare steps; the interpreter takes its time.
+    """
+    monkeypatch.undo()
+
+
 @pytest.fixture(scope="module", params=[DUAL_CHUNK, None], ids=["dual chunks", "plain"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -542,7 +551,7 @@ HELD: list[dict[str, Any]] = [
     {"grammar": "start: /([0-4][5-9]){20}/", "temperature": 1.3, "presence_penalty": 0.5,
      "seed": 4},
 ]  # fmt: skip
-SAMPLED_TOKENS = {f"{n}": n + (7 if DEVICE.type == "cuda" else 3) for n in range(7)}
+SAMPLED_TOKENS = {f"{n}": n + 7 if DEVICE.type == "cuda" else 3 + n // 2 for n in range(7)}
 """Of each sampled request; fewer in the interpreter, where each takes its time."""
 
 
@@ -563,6 +572,7 @@ def sampled_tokens(engine: Engine) -> dict[str, list[int]]:
     return tokens
 
 
+@pytest.mark.usefixtures("kernels_as_served")
 def test_what_is_drawn_behind_the_step_is_what_the_host_draws(
     monkeypatch: pytest.MonkeyPatch, shallow_folder: Path
 ) -> None:
@@ -574,13 +584,14 @@ def test_what_is_drawn_behind_the_step_is_what_the_host_draws(
     assert {name: len(each) for name, each in theirs.items()} == {**SAMPLED_TOKENS, "greedy": 4}
     assert theirs["1"] != theirs["4"][: len(theirs["1"])]
     assert re.fullmatch("[0-9A-F]+", bytes(theirs["5"]).decode())
-    assert re.fullmatch("([0-4][5-9])+[0-4]", bytes(theirs["6"]).decode())
+    assert re.fullmatch("([0-4][5-9])+[0-4]?", bytes(theirs["6"]).decode())
     drawn_by = [triton_sampling.sample] + [sampling.sample] * (DEVICE.type == "cpu")
     for sample in drawn_by:
         monkeypatch.setattr(sampling, "sample", sample)
         assert sampled_tokens(Engine(model, eager)) == theirs
 
 
+@pytest.mark.usefixtures("kernels_as_served")
 def test_a_grammar_that_gives_out_ends_one_answer_alone_on_kernels(
     shallow_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -629,6 +640,7 @@ def test_captured_draws_are_those_of_launched_ones(dual_folder: Path) -> None:
     assert sampled_tokens(Engine(model, captured(DEVICE))) == launched
 
 
+@pytest.mark.usefixtures("kernels_as_served")
 def test_steps_that_run_ahead_say_what_those_do_that_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, shallow_folder: Path
 ) -> None:

@@ -160,9 +160,13 @@ def follow(mesh: Mesh, folder: Path, listener: Listener, pushed: Pushed) -> None
 
 @pytest.mark.parametrize(
     ("mesh", "ranks"),
-    [((1, 2), 2), ((2, 1), 2), ((2, 1), 1), ((2, 2), 1), ((1, 3), 4), ((2, 2), 4)],
+    [
+        ((2, 1), 2), ((2, 2), 1), ((1, 3), 4), ((2, 2), 4),
+        pytest.param((1, 2), 2, marks=pytest.mark.slow),
+        pytest.param((2, 1), 1, marks=pytest.mark.slow),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_any_mesh_hands_off_to_any_number_of_decode_ranks(
     mesh: tuple[int, int], ranks: int, folder: Path, tmp_path: Path
 ) -> None:

@@ -197,7 +197,7 @@ def run(case: Case) -> list[Tensor]:
     ("mesh", "how", "kept"),
     [
         ((1, 2), signal.SIGKILL, "auto"),
-        ((1, 4), signal.SIGKILL, "auto"),
+        pytest.param((1, 4), signal.SIGKILL, "auto", marks=pytest.mark.slow),
         ((1, 3), signal.SIGSTOP, "fp8_e4m3"),
         ((2, 2), signal.SIGKILL, "auto"),
     ],
