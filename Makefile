@@ -25,7 +25,7 @@ help:
 	@echo '                                stays up until Ctrl-C'
 	@echo 'make run TOKENS=65536 EXIT=1    a short one that ends by itself; fails if the answer is wrong'
 	@echo 'make test                       the test suite (ARGS="-k name" to choose)'
-	@echo 'make test-slow                  deaths and meshes beyond the first of their kind, long dense prompts'
+	@echo 'make test-slow                  more deaths, meshes, prompts and draws than make test has'
 	@echo 'make lint                       ruff and basedpyright'
 	@echo 'make format                     put every file into the shared format'
 	@echo 'make house                      draw docs/house.svg from the imports'

@@ -280,13 +280,20 @@ def remove(drain_seconds: float) -> None:
 
 def _cut_off() -> None:
     """End every replica. Some would wait for those that come in place of others, and none comes."""
-    with suppress(RayError):  # this process has left Ray meanwhile
+    for name in _replicas():
+        with suppress(ValueError, RayError):  # it has ended meanwhile
+            ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
+
+
+def _replicas() -> list[str]:
+    """The names of Serve's replicas; none where this process has left Ray meanwhile."""
+    try:
         # What Ray says that it returns are names alone.
-        for actor in cast(Any, ray.util.list_named_actors(all_namespaces=True)):
-            name = actor["name"]
-            if actor["namespace"] == SERVE_NAMESPACE and name.startswith(_REPLICAS):
-                with suppress(ValueError, RayError):  # it has ended meanwhile
-                    ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
+        actors = cast(Any, ray.util.list_named_actors(all_namespaces=True))
+    except RayError:
+        return []
+    ours = (each["name"] for each in actors if each["namespace"] == SERVE_NAMESPACE)
+    return [name for name in ours if name.startswith(_REPLICAS)]
 
 
 def check_room(settings: Settings, has: Mapping[str, float]) -> None:

@@ -11,7 +11,9 @@ from typing import Any, cast
 import pytest
 import ray
 from ray import serve
+from ray.exceptions import RaySystemError
 
+from longreach.cluster import app
 from longreach.cluster.app import (
     LocalCluster,
     check_room,
@@ -107,6 +109,18 @@ def test_where_the_whole_cluster_stops_nobody_waits_for_what_could_go_on(
     monkeypatch.setattr(ray, "kill", kill)
     remove(drain_seconds=0.05)
     assert calls == ["serve.run_many", "SERVE_REPLICA::longreach#ingress#1"]
+
+
+def test_who_has_left_ray_while_it_drained_cuts_nothing_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The timer may be a moment late."""
+
+    def left(all_namespaces: bool) -> list[dict[str, str]]:
+        raise RaySystemError("Ray has not been started yet")
+
+    monkeypatch.setattr(ray.util, "list_named_actors", left)
+    app._cut_off()
 
 
 def test_a_cluster_that_cannot_announce_its_end_still_drains(

@@ -22,7 +22,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 VOCAB = 9000 if ON_GPU else 4700
 """Three blocks, the last of them short; two in the interpreter, where each takes its time."""
-DRAWS = 4 if ON_GPU else 1
 EVERYTHING: dict[str, Any] = {"temperature": 1.0, "top_k": VOCAB, "top_p": 1.0, "min_p": 0.0}
 
 KINDS: list[dict[str, Any]] = [
@@ -62,13 +61,17 @@ def logits_of(rows: int, spread: float, dtype: torch.dtype) -> torch.Tensor:
     return wider.to(dtype).to(DEVICE)[:, :VOCAB]
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "spread"), [(torch.bfloat16, 0.3), (torch.float32, 3.0)])
-def test_the_device_draws_what_the_host_draws(dtype: torch.dtype, spread: float) -> None:
+def test_the_device_draws_what_the_host_draws(
+    dtype: torch.dtype, spread: float, every: bool
+) -> None:
     """Logits of 8 bits of mantissa have many equals."""
-    draws = np.random.default_rng(1).random((DRAWS, len(KINDS)))
-    if ON_GPU:
+    every = every or ON_GPU
+    draws = np.random.default_rng(1).random((4 if every else 1, len(KINDS)))
+    if every:
         draws[0, :], draws[1, :] = 0.0, 1 - 2**-53
-    else:  # each in turn, and other ones of the other type
+    else:  # in the interpreter each in turn, and other ones of the other type
         kinds = np.arange(len(KINDS)) + (dtype == torch.float32)
         draws[0, kinds % 3 == 0], draws[0, kinds % 3 == 1] = 0.0, 1 - 2**-53
     same = 0

@@ -95,7 +95,9 @@ def test_pages_of_8_bits_take_a_layer_in_16_bits_beside_them() -> None:
     assert narrow / wide == pytest.approx(2 * 48 / (48 * (1 + 4 / 2**14) + 2), rel=0.01)
 
 
-@pytest.mark.parametrize("tokens", [WINDOW_TOKENS, 20480, 57344, 188416, 4 * WINDOW_TOKENS])
+@pytest.mark.parametrize(
+    "tokens", [WINDOW_TOKENS, WINDOW_TOKENS + 128, 20480, 57344, 188416, 4 * WINDOW_TOKENS]
+)
 def test_sums_are_counted_for_as_many_windows_as_a_chunk_is_cut_into(tokens: int) -> None:
     sparsity = SparsityConfig.from_folder(known_shapes()["qwen2.5-7b-1m"])
     assert sparsity is not None

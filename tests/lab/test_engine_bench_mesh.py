@@ -1,6 +1,7 @@
 """What the benchmark of meshes says of its ranks, without starting any."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ def test_pages_are_those_that_a_rank_needs(ranks: int, kv_cache: str) -> None:
     assert page_geometry(model.config, kv_cache, ranks) == needed
     with pytest.raises(TensorParallelError):
         page_geometry(model.config, kv_cache, 3)
+
+
+def test_pages_are_said_in_one_place() -> None:
+    """What is checked to fit, and what a rank takes, must not come to differ."""
+    assert mesh.__file__ is not None
+    modules = Path(mesh.__file__).parent.glob("*.py")
+    making = [each.name for each in modules if "PageGeometry(" in each.read_text("utf-8")]
+    assert making == ["subject.py"]
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(1.9, 5), (2.0, 1)])
