@@ -31,3 +31,15 @@ class UntoldRanksError(FactualError):
     @property
     def sentence(self) -> str:
         return f"vLLM asks all of its ranks for {self.call}, and {self.reason}; {self.instead}"
+
+
+@dataclass(eq=False)
+class UnaskedError(FactualError):
+    """vLLM asks for a `call` that it has no `reason` to make as it is set up here."""
+
+    call: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        return f"vLLM asks for {self.call}, and {self.reason}; this vLLM was never seen to do that"

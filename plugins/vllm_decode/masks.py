@@ -10,6 +10,7 @@ from vllm.v1.structured_output.backend_types import (
     StructuredOutputGrammar,
 )
 
+from .errors import UnaskedError
 from .held_to import HeldTo
 
 
@@ -27,7 +28,7 @@ class SequenceMasks(StructuredOutputGrammar):
         return tokens
 
     def rollback(self, num_tokens: int) -> None:
-        raise NotImplementedError("nothing is speculated")
+        raise UnaskedError("tokens to be taken back", "none are speculated")
 
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
         self._held_to.fill(bitmask[batch_index].numpy().view("uint32"))
@@ -36,14 +37,14 @@ class SequenceMasks(StructuredOutputGrammar):
         return self._held_to.is_open
 
     def reset(self) -> None:
-        raise NotImplementedError("nothing is begun again")
+        raise UnaskedError("masks from the start again", "each sequence has its own")
 
 
 class MasksBackend(StructuredOutputBackend):
     """As vLLM takes what compiles grammars; here they come compiled."""
 
     def compile_grammar(self, *args: Any, **kwargs: Any) -> StructuredOutputGrammar:
-        raise NotImplementedError("grammars come compiled")
+        raise UnaskedError("a grammar to be compiled", "they come compiled")
 
     def allocate_token_bitmask(self, max_num_seqs: int) -> torch.Tensor:
         return torch.full((max_num_seqs, -(-self.vocab_size // 32)), -1, dtype=torch.int32)
