@@ -18,7 +18,7 @@ def append(path: Path, lines: "Sequence[DataclassInstance]") -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(_columns(lines[0])))
+        writer = csv.DictWriter(file, list(_columns(lines[0])), lineterminator="\n")
         if new:
             writer.writeheader()
         for line in lines:

@@ -149,7 +149,7 @@ def report(lines: Sequence[Line], options: argparse.Namespace) -> None:
     if options.csv is None:
         return
     with options.csv.open("a", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
+        rows = csv.writer(file, lineterminator="\n")
         rows.writerows(
             [line.what, options.engine, f"{line.value:.4g}", line.unit] for line in lines
         )
