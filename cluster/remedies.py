@@ -83,8 +83,8 @@ def remedy_of(error: LongreachError, gpus: float = 1.0) -> str | None:
             )
         case errors.NoVllmError():
             return (
-                "pip install '.[vllm]' in a clone of Longreach, on every node, or set "
-                "decode.engine: native"
+                "pip install '.[vllm]' 'vllm==0.26.*' in a clone of Longreach, on every node, "
+                "or set decode.engine: native"
             )
         case errors.CannotReachPagesError():
             return _ANOTHER_WAY

@@ -59,6 +59,7 @@ def main() -> None:
     crowd.add_argument("--at-once", type=int, default=48)
     crowd.add_argument("--rounds", type=int, default=4, help="of so many prompts")
     crowd.add_argument("--generate", type=int, default=257)
+    crowd.add_argument("--logprobs", action="store_true", help="of each token, as clients ask")
     speed.add_argument("--generate", type=int, default=65, help="tokens of each answer")
     speed.add_argument("--runs", type=int, default=5, help="of prompts up to 16K; 1 of longer ones")
     needles.add_argument("--prompts", type=int, default=20)
@@ -109,9 +110,9 @@ def _answer_many(given: argparse.Namespace) -> None:
     for tokens in given.tokens:
         count = given.at_once * given.rounds
         prompts = [_random(tokens, seed) for seed in range(count + given.at_once)]
-        engine.ask(prompts[count:], 2, ())
+        engine.ask(prompts[count:], 2, (), given.logprobs)
         begun = time.perf_counter()
-        engine.ask(prompts[:count], given.generate, ())
+        engine.ask(prompts[:count], given.generate, (), given.logprobs)
         seconds = time.perf_counter() - begun
         print(f"{tokens} tokens: {count * given.generate / seconds:.0f} tokens/s", flush=True)
         # As if each of those that are answered at once got its tokens at an even pace.

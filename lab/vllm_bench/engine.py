@@ -65,13 +65,22 @@ class Engine:
             **options,
         )
 
-    def ask(self, prompts: Sequence[Tokens], generate: int, stop: Sequence[int]) -> list[Answered]:
-        """Greedy answers of at most so many tokens; all prompts at once."""
+    def ask(
+        self,
+        prompts: Sequence[Tokens],
+        generate: int,
+        stop: Sequence[int],
+        logprobs: bool = False,
+    ) -> list[Answered]:
+        """Greedy answers of at most so many tokens; all prompts at once.
+
+        With `logprobs` each token's log-probability is found as well, as for a client who asks.
+        """
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             max_tokens=generate, temperature=0.0, ignore_eos=not stop, detokenize=False,
-            stop_token_ids=list(stop) or None,
+            stop_token_ids=list(stop) or None, logprobs=0 if logprobs else None,
         )  # fmt: skip
         given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
         return [_answered(each) for each in self._llm.generate(given, sampling, use_tqdm=False)]
