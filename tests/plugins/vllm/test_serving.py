@@ -32,14 +32,15 @@ CHUNK_TOKENS = 8192
 
 
 @contextmanager
-def served(folder: Path, port: int, log: Path, *options: str) -> Iterator[str]:
-    """`vllm serve`; the address of its API."""
+def served(folder: Path, port: int, log: Path, *options: str, **variables: str) -> Iterator[str]:
+    """`vllm serve`, with these options and environment variables; the address of its API."""
     command = [
         *SERVE, "--model", str(folder), "--port", str(port), "--served-model-name", "pocket",
         "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4",
         "--max-num-batched-tokens", str(CHUNK_TOKENS), *options,
     ]  # fmt: skip
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | own | variables
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
@@ -97,6 +98,18 @@ def needle(tokens: int, seed: int) -> Any:
         return len(tokenizer.encode_chat([{"role": "user", "content": content}]))
 
     return task.prompt(tokens, seed, None, count)
+
+
+def test_two_tensor_parallel_ranks_find_a_pass_key(tmp_path: Path) -> None:
+    """Each has one of the two KV heads. Before the server that the others share: one at a time."""
+    prompt, log = needle(2048, 1), tmp_path / "log"
+    options = (*PLUGIN, "--max-model-len", "4096", "--tensor-parallel-size", "2")
+    # By itself vLLM wants a NUMA node for each rank.
+    with served(CHECKPOINT, 8574, log, *options, VLLM_CPU_OMP_THREADS_BIND="nobind") as two:
+        answer = chat(two, prompt.content)
+    assert answer["usage"]["prompt_tokens"] == 2048
+    assert NEEDLES[0].score(answer["choices"][0]["message"]["content"], prompt.expected) == 1
+    assert "world_size=2" in log.read_text()
 
 
 @pytest.mark.parametrize(("tokens", "prompts"), [(2048, 5), (32768, 2), (131072, 1)])

@@ -1,6 +1,7 @@
 """A real cluster whose decode engine is vLLM, on a CPU: `make test-vllm`."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,8 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from longreach.cluster.app import LocalCluster, start
+from longreach.cluster.metrics import NUM_REQUESTS_RUNNING
+from longreach.cluster.metrics.exposition import FolderCollector
 from longreach.cluster.settings import parse_settings
 from longreach.engine.errors import UnavailableError
 from longreach.engine.messages import Tokens
@@ -23,6 +26,7 @@ from longreach.engine.text.tokenizer import Tokenizer
 from longreach.lab.evaluation.tasks import NEEDLES
 
 from ...cluster.conftest import (
+    actor_pids,
     ask_body,
     computed,
     make_prompt,
@@ -165,6 +169,67 @@ def test_log_probabilities_are_those_of_the_gangs_engine(
     assert sorted(found.top_logprobs[0].values(), reverse=True) == pytest.approx(best, abs=2e-3)
     assert found.token_logprobs[0] == pytest.approx(best[0], abs=2e-3)
     assert len(found.token_logprobs) == 3
+
+
+@pytest.mark.parametrize("tokens", [600, CHUNK_TOKENS])
+def test_prompts_are_scored_as_the_gangs_engine_scores_them(
+    client: openai.OpenAI, http: httpx.Client, tokenizer: Tokenizer, tokens: int
+) -> None:
+    """Of lengths that vLLM would compute itself as well, and beyond a dual chunk; dense.
+
+    The answer behind them is vLLM's: what comes is what comes to the same prompt unscored.
+    """
+    import torch
+
+    from longreach.engine.local import LocalPrefill
+
+    prompt = make_prompt(tokenizer, tokens)
+    asked: dict[str, Any] = {
+        "model": MODEL, "prompt": prompt.tolist(), "logprobs": 1, "temperature": 0,
+    }  # fmt: skip
+    by_gang = ("longreach_prefill_tokens_total", "prefill")
+    before = scrape(http).get(by_gang, 0.0)
+    scored = client.completions.create(
+        **asked, max_tokens=4, echo=True, extra_body={"prompt_logprobs": 0, "ignore_eos": True}
+    )
+    assert scrape(http)[by_gang] - before == tokens
+    [choice] = scored.choices
+    assert choice.logprobs is not None
+    found: Any = choice.logprobs.token_logprobs
+    assert len(found) == tokens + 4
+    assert found[0] is None
+    local = LocalPrefill(CHECKPOINT, max_tokens=8192)
+    for end in (1, 2, tokens // 2, tokens - 1):
+        row = torch.log_softmax(local.logits(prompt[:end]), 0)
+        assert found[end] == pytest.approx(float(row[prompt[end]]), abs=1e-3)
+    own_field: Any = (choice.model_extra or {})["prompt_logprobs"]
+    each = [
+        scores[str(token)]["logprob"]
+        for token, scores in zip(prompt[1:].tolist(), own_field[1:], strict=True)
+    ]
+    assert each == pytest.approx(found[1:tokens], abs=1e-6)
+    plain = client.completions.create(**asked, max_tokens=4, extra_body={"ignore_eos": True})
+    assert choice.text.endswith(plain.choices[0].text)
+    unscored: Any = plain.choices[0].logprobs
+    assert found[tokens:] == pytest.approx(unscored.token_logprobs, abs=2e-3)
+    wait_until_no_page_is_held(http)
+
+
+def test_a_text_is_scored_without_an_answer(client: openai.OpenAI, http: httpx.Client) -> None:
+    """As harnesses compare two ends: several prompts, and no answer behind them."""
+    begin = "The golden vault holds the"
+    ends = [" second singer.", "qzx%%vv#k~QQ@@}"]
+    answer = client.completions.create(
+        model=MODEL, prompt=[begin + end for end in ends], echo=True, logprobs=1, max_tokens=0,
+    )  # fmt: skip
+    sums = []
+    for choice, end in zip(answer.choices, ends, strict=True):
+        assert choice.text == begin + end
+        found: Any = choice.logprobs
+        assert len(found.token_logprobs) == len(begin + end)
+        sums.append(sum(found.token_logprobs[len(begin) :]))
+    assert sums[0] > sums[1]
+    wait_until_no_page_is_held(http)
 
 
 def test_stop_strings_end_an_answer(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
@@ -370,3 +435,52 @@ def test_a_worker_that_dies_in_mid_answer_goes_on_with_the_same_text(
     calm = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
     assert streamed(http, body, partial(kill, "DecodeWorker")) == calm
     wait_until_no_page_is_held(http, 30)
+
+
+def running_answers(cluster: LocalCluster) -> float:
+    """Requests in mid-answer, by what processes leave in files: while it stops nothing scrapes."""
+    families = FolderCollector(cluster.metrics_directory).collect()
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == NUM_REQUESTS_RUNNING.name and sample.labels["role"] == "decode"
+    )
+
+
+def test_stopping_lets_accepted_requests_finish_and_refuses_new_ones(
+    cluster: LocalCluster, http: httpx.Client, tokenizer: Tokenizer
+) -> None:
+    """The last test of the cluster that all others share, which ends it.
+
+    Of the requests that it has accepted one is in mid-answer, and one in mid-prompt.
+    """
+    going = ask_body(make_prompt(tokenizer, 600), max_tokens=1000, ignore_eos=True)
+    coming = ask_body(make_prompt(tokenizer, 40_000), max_tokens=6, ignore_eos=True)
+    calm = [http.post("/v1/completions", json=body, timeout=240).json() for body in (going, coming)]
+    stopping = threading.Thread(target=cluster.stop)
+    told: list[httpx.Response] = []
+
+    def stop() -> None:
+        prompt = pool.submit(http.post, "/v1/completions", json=coming, timeout=240)
+        asked.append(prompt)
+        wait_for(lambda: computed(http) > 0, 60, "a prompt that is computed")
+        stopping.start()
+        wait_for(lambda: http.get("/v1/models").status_code != 200, 30, "the end being announced")
+        told.extend(http.post("/v1/completions", json=body) for body in (going, coming))
+        assert not prompt.done(), "it was in mid-prompt"
+        assert running_answers(cluster) == 1, "the stream was in its middle"
+
+    asked: list[Future[httpx.Response]] = []
+    with ThreadPoolExecutor(1) as pool:
+        text = streamed(http, going, stop)
+        [answer] = [each.result(240) for each in asked]
+    stopping.join(120)
+    assert text == calm[0]["choices"][0]["text"]
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == calm[1]["choices"][0]["text"]
+    for refused in told:
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["retry-after"]) > 0
+    assert not stopping.is_alive()
+    wait_for(lambda: not actor_pids(""), 10, "no process of Ray's left")
