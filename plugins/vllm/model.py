@@ -21,11 +21,15 @@ class LongQwen2ForCausalLM(Qwen2ForCausalLM):
         if has_dual_chunks(vllm_config):
             leave_rotation_to_attention()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if has_dual_chunks(vllm_config):
+            # vLLM looks whether a loaded model has it, and chooses for itself where it has not: as
+            # it must for others of this architecture, of which some generate nothing.
+            self.get_model_state_cls = _knowing_prompts
 
-    @staticmethod
-    def get_model_state_cls() -> type["KnowsPrompts"]:
-        """What vLLM's second model runner keeps of requests."""
-        return KnowsPrompts
+
+def _knowing_prompts() -> type["KnowsPrompts"]:
+    """What vLLM's second model runner keeps of requests."""
+    return KnowsPrompts
 
 
 class KnowsPrompts(DefaultModelState):
