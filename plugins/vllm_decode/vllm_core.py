@@ -24,6 +24,7 @@ from ...engine.kv.pages import PageMemory
 from ...engine.messages import ChosenToken, TokenLogprob
 from ...kernels.page_size import PAGE_TOKENS
 from ..vllm.first_runner import take_draws_back_on_cpus
+from ..vllm.scheduler import ApartRequest
 from . import sums
 from .connector import HANDED_OFF, HandOffConnector
 from .core import Core, Generated, NewSequence
@@ -140,7 +141,9 @@ class VllmCore(Core):
         return self._preempted + sum(each.num_preemptions for each in here)
 
     def add(self, sequence: NewSequence) -> None:
-        request = Request(
+        # Long prompts are told apart by their family: nothing has to look at their tokens for that.
+        kind = Request if sequence.family is None else ApartRequest
+        request = kind(
             sequence.name,
             sequence.prompt.tolist(),
             _sampling(sequence),

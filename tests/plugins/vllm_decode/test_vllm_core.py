@@ -187,3 +187,19 @@ def test_choices_find_the_prompt_that_the_first_one_has(decoder: VllmDecoder) ->
     assert PAGES - least <= 2 + 3
     assert decoder.usage == 0.0
     assert decoder.num_preemptions == 0
+
+
+def test_tokens_of_a_prompt_that_has_its_own_hashes_are_not_looked_at(
+    decoder: VllmDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million it takes some tenths of a second, in which nobody gets a token."""
+    core: Any = cast("VllmCore", decoder._core)
+    monkeypatch.setattr(core._scheduler, "_alike_up_to", TOKENS - 1)
+    decoder.reserve(ask("handed-off"))
+    decoder.admit(ask("computed-here"))
+    decoder.step()
+    assert core._sequences["handed-off/0"].cache_salt is None
+    assert "longreach" in core._sequences["computed-here/0"].cache_salt
+    decoder.cancel("handed-off")
+    drain(decoder)
+    assert decoder.usage == 0.0
