@@ -16,8 +16,8 @@ class NewSequence:
     `seed` is the choice's own. `ends` are tokens behind which vLLM goes on no further. `held_to` is
     what masks its tokens, if anything does. Sequences with the same `family` find each other's
     pages in vLLM's prefix cache, and nobody else's; None: those of all others without one.
-    The pages of one that is `handed_off` come from elsewhere, all of its prompt, and those that it
-    is `shared` with keep them when it has ended.
+    The pages of one that is `handed_off` come from elsewhere, all of its prompt. If it is `shared`,
+    those that others of its family find are kept when it has ended, until it is let go.
     """
 
     name: str
@@ -81,7 +81,11 @@ class Core(Protocol):
         ...
 
     def num_pages_of(self, names: Sequence[str]) -> int:
-        """Pages that these sequences have, and those that they share, each counted once."""
+        """Pages that these sequences have, each counted once.
+
+        One that has ended has those that it shared, until it is let go; others than those that were
+        ever here have none.
+        """
         ...
 
     def num_computed(self, name: str) -> int:

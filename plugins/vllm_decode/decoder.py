@@ -257,8 +257,10 @@ class VllmDecoder(DecodeEngine):
         return sum(self._missing(taken) for taken in self._taken.values())
 
     def _missing(self, taken: _Taken) -> int:
-        names = [each.name for each in taken.every]
-        return max(taken.room.most(len(names)) - self._core.num_pages_of(names), 0)
+        names = {each.name for each in taken.every}
+        # What the first choice shares is there for the others, if it has ended itself as well.
+        held = self._core.num_pages_of([*names | {_first_name(taken.request.request_id)}])
+        return max(taken.room.most(len(names)) - held, 0)
 
     def _make_choices(self, request: GenerationRequest, is_handed_off: bool) -> list[_Choice]:
         sampling, name = request.sampling.seeded(), request.request_id

@@ -162,9 +162,10 @@ class VllmCore(Core):
     def pages_of(self, name: str) -> list[int]:
         blocks = self._scheduling.blocks.get(name, ())
         if blocks and name in self._shared and not self._shared[name]:
-            # They stay, whenever the sequence itself ends.
-            self._shared[name] = list(blocks)
-            self._pool.touch(blocks)
+            # They stay, whenever the sequence itself ends: those that others can find, see `Room`.
+            findable = (self._sequences[name].num_prompt_tokens - 1) // PAGE_TOKENS
+            self._shared[name] = blocks[:findable]
+            self._pool.touch(self._shared[name])
         return [block.block_id for block in blocks]
 
     def num_pages_of(self, names: Sequence[str]) -> int:

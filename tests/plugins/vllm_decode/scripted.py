@@ -74,8 +74,8 @@ class ScriptedCore(Core):
     def pages_of(self, name: str) -> list[int]:
         running = self.running.get(name)
         pages = [] if running is None or not running.waits else running.pages
-        if pages and self.running[name].sequence.shared:
-            self.shared[name] = list(pages)
+        if running is not None and pages and running.sequence.shared:
+            self.shared[name] = pages[: (len(running.sequence.prompt) - 1) // PAGE_TOKENS]
         return pages
 
     def num_pages_of(self, names: Sequence[str]) -> int:

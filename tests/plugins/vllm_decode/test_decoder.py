@@ -344,3 +344,23 @@ def test_a_request_starts_once() -> None:
         subject.decoder.start("a", NO_LOGITS)
     with pytest.raises(TransferError):
         subject.decoder.receive("a", Place(0, 0, 0), pages_of(1, 1.0))
+
+
+def test_what_a_choice_left_to_the_others_is_not_counted_again() -> None:
+    """The first one ends with its first token, and the others have no page of their own yet."""
+    subject = Subject(spells("", "hello"), pages=16, batch=1)
+    subject.decoder.reserve(request("a", tokens=1000, choices=2))
+    subject.decoder.step()
+    subject.decoder.start("a", NO_LOGITS)
+    subject.decoder.step()
+    assert list(subject.core.shared) == ["a/0"]
+    assert names(subject.core.added) == ["a/0"]
+    # Of 16 pages it keeps 7 for the second, which takes 1 more: 8 are left.
+    with pytest.raises(OutOfPagesError) as raised:
+        subject.decoder.reserve(request("b", tokens=1020, max_tokens=5))
+    assert (raised.value.needed, raised.value.free) == (9, 8)
+    subject.decoder.reserve(request("b", tokens=1000))
+    subject.steps()
+    subject.decoder.start("b", NO_LOGITS)
+    assert texts(subject.steps(), "b") == {0: ""}
+    assert subject.is_empty()

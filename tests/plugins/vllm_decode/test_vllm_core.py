@@ -189,6 +189,21 @@ def test_choices_find_the_prompt_that_the_first_one_has(decoder: VllmDecoder) ->
     assert decoder.num_preemptions == 0
 
 
+def test_what_a_choice_left_to_the_others_is_not_counted_again(decoder: VllmDecoder) -> None:
+    """The first one has ended, and the others have no page of their own yet."""
+    decoder.reserve(ask("ends", choices=2, max_tokens=1))
+    decoder.step()
+    hand_over(decoder, "ends")
+    decoder.start("ends", NO_LOGITS)
+    while not any(isinstance(output, Delta) for _, output in decoder.step()):
+        pass
+    # 2 whole pages of the prompt are kept, and the second choice takes 1 of its own.
+    assert decoder._core.num_pages_of(["ends/0"]) == 2
+    assert decoder._promised == 1
+    assert drain(decoder) == 1
+    assert decoder.usage == 0.0
+
+
 def test_tokens_of_a_prompt_that_has_its_own_hashes_are_not_looked_at(
     decoder: VllmDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
