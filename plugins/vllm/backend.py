@@ -24,6 +24,7 @@ from vllm.version import __version__
 from ...kernels.page_size import PAGE_TOKENS
 from .checks import BACKEND, check, raw_config
 from .decode_rows import DecodeInputs, DecodeRows, PortableDecodeRows
+from .errors import OtherPagesError, UntoldError
 from .first_runner import hand_over_prompt_lengths
 from .flash import PlainSteps
 from .model_attention import ModelAttention
@@ -70,12 +71,12 @@ class DualChunkBackend(AttentionBackend):
         head_size: int,
         cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
-        """For vLLM up to where `supported_kv_cache_layouts` takes its place."""
+        """For vLLM before 0.29, in which `supported_kv_cache_layouts` takes its place."""
         return num_blocks, num_kv_heads, 2, block_size, head_size
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """For later ones: a layer's pages lie one after another, head-major.
+        """For 0.29 and later: a layer's pages lie one after another, head-major.
 
         What such a page holds of a head, 128 times K and V of a token, has the size of ours.
         """
@@ -180,8 +181,10 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
         # Of architectures that nobody registered vLLM asks nobody before it loads them.
         config = get_current_vllm_config()
         check(config, __version__)
-        assert layer_idx is not None
-        assert num_kv_heads is not None
+        if layer_idx is None:
+            raise UntoldError("layer_idx")
+        if num_kv_heads is None:
+            raise UntoldError("num_kv_heads")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
         self._layer = layer_idx
@@ -210,5 +213,14 @@ class DualChunkImpl(AttentionImpl[DualChunkMetadata]):
 
 
 def as_pages(kv_cache: Tensor, num_kv_heads: int, head_size: int) -> Tensor:
-    """One layer of vLLM's cache as pages [pages, kv_heads, 2, 128, d]; no copy."""
-    return kv_cache.view(-1, num_kv_heads, 2, PAGE_TOKENS, head_size)
+    """One layer of vLLM's cache as pages [pages, kv_heads, 2, 128, d]; no copy.
+
+    Raises:
+        OtherPagesError: they cannot be had from it without one.
+    """
+    pages = (-1, num_kv_heads, 2, PAGE_TOKENS, head_size)
+    try:
+        return kv_cache.view(pages)
+    except RuntimeError as error:
+        shape, strides = tuple(kv_cache.shape), kv_cache.stride()
+        raise OtherPagesError(shape, strides, pages) from error

@@ -82,3 +82,37 @@ class UnknownPromptError(FactualError):
             "is, which attention depends on; install a vLLM that the plugin was tried with: "
             f"{self.first} or {self.last}"
         )
+
+
+@dataclass(eq=False)
+class OtherPagesError(FactualError, ConfigurationError):
+    """vLLM's blocks are not laid out as pages are, one after another and each without gaps.
+
+    A layer of them has this `shape` and these `strides`, in values; of `expected`, -1 is for any
+    number of pages.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    expected: tuple[int, ...]
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"vLLM keeps a layer of its KV cache as {self.shape} with strides {self.strides}, and "
+            f"pages are {self.expected} without gaps; this vLLM was never seen to do that"
+        )
+
+
+@dataclass(eq=False)
+class UntoldError(FactualError):
+    """vLLM did not say what a layer's attention must know, by the name of its `argument`."""
+
+    argument: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"vLLM makes a layer's attention and does not say its {self.argument}; this vLLM was "
+            "never seen to do that"
+        )

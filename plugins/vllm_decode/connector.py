@@ -18,6 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
+from .errors import OtherConnectorError
+
 HANDED_OFF = "longreach_handed_off"
 """Of a sequence's `kv_transfer_params`: whether its pages come from elsewhere."""
 
@@ -92,6 +94,17 @@ class HandOffConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Nothing is handed on."""
+
+
+def connector_of(end: str, found: object) -> HandOffConnector:
+    """The connector of the scheduler, or of the worker, as `end` says.
+
+    Raises:
+        OtherConnectorError: vLLM has another one there.
+    """
+    if not isinstance(found, HandOffConnector):
+        raise OtherConnectorError(end, type(found).__name__, HandOffConnector.__name__)
+    return found
 
 
 def _is_handed_off(request: Any) -> bool:

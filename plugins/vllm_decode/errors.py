@@ -2,21 +2,39 @@
 
 from dataclasses import dataclass
 
-from ...engine.errors import ConfigurationError, FactualError
+from ...engine.errors import FactualError
 
 
 @dataclass(eq=False)
-class OtherPagesError(FactualError, ConfigurationError):
-    """vLLM's blocks are not laid out as pages are: `shape` is what a layer of them has."""
+class OtherConnectorError(FactualError):
+    """vLLM gave its `end`, the scheduler's or the worker's, another connector than was asked for.
 
-    shape: tuple[int, ...]
-    expected: tuple[int, ...]
+    `found` and `expected` are classes.
+    """
+
+    end: str
+    found: str
+    expected: str
 
     @property
     def sentence(self) -> str:
         return (
-            f"vLLM keeps a layer of its KV cache as {self.shape}, and pages are {self.expected}; "
-            "this vLLM was never seen to do that"
+            f"vLLM gave its {self.end} {self.found} as its KV connector, and pages from elsewhere "
+            f"come by {self.expected}; this vLLM was never seen to do that"
+        )
+
+
+@dataclass(eq=False)
+class UnknownLayerError(FactualError):
+    """vLLM gave a tensor of its KV cache a `name` that does not say whose it is."""
+
+    name: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"vLLM calls a layer of its KV cache {self.name!r}, and its number is looked for "
+            'behind "layers."; this vLLM was never seen to do that'
         )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...engine.kv.pages import PageGeometry, PageMemory, Pages
 from ...kernels.page_size import PAGE_TOKENS
-from .errors import OtherPagesError
+from ..vllm.errors import OtherPagesError
+from .errors import UnknownLayerError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\b")
 
@@ -28,7 +29,7 @@ class LayeredMemory(PageMemory):
         expected = (len(first), first.shape[1], 2, PAGE_TOKENS, first.shape[-1])
         for layer in layers:
             if tuple(layer.shape) != expected or not layer.is_contiguous():
-                raise OtherPagesError(tuple(layer.shape), expected)
+                raise OtherPagesError(tuple(layer.shape), layer.stride(), expected)
         self._slabs = tuple(layer[None] for layer in layers)
 
     @property
@@ -49,16 +50,24 @@ class LayeredMemory(PageMemory):
 
 
 def layers_of(caches: dict[str, Tensor], config: Any) -> Iterable[Tensor]:
-    """vLLM's tensors in the order of layers, as pages of a rank's heads; `config` is vLLM's."""
+    """vLLM's tensors in the order of layers, as pages of a rank's heads; `config` is vLLM's.
+
+    Raises:
+        OtherPagesError: one of them is laid out in another way.
+        UnknownLayerError: one of them is of no layer.
+    """
     from ..vllm.backend import as_pages
 
     model, parallel = config.model_config, config.parallel_config
 
-    def number(name: str) -> int:
-        found = _LAYER.search(name)
-        assert found is not None
-        return int(found.group(1))
-
     heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
-    for name in sorted(caches, key=number):
+    for name in sorted(caches, key=_number):
         yield as_pages(caches[name], heads, size)
+
+
+def _number(name: str) -> int:
+    """Of the layer whose tensor has this name."""
+    found = _LAYER.search(name)
+    if found is None:
+        raise UnknownLayerError(name)
+    return int(found.group(1))

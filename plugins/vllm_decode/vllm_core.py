@@ -26,7 +26,7 @@ from ...kernels.page_size import PAGE_TOKENS
 from ..vllm.first_runner import take_draws_back_on_cpus
 from ..vllm.scheduler import ApartRequest
 from . import sums
-from .connector import HANDED_OFF, HandOffConnector
+from .connector import HANDED_OFF, HandOffConnector, connector_of
 from .core import Core, Generated, NewSequence
 from .executor import LeadingExecutor
 from .figures import VllmFigures
@@ -84,6 +84,7 @@ class VllmCore(Core):
 
     Raises:
         OtherPagesError: its blocks are not laid out as pages are.
+        OtherConnectorError, UnknownLayerError: its insides are others.
     """
 
     def __init__(
@@ -100,11 +101,9 @@ class VllmCore(Core):
             take_draws_back_on_cpus()
         self._scheduler: Any = self._core.scheduler
         self._pool: Any = self._scheduler.kv_cache_manager.block_pool
-        scheduling, working = self._scheduler.get_kv_connector(), get_kv_transfer_group()
-        assert isinstance(scheduling, HandOffConnector)
-        assert isinstance(working, HandOffConnector)
-        self._scheduling, self._working = scheduling, working
-        self._memory = LayeredMemory(list(layers_of(working.caches, config)))
+        self._scheduling = connector_of("scheduler", self._scheduler.get_kv_connector())
+        self._working = connector_of("worker", get_kv_transfer_group())
+        self._memory = LayeredMemory(list(layers_of(self._working.caches, config)))
         self._stream = OneStream(self._memory.device)
         manager = self._core.structured_output_manager
         manager.backend = MasksBackend(config, None, config.model_config.get_vocab_size())

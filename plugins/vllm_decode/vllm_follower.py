@@ -16,7 +16,7 @@ from ...engine.decode.follower import FollowingRank, Piece
 from ...engine.decode.orders import Channel, orders_from
 from ...engine.errors import LostError
 from ..vllm.first_runner import take_draws_back_on_cpus
-from .connector import HandOffConnector
+from .connector import connector_of
 from .layers import LayeredMemory, layers_of
 from .orders import BeginOrder, CallOrder, ReadyOrder, VllmOrder
 from .sums import leave_symmetric_memory_out
@@ -39,11 +39,11 @@ class VllmFollower(FollowingRank):
 
         Raises:
             LostError: the leader is gone before.
+            OtherConnectorError, OtherPagesError, UnknownLayerError: vLLM's insides are others.
         """
         for order in orders_from(channel):
             if isinstance(order, ReadyOrder):
-                working = get_kv_transfer_group()
-                assert isinstance(working, HandOffConnector)
+                working = connector_of("worker", get_kv_transfer_group())
                 return LayeredMemory(list(layers_of(working.caches, self._config)))
             self._carry_out(order, channel)
         raise LostError("the leader is gone")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longreach.engine.model.pocket import CHECKPOINT
-from longreach.plugins.vllm.errors import UnknownPromptError
+from longreach.plugins.vllm.errors import OtherPagesError, UnknownPromptError, UntoldError
 from longreach.plugins.vllm.model_attention import ModelAttention
 
 from .steps import raw_config
@@ -59,3 +59,30 @@ def test_a_step_is_refused_whose_prompts_nobody_told_of(
 
 def test_a_step_that_nobody_asked_for_has_no_prompts(builder: "DualChunkMetadataBuilder") -> None:
     builder.build(0, step([-1, -1, -1]))
+
+
+@pytest.mark.parametrize("wrong", ["gaps", "size"])
+def test_blocks_that_are_no_pages_are_refused_with_what_they_are(wrong: str) -> None:
+    from longreach.plugins.vllm.backend import as_pages
+
+    cache = torch.zeros(5, 2, 128, 2 * 8)
+    assert as_pages(cache, 2, 8).shape == (5, 2, 2, 128, 8)
+    other = cache[:, :, :, :12] if wrong == "gaps" else cache[:, :, :100]
+    with pytest.raises(OtherPagesError) as raised:
+        as_pages(other, 2, 8)
+    assert raised.value.shape == other.shape
+    assert raised.value.strides == other.stride()
+    assert raised.value.expected == (-1, 2, 2, 128, 8)
+
+
+@pytest.mark.parametrize("untold", ["layer_idx", "num_kv_heads"])
+def test_attention_that_is_not_told_which_layer_it_is_of_is_refused(
+    untold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longreach.plugins.vllm import backend
+
+    monkeypatch.setattr(backend, "get_current_vllm_config", lambda: None)
+    monkeypatch.setattr(backend, "check", lambda config, version: None)
+    told: dict[str, Any] = {"num_kv_heads": 2, "layer_idx": 0, untold: None}
+    with pytest.raises(UntoldError, match=untold):
+        backend.DualChunkImpl(4, 64, 0.125, **told)

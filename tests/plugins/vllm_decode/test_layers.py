@@ -10,7 +10,7 @@ from longreach.cluster.transports.shared_pages import SharedPageReader, SharedPo
 from longreach.engine.kv.hand_off import Place
 from longreach.engine.kv.pages import PageGeometry, PagePool, Pages
 from longreach.kernels.page_size import PAGE_TOKENS
-from longreach.plugins.vllm_decode.errors import OtherPagesError
+from longreach.plugins.vllm.errors import OtherPagesError
 from longreach.plugins.vllm_decode.layers import LayeredMemory
 
 LAYERS, PAGES, HEADS, SIZE = 3, 5, 2, 8
