@@ -140,19 +140,25 @@ class DualChunkMetadataBuilder(AttentionMetadataBuilder[DualChunkMetadata]):
         self.prompts = _NOTHING_SAID
         plan = StepPlan.of(first_rows, ends, prompts)
         tables, positions = common.block_table_tensor, common.positions
-        pieces = [
-            PieceAttention(
-                self._model, piece, table_of(tables, piece.sequence), positions[piece.rows]
-            )
-            for piece in plan.pieces
-        ]
-        plain = None if self._plain is None else self._plain.of(plan, pieces, common)
-        decodes = self._decodes(plan, tables) if plan.ends and plain is None else None
+        plain = None if self._plain is None else self._plain.of(plan, common)
+        if plain is None:
+            decodes = self._decodes(plan, tables) if plan.ends else None
+            pieces = self._pieces(plan, tables, positions)
+        else:
+            decodes, pieces = None, []
         return DualChunkMetadata(
             StepAttention(
                 self._model, plan.rows, positions, common.slot_mapping, decodes, pieces, plain
             )
         )
+
+    def _pieces(self, plan: StepPlan, tables: Tensor, positions: Tensor) -> list[PieceAttention]:
+        return [
+            PieceAttention(
+                self._model, piece, table_of(tables, piece.sequence), positions[piece.rows]
+            )
+            for piece in plan.pieces
+        ]
 
     def _decodes(self, plan: StepPlan, tables: Tensor) -> DecodeRows:
         if self._inputs is None:

@@ -5,7 +5,6 @@
 Within the first dual chunk positions are plain, and so is attention, unless it is sparse.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .model_attention import ModelAttention
-from .piece_attention import PieceAttention
+from .piece_attention import sparse_rows
 from .step_plan import StepPlan
 
 
@@ -34,21 +33,20 @@ class PlainSteps:
         version = get_flash_attn_version(head_size=model.head_dim)
         return None if version is None else cls(model, version)
 
-    def of(
-        self, plan: StepPlan, pieces: Sequence[PieceAttention], common: Any
-    ) -> "PlainStep | None":
+    def of(self, plan: StepPlan, common: Any) -> "PlainStep | None":
         """A step, if it is one of those. Steps of decodes alone lie in CUDA graphs, and are none.
 
         Args:
             common: vLLM's metadata.
         """
         stride = self.model.stride
-        if not pieces or (stride is not None and plan.longest > stride):
+        if not plan.pieces or (stride is not None and plan.longest > stride):
             return None
-        plain = self.model.positions.softmax_scale(1)
-        if any(piece.is_sparse or piece.scale != plain for piece in pieces):
+        if any(sparse_rows(self.model, piece) for piece in plan.pieces):
             return None
-        if any(self.model.positions.softmax_scale(length) != plain for length in plan.lengths):
+        scale = self.model.positions.softmax_scale
+        plain, lengths = scale(1), {*plan.lengths, *(piece.length for piece in plan.pieces)}
+        if any(scale(length) != plain for length in lengths):
             return None
         return PlainStep(self.version, common, plan.longest)
 

@@ -41,31 +41,17 @@ class PieceAttention:
         self._positions = positions
         self._stride = model.stride
         self._scale = model.positions.softmax_scale(piece.length)
-        # Where whole blocks begin.
-        self._aligned = min(pages_for(piece.start) * BLOCK_ROWS, piece.end)
+        sparsely = sparse_rows(model, piece)
+        self._aligned, self._sparse_end = sparsely.start, sparsely.stop
         self._windows: tuple[Window, ...] = ()
-        self._sparse_end = self._aligned
-        if piece.is_prompt and model.is_sparse(piece.length):
+        if sparsely:
             assert model.sparsity is not None
-            full = first_full_block(piece.length) * BLOCK_ROWS
-            self._sparse_end = max(self._aligned, min(full, piece.end))
-            if self._sparse_end > self._aligned:
-                self._windows = Window.cut(self._aligned, piece.end, model.sparsity)
+            self._windows = Window.cut(self._aligned, piece.end, model.sparsity)
 
     @property
     def rows(self) -> slice:
         """Its rows in the step."""
         return self._piece.rows
-
-    @property
-    def scale(self) -> float:
-        """What logits are multiplied by."""
-        return self._scale
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether any of its rows attends sparsely."""
-        return bool(self._windows)
 
     @cached_property
     def _rotations(self) -> Rotations:
@@ -153,6 +139,16 @@ class PieceAttention:
     def _own(self, positions: range) -> slice:
         """Where positions are among the piece's rows."""
         return slice(positions.start - self._piece.start, positions.stop - self._piece.start)
+
+
+def sparse_rows(model: ModelAttention, piece: Piece) -> range:
+    """Which tokens of a piece attend sparsely: from where its whole blocks begin; none at all of a
+    prompt that is dense."""
+    start = end = min(pages_for(piece.start) * BLOCK_ROWS, piece.end)
+    if piece.is_prompt and model.is_sparse(piece.length):
+        full = first_full_block(piece.length) * BLOCK_ROWS
+        end = max(start, min(full, piece.end))
+    return range(start, end)
 
 
 def _blocks(start: int, end: int) -> tuple[int, ...]:
