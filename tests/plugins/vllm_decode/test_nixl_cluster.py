@@ -6,7 +6,6 @@ In a cluster on a CPU: `make test-vllm`.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ from ...cluster.conftest import (
 from .streams import kill
 from .test_cluster import MODEL, OWN, needle
 
-pytestmark = [
-    pytest.mark.live,
-    pytest.mark.skipif(find_spec("nixl_cu12") is None, reason="nixl-cu12 is not installed here"),
-]
+pytestmark = pytest.mark.live
 
 PORT, CHUNK_TOKENS = 8550, 2048
 TOKENS = 9000
