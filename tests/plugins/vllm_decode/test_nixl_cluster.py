@@ -100,6 +100,11 @@ def posted(http: httpx.Client, path: str, body: dict[str, Any]) -> Any:
     return answer.json()
 
 
+def recoveries(scraped: dict[tuple[str, ...], float]) -> float:
+    """Requests that were begun again, for whatever reason."""
+    return sum(n for key, n in scraped.items() if key[0] == "longreach_request_recoveries_total")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(CHECKPOINT)
@@ -125,11 +130,16 @@ def test_pages_come_into_vllms_blocks_as_by_the_object_store(
 ) -> None:
     assert has_nixl("DecodeWorker")
     assert has_nixl("PrefillRank")
-    handed = ("longreach_handoff_bytes_total", "decode")
-    before = scrape(http).get(handed, 0.0)
+    before = scrape(http)
     found = answers(http, tokenizer)
-    # 71 pages of each prompt, of 5 layers, 2 heads, K and V, 128 tokens of 64 float32 values.
-    assert scrape(http)[handed] - before == 2 * 71 * 5 * 2 * 2 * 128 * 64 * 4
+    after = scrape(http)
+    # 71 pages of each prompt, of 5 layers, 2 heads, K and V, 128 tokens of 64 float32 values; once
+    # more where a busy machine had a request begun again.
+    prompt_bytes = 71 * 5 * 2 * 2 * 128 * 64 * 4
+    handed = ("longreach_handoff_bytes_total", "decode")
+    moved = after[handed] - before.get(handed, 0.0)
+    again = recoveries(after) - recoveries(before)
+    assert 2 * prompt_bytes <= moved <= (2 + again) * prompt_bytes
     assert found["texts"] == expected["texts"]
     assert found["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5)
 
