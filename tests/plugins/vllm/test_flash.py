@@ -130,6 +130,7 @@ def test_one_call_computes_what_the_kernels_do(
         [table[each // 128] * 128 + each % 128 for table, each in zip(tables, where, strict=True)]
     )
     found = [attended(subject, step, positions, slots, tables, each) for each in (plain, None)]
+    # Both are in float32, and sum in another order.
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 

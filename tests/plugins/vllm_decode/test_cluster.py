@@ -15,10 +15,9 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from longreach.cluster.app import LocalCluster, start
+from longreach.cluster.app import LocalCluster
 from longreach.cluster.metrics import NUM_REQUESTS_RUNNING
 from longreach.cluster.metrics.exposition import FolderCollector
-from longreach.cluster.settings import parse_settings
 from longreach.engine.errors import UnavailableError
 from longreach.engine.messages import Tokens
 from longreach.engine.model.pocket import CHECKPOINT
@@ -34,6 +33,7 @@ from ...cluster.conftest import (
     wait_for,
     wait_until_no_page_is_held,
 )
+from .clusters import started
 from .streams import events_of, kill, streamed, text_of
 
 pytestmark = pytest.mark.live
@@ -61,12 +61,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    running = start(parse_settings(SETTINGS))
-    try:
-        running.wait_until_ready()
+    with started(SETTINGS) as running:
         yield running
-    finally:
-        running.kill()
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ In a cluster on a CPU: `make test-vllm`.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from longreach.cluster.app import LocalCluster, start
-from longreach.cluster.settings import parse_settings
+from longreach.cluster.app import LocalCluster
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
 from longreach.lab.evaluation.tasks import NEEDLES
@@ -26,6 +25,7 @@ from ...cluster.conftest import (
     wait_for,
     wait_until_no_page_is_held,
 )
+from .clusters import http_of, started
 from .streams import kill
 from .test_cluster import MODEL, OWN, needle
 
@@ -37,34 +37,22 @@ LONG = 20_000
 """Tokens that take long enough to be interrupted."""
 
 
-@contextmanager
-def cluster_with(transport: str) -> Iterator[LocalCluster]:
-    running = start(
-        parse_settings(
-            {
-                "model": {"path": "pocket", "name": MODEL, "dtype": "float32"},
-                "limits": {"max_model_len": 32768, "max_output_tokens": 64, "max_choices": 4},
-                "prefill": {
-                    "chunk_tokens": CHUNK_TOKENS, "kv_cache_tokens": 32768, "cpus_per_rank": 0.5,
-                },
-                "decode": {
-                    "engine": "vllm", "kv_cache_tokens": 49152, "cpus": 0.5, "max_batch": 4,
-                    "prefill_up_to": OWN,
-                },
-                "transport": {"kind": transport},
-                "ingress": {"port": PORT},
-            }
-        )
+def cluster_with(transport: str) -> AbstractContextManager[LocalCluster]:
+    return started(
+        {
+            "model": {"path": "pocket", "name": MODEL, "dtype": "float32"},
+            "limits": {"max_model_len": 32768, "max_output_tokens": 64, "max_choices": 4},
+            "prefill": {
+                "chunk_tokens": CHUNK_TOKENS, "kv_cache_tokens": 32768, "cpus_per_rank": 0.5,
+            },
+            "decode": {
+                "engine": "vllm", "kv_cache_tokens": 49152, "cpus": 0.5, "max_batch": 4,
+                "prefill_up_to": OWN,
+            },
+            "transport": {"kind": transport},
+            "ingress": {"port": PORT},
+        }
     )  # fmt: skip
-    try:
-        running.wait_until_ready()
-        yield running
-    finally:
-        running.kill()
-
-
-def http_of(cluster: LocalCluster) -> httpx.Client:
-    return httpx.Client(base_url=cluster.url, timeout=240)
 
 
 def has_nixl(actor: str) -> bool:

@@ -4,15 +4,14 @@ What it answers is what a vLLM of one process answers.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
-from longreach.cluster.app import LocalCluster, start
-from longreach.cluster.settings import parse_settings
+from longreach.cluster.app import LocalCluster
 from longreach.engine.model.pocket import CHECKPOINT
 from longreach.engine.text.tokenizer import Tokenizer
 
@@ -23,6 +22,7 @@ from ...cluster.conftest import (
     scrape,
     wait_until_no_page_is_held,
 )
+from .clusters import http_of, started
 from .streams import kill, streamed
 from .test_cluster import MODEL, OWN
 
@@ -33,33 +33,21 @@ LENGTHS = (600, 3000, 9000)
 """Computed by vLLM, and by a gang."""
 
 
-@contextmanager
-def cluster_of(ranks: int) -> Iterator[LocalCluster]:
-    running = start(
-        parse_settings(
-            {
-                "model": {"path": "pocket", "name": MODEL, "dtype": "float32"},
-                "limits": {"max_model_len": 16384, "max_output_tokens": 1024, "max_choices": 4},
-                "prefill": {
-                    "chunk_tokens": 2048, "kv_cache_tokens": 32768, "cpus_per_rank": 0.5,
-                },
-                "decode": {
-                    "engine": "vllm", "kv_cache_tokens": 32768, "cpus": 0.25, "max_batch": 4,
-                    "prefill_up_to": OWN, "tensor_parallel": ranks,
-                },
-                "ingress": {"port": PORT},
-            }
-        )
+def cluster_of(ranks: int) -> AbstractContextManager[LocalCluster]:
+    return started(
+        {
+            "model": {"path": "pocket", "name": MODEL, "dtype": "float32"},
+            "limits": {"max_model_len": 16384, "max_output_tokens": 1024, "max_choices": 4},
+            "prefill": {
+                "chunk_tokens": 2048, "kv_cache_tokens": 32768, "cpus_per_rank": 0.5,
+            },
+            "decode": {
+                "engine": "vllm", "kv_cache_tokens": 32768, "cpus": 0.25, "max_batch": 4,
+                "prefill_up_to": OWN, "tensor_parallel": ranks,
+            },
+            "ingress": {"port": PORT},
+        }
     )  # fmt: skip
-    try:
-        running.wait_until_ready()
-        yield running
-    finally:
-        running.kill()
-
-
-def http_of(cluster: LocalCluster) -> httpx.Client:
-    return httpx.Client(base_url=cluster.url, timeout=240)
 
 
 def answers(http: httpx.Client, tokenizer: Tokenizer) -> list[Any]:
